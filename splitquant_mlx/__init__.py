@@ -1,0 +1,1 @@
+"""Implement SplitQuantV2 for MLX."""

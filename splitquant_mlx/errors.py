@@ -1,0 +1,25 @@
+"""Name what can go wrong: one root, one child for each thing a user can act on.
+
+A message says what failed, in which tensor or file, what was found, what was wanted and what to
+do, on one line. The command line prints it and exits with 2; the library only raises.
+"""
+
+
+class SplitQuantError(Exception):
+    """Root of every error this package raises on purpose."""
+
+
+class SourceError(SplitQuantError):
+    """Report that the model to read cannot be reached: no such path or repo, gated, no network."""
+
+
+class CheckpointError(SplitQuantError):
+    """Report that a checkpoint's content is unusable: truncated, corrupt, incomplete, unknown."""
+
+
+class RecipeError(SplitQuantError):
+    """Report a setting that is unknown, out of range or does not fit the others."""
+
+
+class TargetError(SplitQuantError):
+    """Report that the output cannot be written: it exists, is not writable, the disk is full."""

@@ -1,0 +1,116 @@
+"""Write safetensors shards one tensor at a time, holding no more than that tensor in memory.
+
+The format is an 8-byte little-endian header length, a JSON header, then the tensors' bytes. The
+header names every offset, so it comes last here: room for it is left at the start of the file and
+padded with spaces, as the format allows (huggingface/safetensors, "Format").
+"""
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import BinaryIO
+
+import mlx.core as mx
+import numpy as np
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+SAFETENSORS_NAMES = {
+    mx.bool_: "BOOL",
+    mx.uint8: "U8",
+    mx.int8: "I8",
+    mx.uint16: "U16",
+    mx.int16: "I16",
+    mx.uint32: "U32",
+    mx.int32: "I32",
+    mx.uint64: "U64",
+    mx.int64: "I64",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.float32: "F32",
+}
+
+
+class ShardWriter:
+    """Append tensors to `model-0000x-of-0000n.safetensors` files and their index.
+
+    Args:
+        directory: an existing directory; the files are complete once `close` returns.
+        names: every tensor name that may be added; sizes the room left for the headers.
+        max_shard_bytes: a shard is closed before it would grow over this many bytes; a single
+            larger tensor gets a shard of its own.
+    """
+
+    def __init__(self, directory: Path, names: list[str], max_shard_bytes: int = MAX_SHARD_BYTES):
+        self.directory = directory
+        self.max_shard_bytes = max_shard_bytes
+        self.total_bytes = 0
+        self._room = 64 + sum(len(json.dumps(name)) + 160 for name in names)
+        self._room += -self._room % 8
+        self._allowed = set(names)
+        self._shards: list[Path] = []
+        self._weight_map: dict[str, int] = {}
+        self._file: BinaryIO | None = None
+        self._header: dict[str, object] = {}
+        self._offset = 0
+
+    def add(self, name: str, tensor: mx.array) -> None:
+        """Write `tensor` under `name`. Raises ValueError for a name not announced or repeated."""
+        if name not in self._allowed:
+            raise ValueError(f"tensor {name!r} was not announced, or was written before")
+        self._allowed.discard(name)
+        if self._file is None or (self._offset and self._offset + tensor.nbytes > self.max_shard_bytes):
+            self._finish_shard()
+            self._start_shard()
+        file = self._file
+        assert file is not None
+        raw = tensor.view(mx.uint16) if tensor.dtype == mx.bfloat16 else tensor
+        file.write(np.ascontiguousarray(np.array(raw, copy=False)).data)
+        end = self._offset + tensor.nbytes
+        self._header[name] = {
+            "dtype": SAFETENSORS_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self._offset, end],
+        }
+        self._offset = end
+        self.total_bytes += tensor.nbytes
+        self._weight_map[name] = len(self._shards) - 1
+
+    def close(self) -> dict[str, str]:
+        """Finish the last shard, name the files, write the index; returns tensor name -> file."""
+        self._finish_shard()
+        count = len(self._shards)
+        final = []
+        for number, path in enumerate(self._shards, start=1):
+            name = (
+                "model.safetensors"
+                if count == 1
+                else f"model-{number:05d}-of-{count:05d}.safetensors"
+            )
+            path.rename(self.directory / name)
+            final.append(name)
+        weight_map = {name: final[shard] for name, shard in sorted(self._weight_map.items())}
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        path = self.directory / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2), encoding="utf-8")
+        return weight_map
+
+    def _start_shard(self) -> None:
+        path = self.directory / f"shard-{len(self._shards) + 1:05d}.partial"
+        self._shards.append(path)
+        self._file = path.open("wb")
+        self._file.seek(8 + self._room)
+        self._header = {"__metadata__": {"format": "mlx"}}
+        self._offset = 0
+
+    def _finish_shard(self) -> None:
+        if self._file is None:
+            return
+        header = json.dumps(self._header, separators=(",", ":")).encode()
+        with self._file as file:
+            file.seek(0)
+            file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
+            file.flush()
+            os.fsync(file.fileno())
+        self._file = None
