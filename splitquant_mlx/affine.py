@@ -1,0 +1,193 @@
+"""Quantize weights to mlx's affine format, and back.
+
+A code q of `bits` bits stands for w = scale * q + bias, with one scale and bias for every
+`group_size` inputs of an output row. Codes are packed into uint32 words as a little-endian bit
+stream. Coarser granularities use the same format with the one scale and bias repeated, so that
+mlx's own kernels run them.
+
+`quantize` gives what `mlx.core.quantize` gives. `quantize_parts` is for parts of a split weight,
+most of whose entries are zero: it makes the zero exact, which 16-bit scales otherwise are not,
+since zero = scale * q0 + bias survives rounding of scale and bias only by luck.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from splitquant_mlx.errors import RecipeError
+
+EPS = 1e-7
+
+
+class Quantized(NamedTuple):
+    """Hold one quantized weight in mlx's layout.
+
+    Attributes:
+        weight: packed codes, uint32 (..., out, in * bits / 32).
+        scales: (..., out, in / group_size).
+        biases: like scales; None in the modes that have none.
+    """
+
+    weight: mx.array
+    scales: mx.array
+    biases: mx.array | None
+
+    @property
+    def nbytes(self) -> int:
+        """Return the stored size in bytes."""
+        return sum(array.nbytes for array in self if array is not None)
+
+
+def quantize(
+    w: mx.array,
+    *,
+    bits: int = 4,
+    group_size: int = 64,
+    granularity: str = "group",
+    mode: str = "affine",
+) -> Quantized:
+    """Quantize `w` (..., out, in), round to nearest; scales and biases have the dtype of `w`.
+
+    Args:
+        w: float weight, at least 2-D; `in` must be a multiple of `group_size`.
+        bits: 2, 3, 4, 5, 6 or 8.
+        group_size: 32, 64 or 128 (mode "affine").
+        granularity: "group" is `mlx.core.quantize`; "channel" and "tensor" fit one scale and
+            bias to each output row, or to the last two axes, by the same formula.
+        mode: mlx's quantization mode; all but "affine" at granularity "group" only.
+
+    Raises:
+        RecipeError: when the last axis is not a multiple of `group_size`.
+    """
+    if w.shape[-1] % group_size:
+        raise RecipeError(
+            f"group_size {group_size} does not divide the width {w.shape[-1]} of a weight of "
+            f"shape {tuple(w.shape)}: take one of 32, 64, 128 that does, or keep this layer"
+        )
+    if granularity == "group":
+        weight, scales, *biases = mx.quantize(w, group_size, bits, mode)
+        return Quantized(weight, scales, biases[0] if biases else None)
+    axes = {"channel": (-1,), "tensor": (-2, -1)}[granularity]
+    full = w.astype(mx.float32)
+    scale, bias = _fit_range(full.min(axes, keepdims=True), full.max(axes, keepdims=True), bits)
+    codes = mx.clip(mx.round((full - bias) / scale), 0, 2**bits - 1).astype(mx.uint32)
+    groups = (*w.shape[:-1], w.shape[-1] // group_size)
+    return Quantized(
+        pack(codes, bits),
+        mx.contiguous(mx.broadcast_to(scale, groups)).astype(w.dtype),
+        mx.contiguous(mx.broadcast_to(bias, groups)).astype(w.dtype),
+    )
+
+
+def quantize_parts(
+    parts: Sequence[mx.array],
+    *,
+    bits: int = 4,
+    group_size: int = 64,
+    granularity: str = "group",
+    scale_dtype: mx.Dtype | None = None,
+) -> Quantized:
+    """Quantize the parts of a split weight, each on its own, with an exact zero.
+
+    Two codings of a group are equal but for rounding: (scale, bias, q) and (-scale,
+    bias + (2^bits - 1) * scale, 2^bits - 1 - q). Where zero is the top code, as in a part that
+    lies on one side of zero, the second has zero at code 0 and so bias 0, exactly. Elsewhere the
+    bias is set to -q0 * scale after scale is rounded.
+
+    Args:
+        parts: k arrays (..., out, in), zero where the weight belongs to another part.
+        bits: bits of a code.
+        group_size: inputs of a part that share one scale.
+        granularity: "group", "channel" or "tensor" (of a part).
+        scale_dtype: type to store scales and biases in; None picks, of float16 and bfloat16,
+            the one that rounds the scales with less squared error.
+
+    Returns:
+        The parts side by side along the last axis: weight (..., out, k * in * bits / 32), scales
+        and biases (..., out, k * in / group_size).
+    """
+    coded = [
+        _zero_at_code_0(
+            quantize(
+                part.astype(mx.float32), bits=bits, group_size=group_size, granularity=granularity
+            ),
+            bits,
+        )
+        for part in parts
+    ]
+    weight, scales, biases = (mx.concatenate(arrays, axis=-1) for arrays in zip(*coded, strict=True))
+    zero_code = mx.round(-biases / scales)
+    rounded = scales.astype(scale_dtype or _closer_dtype(scales))
+    has_zero = (zero_code >= 0) & (zero_code < 2**bits)
+    biases = mx.where(has_zero, -zero_code * rounded.astype(mx.float32), biases)
+    return Quantized(weight, rounded, biases.astype(rounded.dtype))
+
+
+def _zero_at_code_0(quantized: Quantized, bits: int) -> Quantized:
+    weight, scales, biases = quantized
+    assert biases is not None
+    flip = mx.round(-biases / scales) == 2**bits - 1
+    words = weight.reshape(*scales.shape, -1)
+    return Quantized(
+        mx.where(flip[..., None], ~words, words).reshape(weight.shape),
+        mx.where(flip, -scales, scales),
+        mx.where(flip, 0, biases),
+    )
+
+
+def dequantize(
+    quantized: Quantized, *, bits: int = 4, group_size: int = 64, mode: str = "affine"
+) -> mx.array:
+    """Return the weight (..., out, in) that the codes stand for, in float32."""
+    weight, scales, biases = quantized
+    if mode == "affine":
+        assert biases is not None
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+        return mx.dequantize(weight, scales, biases, group_size, bits)
+    return mx.dequantize(weight, scales, None, group_size, bits, mode).astype(mx.float32)
+
+
+def pack(codes: mx.array, bits: int) -> mx.array:
+    """Pack codes (..., n), n a multiple of 32, into uint32 words (..., n * bits / 32)."""
+    blocks = codes.astype(mx.uint32).reshape(*codes.shape[:-1], -1, 32)
+    words = [mx.zeros(blocks.shape[:-1], mx.uint32) for _ in range(bits)]
+    for i in range(32):
+        word, offset = divmod(i * bits, 32)
+        words[word] = words[word] | (blocks[..., i] << offset)
+        if offset + bits > 32:
+            words[word + 1] = words[word + 1] | (blocks[..., i] >> (32 - offset))
+    return mx.stack(words, axis=-1).reshape(*codes.shape[:-1], -1)
+
+
+def unpack(words: mx.array, bits: int) -> mx.array:
+    """Unpack uint32 words (..., m) into codes (..., m * 32 / bits), uint32."""
+    blocks = words.reshape(*words.shape[:-1], -1, bits)
+    codes = []
+    for i in range(32):
+        word, offset = divmod(i * bits, 32)
+        code = blocks[..., word] >> offset
+        if offset + bits > 32:
+            code = code | (blocks[..., word + 1] << (32 - offset))
+        codes.append(code & (2**bits - 1))
+    return mx.stack(codes, axis=-1).reshape(*words.shape[:-1], -1)
+
+
+def _fit_range(lo: mx.array, hi: mx.array, bits: int) -> tuple[mx.array, mx.array]:
+    """Return scale and bias for a range, by mlx's formula: the larger extreme and 0 are exact."""
+    top = 2**bits - 1
+    low_edge = mx.abs(lo) > mx.abs(hi)
+    scale = mx.maximum((hi - lo) / top, EPS)
+    scale = mx.where(low_edge, scale, -scale)
+    edge = mx.where(low_edge, lo, hi)
+    zero_code = mx.round(edge / scale)
+    at_zero = zero_code == 0
+    scale = mx.where(at_zero, scale, edge / mx.where(at_zero, 1, zero_code))
+    return scale, mx.where(at_zero, 0, edge)
+
+
+def _closer_dtype(scales: mx.array) -> mx.Dtype:
+    def error(dtype: mx.Dtype) -> float:
+        return mx.sum((scales.astype(dtype).astype(mx.float32) - scales) ** 2).item()  # type: ignore
+
+    return mx.bfloat16 if error(mx.bfloat16) < error(mx.float16) else mx.float16

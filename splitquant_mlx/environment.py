@@ -1,0 +1,31 @@
+"""Describe the software and the machine that a result was made with."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = ("splitquant-mlx", "mlx", "mlx-lm", "numpy", "scikit-learn", "transformers")
+
+
+def versions() -> dict[str, str]:
+    """Return the version of Python and of every package that results depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_machine() -> dict[str, str | int]:
+    """Return chip, operating system and memory_bytes of this machine."""
+    import mlx.core as mx
+    import os
+
+    info = mx.device_info()
+    memory = info.get("memory_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "chip": str(info.get("device_name", platform.processor())),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "memory_bytes": int(memory),
+    }

@@ -1,0 +1,243 @@
+"""Summarise a weight array by runs of neighbouring values, with sums that keep about 32 digits.
+
+The 16 high bits of a float say its sign, exponent and leading digits, so a histogram over them sorts
+an array without comparing anything. For float16 and bfloat16 they are the whole number. For
+float32 each bin is a run of values `corner + step * low`, with `low` the 16 remaining bits, and the
+integer sums of `low` and its square give the bin's moments without a rounding error.
+
+The squared distance of a run to its mean is a small difference of large sums. Each sum is
+therefore a pair of float64, the second holding what the first rounds away (Dekker 1971; Ogita, Rump
+& Oishi 2005, "Accurate sum and dot product"). Prefix sums start at zero and go outward, so that no small weight
+is ever added to a large one: an outlier of 1e38 costs the others no digit.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+Pair = tuple[np.ndarray, np.ndarray]
+"""A sum as float64 high and low halves, to be added."""
+
+KEYS = 1 << 16
+ASCENDING = np.concatenate((np.arange(KEYS - 1, KEYS // 2 - 1, -1), np.arange(KEYS // 2)))
+"""Sign-and-magnitude bit patterns in the order of the numbers they stand for."""
+
+CHUNK = 1 << 18  # entries; bounds the temporaries, and keeps sums of squared low bits below 2^53
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """Hold m runs of neighbouring values in ascending order, as prefix sums over the entries.
+
+    Attributes:
+        value: (m,) float64, the value of a run of equal entries, else one within the run.
+        equal: (m,) bool, whether all entries of the run are known to be equal.
+        count: (m + 1,) float64, entries before each boundary.
+        total: (m + 1,) pair, sums of the entries between zero and each boundary.
+        square: (m + 1,) pair, the same for their squares.
+    """
+
+    value: np.ndarray
+    equal: np.ndarray
+    count: np.ndarray
+    total: Pair
+    square: Pair
+
+    @classmethod
+    def build(
+        cls, value: np.ndarray, equal: np.ndarray, count: np.ndarray, total: Pair, square: Pair
+    ) -> "Runs":
+        """Accumulate each run's own (m,) count, sum and sum of squares."""
+        pivot = int(np.searchsorted(value, 0.0))
+        return cls(
+            value=value,
+            equal=equal,
+            count=np.concatenate(([0.0], np.cumsum(count, dtype=np.float64))),
+            total=_prefix(total, pivot),
+            square=_prefix(square, pivot),
+        )
+
+    @property
+    def size(self) -> int:
+        """Count the runs."""
+        return self.value.size
+
+    def moments(self, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, Pair, Pair]:
+        """Return count, sum and sum of squares of the runs start..stop-1, element by element."""
+        return (
+            self.count[stop] - self.count[start],
+            _difference(self.total, start, stop),
+            _difference(self.square, start, stop),
+        )
+
+    def cost(self, start: np.ndarray, stop: np.ndarray, slack: float = 0.0) -> np.ndarray:
+        """Return the squared distances of runs start..stop-1 to their mean, 0 where there are none.
+
+        Args:
+            start: (n,) boundaries.
+            stop: (n,) boundaries, not below `start`.
+            slack: shifts the result by this fraction of the sum of squares, to bound it.
+        """
+        count, total, square = self.moments(start, stop)
+        left, left_low = _two_product(count, square[0])
+        right, right_low = _two_product(total[0], total[0])
+        low = (left_low + count * square[1]) - (right_low + 2.0 * total[0] * total[1])
+        cost = ((left - right) + low) / np.maximum(count, 1.0) + slack * square[0]
+        # Rounding left over from a huge lone value would drown the cost of all other clusters.
+        cost[(stop - start == 1) & self.equal[np.minimum(start, self.size - 1)]] = 0.0
+        return np.maximum(cost, 0.0, out=cost)
+
+
+def count_patterns(bits: np.ndarray) -> np.ndarray:
+    """Count each uint16 bit pattern; -0.0 counts as +0.0. Returns (65536,) int64."""
+    counts = np.zeros(KEYS, np.int64)
+    for start in range(0, bits.size, CHUNK):
+        counts += np.bincount(bits[start : start + CHUNK], minlength=KEYS)
+    counts[0] += counts[KEYS // 2]
+    counts[KEYS // 2] = 0
+    return counts
+
+
+def runs_of_equal(value: np.ndarray, count: np.ndarray) -> Runs:
+    """Build one run for each distinct value.
+
+    Args:
+        value: (m,) ascending float64, finite and exact in float32.
+        count: (m,) how often each occurs.
+    """
+    count = count.astype(np.float64)
+    return Runs.build(
+        value,
+        np.ones(value.size, bool),
+        count,
+        _two_product(count, value),
+        _two_product(count, value * value),
+    )
+
+
+def runs_of_bins(values: np.ndarray) -> tuple[np.ndarray, Runs]:
+    """Summarise a flat float32 array by the high half of its bit patterns.
+
+    Returns:
+        The (m,) high halves that occur, by ascending value, and one run for each.
+    """
+    counts, sums, squares = (np.zeros(KEYS, np.int64) for _ in range(3))
+    for start in range(0, values.size, CHUNK):
+        bits = _positive_zero(values[start : start + CHUNK]).view(np.uint32)
+        key, low = (bits >> 16).astype(np.intp), (bits & 0xFFFF).astype(np.float64)
+        counts += np.bincount(key, minlength=KEYS)
+        sums += np.bincount(key, low, minlength=KEYS).astype(np.int64)
+        squares += np.bincount(key, low * low, minlength=KEYS).astype(np.int64)
+
+    keys = ASCENDING[counts[ASCENDING] > 0]
+    pattern = keys.astype(np.uint32) << 16
+    corner = pattern.view(np.float32).astype(np.float64)
+    require_finite(corner)
+    step = (pattern | 1).view(np.float32) - corner
+    count, low, low_square = counts[keys].astype(np.float64), sums[keys], squares[keys]
+    total = _two_sum(count * corner, step * low)
+    square = (count * corner**2, np.zeros(keys.size))
+    for term in (
+        2.0 * corner * step * low,
+        step**2 * (low_square >> 32 << 32),
+        step**2 * (low_square & 0xFFFFFFFF),
+    ):
+        high, rest = _two_sum(square[0], term)
+        square = (high, square[1] + rest)
+    equal = (count == 1) | (low_square == 0)
+    return keys, Runs.build(corner, equal, count, total, square)
+
+
+def expand(
+    values: np.ndarray, keys: np.ndarray, bins: Runs, edges: np.ndarray, alive: np.ndarray
+) -> tuple[Runs, np.ndarray]:
+    """Replace the stretches that are alive by their distinct values, each other one by one run.
+
+    Args:
+        values: flat float32 array that `keys` and `bins` summarise.
+        keys: (m,) high halves, from `runs_of_bins`.
+        bins: the m runs.
+        edges: (n + 1,) boundaries of the stretches, from 0 to m.
+        alive: (n,) bool; a stretch that is alive is one bin wide.
+
+    Returns:
+        The new runs, and the boundaries of the same stretches among them.
+    """
+    wanted = np.zeros(KEYS, bool)
+    wanted[keys[edges[:-1][alive]]] = True
+    chosen = []
+    for start in range(0, values.size, CHUNK):
+        chunk = _positive_zero(values[start : start + CHUNK])
+        chosen.append(chunk[wanted[chunk.view(np.uint32) >> 16]])
+    fine, fine_count = np.unique(np.concatenate(chosen), return_counts=True)
+
+    inside = runs_of_equal(fine.astype(np.float64), fine_count)
+    rank = np.empty(KEYS, np.intp)
+    rank[keys] = np.arange(keys.size)
+    stretch_of = np.searchsorted(edges, rank[fine.view(np.uint32) >> 16], side="right") - 1
+    starts, stops = edges[:-1][~alive], edges[1:][~alive]
+    count, total, square = bins.moments(starts, stops)
+    ones = np.arange(fine.size)
+    own_count, own_total, own_square = inside.moments(ones, ones + 1)
+
+    stretch = np.concatenate((np.flatnonzero(~alive), stretch_of))
+    order = np.argsort(stretch, kind="stable")
+
+    def merge(gap: np.ndarray, own: np.ndarray) -> np.ndarray:
+        return np.concatenate((gap, own))[order]
+
+    runs = Runs.build(
+        merge(bins.value[starts], inside.value),
+        merge(np.zeros(starts.size, bool), inside.equal),
+        merge(count, own_count),
+        (merge(total[0], own_total[0]), merge(total[1], own_total[1])),
+        (merge(square[0], own_square[0]), merge(square[1], own_square[1])),
+    )
+    return runs, np.searchsorted(stretch[order], np.arange(edges.size))
+
+
+def require_finite(values: np.ndarray) -> None:
+    """Raise ValueError unless every value is finite."""
+    if not np.isfinite(values).all():
+        raise ValueError("weights hold NaN or infinite values: there is no mean to cluster around")
+
+
+def _positive_zero(values: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):  # a signalling NaN is reported later, with all others
+        return values + np.float32(0.0)
+
+
+def _prefix(terms: Pair, pivot: int) -> Pair:
+    left = _outward(terms[0][:pivot][::-1], terms[1][:pivot][::-1])
+    right = _outward(terms[0][pivot:], terms[1][pivot:])
+    high, low = (np.concatenate((-a[:0:-1], b)) for a, b in zip(left, right, strict=True))
+    return high, low
+
+
+def _outward(high: np.ndarray, low: np.ndarray) -> Pair:
+    sums = np.concatenate(([0.0], np.cumsum(high)))
+    lost = _two_sum(sums[:-1], high)[1]
+    return sums, np.concatenate(([0.0], np.cumsum(lost + low)))
+
+
+def _difference(prefix: Pair, start: np.ndarray, stop: np.ndarray) -> Pair:
+    high, lost = _two_sum(prefix[0][stop], -prefix[0][start])
+    return _two_sum(high, lost + (prefix[1][stop] - prefix[1][start]))
+
+
+def _two_sum(a: np.ndarray, b: np.ndarray) -> Pair:
+    total = a + b
+    shifted = total - a
+    return total, (a - (total - shifted)) + (b - shifted)
+
+
+def _two_product(a: np.ndarray, b: np.ndarray) -> Pair:
+    product = a * b
+    a_high, b_high = _leading_bits(a), _leading_bits(b)
+    a_low, b_low = a - a_high, b - b_high
+    rest = (a_high * b_high - product) + a_high * b_low + a_low * b_high
+    return product, rest + a_low * b_low
+
+
+def _leading_bits(a: np.ndarray) -> np.ndarray:
+    return (a.view(np.int64) & -(1 << 27)).view(np.float64)

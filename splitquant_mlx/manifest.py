@@ -1,0 +1,104 @@
+"""Record what a conversion did: the JSON that stands beside the weights as splitquant.json."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from splitquant_mlx.errors import CheckpointError
+
+FILE_NAME = "splitquant.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRecord:
+    """Record one layer that holds a weight matrix.
+
+    Attributes:
+        path: the module's path.
+        kind: "linear", "lm_head", "embedding", "experts" or "other".
+        action: "split", "quantize" or "keep".
+        shape: of the original weight, (..., out, in).
+        nbytes: stored size of the weight with its scales and biases, bytes.
+        bits_per_weight: stored bits over ORIGINAL entries.
+        bits: bits of a code; None when kept.
+        group_size: inputs that share a scale; None when kept.
+        mode: mlx's quantization mode; None when kept.
+        clusters: parts the layer is split into; None unless split.
+        cut_points: where k-means split the entries, ascending; empty unless split.
+        snr_db: 10 log10(sum w^2 / sum (w - w_hat)^2), dB; None when kept or without error.
+        note: why this layer differs from the recipe; empty if it does not.
+    """
+
+    path: str
+    kind: str
+    action: str
+    shape: tuple[int, ...]
+    nbytes: int
+    bits_per_weight: float
+    bits: int | None = None
+    group_size: int | None = None
+    mode: str | None = None
+    clusters: int | None = None
+    cut_points: tuple[float, ...] = ()
+    snr_db: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Record one conversion.
+
+    Attributes:
+        source: hub repo id or path, as given.
+        revision: commit of the hub repo; None for a local source.
+        recipe: the settings, as in a TOML recipe.
+        versions: of Python and the packages that did it.
+        device: mlx's device that did it.
+        layers: one record for each layer with a weight matrix.
+        linear_bits_per_weight: stored bits over original entries, converted linear layers.
+        bits_per_weight: the same over every parameter of the model.
+        source_bytes: size of the original's tensors.
+        stored_bytes: size of the converted model's tensors.
+        seconds: wall time of each stage and in total, s.
+    """
+
+    source: str
+    revision: str | None
+    recipe: dict[str, Any]
+    versions: dict[str, str]
+    device: str
+    layers: tuple[LayerRecord, ...]
+    linear_bits_per_weight: float
+    bits_per_weight: float
+    source_bytes: int
+    stored_bytes: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def save(self, directory: Path) -> None:
+        """Write the manifest into `directory`."""
+        text = json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False)
+        (directory / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def load_manifest(directory: Path) -> Manifest | None:
+    """Read a manifest; None where the directory has none.
+
+    Raises:
+        CheckpointError: when it cannot be read.
+    """
+    file = directory / FILE_NAME
+    if not file.exists():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        values["layers"] = tuple(
+            LayerRecord(
+                **{**layer, "shape": tuple(layer["shape"]), "cut_points": tuple(layer["cut_points"])}
+            )
+            for layer in values["layers"]
+        )
+        return Manifest(**values)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+        raise CheckpointError(f"{file} is not a splitquant-mlx manifest: {exc}") from exc

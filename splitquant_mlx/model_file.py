@@ -1,0 +1,112 @@
+"""Run a SplitQuant checkpoint: the one file that such a checkpoint carries with it.
+
+mlx-lm builds a model from a checkpoint's own Python file when config.json names one as
+`model_file` and the user passes --trust-remote-code; this file is copied there, so it imports
+nothing but mlx and mlx-lm. splitquant-mlx itself builds the model from its own, installed, copy.
+
+A split layer holds the codes of its k parts side by side along the input axis, which makes it a
+quantized linear layer of k * in inputs. Fed with k copies of x it returns the sum over the parts,
+accumulated in float32, in one kernel call: y = sum_c x @ dequantize(part_c).T + bias.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+from mlx_lm.utils import _get_classes
+
+
+class QuantizedSplitLinear(nn.Module):
+    """Apply the quantized parts of a split linear layer to the input, and sum.
+
+    Parameters are `weight` (out, clusters * in * bits / 32) uint32, `scales` and `biases`
+    (out, clusters * in / group_size), and, where the layer has one, `bias` (out,).
+
+    Args:
+        input_dims: in, a multiple of `group_size`.
+        output_dims: out.
+        bias: whether the layer has a bias; it is whole, not split.
+        clusters: number of parts.
+        group_size: inputs of one part that share a scale and a bias.
+        bits: bits of a code.
+    """
+
+    def __init__(
+        self,
+        input_dims: int,
+        output_dims: int,
+        bias: bool = True,
+        *,
+        clusters: int = 3,
+        group_size: int = 64,
+        bits: int = 4,
+    ):
+        super().__init__()
+        self.clusters = clusters
+        self.group_size = group_size
+        self.bits = bits
+        self.mode = "affine"
+        self.weight = mx.zeros((output_dims, clusters * input_dims * bits // 32), mx.uint32)
+        self.scales = mx.zeros((output_dims, clusters * input_dims // group_size))
+        self.biases = mx.zeros((output_dims, clusters * input_dims // group_size))
+        if bias:
+            self.bias = mx.zeros((output_dims,))
+        self.freeze()
+
+    def _extra_repr(self) -> str:
+        out, words = self.weight.shape
+        return (
+            f"input_dims={words * 32 // self.bits // self.clusters}, output_dims={out}, "
+            f"bias={'bias' in self}, clusters={self.clusters}, group_size={self.group_size}, "
+            f"bits={self.bits}"
+        )
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map x (..., in) to (..., out) in the dtype of x."""
+        y = mx.quantized_matmul(
+            mx.tile(x, (1,) * (x.ndim - 1) + (self.clusters,)),
+            self["weight"],
+            scales=self["scales"],
+            biases=self["biases"],
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+        ).astype(x.dtype)
+        return y + self["bias"] if "bias" in self else y
+
+
+def replace_split_layers(model: nn.Module, layers: dict[str, dict]) -> None:
+    """Put empty split layers where `layers` (path -> clusters, group_size, bits) says.
+
+    Raises:
+        ValueError: when a path is not that of a linear layer of the model.
+    """
+    modules = dict(model.named_modules())
+    replaced = []
+    for path, settings in layers.items():
+        linear = modules.get(path)
+        if type(linear) is not nn.Linear:
+            raise ValueError(f"config.json splits {path!r}, which is no linear layer of this model")
+        output_dims, input_dims = linear.weight.shape
+        layer = QuantizedSplitLinear(input_dims, output_dims, "bias" in linear, **settings)
+        replaced.append((path, layer))
+    model.update_modules(tree_unflatten(replaced))
+
+
+class ModelArgs:
+    """Carry config.json to `Model`."""
+
+    def __init__(self, config: dict):
+        self.config = config
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "ModelArgs":
+        """Wrap `config` whole."""
+        return cls(config)
+
+
+def Model(args: ModelArgs) -> nn.Module:  # noqa: N802  mlx-lm looks for this name
+    """Build mlx-lm's own model of this architecture, with split layers in place."""
+    model_class, args_class = _get_classes(args.config)
+    model = model_class(args_class.from_dict(args.config))
+    replace_split_layers(model, args.config["splitquant"]["layers"])
+    return model

@@ -1,0 +1,142 @@
+"""Hold the settings of one conversion, and read and write them as TOML."""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from splitquant_mlx.errors import RecipeError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+METHODS = ("splitquant", "rtn")
+GRANULARITIES = ("group", "channel", "tensor")
+BITS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+KMEANS = ("exact", "sklearn")
+DTYPES = ("float16", "bfloat16", "float32")
+EMBEDDINGS = ("keep", "quantize")
+LM_HEAD = ("keep", "quantize", "split")
+# mode -> (group_size, bits): the pairs mlx's kernels know; affine takes any of the above
+MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Say how to quantize a model.
+
+    Attributes:
+        method: "splitquant" (k-means split, then affine quantization of every part) or "rtn"
+            (round to nearest, what `mlx_lm.convert -q` does).
+        bits: bits of a code; None takes the mode's own (4, mxfp8: 8).
+        group_size: inputs that share scales and biases; None takes the mode's own (affine: 64).
+        granularity: one scale a "group", a "channel" (output row) or a "tensor" (part).
+        mode: mlx's quantization mode; all but "affine" are for rtn at group granularity.
+        clusters: parts a layer is split into, 2 to 8 (the paper's k, 3).
+        kmeans: "exact" (global optimum) or "sklearn" (the published approach, for comparison).
+        dtype: type of the tensors that stay unquantized; None takes the checkpoint's own.
+        embeddings: "keep" or "quantize"; None is "quantize" for rtn, as in mlx_lm.convert, and
+            "keep" for splitquant, as in the paper.
+        lm_head: "keep", "quantize" or "split"; None as for embeddings.
+        include: glob patterns; when given, only linear layers that match one are converted.
+        exclude: glob patterns of linear layers to keep as they are.
+    """
+
+    method: str = "splitquant"
+    bits: int | None = None
+    group_size: int | None = None
+    granularity: str = "group"
+    mode: str = "affine"
+    clusters: int = 3
+    kmeans: str = "exact"
+    dtype: str | None = None
+    embeddings: str | None = None
+    lm_head: str | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        _require_choice("method", self.method, METHODS)
+        _require_choice("mode", self.mode, tuple(MODES))
+        mode_group_size, mode_bits = MODES[self.mode]
+        self._fill(bits=mode_bits, group_size=mode_group_size)
+        if self.mode == "affine":
+            _require_choice("bits", self.bits, BITS)
+            _require_choice("group_size", self.group_size, GROUP_SIZES)
+        elif self.method != "rtn":
+            raise RecipeError(f"mode {self.mode!r} is for method 'rtn', got {self.method!r}")
+        elif (self.group_size, self.bits) != (mode_group_size, mode_bits):
+            raise RecipeError(
+                f"mode {self.mode!r} has group_size {mode_group_size} and bits {mode_bits}, "
+                f"got group_size {self.group_size} and bits {self.bits}: leave both out"
+            )
+        _require_choice("granularity", self.granularity, GRANULARITIES)
+        if self.mode != "affine" and self.granularity != "group":
+            raise RecipeError(f"mode {self.mode!r} has granularity 'group' only")
+        if type(self.clusters) is not int or not 2 <= self.clusters <= 8:
+            raise RecipeError(f"clusters: wanted a whole number from 2 to 8, got {self.clusters!r}")
+        _require_choice("kmeans", self.kmeans, KMEANS)
+        _require_choice("dtype", self.dtype, (None, *DTYPES))
+        unsplit = "quantize" if self.method == "rtn" else "keep"
+        self._fill(embeddings=unsplit, lm_head=unsplit)
+        _require_choice("embeddings", self.embeddings, EMBEDDINGS)
+        _require_choice("lm_head", self.lm_head, LM_HEAD)
+        if self.method == "rtn" and self.lm_head == "split":
+            raise RecipeError("lm_head 'split' is for method 'splitquant', got method 'rtn'")
+        for name in ("include", "exclude"):
+            patterns = getattr(self, name)
+            if not all(isinstance(pattern, str) for pattern in patterns):
+                raise RecipeError(f"{name}: wanted a list of glob patterns, got {patterns!r}")
+            object.__setattr__(self, name, tuple(patterns))
+
+    def _fill(self, **defaults: Any) -> None:
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as plain JSON or TOML values; unset ones are left out."""
+        values = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+        return {name: value for name, value in values.items() if value not in (None, [])}
+
+    def to_toml(self) -> str:
+        """Return the settings as TOML text that `load_recipe` reads back."""
+        # JSON's strings, whole numbers and lists of strings are TOML's too
+        return "".join(f"{key} = {json.dumps(value)}\n" for key, value in self.to_dict().items())
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """Build a recipe from plain values. Raises RecipeError for an unknown key or a bad value."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key, value in values.items():
+            if key not in known:
+                raise RecipeError(f"unknown recipe key {key!r}: known are {', '.join(known)}")
+            if key in ("include", "exclude") and not isinstance(value, (list, tuple)):
+                raise RecipeError(f"{key}: wanted a list of glob patterns, got {value!r}")
+        return cls(**values)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a TOML recipe. Raises RecipeError naming the file when it is missing or wrong."""
+    try:
+        return Recipe.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as exc:
+        raise RecipeError(f"recipe {path}: {exc.strerror or exc}") from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise RecipeError(f"recipe {path} is not valid TOML: {exc}") from exc
+    except RecipeError as exc:
+        raise RecipeError(f"recipe {path}: {exc}") from exc
+
+
+def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if not any(value is choice or (value == choice and type(value) is type(choice)) for choice in choices):
+        wanted = ", ".join(str(choice) for choice in choices if choice is not None)
+        raise RecipeError(f"{name}: wanted one of {wanted}, got {value!r}")

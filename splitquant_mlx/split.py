@@ -1,0 +1,53 @@
+"""Split a weight by k-means into parts that sum to it.
+
+SplitQuantV2 (Song & Lin 2025, arXiv:2503.07657, section 3): cluster all entries of a weight into
+k groups by value; part c keeps the entries of group c and is zero elsewhere. Every part spans a
+narrower range than the whole, so that the same number of codes covers it more finely.
+
+The zero is -0.0, the identity of IEEE addition (x + -0.0 is x for every x, +0.0 and -0.0
+included), which makes the sum of the parts equal to the weight bit for bit.
+"""
+
+import mlx.core as mx
+import numpy as np
+
+from splitquant_mlx.kmeans import Clustering, cluster, cluster_sklearn
+
+
+def cluster_weight(w: mx.array, clusters: int = 3, kmeans: str = "exact") -> Clustering:
+    """Cluster all entries of `w` (any shape; float16, bfloat16 or float32) into `clusters` groups.
+
+    Raises:
+        ValueError: when `w` holds NaN or infinite values, is empty, or `clusters` is not 2 to 8.
+    """
+    # numpy has no bfloat16: its bit patterns stand for it
+    values = np.array(w.view(mx.uint16) if w.dtype == mx.bfloat16 else w, copy=False)
+    return cluster_sklearn(values, clusters) if kmeans == "sklearn" else cluster(values, clusters)
+
+
+def labels(w: mx.array, clustering: Clustering) -> mx.array:
+    """Return the cluster of every entry of `w`, uint8: 0 is the lowest."""
+    found = mx.zeros(w.shape, mx.uint8)
+    for bound in clustering.upper_bounds:
+        # a bound is one of the entries, so the cast to their type is exact
+        found = found + (w > mx.array(bound, w.dtype)).astype(mx.uint8)
+    return found
+
+
+def split(w: mx.array, clusters: int = 3, kmeans: str = "exact") -> list[mx.array]:
+    """Split `w` into `clusters` parts of its own shape and dtype, lowest entries first.
+
+    The parts sum to `w` bit for bit. A weight of fewer distinct values than `clusters` leaves the
+    last parts zero.
+
+    Raises:
+        ValueError: when `w` holds NaN or infinite values, is empty, or `clusters` is not 2 to 8.
+    """
+    return parts_of(w, cluster_weight(w, clusters, kmeans), clusters)
+
+
+def parts_of(w: mx.array, clustering: Clustering, clusters: int) -> list[mx.array]:
+    """Split `w` by a clustering already found; see `split`."""
+    found = labels(w, clustering)
+    zero = mx.array(-0.0, w.dtype)
+    return [mx.where(found == c, w, zero) for c in range(clusters)]

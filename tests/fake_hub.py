@@ -1,0 +1,128 @@
+"""Serve, on the loopback, as much of the hub's API as listing and downloading a repo needs."""
+
+import json
+import re
+import threading
+from dataclasses import dataclass, field
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+COMMIT = "c0ffee" + "0" * 34
+REVISIONS = {"main": COMMIT, "v1": COMMIT, COMMIT: COMMIT}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Answer a request with an error; `code` is the hub's own header that says which."""
+
+    status: int
+    code: str = ""
+    where: str = ""  # a part of the request's path; empty: every request
+
+
+@dataclass
+class FakeHub:
+    repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    failure: Failure | None = None
+    silent: bool = False  # accepts connections and never answers
+    truncated: bool = False  # stops in the middle of a file's body
+    requests: list[str] = field(default_factory=list)
+    tokens: set[str | None] = field(default_factory=set)
+
+    def __enter__(self) -> "FakeHub":
+        hub = self
+        self.closing = threading.Event()
+
+        class Handler(_Handler):
+            server_hub = hub
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+        return self
+
+    def close(self) -> None:
+        if not self.closing.is_set():
+            self.closing.set()
+            self.server.shutdown()
+            self.server.server_close()
+            self.thread.join()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server_hub: FakeHub
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        hub = self.server_hub
+        path = self.path.partition("?")[0]
+        hub.requests.append(path)
+        hub.tokens.add(self.headers.get("Authorization"))
+        if hub.silent:
+            hub.closing.wait(30)
+            return
+        if hub.failure and hub.failure.where in path:
+            self.answer(hub.failure.status, code=hub.failure.code)
+        elif match := re.fullmatch(r"/api/models/(.+?)/tree/(.+)", path):
+            self.answer_tree(*match.groups())
+        elif match := re.fullmatch(r"/api/models/(.+?)(?:/revision/(.+))?", path):
+            self.answer_info(match[1], match[2] or "main")
+        elif match := re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path):
+            self.answer_file(match[1], match[3])
+        else:
+            self.answer(404)
+
+    def answer_info(self, repo: str, revision: str) -> None:
+        if repo not in self.server_hub.repos:
+            self.answer(401, code="RepoNotFound")
+        elif revision not in REVISIONS:
+            self.answer(404, code="RevisionNotFound")
+        else:
+            siblings = [{"rfilename": name} for name in self.server_hub.repos[repo]]
+            self.answer_json({"id": repo, "sha": REVISIONS[revision], "siblings": siblings})
+
+    def answer_tree(self, repo: str, revision: str) -> None:
+        files = self.server_hub.repos[repo].items()
+        self.answer_json(
+            [
+                {"type": "file", "path": name, "size": len(body), "oid": sha256(body).hexdigest()}
+                for name, body in files
+            ]
+        )
+
+    def answer_file(self, repo: str, name: str) -> None:
+        body = self.server_hub.repos[repo][name]
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{sha256(body).hexdigest()}"'}
+        start = 0
+        if match := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            start = int(match[1])
+            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        end = len(body) // 2 if self.server_hub.truncated else len(body)
+        headers["Content-Length"] = str(len(body) - start)
+        self.answer(206 if start else 200, headers=headers, body=body[start:end])
+
+    def answer_json(self, value: object) -> None:
+        body = json.dumps(value).encode()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        self.answer(200, headers=headers, body=body)
+
+    def answer(
+        self, status: int, *, code: str = "", headers: dict[str, str] | None = None, body=b""
+    ) -> None:
+        self.send_response(status)
+        for name, value in (headers or {"Content-Length": "0"}).items():
+            self.send_header(name, value)
+        if code:
+            self.send_header("X-Error-Code", code)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)

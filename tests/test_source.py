@@ -1,0 +1,297 @@
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fake_hub import COMMIT, Failure, FakeHub
+
+from splitquant_mlx.errors import SourceError
+from splitquant_mlx.source import Source, cached, resolve
+
+MODELS = Path(__file__).resolve().parents[2] / "shared" / "data" / "models"
+TOKEN = "hf_doNotShowThisToken"
+WHOLE = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": b"weights" * 1000,
+    "tokenizer.model": b"pieces",
+    "chat_template.jinja": b"{{ messages }}",
+    "README.md": b"# model",
+    "run.py": b"raise SystemExit",
+    "pytorch_model.bin": b"pickle",
+    "consolidated.safetensors": b"the same weights again",
+    "onnx/config.json": b"{}",
+}
+INDEX = {
+    "weight_map": {
+        "a": "model-00001-of-00002.safetensors",
+        "b": "model-00002-of-00002.safetensors",
+    }
+}
+SHARDED = {
+    "config.json": b"{}",
+    "model.safetensors.index.json": json.dumps(INDEX).encode(),
+    "model-00001-of-00002.safetensors": b"one",
+    "model-00002-of-00002.safetensors": b"two",
+}
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    from huggingface_hub import close_session, constants
+
+    close_session()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with FakeHub(repos={"org/whole": WHOLE, "org/sharded": SHARDED}) as hub:
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield hub
+        close_session()
+
+
+def refusal(model: str, **options) -> str:
+    """Return the message `resolve` fails with: always one line, never with the token."""
+    with pytest.raises(SourceError) as caught:
+        resolve(model, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert TOKEN not in message
+    return message
+
+
+# -- local paths
+
+
+def test_directory_and_gguf_are_taken_as_they_are(tmp_path, monkeypatch):
+    gguf = tmp_path / "a.GGUF"
+    gguf.write_bytes(b"GGUF")
+    assert resolve(str(tmp_path)) == Source(name=str(tmp_path), path=tmp_path, revision=None)
+    assert resolve(str(gguf)).path == gguf
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve("~/a.GGUF").path == gguf
+
+
+def test_existing_path_wins_over_a_repo_of_that_name(tmp_path, monkeypatch, hub):
+    (tmp_path / "org" / "whole").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve("org/whole").path == Path("org/whole")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    "model", ["./x", "../x", "/no/x", "~/no-such", "a/b/c", "x.gguf", "b/x.safetensors", "a\\b"]
+)
+def test_what_looks_like_a_path_is_never_looked_up(model, hub):
+    assert refusal(model).startswith(f"no such path: {model!r}")
+    assert hub.requests == []
+
+
+def test_other_bad_names(tmp_path, hub):
+    weights = tmp_path / "model.safetensors"
+    weights.touch()
+    assert "give the model's directory" in refusal(str(weights))
+    assert "is empty" in refusal(" ")
+    assert "repo id alone" in refusal("https://example.org/org/whole")
+    assert "File name too long" in refusal("x" * 300)
+    for model in ("a b", "a--b", "org/", "-x", "a\0b", "a\nb"):
+        assert "neither an existing path nor a repo id" in refusal(model)
+    assert hub.requests == []
+
+
+def test_revision_of_a_local_path_is_refused(tmp_path):
+    assert "hub repos only" in refusal(str(tmp_path), revision="main")
+
+
+# -- the hub
+
+
+def test_real_model_comes_through_whole(hub):
+    directory = MODELS / "stories260K"
+    if not directory.is_dir():
+        pytest.skip(f"the real model is not on this machine: {directory}")
+    files = {path.name: path.read_bytes() for path in directory.iterdir()}
+    hub.repos["org/stories"] = files
+    source = resolve("org/stories")
+    assert source == Source(name="org/stories", path=source.path, revision=COMMIT)
+    fetched = {path.name: path.read_bytes() for path in source.path.iterdir()}
+    assert fetched == {name: body for name, body in files.items() if name != "LICENSE"}
+
+
+def test_only_what_a_model_needs_is_fetched(hub):
+    names = {path.name for path in resolve("org/whole").path.rglob("*")}
+    assert names == {"config.json", "model.safetensors", "tokenizer.model", "chat_template.jinja"}
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1", COMMIT])
+def test_revision_is_resolved_and_the_cache_serves_offline(hub, revision):
+    first = resolve("org/sharded", revision=revision)
+    assert first.revision == COMMIT
+    hub.close()
+    start = time.monotonic()
+    assert resolve("org/sharded", revision=revision) == first
+    assert cached("org/sharded", revision=revision) == first
+    assert time.monotonic() - start < 5
+    assert cached("org/whole") is None
+
+
+@pytest.mark.parametrize("status", [401, 403, 429, 500, 503])
+def test_cache_serves_while_the_hub_refuses(hub, status):
+    first = resolve("org/whole")
+    hub.failure = Failure(status=status)
+    assert resolve("org/whole") == first
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_incomplete_cache_is_not_taken_for_a_model(hub, monkeypatch, offline):
+    from huggingface_hub import constants
+
+    source = resolve("org/sharded")
+    (source.path / "model-00002-of-00002.safetensors").unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    hub.close()
+    assert cached("org/sharded") is None
+    expected = "HF_HUB_OFFLINE forbids" if offline else "cannot be reached"
+    assert expected in refusal("org/sharded")
+
+
+def test_unreadable_cache_is_no_cache(hub, tmp_path):
+    (tmp_path / "hub").write_text("a file where the directory should be")
+    assert cached("org/whole") is None
+    assert "cannot be stored in" in refusal("org/whole")
+
+
+GATED = Failure(status=403, code="GatedRepo", where="/resolve/")
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (
+            GATED,
+            "ask for access at {hub}/org/whole and log in with `hf auth login` or set HF_TOKEN",
+        ),
+        (Failure(status=401, code="GatedRepo", where="/resolve/"), "the repo is gated"),
+        (Failure(status=401, code="RepoNotFound"), "no such path, and no such repo at {hub}"),
+        (Failure(status=404), "no such path, and no such repo at {hub}"),
+        (Failure(status=401), "{hub} refused access (401)"),
+        (Failure(status=403, where="/resolve/"), "{hub} refused access (403)"),
+        (Failure(status=429), "too many requests to {hub} (429)"),
+        (Failure(status=500), "{hub} answered with HTTP status 500: try again later"),
+    ],
+)
+def test_refusals_of_the_hub(hub, failure, expected):
+    hub.failure = failure
+    assert expected.format(hub=hub.endpoint) in refusal("org/whole")
+
+
+def test_missing_repo_and_revision(hub):
+    assert "org/absent: no such path, and no such repo" in refusal("org/absent")
+    assert "no revision 'v9'" in refusal("org/whole", revision="v9")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["config.json", "pytorch_model.bin"], "pickled weights only (pytorch_model.bin)"),
+        (["config.json", *(f"q{n}.gguf" for n in range(6))], "q3.gguf and 2 more): download one"),
+        (["config.json", "onnx/model.safetensors"], "holds no weights"),
+        (["adapter_model.safetensors"], "no config.json"),
+        ([], "holds no weights"),
+    ],
+)
+def test_repo_with_nothing_to_quantize_is_refused_before_a_download(hub, names, expected):
+    hub.repos["org/odd"] = dict.fromkeys(names, b"x")
+    assert expected in refusal("org/odd")
+    assert hub.requests == ["/api/models/org/odd"]
+
+
+def test_index_that_does_not_fit_the_repo(hub):
+    lacking = {name: body for name, body in SHARDED.items() if "00002-of" not in name}
+    hub.repos["org/lacking"] = lacking
+    assert "lacks files that its index names: model-00002-of" in refusal("org/lacking")
+    hub.repos["org/broken"] = WHOLE | {"model.safetensors.index.json": b"[]"}
+    assert "index.json is broken" in refusal("org/broken")
+
+
+def test_hub_that_never_answers_is_given_up_in_time(hub, monkeypatch):
+    from huggingface_hub import constants
+
+    hub.silent = True
+    start = time.monotonic()
+    assert "Timeout" in refusal("org/whole", timeout_s=0.3)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.3)
+    assert "Timeout" in refusal("org/whole")
+    assert time.monotonic() - start < 5
+
+
+def test_dead_hub_is_noticed_at_once(hub):
+    hub.close()
+    start = time.monotonic()
+    assert f"not in the cache, and {hub.endpoint} cannot be reached" in refusal("org/whole")
+    assert time.monotonic() - start < 5
+
+
+def test_broken_download_leaves_no_model_and_is_resumed(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    hub.truncated = True
+    assert "the same command carries on" in refusal("org/whole")
+    assert cached("org/whole") is None
+    hub.truncated = False
+    weights = resolve("org/whole").path / "model.safetensors"
+    assert weights.read_bytes() == WHOLE["model.safetensors"]
+
+
+def test_full_disk(hub, monkeypatch, tmp_path):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
+    assert f"the disk is full: free some space in {tmp_path / 'hub'}" in refusal("org/whole")
+
+
+def test_malformed_token_is_not_quoted(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_hidden\x0bpart")
+    message = refusal("org/whole")
+    assert "LocalProtocolError" in message
+    assert "hf_hidden" not in message
+
+
+def test_password_in_the_endpoint_is_not_quoted(hub, monkeypatch):
+    from huggingface_hub import constants
+
+    hub.failure = Failure(status=500)
+    address = hub.endpoint.replace("//", "//user:secret@")
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    message = refusal("org/whole")
+    assert hub.endpoint in message
+    assert "secret" not in message
+
+
+def test_environment_variables_reach_the_hub_and_its_import_is_late(hub, tmp_path):
+    code = (
+        "import sys, splitquant_mlx.source as s; assert 'huggingface_hub' not in sys.modules; "
+        "print(s.resolve('org/whole').path)"
+    )
+    home = tmp_path / "home"
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(home),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 0, run.stderr
+    assert Path(run.stdout.strip()).is_relative_to(home)
+    assert run.stderr == ""
