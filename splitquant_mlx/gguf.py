@@ -24,7 +24,7 @@ import numpy as np
 from splitquant_mlx.errors import CheckpointError, SourceError
 
 # The largest vocabularies in use need some 20 MB of metadata.
-MAX_HEADER_BYTES = 1 << 27
+MAX_HEADER_BYTES = 1 << 26
 MAX_RANK = 4
 MAX_ARRAY_DEPTH = 4
 DEFAULT_ALIGNMENT = 32
@@ -71,14 +71,12 @@ def open_gguf(path: Path) -> Gguf:
     """
     data = _map(path)
     cursor = _Cursor(path, data)
-    start = cursor.claim(4, "the magic number")
-    if data[start:4] != b"GGUF":
+    cursor.claim(4, "the magic number")
+    if data[:4] != b"GGUF":
         raise CheckpointError(f"{path}: starts with {data[:4]!r}, wanted b'GGUF'; not a GGUF file")
     version = cursor.scalar("<u4", "the version")
     if version not in (2, 3):
-        raise CheckpointError(
-            f"{path}: GGUF version {version}, wanted 2 or 3, little-endian; convert the model again"
-        )
+        raise cursor.error(f"GGUF version {version}, wanted 2 or 3 (little-endian)")
     tensor_count = cursor.count(MIN_TENSOR_INFO_BYTES, "the number of tensors")
     entry_count = cursor.count(MIN_METADATA_BYTES, "the number of metadata entries")
     metadata = _read_metadata(cursor, entry_count)
@@ -130,9 +128,7 @@ class _Cursor:
         """Read how many items of at least `item_bytes` each come next, if there is room."""
         count = int.from_bytes(self.data[self.claim(8, what) : self.position], "little")
         if count * item_bytes > self.end - self.position:
-            raise self.error(
-                f"{what} counts {count}, too many for {self.end - self.position} bytes"
-            )
+            raise self.error(f"{what} counts {count}, {self.end - self.position} bytes are left")
         return count
 
     def string(self, what: str) -> str:
@@ -198,8 +194,7 @@ def _read_tensor_infos(cursor: _Cursor, count: int, alignment: Any) -> dict[str,
             raise cursor.error(f"tensor {name!r:.80} has offset {info.offset}, {wanted}")
         end = info.offset + info.nbytes
         if base + end > len(cursor.data):
-            file_end = f"the file at {len(cursor.data)}"
-            raise cursor.error(f"tensor {name!r:.80} ends at byte {base + end}, {file_end}")
+            raise cursor.error(f"tensor {name!r:.80} ends at {base + end} of {len(cursor.data)}")
     return {name: info._replace(offset=base + info.offset) for name, info in tensors.items()}
 
 
@@ -213,10 +208,8 @@ def _read_tensor_info(cursor: _Cursor, number: int) -> TensorInfo:
     type_number = cursor.scalar("<u4", what)
     type_name = TYPE_NAMES.get(type_number, f"ggml type {type_number}")
     if type_name not in TYPES:
-        raise CheckpointError(
-            f"{cursor.path}: {what} is stored as {type_name}, wanted one of {', '.join(TYPES)}; "
-            "convert the model to one of these"
-        )
+        wanted = f"one of {', '.join(TYPES)}"
+        raise CheckpointError(f"{cursor.path}: {what} is {type_name}; convert it to {wanted}")
     block_size, dtype, _ = TYPES[type_name]
     if 0 in shape or shape[-1] % block_size:
         raise cursor.error(f"{what} has shape {shape}, wanted rows of whole {block_size}s")

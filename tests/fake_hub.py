@@ -3,12 +3,40 @@
 import json
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
 
 COMMIT = "c0ffee" + "0" * 34
 REVISIONS = {"main": COMMIT, "v1": COMMIT, COMMIT: COMMIT}
+WHOLE = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": b"weights" * 1000,
+    "tokenizer.model": b"pieces",
+    "chat_template.jinja": b"{{ messages }}",
+    "README.md": b"# model",
+    "run.py": b"raise SystemExit",
+    "pytorch_model.bin": b"pickle",
+    "consolidated.safetensors": b"the same weights again",
+    "onnx/config.json": b"{}",
+}
+INDEX = {
+    "weight_map": {
+        "a": "model-00001-of-00002.safetensors",
+        "b": "model-00002-of-00002.safetensors",
+    }
+}
+SHARDED = {
+    "config.json": b"{}",
+    "model.safetensors.index.json": json.dumps(INDEX).encode(),
+    "model-00001-of-00002.safetensors": b"one",
+    "model-00002-of-00002.safetensors": b"two",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +50,9 @@ class Failure:
 
 @dataclass
 class FakeHub:
-    repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    repos: dict[str, dict[str, bytes]] = field(
+        default_factory=lambda: {"org/whole": WHOLE, "org/sharded": SHARDED}
+    )
     failure: Failure | None = None
     silent: bool = False  # accepts connections and never answers
     truncated: bool = False  # stops in the middle of a file's body
@@ -48,6 +78,23 @@ class FakeHub:
             self.server.shutdown()
             self.server.server_close()
             self.thread.join()
+
+    @contextmanager
+    def instead_of_the_real_one(
+        self, monkeypatch: pytest.MonkeyPatch, cache: Path
+    ) -> Iterator[None]:
+        """Point huggingface_hub, which reads its environment once, at this hub and `cache`."""
+        from huggingface_hub import close_session, constants
+
+        close_session()  # its client remembers the proxy settings
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        file_url = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", self.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", file_url)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield
+        close_session()
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()

@@ -1,0 +1,16 @@
+"""Run the command line; the only place that prints errors and exits."""
+
+import sys
+
+
+def main() -> None:
+    """Run the command in sys.argv. Errors are one line on stderr and exit code 2."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    from splitquant_mlx.cli import run
+
+    sys.exit(run(arguments, debug=debug))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Offer the library on the command line: a command parses, makes one library call, renders."""
+
+import signal
+import sys
+import traceback
+from types import FrameType
+
+import typer
+
+from splitquant_mlx._version import __version__
+from splitquant_mlx.cli.chat import chat
+from splitquant_mlx.cli.convert import convert
+from splitquant_mlx.cli.demo import demo
+from splitquant_mlx.cli.doctor import doctor
+from splitquant_mlx.cli.generate import generate
+from splitquant_mlx.cli.inspect import inspect
+from splitquant_mlx.cli.serve import serve
+from splitquant_mlx.errors import SplitQuantError
+
+PROGRAM = "splitquant-mlx"
+# click's UsageError, which typer brings along under a name of its own in some versions
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    name=PROGRAM,
+    help="Low-bit LLMs on Apple silicon without a calibration data set: SplitQuantV2 for MLX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(convert)
+app.command()(generate)
+app.command()(chat)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
+app.command()(inspect)
+app.command()(doctor)
+app.command()(demo)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"{PROGRAM} {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Show the version."
+    ),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+) -> None:
+    pass
+
+
+def run(arguments: list[str], *, debug: bool = False) -> int:
+    """Run a command line and return its exit code: 0, or 2 after one line on stderr."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return app(arguments, prog_name=PROGRAM, standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):
+        message = "interrupted: nothing was left half-written"
+    except UsageError as exc:
+        context = getattr(exc, "ctx", None)
+        command = context.command_path if context else PROGRAM
+        message = f"{exc.format_message()} (see {command} --help)"  # type: ignore[attr-defined]
+    except SplitQuantError as exc:
+        message = str(exc)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output went away; there is nobody to tell
+        return 2
+    except Exception as exc:
+        message = f"unexpected {type(exc).__name__}: {exc} (--debug shows where)"
+    if debug:
+        traceback.print_exc()
+    print(f"{PROGRAM}: error: {one_line(message)}", file=sys.stderr)
+    return 2
+
+
+def one_line(text: str) -> str:
+    """Return `text` on one line, without characters that could drive a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

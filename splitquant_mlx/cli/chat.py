@@ -1,0 +1,6 @@
+"""Offer `chat`."""
+
+
+def chat() -> None:
+    """Not there yet."""
+    raise NotImplementedError

@@ -1,0 +1,96 @@
+"""Offer `convert`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from splitquant_mlx.cli.options import DEFAULT_MODEL, Device, Revision, start
+from splitquant_mlx.recipe import Recipe, load_recipe
+
+
+def convert(
+    model: Annotated[
+        str,
+        typer.Option("--model", "--hf-path", help="Repo id, directory or .gguf file to convert."),
+    ],
+    mlx_path: Annotated[Path, typer.Option(help="Directory to write.")] = Path(DEFAULT_MODEL),
+    recipe: Annotated[
+        Path | None, typer.Option(help="TOML file of settings; options given here go first.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="splitquant (default) or rtn.")] = None,
+    bits: Annotated[
+        int | None, typer.Option("--bits", "--q-bits", help="2, 3, 4 (default), 5, 6 or 8.")
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option("--group-size", "--q-group-size", help="32, 64 (default) or 128."),
+    ] = None,
+    granularity: Annotated[
+        str | None, typer.Option(help="One scale a group (default), channel or tensor.")
+    ] = None,
+    q_mode: Annotated[
+        str | None, typer.Option(help="affine (default); for rtn also mxfp4, nvfp4, mxfp8.")
+    ] = None,
+    clusters: Annotated[
+        int | None, typer.Option(help="Parts a layer is split into, 2 to 8 (default 3).")
+    ] = None,
+    kmeans: Annotated[
+        str | None, typer.Option(help="exact (default) or sklearn, for comparison.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float16, bfloat16 or float32 for what stays unquantized.")
+    ] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="keep or quantize (default: keep; rtn: quantize).")
+    ] = None,
+    lm_head: Annotated[
+        str | None, typer.Option(help="keep, quantize or split (default: keep; rtn: quantize).")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Convert only layers matching this glob; repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Keep layers matching this glob; repeatable.")
+    ] = None,
+    revision: Revision = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace --mlx-path if it is a model directory.")
+    ] = False,
+    quantize: Annotated[
+        bool, typer.Option("-q", "--quantize", hidden=True, help="Always on; as in mlx_lm.")
+    ] = True,
+    device: Device = None,
+) -> None:
+    """Split and quantize a model: k-means splits every linear layer, then plain INT4."""
+    settings = {
+        "method": method,
+        "bits": bits,
+        "group_size": group_size,
+        "granularity": granularity,
+        "mode": q_mode,
+        "clusters": clusters,
+        "kmeans": kmeans,
+        "dtype": dtype,
+        "embeddings": embeddings,
+        "lm_head": lm_head,
+        "include": tuple(include or ()) or None,
+        "exclude": tuple(exclude or ()) or None,
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    base = load_recipe(recipe).to_dict() if recipe else {}
+    chosen = Recipe.from_dict({**base, **given})
+    start(device)
+    from splitquant_mlx.cli.console import Bars
+    from splitquant_mlx.cli.summary import print_summary
+    from splitquant_mlx.convert import convert as convert_model
+
+    manifest = convert_model(
+        model,
+        mlx_path,
+        recipe=chosen,
+        revision=revision,
+        overwrite=overwrite,
+        progress=Bars(),
+    )
+    print_summary(manifest, mlx_path)

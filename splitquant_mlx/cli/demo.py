@@ -1,0 +1,6 @@
+"""Offer `demo`."""
+
+
+def demo() -> None:
+    """Not there yet."""
+    raise NotImplementedError

@@ -1,0 +1,6 @@
+"""Offer `doctor`."""
+
+
+def doctor() -> None:
+    """Not there yet."""
+    raise NotImplementedError

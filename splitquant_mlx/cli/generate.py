@@ -1,0 +1,6 @@
+"""Offer `generate`."""
+
+
+def generate() -> None:
+    """Not there yet."""
+    raise NotImplementedError

@@ -1,0 +1,6 @@
+"""Offer `inspect`."""
+
+
+def inspect() -> None:
+    """Not there yet."""
+    raise NotImplementedError

@@ -1,0 +1,6 @@
+"""Offer `serve`."""
+
+
+def serve() -> None:
+    """Not there yet."""
+    raise NotImplementedError

@@ -1,0 +1,67 @@
+"""Show what a conversion did."""
+
+from collections import Counter
+from pathlib import Path
+
+from splitquant_mlx.cli.console import size
+from splitquant_mlx.manifest import LayerRecord, Manifest
+
+MOST_NOTES = 8
+
+
+def print_summary(manifest: Manifest, path: Path) -> None:
+    """Print sizes, bits/weight, seconds, exceptions and the next command."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in _rows(manifest):
+        table.add_row(name, value)
+    console.print(table)
+    for text in _notes(manifest.layers):
+        console.print(f"  {text}", markup=False)
+    console.print(
+        f"Saved in {path}. Next: splitquant-mlx chat --model {path}", markup=False, soft_wrap=True
+    )
+
+
+def _rows(manifest: Manifest) -> list[tuple[str, str]]:
+    layers = manifest.layers
+    actions = Counter(layer.action for layer in layers)
+    done = ", ".join(f"{actions[a]} {word}" for a, word in _WORDS.items() if actions[a])
+    seconds = manifest.seconds
+    stages = ", ".join(f"{k} {v:.1f}" for k, v in seconds.items() if k != "total")
+    kept = sum(layer.nbytes for layer in layers if layer.action == "keep")
+    rows = [
+        ("Layers", done),
+        ("Linear layers", f"{manifest.linear_bits_per_weight:.2f} bits/weight"),
+        (
+            "Whole model",
+            f"{manifest.bits_per_weight:.2f} bits/weight ({size(kept)} of weights kept unquantized)",
+        ),
+        ("Size", f"{size(manifest.stored_bytes)}, the original has {size(manifest.source_bytes)}"),
+        ("Time", f"{seconds['total']:.1f} s ({stages})"),
+    ]
+    ratios = sorted(layer.snr_db for layer in layers if layer.snr_db is not None)
+    if ratios:
+        median = ratios[len(ratios) // 2]
+        rows.insert(3, ("Signal to noise", f"median {median:.1f} dB, lowest {ratios[0]:.1f} dB"))
+    return rows
+
+
+_WORDS = {"split": "split", "quantize": "quantized", "keep": "kept"}
+
+
+def _notes(layers: tuple[LayerRecord, ...]) -> list[str]:
+    """Name the layers that differ from the recipe, those with the same reason together."""
+    by_note: dict[str, list[LayerRecord]] = {}
+    for layer in layers:
+        if layer.note:
+            by_note.setdefault(f"{_WORDS[layer.action]}: {layer.note}", []).append(layer)
+    lines = []
+    for note, group in by_note.items():
+        names = ", ".join(layer.path for layer in group[:MOST_NOTES])
+        more = f" and {len(group) - MOST_NOTES} more" if len(group) > MOST_NOTES else ""
+        lines.append(f"{note}: {names}{more}")
+    return lines

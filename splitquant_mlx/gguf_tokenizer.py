@@ -1,0 +1,270 @@
+"""Rebuild the Hugging Face tokenizer that a GGUF file's metadata describes.
+
+GGUF keeps a vocabulary, not a tokenizer: the pieces in id order, their types, and either ranked
+merges ("gpt2": byte-level BPE) or scores ("llama": sentencepiece BPE with byte fallback). How text
+is cut before the merges apply is only a name, `tokenizer.ggml.pre`, so the names this module does
+not know are refused: a wrong cut gives a model that runs and is quietly worse.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+
+from splitquant_mlx.errors import CheckpointError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+# Splitting a piece is quadratic in its length; the longest in use are runs of some 250 blanks.
+MAX_PIECE_CHARS = 2048
+SPACE = "▁"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreTokenizer:
+    """Say how a byte-level vocabulary cuts text before its merges apply.
+
+    Args:
+        split: regular expression of the cut; None is that of GPT-2.
+        digits: cut every digit off first.
+        whole_pieces: a cut that is a piece of the vocabulary is taken whole, merges or not.
+        add_bos: start with the BOS token where the metadata does not say.
+        compose: bring text to Unicode NFC first.
+    """
+
+    split: str | None = None
+    digits: bool = False
+    whole_pieces: bool = False
+    add_bos: bool = False
+    compose: bool = False
+
+
+def _words(numbers: str) -> str:
+    return (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + numbers + r"|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+
+GPT2 = PreTokenizer()
+SMOLLM = PreTokenizer(digits=True)
+LLAMA3 = PreTokenizer(split=_words(r"\p{N}{1,3}"), whole_pieces=True, add_bos=True)
+QWEN2 = PreTokenizer(split=_words(r"\p{N}"), compose=True)
+# The names are those of llama.cpp's src/llama-vocab.cpp.
+PRE_TOKENIZERS = {
+    **{"default": GPT2, "gpt-2": GPT2, "olmo": GPT2},
+    **{"smollm": SMOLLM, "starcoder": SMOLLM, "refact": SMOLLM},
+    **{"llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "falcon3": LLAMA3},
+    **{"qwen2": QWEN2, "deepseek-r1-qwen": QWEN2},
+}
+
+
+def write_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json for `metadata` into `directory`.
+
+    Raises:
+        CheckpointError: the metadata is incomplete, inconsistent, or of an unknown kind.
+    """
+    tokenizer = build_tokenizer(metadata)
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **{f"{role}_token": token for role, token in _named_tokens(metadata).items()},
+    }
+    context_length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    if isinstance(context_length, int):
+        config["model_max_length"] = context_length
+    chat_template = metadata.get("tokenizer.chat_template")
+    if isinstance(chat_template, str):
+        config["chat_template"] = chat_template
+    tokenizer.save(str(directory / "tokenizer.json"))
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
+    """Return the tokenizer that `metadata` describes; every piece keeps its id.
+
+    Raises:
+        CheckpointError: the metadata is incomplete, inconsistent, or of an unknown kind.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(kind if type(kind) is str else "")
+    if build is None:
+        raise CheckpointError(
+            f"tokenizer.ggml.model is {kind!r:.80}, wanted 'gpt2' or 'llama'; "
+            "take the model from a Hugging Face directory instead"
+        )
+    vocabulary = _vocabulary(metadata)
+    types = _token_types(metadata, len(vocabulary))
+    named = _named_tokens(metadata)
+    try:
+        tokenizer, add_bos = build(metadata, vocabulary, types, named.get("unk"))
+        _add_tokens(tokenizer, vocabulary, types, set(named.values()))
+        _add_template(tokenizer, metadata, named, add_bos)
+    except CheckpointError:
+        raise
+    except Exception as exc:  # what the tokenizers library raises has no class of its own
+        raise CheckpointError(
+            f"the tokenizer metadata is corrupt ({str(exc)!r:.200}); fetch the file again"
+        ) from exc
+    return tokenizer
+
+
+def _vocabulary(metadata: dict[str, Any]) -> dict[str, int]:
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list) or not tokens or not all(type(t) is str for t in tokens):
+        raise CheckpointError(
+            "tokenizer.ggml.tokens is missing or no list of strings; the file has no vocabulary"
+        )
+    vocabulary: dict[str, int] = {}
+    for number, token in enumerate(tokens):
+        if vocabulary.setdefault(token, number) != number or len(token) > MAX_PIECE_CHARS:
+            raise CheckpointError(
+                f"tokenizer.ggml.tokens[{number}] is {token!r:.80}, wanted a piece of at most "
+                f"{MAX_PIECE_CHARS} characters that no other id has; the file is corrupt"
+            )
+    return vocabulary
+
+
+def _token_types(metadata: dict[str, Any], count: int) -> list[int]:
+    types = metadata.get("tokenizer.ggml.token_type")
+    return [NORMAL] * count if types is None else _numbers(types, "token_type", count)
+
+
+def _numbers(values: Any, key: str, count: int) -> list[Any]:
+    """Return the array of `count` numbers `values` as a list."""
+    # Lists hold strings or arrays; arrays of numbers come as numpy arrays.
+    numbers = getattr(values, "tolist", list)()
+    if len(numbers) != count or not all(math.isfinite(number) for number in numbers):
+        raise CheckpointError(
+            f"tokenizer.ggml.{key} has {len(numbers)} finite numbers, wanted {count}, one for "
+            "each token; the file is incomplete or corrupt"
+        )
+    return numbers
+
+
+def _named_tokens(metadata: dict[str, Any]) -> dict[str, str]:
+    """Return the text of the tokens that have a role: bos, eos, unk, pad."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    named = {}
+    for role, key in keys.items():
+        number = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if number is None:
+            continue
+        if type(number) is not int or not 0 <= number < len(tokens):
+            raise CheckpointError(
+                f"tokenizer.ggml.{key}_token_id is {number!r:.80}, wanted an id below "
+                f"{len(tokens)}; the file is corrupt"
+            )
+        named[role] = tokens[number]
+    return named
+
+
+def _byte_level(
+    metadata: dict[str, Any], vocabulary: dict[str, int], types: list[int], unknown: str | None
+) -> tuple[Tokenizer, bool]:
+    name = metadata.get("tokenizer.ggml.pre", "default")
+    if name not in PRE_TOKENIZERS:
+        raise CheckpointError(
+            f"tokenizer.ggml.pre is {name!r:.80}, wanted one of {', '.join(PRE_TOKENIZERS)}; "
+            "take the model from a Hugging Face directory instead"
+        )
+    pre = PRE_TOKENIZERS[name]
+    merges = metadata.get("tokenizer.ggml.merges")
+    if not isinstance(merges, list):
+        raise CheckpointError(
+            "tokenizer.ggml.merges is missing; the file's tokenizer is incomplete"
+        )
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre.whole_pieces))
+    cut = [pre_tokenizers.Digits(individual_digits=True)] if pre.digits else []
+    if pre.split is not None:
+        cut.append(pre_tokenizers.Split(Regex(pre.split), behavior="isolated"))
+    cut.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.split is None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cut)
+    tokenizer.decoder = decoders.ByteLevel()
+    if pre.compose:
+        tokenizer.normalizer = normalizers.NFC()
+    return tokenizer, pre.add_bos
+
+
+def _sentencepiece(
+    metadata: dict[str, Any], vocabulary: dict[str, int], types: list[int], unknown: str | None
+) -> tuple[Tokenizer, bool]:
+    scores = _numbers(metadata.get("tokenizer.ggml.scores"), "scores", len(vocabulary))
+    merges = _merges(vocabulary, types, scores)
+    bytes_known = "<0x00>" in vocabulary
+    model = models.BPE(
+        vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=bytes_known
+    )
+    tokenizer = Tokenizer(model)
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    replace = normalizers.Replace(" ", SPACE)
+    before = [normalizers.Prepend(SPACE)] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*before, replace])
+    after = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *after]
+    )
+    return tokenizer, True
+
+
+def _merges(
+    vocabulary: dict[str, int], types: list[int], scores: list[float]
+) -> list[tuple[str, str]]:
+    """Return the merges that make the pieces, best score first.
+
+    Sentencepiece joins the two neighbours whose union scores highest, so each way to cut a piece
+    in two pieces is a merge of the rank of the whole.
+    """
+    pieces = {p: i for p, i in vocabulary.items() if types[i] in (NORMAL, UNUSED)}
+    return [
+        (piece[:cut], piece[cut:])
+        for piece in sorted(pieces, key=lambda piece: (-scores[pieces[piece]], pieces[piece]))
+        for cut in range(len(piece) - 1, 0, -1)
+        if piece[:cut] in pieces and piece[cut:] in pieces
+    ]
+
+
+def _add_tokens(
+    tokenizer: Tokenizer, vocabulary: dict[str, int], types: list[int], named: set[str]
+) -> None:
+    """Keep control, named and user-defined tokens whole wherever they stand in a text."""
+    special = {t for t, i in vocabulary.items() if types[i] in (UNKNOWN, CONTROL)} | named
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, normalized=False, special=token in special)
+            for token, number in vocabulary.items()
+            if token in special or types[number] == USER_DEFINED
+        ]
+    )
+
+
+def _add_template(
+    tokenizer: Tokenizer, metadata: dict[str, Any], named: dict[str, str], add_bos: bool
+) -> None:
+    """Let encoding add BOS and EOS where the metadata asks for it."""
+    added = {
+        role: [named[role]]
+        if role in named and metadata.get(f"tokenizer.ggml.add_{role}_token", default)
+        else []
+        for role, default in {"bos": add_bos, "eos": False}.items()
+    }
+    ids = [(token, tokenizer.token_to_id(token)) for tokens in added.values() for token in tokens]
+    if ids:
+        single = [*added["bos"], "$A", *added["eos"]]
+        pair = [*single, *added["bos"], "$B", *added["eos"]]
+        tokenizer.post_processor = processors.TemplateProcessing(single, pair, ids)
