@@ -101,7 +101,7 @@ def quantize_parts(
         group_size: inputs of a part that share one scale.
         granularity: "group", "channel" or "tensor" (of a part).
         scale_dtype: type to store scales and biases in; None picks, of float16 and bfloat16,
-            the one that rounds the scales with less squared error.
+            the one that rounds the scales with less error.
 
     Returns:
         The parts side by side along the last axis: weight (..., out, k * in * bits / 32), scales
@@ -188,6 +188,7 @@ def _fit_range(lo: mx.array, hi: mx.array, bits: int) -> tuple[mx.array, mx.arra
 
 def _closer_dtype(scales: mx.array) -> mx.Dtype:
     def error(dtype: mx.Dtype) -> float:
-        return mx.sum((scales.astype(dtype).astype(mx.float32) - scales) ** 2).item()  # type: ignore
+        return mx.sum(mx.abs(scales.astype(dtype).astype(mx.float32) - scales)).item()  # type: ignore
 
-    return mx.bfloat16 if error(mx.bfloat16) < error(mx.float16) else mx.float16
+    # strictly less, so that a range beyond float16, with an infinite error, falls to bfloat16
+    return mx.float16 if error(mx.float16) < error(mx.bfloat16) else mx.bfloat16

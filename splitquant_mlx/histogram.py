@@ -1,16 +1,17 @@
 """Summarise a weight array by runs of neighbouring values, with sums that keep about 32 digits.
 
-The 16 high bits of a float say its sign, exponent and leading digits, so a histogram over them sorts
-an array without comparing anything. For float16 and bfloat16 they are the whole number. For
-float32 each bin is a run of values `corner + step * low`, with `low` the 16 remaining bits, and the
-integer sums of `low` and its square give the bin's moments without a rounding error.
+The 16 high bits of a float hold its sign, exponent and leading digits, so a histogram over them
+sorts an array without comparing anything. For float16 and bfloat16 they are the whole number. For
+float32 each bin is a run of values `corner + step * low`, with `low` the 16 remaining bits, and
+the integer sums of `low` and its square give the bin's moments without a rounding error.
 
 The squared distance of a run to its mean is a small difference of large sums. Each sum is
-therefore a pair of float64, the second holding what the first rounds away (Dekker 1971; Ogita, Rump
-& Oishi 2005, "Accurate sum and dot product"). Prefix sums start at zero and go outward, so that no small weight
-is ever added to a large one: an outlier of 1e38 costs the others no digit.
+therefore a pair of float64, the second holding what the first rounds away (Dekker 1971; Ogita,
+Rump & Oishi 2005, "Accurate sum and dot product"). Prefix sums start at zero and go outward, so
+that no small weight is ever added to a large one: an outlier of 1e38 costs the others no digit.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,29 +31,29 @@ class Runs:
     """Hold m runs of neighbouring values in ascending order, as prefix sums over the entries.
 
     Attributes:
-        value: (m,) float64, the value of a run of equal entries, else one within the run.
-        equal: (m,) bool, whether all entries of the run are known to be equal.
+        low: (m,) float64, no entry of the run is below it, none of the run before above it.
+        high: (m,) float64, the same from above; equal to `low` if all entries are known equal.
         count: (m + 1,) float64, entries before each boundary.
         total: (m + 1,) pair, sums of the entries between zero and each boundary.
         square: (m + 1,) pair, the same for their squares.
     """
 
-    value: np.ndarray
-    equal: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
     count: np.ndarray
     total: Pair
     square: Pair
 
     @classmethod
     def build(
-        cls, value: np.ndarray, equal: np.ndarray, count: np.ndarray, total: Pair, square: Pair
+        cls, low: np.ndarray, high: np.ndarray, count: np.ndarray, total: Pair, square: Pair
     ) -> "Runs":
         """Accumulate each run's own (m,) count, sum and sum of squares."""
-        pivot = int(np.searchsorted(value, 0.0))
+        pivot = int(np.searchsorted(low, 0.0))
         return cls(
-            value=value,
-            equal=equal,
-            count=np.concatenate(([0.0], np.cumsum(count, dtype=np.float64))),
+            low=low,
+            high=high,
+            count=np.concatenate(([0.0], np.cumsum(count))),
             total=_prefix(total, pivot),
             square=_prefix(square, pivot),
         )
@@ -60,7 +61,7 @@ class Runs:
     @property
     def size(self) -> int:
         """Count the runs."""
-        return self.value.size
+        return self.low.size
 
     def moments(self, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, Pair, Pair]:
         """Return count, sum and sum of squares of the runs start..stop-1, element by element."""
@@ -70,22 +71,31 @@ class Runs:
             _difference(self.square, start, stop),
         )
 
-    def cost(self, start: np.ndarray, stop: np.ndarray, slack: float = 0.0) -> np.ndarray:
-        """Return the squared distances of runs start..stop-1 to their mean, 0 where there are none.
+    def spread(
+        self, start: np.ndarray, stop: np.ndarray, slack: float = 0.0
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return count, mean and inertia of the runs start..stop-1, zeros where there are none.
 
         Args:
             start: (n,) boundaries.
             stop: (n,) boundaries, not below `start`.
-            slack: shifts the result by this fraction of the sum of squares, to bound it.
+            slack: shifts the inertia by this fraction of the sum of squares, to bound it.
         """
         count, total, square = self.moments(start, stop)
+        divisor = np.maximum(count, 1.0)
         left, left_low = _two_product(count, square[0])
         right, right_low = _two_product(total[0], total[0])
-        low = (left_low + count * square[1]) - (right_low + 2.0 * total[0] * total[1])
-        cost = ((left - right) + low) / np.maximum(count, 1.0) + slack * square[0]
-        # Rounding left over from a huge lone value would drown the cost of all other clusters.
-        cost[(stop - start == 1) & self.equal[np.minimum(start, self.size - 1)]] = 0.0
-        return np.maximum(cost, 0.0, out=cost)
+        rest = (left_low + count * square[1]) - (right_low + 2.0 * total[0] * total[1])
+        inertia = ((left - right) + rest) / divisor + slack * square[0]
+        # Rounding left over from a huge lone value would drown the inertia of everything else.
+        first = np.minimum(start, self.size - 1)
+        inertia[(stop - start == 1) & (self.low[first] == self.high[first])] = 0.0
+        return count, total[0] / divisor, np.maximum(inertia, 0.0, out=inertia)
+
+    def inertia(self, cuts: np.ndarray, slack: float = 0.0) -> float:
+        """Add up the inertia of the clusters between ascending boundaries `cuts`."""
+        edges = np.concatenate(([0], cuts, [self.size]))
+        return math.fsum(self.spread(edges[:-1], edges[1:], slack)[2])
 
 
 def count_patterns(bits: np.ndarray) -> np.ndarray:
@@ -108,7 +118,7 @@ def runs_of_equal(value: np.ndarray, count: np.ndarray) -> Runs:
     count = count.astype(np.float64)
     return Runs.build(
         value,
-        np.ones(value.size, bool),
+        value,
         count,
         _two_product(count, value),
         _two_product(count, value * value),
@@ -144,8 +154,11 @@ def runs_of_bins(values: np.ndarray) -> tuple[np.ndarray, Runs]:
     ):
         high, rest = _two_sum(square[0], term)
         square = (high, square[1] + rest)
-    equal = (count == 1) | (low_square == 0)
-    return keys, Runs.build(corner, equal, count, total, square)
+    far = corner + step * 0xFFFF
+    known = (count == 1) | (low_square == 0)
+    bottom = np.where(known, corner + step * low / count, np.minimum(corner, far))
+    top = np.where(known, bottom, np.maximum(corner, far))
+    return keys, Runs.build(bottom, top, count, total, square)
 
 
 def expand(
@@ -158,37 +171,35 @@ def expand(
         keys: (m,) high halves, from `runs_of_bins`.
         bins: the m runs.
         edges: (n + 1,) boundaries of the stretches, from 0 to m.
-        alive: (n,) bool; a stretch that is alive is one bin wide.
+        alive: (n,) bool.
 
     Returns:
         The new runs, and the boundaries of the same stretches among them.
     """
-    wanted = np.zeros(KEYS, bool)
-    wanted[keys[edges[:-1][alive]]] = True
+    stretch_of_key = np.full(KEYS, -1)
+    width = np.diff(edges)
+    stretch_of_key[keys] = np.repeat(np.where(alive, np.arange(width.size), -1), width)
+    wanted = stretch_of_key >= 0
     chosen = []
     for start in range(0, values.size, CHUNK):
         chunk = _positive_zero(values[start : start + CHUNK])
         chosen.append(chunk[wanted[chunk.view(np.uint32) >> 16]])
     fine, fine_count = np.unique(np.concatenate(chosen), return_counts=True)
 
-    inside = runs_of_equal(fine.astype(np.float64), fine_count)
-    rank = np.empty(KEYS, np.intp)
-    rank[keys] = np.arange(keys.size)
-    stretch_of = np.searchsorted(edges, rank[fine.view(np.uint32) >> 16], side="right") - 1
-    starts, stops = edges[:-1][~alive], edges[1:][~alive]
-    count, total, square = bins.moments(starts, stops)
-    ones = np.arange(fine.size)
-    own_count, own_total, own_square = inside.moments(ones, ones + 1)
-
-    stretch = np.concatenate((np.flatnonzero(~alive), stretch_of))
+    rest = np.flatnonzero(~alive)
+    stretch = np.concatenate((rest, stretch_of_key[fine.view(np.uint32) >> 16]))
     order = np.argsort(stretch, kind="stable")
+    every = np.arange(fine.size)
+    inside = runs_of_equal(fine.astype(np.float64), fine_count)
+    count, total, square = bins.moments(edges[rest], edges[rest + 1])
+    own_count, own_total, own_square = inside.moments(every, every + 1)
 
-    def merge(gap: np.ndarray, own: np.ndarray) -> np.ndarray:
-        return np.concatenate((gap, own))[order]
+    def merge(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
+        return np.concatenate((outer, inner))[order]
 
     runs = Runs.build(
-        merge(bins.value[starts], inside.value),
-        merge(np.zeros(starts.size, bool), inside.equal),
+        merge(bins.low[edges[rest]], inside.low),
+        merge(bins.high[edges[rest + 1] - 1], inside.high),
         merge(count, own_count),
         (merge(total[0], own_total[0]), merge(total[1], own_total[1])),
         (merge(square[0], own_square[0]), merge(square[1], own_square[1])),

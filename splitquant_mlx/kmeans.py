@@ -1,21 +1,25 @@
-"""Cluster the entries of a weight array into k groups of least squared distance: exact 1-D k-means.
+"""Cluster the entries of a weight array into k groups of least inertia: exact 1-D k-means.
 
-In one dimension the best clusters are intervals, so k-means is the choice of k - 1 cuts in the sorted
-values, and dynamic programming over the last cut finds the global optimum (Wang & Song 2011,
-Ckmeans.1d.dp). The best last cut moves right as more values are added, hence a row of the recursion takes
-O(m log m) costs for m values by divide and conquer (Gronlund et al. 2017, arXiv:1701.07204).
+In one dimension the best clusters are intervals, so k-means is the choice of k - 1 cuts in the
+sorted values, and dynamic programming over the last cut finds the global optimum (Wang & Song
+2011, Ckmeans.1d.dp). The best last cut moves right as values are added, so that divide and conquer
+fills a row for m values in O(m log m) (Gronlund et al. 2017, arXiv:1701.07204).
 
-Most cuts can be ruled out before that. Take stretches of neighbouring values and let a cut fall
-somewhere inside one: leaving that stretch out altogether can only lower the cost, and what remains
-is known exactly. So the same recursion over stretches yields, for each stretch and cut, a lower
-bound on every clustering that has that cut there. Where it exceeds the cost of some clustering
-already in hand, no optimal cut lies. The other stretches are divided and tested again, and the exact
-recursion runs over the few positions left: its result is the global optimum over all entries.
+Nearly all cuts can be ruled out before that. Let each cut fall somewhere inside a stretch of
+neighbouring values. The entries of that stretch left of the cut belong to the cluster on the left;
+moving them all down to the stretch's bottom brings them closer to that cluster and to one another,
+so the inertia cannot rise. Likewise those right of the cut, moved up to the top. The inertia is
+now concave in the number that went left, so it is least where all or none did. Dynamic programming
+over stretches and these two choices thus gives, for every cut and stretch, a lower bound on all
+clusterings with that cut there. Where it exceeds the inertia of a clustering already in hand, no
+optimal cut lies. The other stretches are divided and tested again, until little is left for the
+exact recursion: its result is the global optimum over all entries.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -23,10 +27,12 @@ from splitquant_mlx import histogram
 from splitquant_mlx.histogram import Runs
 
 SMALL = 1 << 16  # float32 entries; below this, sorting them is faster than the histogram
-STRETCHES = 256  # tested in one round
-FEW = 1024  # positions the exact recursion takes at once
+STRETCHES = 32  # tested in one round for each cut
+CROWD = 512  # stretches for one cut that end the rounds: tests rule out too little
+FEW = 64  # boundaries between runs that the exact recursion takes without further tests
 BRANCH = 4  # fewer levels than 2: numpy's call overhead outweighs the extra costs evaluated
-SLACK = 2.0**-60  # bounds the rounding error of a cost, as a fraction of the sum of squares
+SLACK = 2.0**-60  # bounds the rounding error of an inertia, as a fraction of the sum of squares
+ROUNDING = 2.0**-46  # bounds that of a short float64 expression, as a fraction of its terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +92,12 @@ def cluster_sklearn(values: np.ndarray, k: int = 3, seed: int = 0, n_init: int =
     flat = _flat(values, k)
     numbers = _bfloat16(flat) if flat.dtype == np.uint16 else flat.astype(np.float32)
     histogram.require_finite(numbers)
-    model = KMeans(min(k, np.unique(numbers).size), n_init=n_init, random_state=seed)
-    labels = model.fit(numbers[:, None]).labels_
+    model = KMeans(
+        min(k, np.unique(numbers).size),
+        n_init=n_init,  # pyright: ignore[reportArgumentType]  it takes the default for the type
+        random_state=seed,
+    )
+    labels = np.asarray(model.fit_predict(numbers[:, None]))
     parts = [numbers[labels == label].astype(np.float64) for label in np.unique(labels)]
     parts.sort(key=lambda part: part[0])
     centers = [part.mean() for part in parts]
@@ -104,17 +114,17 @@ def cluster_sklearn(values: np.ndarray, k: int = 3, seed: int = 0, n_init: int =
 
 def _cluster(values: np.ndarray, k: int, small: int) -> Clustering:
     flat = _flat(values, k)
+    edges, alive = np.array([0, 1]), np.ones((k - 1, 1), bool)
     if flat.dtype == np.float32 and flat.size >= small:
         keys, bins = histogram.runs_of_bins(flat)
-        edges, alive = _narrow(bins, k, np.array([0, bins.size]), np.ones((k - 1, 1), bool), 0)
-        runs, edges = histogram.expand(flat, keys, bins, edges, alive.any(0))
+        edges, alive = _narrow(bins, edges * bins.size, alive, few=0)
+        runs, edges = histogram.expand(flat, keys, bins, edges, np.any(alive, axis=0))
     else:
         runs = _runs_of_distinct(flat)
-        edges, alive = np.array([0, runs.size]), np.ones((k - 1, 1), bool)
-
+        edges = edges * runs.size
     parts = min(k, runs.size)
-    edges, alive = _narrow(runs, parts, edges, alive[: parts - 1], FEW)
-    return _summary(runs, _best_cuts(runs, _positions(edges, alive), parts))
+    edges, alive = _narrow(runs, edges, alive[: parts - 1], FEW)
+    return _summary(runs, _best_cuts(runs, _boundaries(edges, alive), parts))
 
 
 def _flat(values: np.ndarray, k: int) -> np.ndarray:
@@ -140,32 +150,36 @@ def _runs_of_distinct(flat: np.ndarray) -> Runs:
     else:
         counts = histogram.count_patterns(flat.view(np.uint16))
         keys = histogram.ASCENDING[counts[histogram.ASCENDING] > 0].astype(np.uint16)
-        value, count = (
-            _bfloat16(keys) if flat.dtype == np.uint16 else keys.view(flat.dtype),
-            counts[keys],
-        )
+        value = _bfloat16(keys) if flat.dtype == np.uint16 else keys.view(flat.dtype)
+        count = counts[keys]
         histogram.require_finite(value)
     return histogram.runs_of_equal(value.astype(np.float64), count)
 
 
 def _narrow(
-    runs: Runs, parts: int, edges: np.ndarray, alive: np.ndarray, few: int
+    runs: Runs, edges: np.ndarray, alive: np.ndarray, few: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Divide and test stretches until those that may hold a cut are single runs, or `few` runs.
 
-    `edges` (n + 1,) bound the stretches, `alive` (parts - 1, n) says which may hold which cut.
+    Stretch b lies between boundaries edges[b] and edges[b + 1], `edges` (n + 1,), and may hold
+    cut c if alive[c, b], `alive` (parts - 1, n).
     """
-    measure = _measure(runs)
+    measure, upper = _measure(runs), math.inf
     while True:
-        held = alive.any(0)
-        width = np.diff(edges)[held]
-        if width.size == 0 or width.max() == 1 or width.sum() <= few:
+        held = np.any(alive, axis=0)
+        start, stop = edges[:-1][held], edges[1:][held]
+        crowd = max(alive.sum(axis=1), default=0)
+        # A bound is loose by about this much. Halving stretches far below the loosest crowds the
+        # test and decides nothing; where the loosest are single bins, it is time to expand them.
+        loose = (runs.count[stop] - runs.count[start]) * (runs.high[stop - 1] - runs.low[start])
+        due = (stop - start > 1) & (loose > loose.max(initial=0.0) / 16)
+        if not due.any() or np.sum(stop - start) <= few or crowd > CROWD:
             return edges, alive
-        finer = _divide(measure, edges, held)
+        inner = _inner(measure, start[due], stop[due], max(2, STRETCHES // crowd))
+        finer = np.unique(np.concatenate(([0, runs.size], start, stop, inner)))
         alive = alive[:, np.searchsorted(edges, finer[:-1], side="right") - 1]
         edges = finer
-        if edges.size > parts:
-            alive = _test(runs, parts, edges, alive)
+        alive, upper = _test(runs, edges, alive, upper)
 
 
 def _measure(runs: Runs) -> np.ndarray:
@@ -178,55 +192,81 @@ def _measure(runs: Runs) -> np.ndarray:
     )
 
 
-def _divide(measure: np.ndarray, edges: np.ndarray, held: np.ndarray) -> np.ndarray:
-    start, stop = edges[:-1][held], edges[1:][held]
-    pieces = max(2, STRETCHES // start.size)
+def _inner(measure: np.ndarray, start: np.ndarray, stop: np.ndarray, pieces: int) -> np.ndarray:
+    """Divide each stretch into pieces of equal measure, and at its middle to halve it for sure."""
     share = np.arange(pieces) / pieces
-    low, high = measure[start, None], measure[stop, None]
-    inner = np.searchsorted(measure, low + (high - low) * share)
-    inner = np.clip(inner, start[:, None], stop[:, None])
-    return np.unique(
-        np.concatenate(([0, edges[-1]], start, stop, (start + stop) // 2, inner.ravel()))
-    )
+    goal = measure[start] + np.outer(share, measure[stop] - measure[start])
+    inner = np.clip(np.searchsorted(measure, goal), start, stop)
+    return np.concatenate(((start + stop) // 2, inner.ravel()))
 
 
-def _test(runs: Runs, parts: int, edges: np.ndarray, alive: np.ndarray) -> np.ndarray:
-    """Keep `alive` (parts - 1, n) where a clustering with that cut in that stretch may be optimal."""
-    last = edges.size - 2
-    cuts = np.concatenate(([0], _best_cuts(runs, edges[1:-1], parts), [runs.size]))
-    upper = math.fsum(runs.cost(cuts[:-1], cuts[1:], SLACK)) * (1.0 + 1e-12)
+def _test(
+    runs: Runs, edges: np.ndarray, alive: np.ndarray, upper: float
+) -> tuple[np.ndarray, float]:
+    """Keep the stretches where a cut may give an inertia up to `upper`, after lowering that."""
+    stretches = [(edges[:-1][row], edges[1:][row]) for row in alive]
+    ends = (np.array([0]),) * 2, (np.array([runs.size]),) * 2
+    chain = [ends[0], *stretches, ends[1]]
+    steps = [_between(runs, *pair) for pair in pairwise(chain)]
 
-    def between(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        start = edges[left + 1]
-        return runs.cost(start, np.maximum(start, edges[right]), -SLACK)
+    before, after = [np.zeros((1, 2))], [np.zeros((1, 2))]
+    for step in steps[:-1]:
+        before.append((before[-1][..., None, None] + step).min(axis=(0, 1)))
+    for step in reversed(steps[1:]):
+        after.append((step + after[-1]).min(axis=(2, 3)))
+    bounds = [a + b for a, b in zip(before[1:], reversed(after[1:]), strict=True)]
 
-    def mirrored(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        return between(last - right, last - left)
+    choice = [np.unravel_index(np.argmin(bound), bound.shape) for bound in bounds]
+    cuts = [stretch[1 - side][b] for stretch, (b, side) in zip(stretches, choice, strict=True)]
+    upper = min(upper, runs.inertia(np.maximum.accumulate(cuts), SLACK) * (1.0 + ROUNDING))
+    kept = np.zeros_like(alive)
+    for row, old, bound in zip(kept, alive, bounds, strict=True):
+        row[old] = bound.min(axis=1) <= upper
+    return kept, upper
 
-    zeros = np.zeros(edges.size - 1, np.intp)
-    before = _bounds(runs.cost(zeros, edges[:-1], -SLACK), between, alive)
-    after = runs.cost(edges[1:], zeros + runs.size, -SLACK)
-    after = _bounds(after[::-1], mirrored, alive[::-1, ::-1])[::-1, ::-1]
-    return before + after <= upper
 
-
-def _bounds(
-    outer: np.ndarray, between: Callable[[np.ndarray, np.ndarray], np.ndarray], alive: np.ndarray
+def _between(
+    runs: Runs, left: tuple[np.ndarray, np.ndarray], right: tuple[np.ndarray, np.ndarray]
 ) -> np.ndarray:
-    """Bound the cost left of stretch b with cut c in it, for all c and b: (parts - 1, n) float64.
+    """Bound the inertia of a cluster that starts in one stretch and ends in another.
 
-    `outer` (n,) is the cost of all runs left of a stretch, `between` that of those between two.
+    Args:
+        runs: what the stretches are made of.
+        left: (n,) starts and (n,) stops of the stretches it may start in.
+        right: (m,) starts and (m,) stops of those it may end in.
+
+    Returns:
+        (n, 2, m, 2): the entries of either stretch go left [0] or right [1] as a whole. Infinite
+        where the stretches are in the wrong order, 0 for a cluster inside one stretch.
     """
-    bounds = np.where(alive, 0.0, np.inf)
-    bounds[0] += outer
-    for cut in range(1, len(bounds)):
-        bounds[cut] += _row_minima(bounds[cut - 1], between)[0]
+    bounds = np.full((left[0].size, 2, right[0].size, 2), np.inf)
+    a, b = np.nonzero(left[0][:, None] == right[0])
+    bounds[a, :, b, :] = 0.0
+    a, b = np.nonzero(left[1][:, None] <= right[0])
+    middle = runs.spread(left[1][a], right[0][b], -SLACK)
+    above = (runs.count[left[1]] - runs.count[left[0]])[a], runs.high[left[1] - 1][a]
+    bottom = runs.low[np.minimum(right[0], runs.size - 1)]
+    below = (runs.count[right[1]] - runs.count[right[0]])[b], bottom[b]
+    for side, inner in ((0, middle), (1, _join(*middle, *above))):
+        bounds[a, side, b, 1] = inner[2]
+        bounds[a, side, b, 0] = _join(*inner, *below)[2]
     return bounds
 
 
-def _positions(edges: np.ndarray, alive: np.ndarray) -> np.ndarray:
-    # A cut lies between two runs, so both of their stretches must be alive to hold it.
-    held = np.repeat(alive.any(0), np.diff(edges))
+def _join(
+    count: np.ndarray, mean: np.ndarray, inertia: np.ndarray, extra: np.ndarray, place: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Add `extra` entries, all at `place`, to a cluster; rounds the inertia down."""
+    total = count + extra
+    share = extra / np.maximum(total, 1.0)
+    shift = np.abs(place - mean)
+    safe = np.maximum(shift - ROUNDING * (np.abs(place) + np.abs(mean)), 0.0)
+    return total, mean + share * (place - mean), inertia + count * share * safe**2
+
+
+def _boundaries(edges: np.ndarray, alive: np.ndarray) -> np.ndarray:
+    # A cut has a run on either side, and both of their stretches must be alive to hold it.
+    held = np.repeat(np.any(alive, axis=0), np.diff(edges))
     return np.flatnonzero(held[:-1] & held[1:]) + 1
 
 
@@ -238,7 +278,7 @@ def _best_cuts(runs: Runs, positions: np.ndarray, parts: int) -> np.ndarray:
     starts = np.insert(positions, 0, 0)
 
     def segment(first: np.ndarray, last: np.ndarray) -> np.ndarray:
-        return runs.cost(starts[first], stops[last])
+        return runs.spread(starts[first], stops[last])[2]
 
     every = np.arange(stops.size)
     best = segment(np.zeros_like(every), every)
@@ -285,14 +325,13 @@ def _row_minima(
 
 def _summary(runs: Runs, cuts: np.ndarray) -> Clustering:
     edges = np.concatenate(([0], cuts, [runs.size]))
-    count, total, _ = runs.moments(edges[:-1], edges[1:])
-    centers = total[0] / count
+    count, centers, _ = runs.spread(edges[:-1], edges[1:])
     return Clustering(
         centers=tuple(centers.tolist()),
         cut_points=_midpoints(centers),
-        upper_bounds=tuple(runs.value[cuts - 1].tolist()),
+        upper_bounds=tuple(runs.high[cuts - 1].tolist()),
         counts=tuple(count.astype(int).tolist()),
-        inertia=math.fsum(runs.cost(edges[:-1], edges[1:])),
+        inertia=runs.inertia(cuts),
     )
 
 

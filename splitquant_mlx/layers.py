@@ -17,7 +17,7 @@ from mlx.utils import tree_unflatten
 from splitquant_mlx.affine import Quantized, dequantize, quantize_parts
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.model_file import QuantizedSplitLinear
-from splitquant_mlx.split import split
+from splitquant_mlx.parts import split
 
 
 class SplitLinear(nn.Module):

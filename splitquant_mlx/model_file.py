@@ -12,7 +12,6 @@ accumulated in float32, in one kernel call: y = sum_c x @ dequantize(part_c).T +
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
-from mlx_lm.utils import _get_classes
 
 
 class QuantizedSplitLinear(nn.Module):
@@ -106,6 +105,8 @@ class ModelArgs:
 
 def Model(args: ModelArgs) -> nn.Module:  # noqa: N802  mlx-lm looks for this name
     """Build mlx-lm's own model of this architecture, with split layers in place."""
+    from mlx_lm.utils import _get_classes
+
     model_class, args_class = _get_classes(args.config)
     model = model_class(args_class.from_dict(args.config))
     replace_split_layers(model, args.config["splitquant"]["layers"])

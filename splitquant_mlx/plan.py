@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
@@ -63,12 +62,13 @@ def make_plan(recipe: Recipe, model: nn.Module, vocab_size: int | None = None) -
         RecipeError: when no linear layer is selected, or the group size fits none of them.
     """
     predicate = getattr(model, "quant_predicate", None)
+    modules = dict(model.named_modules())
     layers = {}
-    for path, module in model.named_modules():
-        weight = module.get("weight") if isinstance(module, nn.Module) else None
-        if isinstance(weight, mx.array) and weight.ndim >= 2:
-            kind = _kind(path, module, vocab_size)
-            layers[path] = _plan_layer(recipe, path, kind, module, predicate)
+    for name, array in tree_flatten(model.parameters()):
+        path, _, leaf = name.rpartition(".")
+        if leaf == "weight" and array.ndim >= 2:
+            kind = _kind(path, modules[path], vocab_size)
+            layers[path] = _plan_layer(recipe, path, kind, modules[path], predicate)
     plan = Plan(recipe=recipe, layers=layers)
     _require_fit(plan)
     return plan

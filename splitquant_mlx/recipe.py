@@ -109,8 +109,12 @@ class Recipe:
 
     def to_toml(self) -> str:
         """Return the settings as TOML text that `load_recipe` reads back."""
-        # JSON's strings, whole numbers and lists of strings are TOML's too
-        return "".join(f"{key} = {json.dumps(value)}\n" for key, value in self.to_dict().items())
+        # JSON's strings, whole numbers and lists of strings are TOML's too, but for DEL
+        lines = (
+            f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
+            for key, value in self.to_dict().items()
+        )
+        return "".join(lines).replace("\x7f", "\\u007f")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":

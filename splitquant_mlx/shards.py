@@ -35,6 +35,8 @@ SAFETENSORS_NAMES = {
 class ShardWriter:
     """Append tensors to `model-0000x-of-0000n.safetensors` files and their index.
 
+    A context manager: leaving it without `close` abandons the files as they are.
+
     Args:
         directory: an existing directory; the files are complete once `close` returns.
         names: every tensor name that may be added; sizes the room left for the headers.
@@ -54,6 +56,13 @@ class ShardWriter:
         self._file: BinaryIO | None = None
         self._header: dict[str, object] = {}
         self._offset = 0
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._file is not None:
+            self._file.close()
 
     def add(self, name: str, tensor: mx.array) -> None:
         """Write `tensor` under `name`. Raises ValueError for a name not announced or repeated."""

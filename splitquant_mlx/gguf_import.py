@@ -1,0 +1,264 @@
+"""Turn a llama-architecture GGUF file into a Hugging Face directory that mlx-lm loads.
+
+llama.cpp renames the tensors and reorders the rows of the query and key projections: it rotates
+neighbouring pairs of channels where Hugging Face rotates channel i of a head with channel
+i + head_dim / 2. Names, shapes and settings are all checked before the first byte is written.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.gguf import Gguf, open_gguf, read_tensor
+from splitquant_mlx.gguf_tokenizer import ELSEWHERE, write_tokenizer
+from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.shards import ShardWriter
+
+ROPE_FACTORS = "rope_freqs.weight"
+# The values of all published Llama 3.1, 3.2 and 3.3; GGUF keeps only the factors they lead to.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# GGUF name: Hugging Face name, sizes (out, in); the weights of norms are vectors.
+MODEL = {
+    "token_embd": ("model.embed_tokens", ("vocab", "hidden")),
+    "output_norm": ("model.norm", ("hidden",)),
+    "output": ("lm_head", ("vocab", "hidden")),
+}
+LAYER = {
+    "attn_norm": ("input_layernorm", ("hidden",)),
+    "attn_q": ("self_attn.q_proj", ("queries", "hidden")),
+    "attn_k": ("self_attn.k_proj", ("keys", "hidden")),
+    "attn_v": ("self_attn.v_proj", ("keys", "hidden")),
+    "attn_output": ("self_attn.o_proj", ("hidden", "queries")),
+    "ffn_norm": ("post_attention_layernorm", ("hidden",)),
+    "ffn_gate": ("mlp.gate_proj", ("inner", "hidden")),
+    "ffn_up": ("mlp.up_proj", ("inner", "hidden")),
+    "ffn_down": ("mlp.down_proj", ("hidden", "inner")),
+}
+
+
+class _Target(NamedTuple):
+    """Say what a tensor becomes; `heads` is 0 unless llama.cpp reordered the rows head by head."""
+
+    name: str
+    shape: tuple[int, ...]
+    heads: int
+
+
+def import_gguf(path: Path, directory: Path, progress: Progress | None = None) -> None:
+    """Write config.json, the tokenizer and safetensors shards for the model in `path`.
+
+    Files of only F32 tensors are stored as float32, of only F32 and BF16 as bfloat16, all others
+    as float16. The caller owns `directory`, which exists, and clears it after a failure.
+
+    Raises:
+        SourceError: the file cannot be opened.
+        CheckpointError: the file is corrupt or incomplete, or holds what is not supported here.
+    """
+    gguf = open_gguf(path)
+    try:
+        dtype = _dtype(gguf)
+        config = _config(gguf, dtype)
+        targets = _targets(config)
+        _check_tensors(gguf, targets)
+        write_tokenizer(gguf.metadata, directory)
+        _write_tensors(gguf, targets, dtype, directory, progress or Silent())
+    except CheckpointError as exc:
+        raise CheckpointError(f"{path}: {exc}") from exc
+    text = json.dumps(config, indent=2) + "\n"
+    (directory / "config.json").write_text(text, encoding="utf-8")
+
+
+def _dtype(gguf: Gguf) -> mx.Dtype:
+    types = {info.type for info in gguf.tensors.values()}
+    if types == {"F32"}:
+        return mx.float32
+    return mx.bfloat16 if types <= {"F32", "BF16"} else mx.float16
+
+
+def _config(gguf: Gguf, dtype: mx.Dtype) -> dict[str, Any]:
+    """Return the config.json of the model that the metadata describes."""
+    metadata = gguf.metadata
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        raise CheckpointError(
+            f"general.architecture is {architecture!r:.80}, wanted 'llama'; {ELSEWHERE}"
+        )
+    hidden = _integer(metadata, "embedding_length")
+    heads = _integer(metadata, "attention.head_count")
+    kv_heads = _integer(metadata, "attention.head_count_kv", heads)
+    head_dim = _integer(metadata, "attention.key_length", hidden // heads)
+    rotated = _integer(metadata, "rope.dimension_count", head_dim)
+    value_dim = _integer(metadata, "attention.value_length", head_dim)
+    if not head_dim == rotated == value_dim or head_dim % 2 or heads % kv_heads:
+        raise CheckpointError(
+            f"llama.attention has {heads} query heads of {head_dim} channels, {rotated} of them "
+            f"rotated, for {kv_heads} value heads of {value_dim}, wanted one even size, all "
+            f"rotated, and equal groups; {ELSEWHERE}"
+        )
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": len(metadata.get("tokenizer.ggml.tokens", ())),
+        "hidden_size": hidden,
+        "intermediate_size": _integer(metadata, "feed_forward_length"),
+        "num_hidden_layers": _integer(metadata, "block_count", most=len(gguf.tensors)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": _integer(metadata, "context_length"),
+        "rms_norm_eps": _number(metadata, "attention.layer_norm_rms_epsilon"),
+        "rope_theta": _number(metadata, "rope.freq_base", 10000.0),
+        "hidden_act": "silu",
+        "attention_bias": any(".attn_" in name and ".bias" in name for name in gguf.tensors),
+        "mlp_bias": any(".ffn_" in name and ".bias" in name for name in gguf.tensors),
+        "tie_word_embeddings": "output.weight" not in gguf.tensors,
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+        "torch_dtype": str(dtype).removeprefix("mlx.core."),
+    }
+    scaling = _rope_scaling(gguf, head_dim, config["rope_theta"])
+    return {**config, "rope_scaling": scaling} if scaling else config
+
+
+def _integer(
+    metadata: dict[str, Any], key: str, default: int | None = None, most: int = 1 << 31
+) -> int:
+    value = metadata.get(f"llama.{key}", default)
+    if type(value) is not int or not 1 <= value <= most:
+        raise CheckpointError(
+            f"llama.{key} is {value!r:.80}, wanted an integer from 1 to {most}; {ELSEWHERE}"
+        )
+    return value
+
+
+def _number(metadata: dict[str, Any], key: str, default: float | None = None) -> float:
+    value = metadata.get(f"llama.{key}", default)
+    if type(value) not in (int, float) or not 0 < value < np.finfo(np.float32).max:
+        raise CheckpointError(
+            f"llama.{key} is {value!r:.80}, wanted a positive number; the file is corrupt"
+        )
+    # The shortest decimal of a float32: 1e-05 rather than 9.999999747378752e-06.
+    return float(str(np.float32(value)))
+
+
+def _rope_scaling(gguf: Gguf, head_dim: int, theta: float) -> dict[str, Any] | None:
+    """Return the rope_scaling of config.json, or None for plain rotary embeddings."""
+    kind = gguf.metadata.get("llama.rope.scaling.type", "none")
+    factors = ROPE_FACTORS in gguf.tensors
+    if kind == "none":
+        return (
+            _llama3_scaling(read_tensor(gguf, ROPE_FACTORS), head_dim, theta) if factors else None
+        )
+    if kind == "linear" and not factors:
+        return {"rope_type": kind, "factor": _number(gguf.metadata, "rope.scaling.factor")}
+    wanted = f"none, or linear without {ROPE_FACTORS}"
+    raise CheckpointError(f"llama.rope.scaling.type is {kind!r:.80}, wanted {wanted}; {ELSEWHERE}")
+
+
+def _llama3_scaling(factors: np.ndarray, head_dim: int, theta: float) -> dict[str, Any] | None:
+    """Return the Llama 3 scaling whose slow-down of each frequency `factors` (head_dim/2,) is.
+
+    Wavelengths over context/low are slowed by `factor`, those under context/high not at all, and
+    in between 1/slow-down is linear in 1/wavelength (transformers, _compute_llama3_parameters).
+    """
+    factor = float(factors.max())
+    low, high = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
+    wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    turns = LLAMA3_ROPE["original_max_position_embeddings"] / wavelengths
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    with np.errstate(all="ignore"):
+        wanted = 1 / ((1 - smooth) / factor + smooth)
+    if factors.shape != wanted.shape or not np.allclose(factors, wanted, rtol=1e-4):
+        raise CheckpointError(
+            f"tensor {ROPE_FACTORS!r} is {factors!r:.80}, wanted {wanted!r:.80}; {ELSEWHERE}"
+        )
+    return {"factor": factor, **LLAMA3_ROPE} if factor != 1 else None
+
+
+def _targets(config: dict[str, Any]) -> dict[str, _Target]:
+    """Return what each tensor the file must have becomes, by its GGUF name."""
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    sizes = {
+        "vocab": config["vocab_size"],
+        "hidden": config["hidden_size"],
+        "inner": config["intermediate_size"],
+        "queries": heads["attn_q"] * config["head_dim"],
+        "keys": heads["attn_k"] * config["head_dim"],
+    }
+    targets = {}
+
+    def add(old: str, new: str, stem: str, names: tuple[str, ...], bias: bool) -> None:
+        shape = tuple(sizes[name] for name in names)
+        targets[f"{old}.weight"] = _Target(f"{new}.weight", shape, heads.get(stem, 0))
+        if bias and len(shape) == 2:
+            targets[f"{old}.bias"] = _Target(f"{new}.bias", shape[:1], heads.get(stem, 0))
+
+    for stem, (new, names) in MODEL.items():
+        if stem != "output" or not config["tie_word_embeddings"]:
+            add(stem, new, stem, names, bias=False)
+    for layer in range(config["num_hidden_layers"]):
+        for stem, (new, names) in LAYER.items():
+            bias = config["attention_bias" if stem.startswith("attn") else "mlp_bias"]
+            add(f"blk.{layer}.{stem}", f"model.layers.{layer}.{new}", stem, names, bias)
+    return targets
+
+
+def _check_tensors(gguf: Gguf, targets: dict[str, _Target]) -> None:
+    missing = sorted(targets.keys() - gguf.tensors.keys())
+    extra = sorted(gguf.tensors.keys() - targets.keys() - {ROPE_FACTORS})
+    if missing or extra:
+        raise CheckpointError(
+            f"tensors missing from a llama model: {missing!r:.200}, unknown: {extra!r:.200}; "
+            "the file is incomplete or of another architecture"
+        )
+    for name, target in targets.items():
+        shape = gguf.tensors[name].shape
+        if shape != target.shape:
+            raise CheckpointError(
+                f"tensor {name!r} has shape {shape}, by the metadata wanted {target.shape}; the "
+                "file is corrupt"
+            )
+
+
+def _write_tensors(
+    gguf: Gguf, targets: dict[str, _Target], dtype: mx.Dtype, directory: Path, progress: Progress
+) -> None:
+    writer = ShardWriter(directory, [target.name for target in targets.values()])
+    total = sum(gguf.tensors[name].nbytes for name in targets)
+    try:
+        with progress.task("Unpacking", total) as advance:
+            for name, target in targets.items():
+                values = read_tensor(gguf, name)
+                if target.heads:
+                    values = _half_split(values, target.heads)
+                writer.add(target.name, _cast(name, values, dtype))
+                advance(gguf.tensors[name].nbytes)
+    finally:
+        # Also after a failure: it ends the open shard's file.
+        writer.close()
+
+
+def _half_split(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Reorder the rows of each head from interleaved (0, d/2, 1, ...) to half-split (0, 1, ...)."""
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def _cast(name: str, values: np.ndarray, dtype: mx.Dtype) -> mx.array:
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = values.astype(np.float16 if dtype == mx.float16 else np.float32, copy=False)
+    if not np.isfinite(values).all():
+        raise CheckpointError(
+            f"tensor {name!r} holds values that are not finite as {dtype}; {ELSEWHERE}"
+        )
+    return mx.array(values, dtype)

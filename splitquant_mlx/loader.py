@@ -1,0 +1,106 @@
+"""Load a model, converted or not, for mlx-lm to run.
+
+No code from the checkpoint is run: split layers are built from this package's own classes. On the
+CPU, where mlx's 16-bit products are slow, 16-bit parameters are widened to float32.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from splitquant_mlx.checkpoint import read_config, read_headers
+from splitquant_mlx.directory import as_directory
+from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.save import MODEL_FILE
+from splitquant_mlx.source import Source, resolve
+
+
+def load(
+    model: str | Path | Source,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    tokenizer_config: dict[str, Any] | None = None,
+    lazy: bool = False,
+) -> tuple[nn.Module, Any]:
+    """Load a model and its tokenizer.
+
+    Args:
+        model: hub repo id, directory, .gguf file, or a source already resolved.
+        revision: branch, tag or commit of a hub repo.
+        trust_remote_code: run Python files that the checkpoint brings along.
+        tokenizer_config: passed to the tokenizer.
+        lazy: leave the parameters unread until they are used; not for .gguf files.
+
+    Returns:
+        mlx-lm's model and tokenizer, ready for mlx_lm.generate and its relatives.
+
+    Raises:
+        SplitQuantError: when the model cannot be found, or is not usable.
+    """
+    source = model if isinstance(model, Source) else resolve(str(model), revision=revision)
+    with as_directory(source) as directory:
+        loaded = load_model(
+            directory,
+            trust_remote_code=trust_remote_code,
+            lazy=lazy and source.path.is_dir(),
+        )
+        settings = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
+        return loaded, load_tokenizer(directory, settings)
+
+
+def load_model(
+    directory: Path, *, trust_remote_code: bool = False, lazy: bool = False
+) -> nn.Module:
+    """Load the model of a checkpoint directory; see `load`."""
+    from mlx_lm.utils import load_model as mlx_lm_load_model
+
+    from splitquant_mlx import model_file
+
+    config = read_config(directory)
+    read_headers(directory)
+    options: dict[str, Any] = {}
+    foreign = config.get("model_file")
+    if isinstance(config.get("splitquant"), dict) and foreign in (None, MODEL_FILE):
+        options["model_config"] = {"model_file": None}
+        options["get_model_classes"] = lambda config: (model_file.Model, model_file.ModelArgs)
+    elif foreign and not trust_remote_code:
+        raise CheckpointError(
+            f"{directory} wants to run its own code, {foreign!r}: read it, and pass "
+            "--trust-remote-code if you trust it"
+        )
+    elif foreign:
+        options["trust_remote_code"] = True
+    try:
+        model, _ = mlx_lm_load_model(directory, lazy=True, **options)
+        if mx.default_device() == mx.cpu:
+            model.update(tree_map(_widen, model.parameters()))
+        if not lazy:
+            mx.eval(model.parameters())
+    except Exception as exc:  # mlx-lm raises ValueError, KeyError, TypeError, RuntimeError, ...
+        raise CheckpointError(
+            f"{directory} cannot be loaded: {type(exc).__name__}: {' '.join(str(exc).split())}"
+        ) from exc
+    return model
+
+
+def load_tokenizer(directory: Path, settings: dict[str, Any]) -> Any:
+    """Load the tokenizer of a checkpoint directory as mlx-lm's TokenizerWrapper."""
+    from mlx_lm.utils import load_config
+    from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
+
+    try:
+        eos_token_ids = load_config(directory).get("eos_token_id")
+        return mlx_lm_load_tokenizer(directory, settings, eos_token_ids=eos_token_ids)
+    except Exception as exc:  # transformers raises OSError, ValueError, KeyError, ...
+        raise CheckpointError(
+            f"{directory}: the tokenizer cannot be loaded: {type(exc).__name__}: "
+            f"{' '.join(str(exc).split())}"
+        ) from exc
+
+
+def _widen(array: mx.array) -> mx.array:
+    return array.astype(mx.float32) if array.dtype in (mx.float16, mx.bfloat16) else array

@@ -1,0 +1,76 @@
+"""The split: parts that sum to the weight bit for bit, cut where k-means says."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from splitquant_mlx import cluster_weight, split
+from splitquant_mlx.parts import labels
+
+DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+
+
+def bits_of(w):
+    return np.array(w.view(mx.uint32 if w.dtype == mx.float32 else mx.uint16))
+
+
+def total(parts):
+    result = parts[0]
+    for part in parts[1:]:
+        result = result + part
+    return result
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(deadline=None, max_examples=60)
+@given(
+    values=hnp.arrays(
+        np.float32,
+        hnp.array_shapes(min_dims=1, max_dims=4, max_side=12),
+        elements=st.one_of(
+            st.sampled_from([0.0, -0.0, 1.0, -1.0, 60000.0]), st.floats(-6e4, 6e4, width=32)
+        ),
+    ),
+    k=st.integers(2, 8),
+)
+def test_parts_sum_to_the_weight_bitwise(dtype, values, k):
+    w = mx.array(values).astype(DTYPES[dtype])
+    parts = split(w, k)
+    assert len(parts) == k
+    assert all(part.dtype == w.dtype and part.shape == w.shape for part in parts)
+    assert np.array_equal(bits_of(total(parts)), bits_of(w))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_entry_is_in_the_part_the_cut_points_say(dtype):
+    w = mx.array(np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32))
+    w = w.astype(DTYPES[dtype])
+    clustering = cluster_weight(w)
+    low, high = clustering.cut_points
+    values = np.array(w.astype(mx.float32), dtype=np.float64)
+    wanted = (values > low).astype(int) + (values > high)
+    assert np.array_equal(np.array(labels(w, clustering)), wanted)
+    lower, middle, upper = split(w)
+    assert mx.max(lower).item() <= 0 and mx.min(upper).item() >= 0
+    assert np.all(np.abs(np.array(middle.astype(mx.float32))) <= max(-low, high))
+
+
+def test_parts_cover_narrower_ranges():
+    w = mx.random.normal((64, 64), key=mx.random.key(0))
+    spans = [(part.max() - part.min()).item() for part in split(w)]
+    assert max(spans) < (w.max() - w.min()).item()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_refused(bad):
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        split(mx.array([1.0, bad, 2.0]))
+
+
+@pytest.mark.parametrize("k", [0, 1, 9])
+def test_number_of_parts_is_checked(k):
+    with pytest.raises(ValueError):
+        split(mx.array([1.0, 2.0, 3.0]), k)

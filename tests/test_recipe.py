@@ -1,0 +1,98 @@
+"""Recipes: checked on construction, and the same after a round trip through TOML."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitquant_mlx import Recipe, RecipeError, load_recipe
+from splitquant_mlx.recipe import BITS, GRANULARITIES, GROUP_SIZES
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+PATTERNS = st.lists(st.text(max_size=8), max_size=3).map(tuple)
+
+
+@given(
+    recipe=st.builds(
+        Recipe,
+        method=st.sampled_from(["rtn", "splitquant"]),
+        bits=st.sampled_from(BITS),
+        group_size=st.sampled_from(GROUP_SIZES),
+        granularity=st.sampled_from(GRANULARITIES),
+        clusters=st.integers(2, 8),
+        kmeans=st.sampled_from(["exact", "sklearn"]),
+        dtype=st.sampled_from([None, "float16", "bfloat16", "float32"]),
+        embeddings=st.sampled_from([None, "keep", "quantize"]),
+        lm_head=st.sampled_from([None, "keep", "quantize"]),
+        include=PATTERNS,
+        exclude=PATTERNS,
+    )
+)
+def test_round_trip(recipe, tmp_path_factory):
+    file = tmp_path_factory.mktemp("recipe") / "recipe.toml"
+    file.write_text(recipe.to_toml(), encoding="utf-8")
+    assert load_recipe(file) == recipe
+
+
+def test_defaults_are_the_paper_for_splitquant_and_mlx_lm_for_rtn():
+    paper, plain = Recipe(), Recipe(method="rtn")
+    assert (paper.clusters, paper.bits, paper.group_size) == (3, 4, 64)
+    assert (paper.embeddings, paper.lm_head) == ("keep", "keep")
+    assert (plain.embeddings, plain.lm_head) == ("quantize", "quantize")
+    assert Recipe(method="rtn", mode="mxfp8").bits == 8
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "awq"},
+        {"bits": 7},
+        {"bits": True},
+        {"bits": "4"},
+        {"group_size": 48},
+        {"clusters": 1},
+        {"clusters": 9},
+        {"clusters": 3.0},
+        {"granularity": "row"},
+        {"mode": "mxfp4"},
+        {"mode": "mxfp4", "method": "rtn", "bits": 8},
+        {"mode": "nvfp4", "method": "rtn", "granularity": "tensor"},
+        {"dtype": "int8"},
+        {"embeddings": "split"},
+        {"method": "rtn", "lm_head": "split"},
+        {"include": (1,)},
+    ],
+)
+def test_bad_settings_are_refused(settings):
+    with pytest.raises(RecipeError) as caught:
+        Recipe(**settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bitz = 4", "unknown recipe key 'bitz'"),
+        ("bits = ", "not valid TOML"),
+        ("include = 'a'", "wanted a list"),
+        ("bits = 7", "wanted one of 2, 3, 4, 5, 6, 8, got 7"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, text, message):
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(file)
+    assert "mine.toml" in str(caught.value)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(RecipeError, match="No such file"):
+        load_recipe(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.toml")), ids=lambda file: file.stem)
+def test_shipped_recipes_load_and_open_with_a_comment(file):
+    load_recipe(file)
+    assert file.read_text().startswith("#")

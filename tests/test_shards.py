@@ -1,0 +1,65 @@
+"""The streaming writer against the safetensors library and mlx."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from splitquant_mlx.headers import read_header
+from splitquant_mlx.shards import SAFETENSORS_NAMES, ShardWriter
+
+
+def tensors():
+    made = {
+        f"t.{SAFETENSORS_NAMES[dtype]}": (mx.random.normal((3, 5)) * 9).astype(dtype)
+        for dtype in SAFETENSORS_NAMES
+    }
+    made["scalar"] = mx.array(1.5)
+    made["empty"] = mx.zeros((0, 4))
+    made['quoted "ü"\n'] = mx.ones((2,))
+    made["transposed"] = mx.arange(6).reshape(2, 3).T
+    return made
+
+
+@pytest.mark.parametrize("limit", [10**9, 64, 1])
+def test_mlx_reads_back_what_was_written(tmp_path, limit):
+    made = tensors()
+    with ShardWriter(tmp_path, list(made), limit) as writer:
+        for name, tensor in made.items():
+            writer.add(name, tensor)
+        weight_map = writer.close()
+    assert weight_map.keys() == made.keys()
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == weight_map
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in made.values())
+    for name, tensor in made.items():
+        found = mx.load(str(tmp_path / weight_map[name]))[name]
+        assert found.dtype == tensor.dtype and mx.array_equal(found, tensor)
+    files = sorted(file.name for file in tmp_path.glob("*.safetensors"))
+    assert files == sorted(set(weight_map.values()))
+    assert not list(tmp_path.glob("*.partial"))
+    if limit == 10**9:
+        assert files == ["model.safetensors"]
+    else:
+        sizes = [sum(header.nbytes for header in read_header(tmp_path / f).values()) for f in files]
+        assert len(files) > 1 and all(size <= max(limit, 120) for size in sizes)
+
+
+def test_the_safetensors_library_reads_it_too(tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    with ShardWriter(tmp_path, ["a", "b"]) as writer:
+        writer.add("a", mx.arange(12).reshape(3, 4))
+        writer.add("b", mx.array([0.5, -2.0], mx.float16))
+        writer.close()
+    found = safetensors.load_file(tmp_path / "model.safetensors")
+    assert np.array_equal(found["a"], np.arange(12, dtype=np.int32).reshape(3, 4))
+    assert np.array_equal(found["b"], np.array([0.5, -2.0], np.float16))
+
+
+def test_names_must_be_announced_and_written_once(tmp_path):
+    with ShardWriter(tmp_path, ["a"]) as writer:
+        writer.add("a", mx.zeros(1))
+        for name in ("a", "b"):
+            with pytest.raises(ValueError, match=name):
+                writer.add(name, mx.zeros(1))
