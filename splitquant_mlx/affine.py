@@ -116,7 +116,9 @@ def quantize_parts(
         )
         for part in parts
     ]
-    weight, scales, biases = (mx.concatenate(arrays, axis=-1) for arrays in zip(*coded, strict=True))
+    weight, scales, biases = (
+        mx.concatenate(list(arrays), axis=-1) for arrays in zip(*coded, strict=True)
+    )
     zero_code = mx.round(-biases / scales)
     rounded = scales.astype(scale_dtype or _closer_dtype(scales))
     has_zero = (zero_code >= 0) & (zero_code < 2**bits)

@@ -5,7 +5,9 @@ stay unevaluated) to learn the names and shapes that must be there, so every arc
 mlx-lm loads is read the same way, and a checkpoint that does not fit is refused before any work.
 """
 
+import dataclasses
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,18 @@ from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.headers import TensorHeader, read_header
 
 FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
+SUFFIX = ".safetensors"
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+MODEL_TYPE = re.compile(r"[\w-]+")
+QUANTIZED = ("quantization", "quantization_config", "splitquant")
+SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "vocab_size", "head_dim",
+)  # fmt: skip
+# the numbers an architecture loops over when it is built
+COUNTS = re.compile(r"(?:\w+_)?(?:num|n)_(?:\w+_)?(layers?|experts)")
+MAX_EXPERTS = 10_000
+MAX_NESTING = 50
 
 
 @dataclass(frozen=True)
@@ -51,20 +64,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
             tensors are missing, extra, or of the wrong shape or dtype.
     """
     config = read_config(path)
-    if "quantization" in config or "quantization_config" in config or "splitquant" in config:
-        raise CheckpointError(f"{path} is quantized already: convert the original model instead")
-    if config.get("model_file"):
+    for table in (config, config.get("text_config")):
+        if isinstance(table, dict) and any(table.get(key) is not None for key in QUANTIZED):
+            raise CheckpointError(
+                f"{path} is quantized already: convert the original model instead"
+            )
+    if config.get("model_file") is not None:
         raise CheckpointError(
             f"{path}: config.json asks to run {config['model_file']!r} from the checkpoint, which "
             "convert never does: use a model whose architecture mlx-lm has"
         )
     headers = read_headers(path)
-    layers = config.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > len(headers):
-        raise CheckpointError(
-            f"{path}: config.json has num_hidden_layers {layers}, the files hold only "
-            f"{len(headers)} tensors: one of the two is from another model"
-        )
+    _check_config(path, config, len(headers))
     for name, header in headers.items():
         if header.dtype not in FLOATS and not header.dtype.startswith(("I", "U", "BOOL")):
             raise CheckpointError(
@@ -81,6 +92,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def read_config(path: Path) -> dict[str, Any]:
     """Read config.json. Raises CheckpointError when there is none or it is not usable."""
     file = path / "config.json"
+    _refuse_special_file(file)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as exc:
@@ -115,41 +127,78 @@ def build_model(path: Path, config: dict[str, Any]) -> nn.Module:
     from mlx_lm.utils import _get_classes
 
     try:
+        if not MODEL_TYPE.fullmatch(config["model_type"]):  # it becomes part of a module's name
+            raise ValueError("no name of an architecture")
         model_class, args_class = _get_classes(config)
-    except ValueError as exc:
+    except (ValueError, AttributeError) as exc:
         raise CheckpointError(
-            f"{path}: unknown architecture {config['model_type']!r}: this mlx-lm has no model of "
-            "that name; a newer mlx-lm may (pip install -U mlx-lm)"
+            f"{path}: unknown architecture {config['model_type']!r:.60}: this mlx-lm has no model "
+            "of that name; a newer mlx-lm may (pip install -U mlx-lm)"
         ) from exc
+    _check_numbers(path, config, args_class)
     try:
         return model_class(args_class.from_dict(config))
     except Exception as exc:  # mlx-lm's models raise whatever their arithmetic meets
+        sizes = ", ".join(f"{key} {str(config[key])[:20]}" for key in SIZES if key in config)
         raise CheckpointError(
             f"{path}: config.json does not describe a {config['model_type']!r} model: "
-            f"{type(exc).__name__}: {_one_line(exc)}"
+            f"{type(exc).__name__}: {_one_line(exc)} (it has {sizes or 'no size'})"
         ) from exc
+
+
+def parameters(model: nn.Module) -> dict[str, mx.array]:
+    """Return the parameters of a model by name, in model order."""
+    return dict(tree_flatten(model.parameters()))  # type: ignore[arg-type]
+
+
+def _check_config(path: Path, config: dict[str, Any], tensors: int) -> None:
+    """Refuse what no model has, before a loop of a thousand million layers is entered."""
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise CheckpointError(f"{path}: config.json: architectures is no list of names")
+    tables: list[tuple[Any, int]] = [(config, 0)]
+    while tables:
+        table, depth = tables.pop()
+        if depth > MAX_NESTING:
+            raise CheckpointError(f"{path}: config.json nests more than {MAX_NESTING} deep")
+        values = table.values() if isinstance(table, dict) else table
+        tables += [(value, depth + 1) for value in values if isinstance(value, (dict, list))]
+        for key, value in table.items() if isinstance(table, dict) else ():
+            if key in SIZES and isinstance(value, (str, int, float)):
+                if type(value) is not int or value < 0:
+                    raise CheckpointError(
+                        f"{path}: config.json: {key} is {value!r}, wanted a whole number"
+                    )
+            counted = COUNTS.fullmatch(key)
+            if counted and isinstance(value, int):
+                limit = max(tensors, MAX_EXPERTS if counted[1] == "experts" else 0)
+                if value > limit:
+                    raise CheckpointError(
+                        f"{path}: config.json has {key} {value}, the files hold only {tensors} "
+                        "tensors: one of the two is from another model"
+                    )
+
+
+def _check_numbers(path: Path, config: dict[str, Any], args_class: type) -> None:
+    """Refuse text where the architecture wants a number; most would first fail in the chat."""
+    fields = dataclasses.fields(args_class) if dataclasses.is_dataclass(args_class) else ()
+    for field in fields:
+        value = config.get(field.name)
+        if field.type in (int, float, "int", "float") and isinstance(value, str):
+            raise CheckpointError(
+                f"{path}: config.json: {field.name} is {value!r}, wanted a number"
+            )
+
+
+def _refuse_special_file(file: Path) -> None:
+    """Raise CheckpointError for a directory, or a pipe, which would be waited for for ever."""
+    if file.exists() and not file.is_file():
+        raise CheckpointError(f"{file} is not a file: download it again")
 
 
 def _shard_files(path: Path) -> list[Path]:
     index_file = path / "model.safetensors.index.json"
-    if index_file.exists():
-        try:
-            names = set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
-            raise CheckpointError(f"{index_file} is not a valid index: {_one_line(exc)}") from exc
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise CheckpointError(f"{index_file}: {name!r} is not a file of this directory")
-    else:
-        found = {file.name for file in path.glob("*.safetensors") if file.is_file()}
-        names = {name for name in found if name.startswith("model")} or {
-            name for name in found if not name.startswith(("adapter", "consolidated"))
-        }
-        for name in list(names):
-            if match := SHARD.fullmatch(name):
-                stem, _, count = match.groups()
-                numbers = range(1, min(int(count), 10_000) + 1)
-                names |= {f"{stem}-{n:05d}-of-{count}.safetensors" for n in numbers}
+    names = _indexed(index_file) if index_file.exists() else _unindexed(path)
     if not names:
         if pickles := sorted(file.name for file in path.glob("*.bin")):
             raise CheckpointError(
@@ -158,19 +207,58 @@ def _shard_files(path: Path) -> list[Path]:
             )
         raise CheckpointError(f"{path} is not a model directory: it has no .safetensors file")
     for name in sorted(names):
-        if not (path / name).is_file():
+        file = path / name
+        if os.path.lexists(file) and not file.is_file():
+            raise CheckpointError(f"{file} is not a file: download it again")
+        if not file.is_file():
             raise CheckpointError(f"{path}: shard {name} is missing: download it again")
     return [path / name for name in sorted(names)]
+
+
+def _indexed(index_file: Path) -> set[str]:
+    _refuse_special_file(index_file)
+    try:
+        names = set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+        raise CheckpointError(
+            f"{index_file} is not a valid index: {type(exc).__name__}: {_one_line(exc)}: download "
+            "it again"
+        ) from exc
+    for name in names:
+        if not (isinstance(name, str) and Path(name).name == name and name.endswith(SUFFIX)):
+            raise CheckpointError(
+                f"{index_file}: {name!r} is not a {SUFFIX} file of this directory: download the "
+                "index again"
+            )
+    if not names:
+        raise CheckpointError(f"{index_file} names no file: download it again")
+    return names
+
+
+def _unindexed(path: Path) -> set[str]:
+    found = {file.name for file in path.glob(f"*{SUFFIX}") if not file.name.startswith(".")}
+    names = {name for name in found if name.startswith("model")} or {
+        name for name in found if not name.startswith(("adapter", "consolidated"))
+    }
+    for name in list(names):
+        if match := SHARD.fullmatch(name):
+            stem, _, count = match.groups()
+            numbers = range(1, min(int(count), 10_000) + 1)
+            names |= {f"{stem}-{n:05d}-of-{count}{SUFFIX}" for n in numbers}
+    return names
 
 
 def _load_lazily(
     path: Path, headers: dict[str, TensorHeader], model: nn.Module
 ) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
-    try:
-        for file in sorted({header.file for header in headers.values()}):
+    for file in sorted({header.file for header in headers.values()}):
+        try:
             weights.update(mx.load(str(file)))  # type: ignore[arg-type]
-        sanitize = getattr(model, "sanitize", None)
+        except Exception as exc:  # a file that changed or became unreadable under us
+            raise CheckpointError(f"{file} cannot be read: {_one_line(exc)}") from exc
+    sanitize = getattr(model, "sanitize", None)
+    try:
         return sanitize(weights) if sanitize else weights
     except Exception as exc:  # mlx-lm's sanitize indexes tensors by name and shape, unguarded
         raise CheckpointError(
@@ -180,7 +268,7 @@ def _load_lazily(
 
 
 def _check_parameters(path: Path, model: nn.Module, weights: dict[str, mx.array]) -> None:
-    wanted = {name: array.shape for name, array in tree_flatten(model.parameters())}
+    wanted = parameters(model)
     for kind, names in (
         ("are missing", wanted.keys() - weights.keys()),
         ("have no place in this model", weights.keys() - wanted.keys()),
@@ -188,16 +276,25 @@ def _check_parameters(path: Path, model: nn.Module, weights: dict[str, mx.array]
         if names:
             listed = sorted(names)
             more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-            raise CheckpointError(f"{path}: tensors {kind}: {', '.join(listed[:3])}{more}")
+            raise CheckpointError(
+                f"{path}: tensors {kind}: {', '.join(listed[:3])}{more}: config.json is another "
+                "model's, or this is an adapter or a part of a model"
+            )
     for name, array in weights.items():
-        if array.shape != wanted[name]:
+        if array.shape != wanted[name].shape:
             raise CheckpointError(
                 f"{path}: tensor {name!r} has shape {list(array.shape)}, config.json wants "
-                f"{list(wanted[name])}"
+                f"{list(wanted[name].shape)}: one of the two is from another model"
             )
-        if name.endswith("weight") and array.dtype not in FLOATS.values():
+        if not array.size:
             raise CheckpointError(
-                f"{path}: tensor {name!r} has dtype {array.dtype}, wanted a float"
+                f"{path}: tensor {name!r} has shape {list(array.shape)}, which holds nothing"
+            )
+        is_float = mx.issubdtype(wanted[name].dtype, mx.floating)
+        if is_float and array.dtype not in FLOATS.values():
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has dtype {str(array.dtype).rpartition('.')[2]}, wanted "
+                f"one of {', '.join(FLOATS)}: this is a quantized or a damaged checkpoint"
             )
 
 

@@ -19,8 +19,9 @@ def versions() -> dict[str, str]:
 
 def describe_machine() -> dict[str, str | int]:
     """Return chip, operating system and memory_bytes of this machine."""
-    import mlx.core as mx
     import os
+
+    import mlx.core as mx
 
     info = mx.device_info()
     memory = info.get("memory_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -20,6 +20,7 @@ from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.shards import ShardWriter
 
 ROPE_FACTORS = "rope_freqs.weight"
+MAX_SETTING = 1 << 40
 # The values of all published Llama 3.1, 3.2 and 3.3; GGUF keeps only the factors they lead to.
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -74,8 +75,7 @@ def import_gguf(path: Path, directory: Path, progress: Progress | None = None) -
         _write_tensors(gguf, targets, dtype, directory, progress or Silent())
     except CheckpointError as exc:
         raise CheckpointError(f"{path}: {exc}") from exc
-    text = json.dumps(config, indent=2) + "\n"
-    (directory / "config.json").write_text(text, encoding="utf-8")
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _dtype(gguf: Gguf) -> mx.Dtype:
@@ -88,100 +88,90 @@ def _dtype(gguf: Gguf) -> mx.Dtype:
 def _config(gguf: Gguf, dtype: mx.Dtype) -> dict[str, Any]:
     """Return the config.json of the model that the metadata describes."""
     metadata = gguf.metadata
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise CheckpointError(
-            f"general.architecture is {architecture!r:.80}, wanted 'llama'; {ELSEWHERE}"
-        )
-    hidden = _integer(metadata, "embedding_length")
-    heads = _integer(metadata, "attention.head_count")
-    kv_heads = _integer(metadata, "attention.head_count_kv", heads)
-    head_dim = _integer(metadata, "attention.key_length", hidden // heads)
-    rotated = _integer(metadata, "rope.dimension_count", head_dim)
-    value_dim = _integer(metadata, "attention.value_length", head_dim)
+    if (architecture := metadata.get("general.architecture")) != "llama":
+        raise CheckpointError(f"architecture is {architecture!r:.80}, wanted 'llama'; {ELSEWHERE}")
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    layers = _setting(metadata, "block_count", int)
+    if layers > len(gguf.tensors) or not isinstance(tokens, list):
+        got = f"{layers} layers in {len(gguf.tensors)} tensors, tokens {tokens!r:.80}"
+        raise CheckpointError(f"the file has {got}, wanted all tensors and a tokenizer")
+    hidden = _setting(metadata, "embedding_length", int)
+    heads = _setting(metadata, "attention.head_count", int)
+    kv_heads = _setting(metadata, "attention.head_count_kv", int, heads)
+    head_dim = _setting(metadata, "attention.key_length", int, hidden // heads)
+    rotated = _setting(metadata, "rope.dimension_count", int, head_dim)
+    value_dim = _setting(metadata, "attention.value_length", int, head_dim)
     if not head_dim == rotated == value_dim or head_dim % 2 or heads % kv_heads:
         raise CheckpointError(
-            f"llama.attention has {heads} query heads of {head_dim} channels, {rotated} of them "
-            f"rotated, for {kv_heads} value heads of {value_dim}, wanted one even size, all "
-            f"rotated, and equal groups; {ELSEWHERE}"
+            f"llama.attention has {heads} heads of {head_dim} channels, {rotated} of them rotated, "
+            f"and {kv_heads} value heads of {value_dim}, wanted equal even sizes; {ELSEWHERE}"
         )
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": len(metadata.get("tokenizer.ggml.tokens", ())),
+        "vocab_size": len(tokens),
         "hidden_size": hidden,
-        "intermediate_size": _integer(metadata, "feed_forward_length"),
-        "num_hidden_layers": _integer(metadata, "block_count", most=len(gguf.tensors)),
+        "intermediate_size": _setting(metadata, "feed_forward_length", int),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "max_position_embeddings": _integer(metadata, "context_length"),
-        "rms_norm_eps": _number(metadata, "attention.layer_norm_rms_epsilon"),
-        "rope_theta": _number(metadata, "rope.freq_base", 10000.0),
+        "max_position_embeddings": _setting(metadata, "context_length", int),
+        "rms_norm_eps": _setting(metadata, "attention.layer_norm_rms_epsilon", float),
+        "rope_theta": _setting(metadata, "rope.freq_base", float, 10000.0),
         "hidden_act": "silu",
         "attention_bias": any(".attn_" in name and ".bias" in name for name in gguf.tensors),
         "mlp_bias": any(".ffn_" in name and ".bias" in name for name in gguf.tensors),
         "tie_word_embeddings": "output.weight" not in gguf.tensors,
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+        **{key: metadata.get(f"tokenizer.ggml.{key}") for key in ("bos_token_id", "eos_token_id")},
         "torch_dtype": str(dtype).removeprefix("mlx.core."),
     }
     scaling = _rope_scaling(gguf, head_dim, config["rope_theta"])
     return {**config, "rope_scaling": scaling} if scaling else config
 
 
-def _integer(
-    metadata: dict[str, Any], key: str, default: int | None = None, most: int = 1 << 31
-) -> int:
+def _setting(metadata: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
+    """Return a positive number; a float32 as its shortest decimal: 1e-05, not 9.99999974e-06."""
     value = metadata.get(f"llama.{key}", default)
-    if type(value) is not int or not 1 <= value <= most:
-        raise CheckpointError(
-            f"llama.{key} is {value!r:.80}, wanted an integer from 1 to {most}; {ELSEWHERE}"
-        )
-    return value
-
-
-def _number(metadata: dict[str, Any], key: str, default: float | None = None) -> float:
-    value = metadata.get(f"llama.{key}", default)
-    if type(value) not in (int, float) or not 0 < value < np.finfo(np.float32).max:
-        raise CheckpointError(
-            f"llama.{key} is {value!r:.80}, wanted a positive number; the file is corrupt"
-        )
-    # The shortest decimal of a float32: 1e-05 rather than 9.999999747378752e-06.
-    return float(str(np.float32(value)))
+    if type(value) not in (int, kind) or not 0 < value < MAX_SETTING:
+        wanted = f"a positive {kind.__name__} below {MAX_SETTING}"
+        raise CheckpointError(f"llama.{key} is {value!r:.80}, wanted {wanted}; {ELSEWHERE}")
+    return value if kind is int else float(str(np.float32(value)))
 
 
 def _rope_scaling(gguf: Gguf, head_dim: int, theta: float) -> dict[str, Any] | None:
     """Return the rope_scaling of config.json, or None for plain rotary embeddings."""
-    kind = gguf.metadata.get("llama.rope.scaling.type", "none")
-    factors = ROPE_FACTORS in gguf.tensors
+    metadata = gguf.metadata
+    has_factors = ROPE_FACTORS in gguf.tensors
+    legacy = metadata.get("llama.rope.scale_linear")
+    kind = metadata.get("llama.rope.scaling.type", "linear" if legacy else "none")
     if kind == "none":
-        return (
-            _llama3_scaling(read_tensor(gguf, ROPE_FACTORS), head_dim, theta) if factors else None
-        )
-    if kind == "linear" and not factors:
-        return {"rope_type": kind, "factor": _number(gguf.metadata, "rope.scaling.factor")}
-    wanted = f"none, or linear without {ROPE_FACTORS}"
-    raise CheckpointError(f"llama.rope.scaling.type is {kind!r:.80}, wanted {wanted}; {ELSEWHERE}")
+        return _llama3_scaling(gguf, head_dim, theta) if has_factors else None
+    if kind == "linear" and not has_factors:
+        return {
+            "rope_type": kind,
+            "factor": _setting(metadata, "rope.scaling.factor", float, legacy),
+        }
+    raise CheckpointError(f"llama.rope.scaling.type is {kind!r:.80}, not supported; {ELSEWHERE}")
 
 
-def _llama3_scaling(factors: np.ndarray, head_dim: int, theta: float) -> dict[str, Any] | None:
-    """Return the Llama 3 scaling whose slow-down of each frequency `factors` (head_dim/2,) is.
+def _llama3_scaling(gguf: Gguf, head_dim: int, theta: float) -> dict[str, Any] | None:
+    """Return the Llama 3 scaling that slows the head_dim / 2 frequencies as the file's factors do.
 
     Wavelengths over context/low are slowed by `factor`, those under context/high not at all, and
     in between 1/slow-down is linear in 1/wavelength (transformers, _compute_llama3_parameters).
     """
+    factors = read_tensor(gguf, ROPE_FACTORS)
     factor = float(factors.max())
     low, high = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
-    wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
+    wavelengths = 2 * math.pi * theta ** (np.arange(len(factors)) / len(factors))
     turns = LLAMA3_ROPE["original_max_position_embeddings"] / wavelengths
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     with np.errstate(all="ignore"):
         wanted = 1 / ((1 - smooth) / factor + smooth)
-    if factors.shape != wanted.shape or not np.allclose(factors, wanted, rtol=1e-4):
-        raise CheckpointError(
-            f"tensor {ROPE_FACTORS!r} is {factors!r:.80}, wanted {wanted!r:.80}; {ELSEWHERE}"
-        )
+    if factors.shape != (head_dim // 2,) or not np.allclose(factors, wanted, rtol=1e-4):
+        got = f"{factors.shape} up to {factor}, wanted {(head_dim // 2,)} of Llama 3.1 to 3.3"
+        raise CheckpointError(f"tensor {ROPE_FACTORS!r} holds factors {got}; {ELSEWHERE}")
     return {"factor": factor, **LLAMA3_ROPE} if factor != 1 else None
 
 
@@ -224,10 +214,8 @@ def _check_tensors(gguf: Gguf, targets: dict[str, _Target]) -> None:
     for name, target in targets.items():
         shape = gguf.tensors[name].shape
         if shape != target.shape:
-            raise CheckpointError(
-                f"tensor {name!r} has shape {shape}, by the metadata wanted {target.shape}; the "
-                "file is corrupt"
-            )
+            wanted = f"the metadata wants {target.shape}; the file is corrupt"
+            raise CheckpointError(f"tensor {name!r} has shape {shape}, {wanted}")
 
 
 def _write_tensors(
@@ -258,7 +246,5 @@ def _cast(name: str, values: np.ndarray, dtype: mx.Dtype) -> mx.array:
     with np.errstate(over="ignore", invalid="ignore"):
         values = values.astype(np.float16 if dtype == mx.float16 else np.float32, copy=False)
     if not np.isfinite(values).all():
-        raise CheckpointError(
-            f"tensor {name!r} holds values that are not finite as {dtype}; {ELSEWHERE}"
-        )
+        raise CheckpointError(f"tensor {name!r} has values not finite as {dtype}; {ELSEWHERE}")
     return mx.array(values, dtype)

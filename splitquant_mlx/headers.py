@@ -13,6 +13,7 @@ from pathlib import Path
 from splitquant_mlx.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 16
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2,
     "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
@@ -55,7 +56,9 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
         raise CheckpointError(f"{path}: corrupt safetensors header ({exc}): {_AGAIN}") from exc
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: corrupt safetensors header (no table): {_AGAIN}")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}  # null is what mlx writes for none
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{path}: corrupt safetensors header (metadata is no text): {_AGAIN}")
     tensors, spans = {}, []
     for name, entry in header.items():
         tensors[name], span = _check_entry(path, name, entry)
@@ -64,7 +67,8 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     for start, stop, name in sorted(spans):
         if start != end:
             raise CheckpointError(
-                f"{path}: tensor {name!r} starts at byte {start} of the data, wanted {end}: {_AGAIN}"
+                f"{path}: tensor {name!r} starts at byte {start} of the data, "
+                f"wanted {end}: {_AGAIN}"
             )
         end = stop
     if end != size - 8 - length:
@@ -80,13 +84,26 @@ _AGAIN = "download the file again"
 
 def _check_entry(path: Path, name: str, entry: object) -> tuple[TensorHeader, tuple[int, int]]:
     try:
-        dtype, shape = entry["dtype"], entry["shape"]  # type: ignore[index]
-        start, stop = entry["data_offsets"]  # type: ignore[index]
-        if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
-            raise ValueError("sizes must be whole numbers")
-        nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
-    except (KeyError, TypeError, ValueError) as exc:
-        raise CheckpointError(f"{path}: corrupt header entry of tensor {name!r}: {exc}") from exc
+        if not isinstance(entry, dict):
+            raise ValueError("it is no table")
+        dtype, shape = entry["dtype"], entry["shape"]
+        start, stop = entry["data_offsets"]
+        if type(shape) is not list or len(shape) > MAX_DIMENSIONS:
+            raise ValueError(f"its shape is no list of at most {MAX_DIMENSIONS} sizes")
+        if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, stop)):
+            raise ValueError("its sizes must be whole numbers")
+        nbytes = math.prod(shape) * DTYPE_BYTES.get(dtype, 0)
+    except KeyError as exc:
+        message = f"{path}: corrupt header entry of tensor {name!r}: it has no {exc}: {_AGAIN}"
+        raise CheckpointError(message) from exc
+    except (TypeError, ValueError) as exc:
+        message = f"{path}: corrupt header entry of tensor {name!r}: {exc}: {_AGAIN}"
+        raise CheckpointError(message) from exc
+    if dtype not in DTYPE_BYTES:
+        raise CheckpointError(
+            f"{path}: tensor {name!r} has the unknown dtype {dtype}: cast the checkpoint to F16, "
+            "BF16 or F32 first"
+        )
     if stop - start != nbytes:
         raise CheckpointError(
             f"{path}: tensor {name!r} of dtype {dtype} and shape {list(shape)} needs {nbytes} "

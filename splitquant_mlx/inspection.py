@@ -12,10 +12,10 @@ from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluate.scoring import dense_weight
 from splitquant_mlx.loader import load_model
 from splitquant_mlx.manifest import LayerRecord, Manifest, load_manifest
+from splitquant_mlx.parts import cluster_weight
 from splitquant_mlx.plan import make_plan
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.recipe import Recipe
-from splitquant_mlx.parts import cluster_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,9 @@ def inspect_model(
     if (manifest := load_manifest(directory)) is not None:
         return Inspection(layers=manifest.layers, manifest=manifest)
     checkpoint = open_checkpoint(directory)
-    plan = make_plan(Recipe(clusters=clusters), checkpoint.model, checkpoint.config.get("vocab_size"))
+    plan = make_plan(
+        Recipe(clusters=clusters), checkpoint.model, checkpoint.config.get("vocab_size")
+    )
     records = []
     with (progress or Silent()).task("Clustering", len(plan.layers)) as advance:
         for layer in plan.layers.values():
@@ -83,9 +85,7 @@ def inspect_model(
     return Inspection(layers=tuple(records), manifest=None)
 
 
-def layer_histogram(
-    directory: Path, path: str, *, clusters: int = 3, bins: int = 160
-) -> Histogram:
+def layer_histogram(directory: Path, path: str, *, clusters: int = 3, bins: int = 160) -> Histogram:
     """Count how a layer's weights are spread; of a quantized layer, the weights it stands for.
 
     Raises:

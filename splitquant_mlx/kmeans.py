@@ -32,7 +32,7 @@ CROWD = 512  # stretches for one cut that end the rounds: tests rule out too lit
 FEW = 64  # boundaries between runs that the exact recursion takes without further tests
 BRANCH = 4  # fewer levels than 2: numpy's call overhead outweighs the extra costs evaluated
 SLACK = 2.0**-60  # bounds the rounding error of an inertia, as a fraction of the sum of squares
-ROUNDING = 2.0**-46  # bounds that of a short float64 expression, as a fraction of its terms
+ROUNDING = 2.0**-46  # bounds that of a short float64 sum, as a fraction of its terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,8 @@ class Clustering:
 def cluster(values: np.ndarray, k: int = 3) -> Clustering:
     """Find the clusters of least inertia: the global optimum, whatever the order of the entries.
 
-    Of clusterings that are equally good, the one with the lowest last cut is returned. No entry is
-    ever equal to a cut point (moving it to the other side would lower the inertia), so
-    `upper_bounds` and `cut_points` split the entries alike.
+    Ties go to the lowest last cut. No entry is ever equal to a cut point, as moving it to the other
+    side would lower the inertia, so `upper_bounds` and `cut_points` split the entries alike.
 
     Args:
         values: any shape; float16, float32, or uint16 holding the bits of bfloat16, which numpy
@@ -70,13 +69,15 @@ def cluster(values: np.ndarray, k: int = 3) -> Clustering:
     Raises:
         ValueError: empty array, unsupported dtype, k out of range, or NaN or infinite entries.
     """
-    return _cluster(values, k, small=SMALL)
+    return _cluster(values, k)
 
 
 def cluster_sklearn(values: np.ndarray, k: int = 3, seed: int = 0, n_init: int = 10) -> Clustering:
     """Cluster with scikit-learn's KMeans, as the SplitQuantV2 paper does (arXiv:2503.07657).
 
-    About 300 times slower than `cluster`, and only a local optimum: for tests and timings.
+    Hundreds of times slower than `cluster`, and only a local optimum: for tests and timings. The
+    centers are the float64 means of its clusters, so where it stopped short of convergence a
+    few entries may lie on the other side of a cut point.
 
     Args:
         values: as for `cluster`.
@@ -112,7 +113,7 @@ def cluster_sklearn(values: np.ndarray, k: int = 3, seed: int = 0, n_init: int =
     )
 
 
-def _cluster(values: np.ndarray, k: int, small: int) -> Clustering:
+def _cluster(values: np.ndarray, k: int, small: int = SMALL, few: int = FEW) -> Clustering:
     flat = _flat(values, k)
     edges, alive = np.array([0, 1]), np.ones((k - 1, 1), bool)
     if flat.dtype == np.float32 and flat.size >= small:
@@ -123,7 +124,7 @@ def _cluster(values: np.ndarray, k: int, small: int) -> Clustering:
         runs = _runs_of_distinct(flat)
         edges = edges * runs.size
     parts = min(k, runs.size)
-    edges, alive = _narrow(runs, edges, alive[: parts - 1], FEW)
+    edges, alive = _narrow(runs, edges, alive[: parts - 1], few)
     return _summary(runs, _best_cuts(runs, _boundaries(edges, alive), parts))
 
 
@@ -203,7 +204,10 @@ def _inner(measure: np.ndarray, start: np.ndarray, stop: np.ndarray, pieces: int
 def _test(
     runs: Runs, edges: np.ndarray, alive: np.ndarray, upper: float
 ) -> tuple[np.ndarray, float]:
-    """Keep the stretches where a cut may give an inertia up to `upper`, after lowering that."""
+    """Keep the stretches where a cut may give an inertia up to `upper`, after lowering that.
+
+    The recursion runs over pairs: the stretch a cut falls in, and where its entries go.
+    """
     stretches = [(edges[:-1][row], edges[1:][row]) for row in alive]
     ends = (np.array([0]),) * 2, (np.array([runs.size]),) * 2
     chain = [ends[0], *stretches, ends[1]]
@@ -298,13 +302,15 @@ def _row_minima(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Minimise before[i] + cost(i, j) over i <= j, for every j: the minima and the first argmins.
 
-    The argmin grows with j, so every BRANCH-th row bounds the search of the rows between; all
-    rows of one level are evaluated together.
+    The argmin never falls as j grows, so every BRANCH-th row bounds the search of the rows between;
+    all rows of one level are evaluated together.
     """
     size = before.size
     best, choice = np.empty(size), np.zeros(size, np.intp)
     best[:1] = before[:1] + cost(choice[:1], choice[:1])
-    step = BRANCH ** max(0, math.ceil(math.log(size, BRANCH) - 1e-9))
+    step = 1
+    while step < size:
+        step *= BRANCH
     while step > 1:
         coarse, step = step, step // BRANCH
         rows = np.arange(0, size, step)

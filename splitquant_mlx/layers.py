@@ -9,6 +9,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -48,7 +49,7 @@ class SplitLinear(nn.Module):
     @property
     def parts(self) -> list[mx.array]:
         """Return the k parts, (out, in) each."""
-        return mx.split(self.weight, self.clusters, axis=-1)
+        return list(mx.split(self.weight, self.clusters, axis=-1))
 
     def _extra_repr(self) -> str:
         out, width = self.weight.shape
@@ -82,7 +83,7 @@ class SplitLinear(nn.Module):
             group_size=group_size,
             bits=bits,
         )
-        layer.weight, layer.scales, layer.biases = quantized
+        layer.update(quantized._asdict())
         if "bias" in self:
             layer.bias = self.bias
         return layer
@@ -119,7 +120,7 @@ class SplitConv(nn.Module):
     ) -> "SplitConv":
         """Split each output kernel of a convolution into `clusters` parts; see `split`."""
         kernels = [split(kernel, clusters, kmeans) for kernel in conv.weight]
-        parts = [mx.stack(kernel_parts) for kernel_parts in zip(*kernels, strict=True)]
+        parts = [mx.stack(list(kernel_parts)) for kernel_parts in zip(*kernels, strict=True)]
         return cls(parts, _convolution(conv), conv.get("bias"))
 
     @property
@@ -265,6 +266,6 @@ def _replace_modules(
 
 
 def _convolution(conv: nn.Conv1d | nn.Conv2d) -> Callable[[mx.array, mx.array], mx.array]:
-    convolve = mx.conv1d if isinstance(conv, nn.Conv1d) else mx.conv2d
+    convolve: Any = mx.conv1d if isinstance(conv, nn.Conv1d) else mx.conv2d
     stride, padding, dilation, groups = conv.stride, conv.padding, conv.dilation, conv.groups
     return lambda x, w: convolve(x, w, stride, padding, dilation, groups)

@@ -95,7 +95,11 @@ def load_manifest(directory: Path) -> Manifest | None:
         values = json.loads(file.read_text(encoding="utf-8"))
         values["layers"] = tuple(
             LayerRecord(
-                **{**layer, "shape": tuple(layer["shape"]), "cut_points": tuple(layer["cut_points"])}
+                **{
+                    **layer,
+                    "shape": tuple(layer["shape"]),
+                    "cut_points": tuple(layer["cut_points"]),
+                }
             )
             for layer in values["layers"]
         )

@@ -103,7 +103,7 @@ class ModelArgs:
         return cls(config)
 
 
-def Model(args: ModelArgs) -> nn.Module:  # noqa: N802  mlx-lm looks for this name
+def Model(args: ModelArgs) -> nn.Module:
     """Build mlx-lm's own model of this architecture, with split layers in place."""
     from mlx_lm.utils import _get_classes
 

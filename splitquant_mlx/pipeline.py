@@ -4,28 +4,28 @@ One weight at a time is read, clustered, quantized and written, so memory depend
 tensor and not on the number of layers.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from splitquant_mlx.affine import Quantized, dequantize, quantize, quantize_parts
-from splitquant_mlx.checkpoint import FLOATS, Checkpoint, open_checkpoint
+from splitquant_mlx.checkpoint import FLOATS, Checkpoint, open_checkpoint, parameters
 from splitquant_mlx.directory import as_directory
 from splitquant_mlx.environment import versions
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.layers import scale_dtype
 from splitquant_mlx.manifest import LayerRecord, Manifest
+from splitquant_mlx.parts import cluster_weight, parts_of
 from splitquant_mlx.plan import LayerPlan, Plan, make_plan, parameter_names
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.recipe import DTYPES, Recipe
 from splitquant_mlx.save import check_target, copy_companions, require_space, staged, write_config
 from splitquant_mlx.shards import MAX_SHARD_BYTES, ShardWriter
 from splitquant_mlx.source import Source, resolve
-from splitquant_mlx.parts import cluster_weight, parts_of
 
 FLOAT_TYPES = tuple(FLOATS.values())
 
@@ -107,7 +107,7 @@ class _Worker:
     def run(self, progress: Progress) -> list[LayerRecord]:
         """Write all tensors; returns a record for each planned layer."""
         records = []
-        names = [name for name, _ in tree_flatten(self.checkpoint.model.parameters())]
+        names = list(parameters(self.checkpoint.model))
         total = sum(array.nbytes for array in self.checkpoint.weights.values())
         label = {"splitquant": "Splitting and quantizing", "rtn": "Quantizing"}
         with progress.task(label[self.plan.recipe.method], total) as advance:
@@ -197,7 +197,9 @@ class _Worker:
 def _storage_dtype(recipe: Recipe, checkpoint: Checkpoint) -> mx.Dtype | None:
     config = checkpoint.config
     text_config = config.get("text_config") or {}
-    name = recipe.dtype or config.get("torch_dtype") or config.get("dtype") or text_config.get("dtype")
+    name = (
+        recipe.dtype or config.get("torch_dtype") or config.get("dtype") or text_config.get("dtype")
+    )
     return getattr(mx, name) if name in DTYPES else None
 
 
@@ -222,16 +224,13 @@ def _record(
     cut_points: tuple[float, ...] = (),
     snr_db: float | None = None,
 ) -> LayerRecord:
-    entries = 1
-    for n in layer.shape:
-        entries *= n
     return LayerRecord(
         path=layer.path,
         kind=layer.kind,
         action=layer.action,
         shape=layer.shape,
         nbytes=nbytes,
-        bits_per_weight=8 * nbytes / entries,
+        bits_per_weight=8 * nbytes / math.prod(layer.shape),
         bits=layer.bits,
         group_size=layer.group_size,
         mode=None if layer.action == "keep" else layer.mode,

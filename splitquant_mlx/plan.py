@@ -6,8 +6,8 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
+from splitquant_mlx.checkpoint import parameters
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.recipe import GROUP_SIZES, MODES, Recipe
 
@@ -64,9 +64,9 @@ def make_plan(recipe: Recipe, model: nn.Module, vocab_size: int | None = None) -
     predicate = getattr(model, "quant_predicate", None)
     modules = dict(model.named_modules())
     layers = {}
-    for name, array in tree_flatten(model.parameters()):
+    for name in parameters(model):
         path, _, leaf = name.rpartition(".")
-        if leaf == "weight" and array.ndim >= 2:
+        if leaf == "weight" and modules[path].weight.ndim >= 2:
             kind = _kind(path, modules[path], vocab_size)
             layers[path] = _plan_layer(recipe, path, kind, modules[path], predicate)
     plan = Plan(recipe=recipe, layers=layers)
@@ -90,7 +90,8 @@ def _plan_layer(
     module: nn.Module,
     predicate: Callable[[str, nn.Module], bool | dict[str, Any]] | None,
 ) -> LayerPlan:
-    shape = tuple(module.weight.shape)
+    weight = module["weight"]
+    shape = tuple(weight.shape)
 
     def keep(note: str = "") -> LayerPlan:
         return LayerPlan(path=path, kind=kind, action="keep", shape=shape, note=note)
@@ -100,7 +101,7 @@ def _plan_layer(
     action, note = _wanted_action(recipe, path, kind)
     if action == "keep":
         return keep(note)
-    bits, group_size, mode = recipe.bits, recipe.group_size, recipe.mode
+    bits, group_size, mode = recipe.bits, recipe.group_size or 0, recipe.mode
     if predicate is not None:
         asked = predicate(path, module)
         if asked is False:
@@ -169,7 +170,7 @@ def _require_fit(plan: Plan) -> None:
 def parameter_names(plan: Plan, model: nn.Module) -> list[str]:
     """Return the names of all tensors that the converted checkpoint will hold."""
     names = []
-    for name, _ in tree_flatten(model.parameters()):
+    for name in parameters(model):
         path, _, leaf = name.rpartition(".")
         layer = plan.layers.get(path)
         names.append(name)

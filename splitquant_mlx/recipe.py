@@ -12,7 +12,7 @@ from splitquant_mlx.errors import RecipeError
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 METHODS = ("splitquant", "rtn")
 GRANULARITIES = ("group", "channel", "tensor")
@@ -118,7 +118,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
-        """Build a recipe from plain values. Raises RecipeError for an unknown key or a bad value."""
+        """Build a recipe from plain values. Raises RecipeError for unknown keys and bad values."""
         known = [field.name for field in dataclasses.fields(cls)]
         for key, value in values.items():
             if key not in known:
@@ -141,6 +141,8 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if not any(value is choice or (value == choice and type(value) is type(choice)) for choice in choices):
+    if not any(
+        value is choice or (value == choice and type(value) is type(choice)) for choice in choices
+    ):
         wanted = ", ".join(str(choice) for choice in choices if choice is not None)
         raise RecipeError(f"{name}: wanted one of {wanted}, got {value!r}")

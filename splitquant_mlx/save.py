@@ -8,12 +8,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from splitquant_mlx.errors import TargetError
+from splitquant_mlx.errors import CheckpointError, TargetError
 from splitquant_mlx.manifest import FILE_NAME, LayerRecord
 
 MODEL_FILE = "splitquant_model.py"
@@ -24,46 +24,71 @@ NOT_COPIED = ("config.json", FILE_NAME)
 
 
 @contextmanager
-def staged(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged(target: Path, *, overwrite: bool = False, source: Path | None = None) -> Iterator[Path]:
     """Yield an empty directory that becomes `target` when the block ends without an error.
 
     On an error or an interrupt the directory is removed and `target` is as it was.
 
     Raises:
         TargetError: when `target` exists and `overwrite` is not set, when it exists and is not a
-            model directory, or when it cannot be written or the disk is full.
+            model directory or holds `source`, or when it cannot be written or the disk is full.
     """
-    target = Path(os.path.abspath(target.expanduser()))
-    check_target(target, overwrite=overwrite)
-    # the nearest directory that exists is on the target's own disk, so that a rename will do
-    home = next(parent for parent in target.parents if parent.exists())
-    staging = home / f".{target.name}.partial-{os.getpid()}"
-    try:
-        with _as_target_error(target):
-            staging.mkdir()
+    target = _absolute(target)
+    check_target(target, overwrite=overwrite, source=source)
+    with _as_target_error(target):
+        # the nearest directory that exists is on the target's own disk, so that a rename will do
+        home = next(parent for parent in target.parents if os.path.lexists(parent))
+        staging = home / f".{target.name}.partial-{os.getpid()}"
+        staging.mkdir()
+        try:
             yield staging
             _sync(staging)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _replace(staging, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            check_target(target, overwrite=overwrite, source=source)  # hours may have passed
+            with _made_parents(target):
+                _replace(staging, target)
+        finally:
+            _remove(staging)
 
 
-def check_target(target: Path, *, overwrite: bool = False) -> None:
+def check_target(target: Path, *, overwrite: bool = False, source: Path | None = None) -> None:
     """Raise TargetError when `target` may not be written; see `staged`."""
-    if not os.path.lexists(target):
-        return
-    if not overwrite:
-        raise TargetError(
-            f"{target} exists already: choose another --mlx-path, or pass --overwrite to replace it"
-        )
-    if target.is_symlink() or not target.is_dir():
-        raise TargetError(f"{target} is not a directory: it is never overwritten, remove it first")
-    if any(target.iterdir()) and not (target / "config.json").is_file():
-        raise TargetError(
-            f"{target} is not a model directory (it has no config.json): it is never overwritten, "
-            "remove it first or choose another --mlx-path"
-        )
+    target = _absolute(target)
+    with _as_target_error(target):
+        parent = next((p for p in target.parents if os.path.lexists(p)), target)
+        if not parent.is_dir():
+            raise TargetError(f"cannot write {target}: {parent} is not a directory")
+        try:
+            target.lstat()
+        except FileNotFoundError:
+            return
+        if not overwrite:
+            raise TargetError(
+                f"{target} exists already: choose another --mlx-path, or pass --overwrite to "
+                "replace it"
+            )
+        if target.is_symlink() or not target.is_dir():
+            raise TargetError(
+                f"{target} is not a directory: it is never overwritten, remove it first"
+            )
+        if any(target.iterdir()) and not (target / "config.json").is_file():
+            raise TargetError(
+                f"{target} is not a model directory (it has no config.json): it is never "
+                "overwritten, remove it first or choose another --mlx-path"
+            )
+        if os.path.ismount(target):
+            raise TargetError(f"{target} is a mount point: give a directory inside it")
+        if source is not None and source.resolve().is_relative_to(target.resolve()):
+            raise TargetError(
+                f"{target} holds the model to convert: it is never overwritten, choose another "
+                "--mlx-path"
+            )
+
+
+def _absolute(target: Path) -> Path:
+    try:
+        return Path(os.path.abspath(target.expanduser()))
+    except RuntimeError as exc:
+        raise TargetError(f"cannot write {target}: there is no such user's home") from exc
 
 
 def require_space(directory: Path, needed_bytes: int) -> None:
@@ -72,7 +97,7 @@ def require_space(directory: Path, needed_bytes: int) -> None:
     if free < needed_bytes:
         raise TargetError(
             f"disk of {directory.parent} is too full: the converted model needs "
-            f"{needed_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+            f"{needed_bytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
         )
 
 
@@ -81,8 +106,13 @@ def copy_companions(source: Path, directory: Path) -> None:
     for pattern in COPIED:
         for file in sorted(source.glob(pattern)):
             known = file.name in NOT_COPIED or file.name.endswith(".index.json")
-            if file.is_file() and not known:
-                shutil.copyfile(file, directory / file.name)
+            if not file.is_file() or known:
+                continue
+            try:
+                content = file.read_bytes()
+            except OSError as exc:
+                raise CheckpointError(f"{file} cannot be read: {exc.strerror}") from exc
+            (directory / file.name).write_bytes(content)
 
 
 def write_config(config: dict[str, Any], layers: list[LayerRecord], directory: Path) -> None:
@@ -100,11 +130,7 @@ def write_config(config: dict[str, Any], layers: list[LayerRecord], directory: P
         usual = max(settings, key=settings.count)
         table: dict[str, Any] = dict(usual)
         table.update(
-            {
-                layer.path: own
-                for layer, own in zip(plain, settings, strict=True)
-                if own != usual
-            }
+            {layer.path: own for layer, own in zip(plain, settings, strict=True) if own != usual}
         )
         config["quantization"] = config["quantization_config"] = table
     if split:
@@ -134,11 +160,12 @@ def _as_target_error(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
+        if isinstance(exc, BrokenPipeError):
+            raise
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             raise TargetError(f"disk full while writing {target}: free some space") from exc
-        if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EFBIG):
-            raise TargetError(f"cannot write {exc.filename or target}: {exc.strerror}") from exc
-        raise
+        at = f" ({exc.filename})" if exc.filename else ""
+        raise TargetError(f"cannot write {target}: {exc.strerror or exc}{at}") from exc
 
 
 def _sync(directory: Path) -> None:
@@ -150,15 +177,40 @@ def _sync(directory: Path) -> None:
             os.close(descriptor)
 
 
+@contextmanager
+def _made_parents(target: Path) -> Iterator[None]:
+    """Make the directories above `target`; they go again when the block ends with an error."""
+    made = [parent for parent in target.parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
 def _replace(staging: Path, target: Path) -> None:
     if not target.exists():
         staging.rename(target)
         return
     old = staging.with_name(staging.name + "-old")
-    target.rename(old)
     try:
+        target.rename(old)
         staging.rename(target)
-    except OSError:
-        old.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        _remove(old)
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory, also when the user presses Ctrl-C a second time."""
+    try:
+        shutil.rmtree(directory, ignore_errors=True)
+    except KeyboardInterrupt:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise

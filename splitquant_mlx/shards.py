@@ -69,7 +69,9 @@ class ShardWriter:
         if name not in self._allowed:
             raise ValueError(f"tensor {name!r} was not announced, or was written before")
         self._allowed.discard(name)
-        if self._file is None or (self._offset and self._offset + tensor.nbytes > self.max_shard_bytes):
+        if self._file is None or (
+            self._offset and self._offset + tensor.nbytes > self.max_shard_bytes
+        ):
             self._finish_shard()
             self._start_shard()
         file = self._file

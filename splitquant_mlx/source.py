@@ -99,9 +99,9 @@ def _from_hub(repo: str, revision: str | None, timeout_s: float | None) -> Sourc
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 
+    limit_s = timeout_s or constants.HF_HUB_ETAG_TIMEOUT
     # The exceptions of the hub client, its HTTP library (which changed between its releases) and
     # its storage client share no root, hence `Exception`.
-    limit_s = timeout_s or constants.HF_HUB_ETAG_TIMEOUT
     try:
         info = _answer_within(
             limit_s, lambda: HfApi().model_info(repo, revision=revision, timeout=limit_s)
@@ -127,7 +127,7 @@ def _answer_within(limit_s: float, request: Callable[[], T]) -> T:
     """Call `request` and give up after `limit_s`. Raises TimeoutError, or what `request` raised.
 
     The client's own time limit is for each read, and covers neither a name server that hangs nor
-    the telemetry request that it sends first. An abandoned thread ends with that limit.
+    the telemetry request that it sends first. The thread left behind holds up no exit.
     """
     answer: Future[T] = Future()
 

@@ -30,7 +30,9 @@ def test_pack_is_mlx_layout_and_unpack_its_inverse(bits):
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4", "mxfp8"])
 def test_group_granularity_is_mlx_quantize(mode):
-    group_size, bits = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}[mode]
+    group_size, bits = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}[
+        mode
+    ]
     w = weight(dtype=mx.bfloat16)
     ours = quantize(w, bits=bits, group_size=group_size, mode=mode)
     theirs = mx.quantize(w, group_size, bits, mode)
@@ -97,7 +99,9 @@ def test_zeros_cost_less_than_with_rounded_mlx_parameters(dtype):
 
     assert residue(ours) <= residue(mx.concatenate(theirs, axis=-1)) / 2
     total = ours.reshape(256, 3, 512).sum(axis=1)
-    assert mx.mean((w - total) ** 2).item() < 0.3 * mx.mean((w - dequantize(quantize(w))) ** 2).item()
+    assert (
+        mx.mean((w - total) ** 2).item() < 0.3 * mx.mean((w - dequantize(quantize(w))) ** 2).item()
+    )
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-6, 1.0, 1e6, 1e30])

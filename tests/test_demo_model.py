@@ -30,8 +30,7 @@ class FakeInstaller:
         self.commands: list[list[str]] = []
 
     def __call__(self, command, **options):
-        command = list(command)
-        self.commands.append(command)
+        self.commands.append(list(command))
         assert (options["stdin"], options["stdout"]) == (subprocess.DEVNULL, subprocess.PIPE)
         if self.output is not None:
             return subprocess.CompletedProcess(command, 1, stdout=self.output)

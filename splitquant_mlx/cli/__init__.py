@@ -9,6 +9,7 @@ import typer
 
 from splitquant_mlx._version import __version__
 from splitquant_mlx.cli.chat import chat
+from splitquant_mlx.cli.console import plain
 from splitquant_mlx.cli.convert import convert
 from splitquant_mlx.cli.demo import demo
 from splitquant_mlx.cli.doctor import doctor
@@ -74,13 +75,8 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         message = f"unexpected {type(exc).__name__}: {exc} (--debug shows where)"
     if debug:
         traceback.print_exc()
-    print(f"{PROGRAM}: error: {one_line(message)}", file=sys.stderr)
+    print(f"{PROGRAM}: error: {plain(message)}", file=sys.stderr)
     return 2
-
-
-def one_line(text: str) -> str:
-    """Return `text` on one line, without characters that could drive a terminal."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

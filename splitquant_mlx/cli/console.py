@@ -19,9 +19,16 @@ class Bars:
             TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        console = Console(stderr=True)
+        quiet = not console.is_terminal
+        with Progress(*columns, console=console, transient=True, disable=quiet) as bars:
             bar = bars.add_task(label, total=total)
             yield lambda amount: bars.advance(bar, amount)
+
+
+def plain(text: str) -> str:
+    """Return `text` on one line, without characters that could drive a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def size(nbytes: float) -> str:

@@ -1,6 +1,62 @@
 """Offer `demo`."""
 
+from typing import Annotated
 
-def demo() -> None:
-    """Not there yet."""
-    raise NotImplementedError
+import typer
+
+from splitquant_mlx.cli.options import Device, start
+
+
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Chat model to take instead of SmolLM2-135M-Instruct (135 M parameters)."
+        ),
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Get a small real chat model, convert it plain and split, and compare the two."""
+    start(device)
+    from rich.console import Console
+    from rich.table import Table
+
+    from splitquant_mlx.cache import cache_directory
+    from splitquant_mlx.cli.console import Bars, plain, size
+    from splitquant_mlx.demo import QUESTION, run_demo, save_results
+    from splitquant_mlx.demo_model import fetch_demo_model
+    from splitquant_mlx.source import resolve
+
+    source = resolve(model) if model else fetch_demo_model(Bars())
+    home = cache_directory() / "demo"
+    results = run_demo(source, home, Bars())
+    save_results(results, source.name, home)
+    console = Console(highlight=False)
+    table = Table(box=None, padding=(0, 2, 0, 0), title=plain(source.name), title_justify="left")
+    table.add_column("method")
+    for name in ("bits/weight", "size", "KL, nats", "top-1", "tokens/s", "converted in"):
+        table.add_column(name, justify="right")
+    for result in results:
+        found = result.divergence
+        table.add_row(
+            result.method,
+            f"{result.bits_per_weight:.2f}",
+            size(result.nbytes),
+            f"{found.kl_mean:.3f}" if found else "",
+            f"{found.top1_agreement:.1%}" if found else "",
+            f"{result.tokens_per_s:.1f}",
+            f"{result.seconds:.1f} s" if result.seconds else "",
+        )
+    console.print(table)
+    if source.path.suffix == ".gguf":
+        console.print("These weights come from a 4-bit file, which flatters both methods a little.")
+    console.print(
+        "bits/weight: of the linear layers. KL divergence (lower is closer) and top-1 agreement: "
+        "with the original, on a short text.\n"
+    )
+    console.print(f"[bold]{QUESTION}[/]")
+    for result in results:
+        console.print(f"  {result.method}: {plain(result.answer)}", markup=False)
+    console.print(
+        f"\nNext: splitquant-mlx chat --model {results[-1].path}", markup=False, soft_wrap=True
+    )

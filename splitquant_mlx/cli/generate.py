@@ -1,6 +1,143 @@
 """Offer `generate`."""
 
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
 
-def generate() -> None:
-    """Not there yet."""
-    raise NotImplementedError
+import typer
+
+from splitquant_mlx.chat import Decoding, encode, readable_errors
+from splitquant_mlx.cli.options import (
+    DEFAULT_MODEL,
+    Device,
+    Model,
+    Revision,
+    TrustRemoteCode,
+    start,
+)
+from splitquant_mlx.errors import RecipeError, SourceError
+
+SystemPrompt = Annotated[str | None, typer.Option(help="System message for the chat template.")]
+MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", "-m", help="Most tokens of an answer; -1 sets no limit.")
+]
+Temp = Annotated[float, typer.Option(help="Sampling temperature; 0 takes the likeliest token.")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this times the likeliest.")]
+TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 from all.")]
+MaxKvSize = Annotated[
+    int | None, typer.Option(help="Tokens the KV cache holds; older ones are overwritten.")
+]
+KvBits = Annotated[int | None, typer.Option(help="Quantize the KV cache to this many bits.")]
+KvGroupSize = Annotated[int, typer.Option(help="Group size of a quantized KV cache.")]
+QuantizedKvStart = Annotated[
+    int, typer.Option(help="Token from which on the KV cache is quantized.")
+]
+
+
+def generate(
+    model: Model = DEFAULT_MODEL,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="What to say; - reads standard input.")
+    ] = "hello",
+    system_prompt: SystemPrompt = None,
+    prefill_response: Annotated[
+        str | None, typer.Option(help="Beginning of the answer, for the model to continue.")
+    ] = None,
+    max_tokens: MaxTokens = 100,
+    temp: Temp = Decoding.temp,
+    top_p: TopP = Decoding.top_p,
+    min_p: MinP = Decoding.min_p,
+    top_k: TopK = Decoding.top_k,
+    seed: Annotated[int | None, typer.Option(help="Seed of the random number generator.")] = None,
+    ignore_chat_template: Annotated[
+        bool, typer.Option("--ignore-chat-template", help="Continue the bare prompt.")
+    ] = False,
+    chat_template_config: Annotated[
+        str | None, typer.Option(help="JSON object of variables for the chat template.")
+    ] = None,
+    extra_eos_token: Annotated[
+        list[str] | None, typer.Option(help="Token that ends the answer, too; repeatable.")
+    ] = None,
+    max_kv_size: MaxKvSize = None,
+    kv_bits: KvBits = None,
+    kv_group_size: KvGroupSize = Decoding.kv_group_size,
+    quantized_kv_start: QuantizedKvStart = Decoding.quantized_kv_start,
+    verbose: Annotated[str, typer.Option(help="False prints nothing but the answer.")] = "True",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    device: Device = None,
+) -> None:
+    """Answer one prompt, with mlx_lm.generate's options and output."""
+    decoding = Decoding(
+        max_tokens=max_tokens,
+        temp=temp,
+        top_p=top_p,
+        min_p=min_p,
+        top_k=top_k,
+        max_kv_size=max_kv_size,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        quantized_kv_start=quantized_kv_start,
+    )
+    template_options = _json_object("--chat-template-config", chat_template_config)
+    check_model(model)
+    # A shell passes on \n and \t as two characters each; mlx_lm.generate reads them so, too.
+    text = prompt.replace("\\n", "\n").replace("\\t", "\t") if prompt != "-" else sys.stdin.read()
+    start(device)
+    import mlx.core as mx
+    from mlx_lm.generate import generate as mlx_lm_generate
+
+    from splitquant_mlx.loader import load
+
+    loaded, tokenizer = load(model, revision=revision, trust_remote_code=trust_remote_code)
+    _add_eos_tokens(tokenizer, extra_eos_token or [])
+    template = tokenizer.has_chat_template and not ignore_chat_template
+    messages = [{"role": "user", "content": text}]
+    if template and system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    if template and prefill_response is not None:
+        messages.append({"role": "assistant", "content": prefill_response})
+    tokens = encode(tokenizer, messages, template=template, template_options=template_options)
+    if seed is not None:
+        mx.random.seed(seed)
+    wordy = verbose.lower() not in ("false", "f")
+    with readable_errors():
+        answer = mlx_lm_generate(
+            loaded,
+            tokenizer,
+            tokens,
+            verbose=wordy,
+            prompt_cache=decoding.empty_cache(loaded),
+            **decoding.options(),
+        )
+    if not wordy:
+        print(answer)
+
+
+def check_model(model: str) -> None:
+    """Refuse the default model where nothing was converted yet, rather than ask the hub for it."""
+    if model == DEFAULT_MODEL and not Path(model).exists():
+        raise SourceError(
+            f"there is no {model} here: convert a model first with `splitquant-mlx convert "
+            "--model ...`, or name one with --model"
+        )
+
+
+def _json_object(option: str, text: str | None) -> dict[str, Any]:
+    try:
+        value = json.loads(text or "{}")
+    except ValueError as exc:
+        raise RecipeError(f"{option}: {text!r} is not JSON: {exc}") from exc
+    if not isinstance(value, dict):
+        raise RecipeError(f"{option}: wanted a JSON object such as {{}}, got {text}")
+    return value
+
+
+def _add_eos_tokens(tokenizer: Any, tokens: list[str]) -> None:
+    for token in tokens:
+        try:
+            tokenizer.add_eos_token(token)
+        except ValueError as exc:
+            raise RecipeError(f"--extra-eos-token: {exc}") from exc

@@ -14,9 +14,7 @@ DEFAULT_MODEL = "mlx_model"
 Model = Annotated[
     str, typer.Option(help="Directory, .gguf file or Hugging Face repo id of the model.")
 ]
-Revision = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of a Hugging Face repo.")
-]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face repo.")]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code the checkpoint brings along.")
 ]

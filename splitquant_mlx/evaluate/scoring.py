@@ -34,6 +34,7 @@ def dequantized(model: nn.Module) -> nn.Module:
 def dense_weight(module: nn.Module) -> mx.array:
     """Return the float32 weight (out, in) that a quantized layer stands for."""
     quantized = Quantized(module["weight"], module["scales"], module.get("biases"))
-    w = dequantize(quantized, bits=module.bits, group_size=module.group_size, mode=module.mode)
+    settings = {"bits": module.bits, "group_size": module.group_size, "mode": module.mode}
+    w = dequantize(quantized, **settings)  # type: ignore[arg-type]
     clusters = getattr(module, "clusters", 1)
     return w.reshape(w.shape[0], clusters, -1).sum(axis=1)

@@ -1,1 +1,0 @@
-from splitquant_mlx.loader import *  # noqa  (to be removed)
