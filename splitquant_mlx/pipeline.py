@@ -61,20 +61,20 @@ def convert(
     recipe = recipe or Recipe()
     progress = progress or Silent()
     target = Path(mlx_path)
-    check_target(target.expanduser(), overwrite=overwrite)
+    check_target(target, overwrite=overwrite)
     started = time.perf_counter()
     source = model if isinstance(model, Source) else resolve(str(model), revision=revision)
-    with staged(target, overwrite=overwrite) as staging:
+    with staged(target, overwrite=overwrite, source=source.path) as staging:
         with as_directory(source, progress, scratch=staging.parent) as directory:
             checkpoint = open_checkpoint(directory)
             plan = make_plan(recipe, checkpoint.model, checkpoint.config.get("vocab_size"))
             require_space(staging, _upper_bound_bytes(plan, checkpoint))
+            copy_companions(directory, staging)
             names = parameter_names(plan, checkpoint.model)
             with ShardWriter(staging, names, max_shard_bytes) as writer:
                 worker = _Worker(checkpoint, plan, writer)
                 records = worker.run(progress)
             write_config(checkpoint.config, records, staging)
-            copy_companions(directory, staging)
             manifest = Manifest(
                 source=source.name,
                 revision=source.revision,
@@ -209,9 +209,16 @@ def _snr_db(w: mx.array, quantized: Quantized, layer: LayerPlan, parts: int) -> 
     w_hat = dequantize(quantized, bits=layer.bits, group_size=layer.group_size, mode=layer.mode)
     w_hat = w_hat.reshape(*w.shape[:-1], parts, w.shape[-1]).sum(axis=-2)
     w = w.astype(mx.float32)
-    # row sums first: float32 loses digits in one long sum
-    signal, noise = (mx.sum(mx.sum(x * x, axis=-1)) for x in (w, w - w_hat))
+    # over the peak, squares neither overflow nor vanish; row sums first: float32 loses digits in
+    # one long sum
+    peak = mx.maximum(mx.max(mx.abs(w)), 1e-37)
+    signal, noise = (mx.sum(mx.sum(x * x, axis=-1)) for x in (w / peak, (w - w_hat) / peak))
     mx.eval(*(array for array in quantized if array is not None), signal, noise)
+    if not mx.isfinite(noise).item():
+        raise CheckpointError(
+            f"tensor '{layer.path}.weight' holds values up to {peak.item():g}, too large to "
+            "quantize: exclude this layer (--exclude)"
+        )
     if not signal.item() or not noise.item():
         return None
     return (10 * mx.log10(signal / noise)).item()  # type: ignore[return-value]

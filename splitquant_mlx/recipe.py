@@ -90,7 +90,8 @@ class Recipe:
             raise RecipeError("lm_head 'split' is for method 'splitquant', got method 'rtn'")
         for name in ("include", "exclude"):
             patterns = getattr(self, name)
-            if not all(isinstance(pattern, str) for pattern in patterns):
+            is_list = isinstance(patterns, (list, tuple))
+            if not is_list or not all(isinstance(pattern, str) for pattern in patterns):
                 raise RecipeError(f"{name}: wanted a list of glob patterns, got {patterns!r}")
             object.__setattr__(self, name, tuple(patterns))
 
@@ -120,11 +121,9 @@ class Recipe:
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
         """Build a recipe from plain values. Raises RecipeError for unknown keys and bad values."""
         known = [field.name for field in dataclasses.fields(cls)]
-        for key, value in values.items():
+        for key in values:
             if key not in known:
                 raise RecipeError(f"unknown recipe key {key!r}: known are {', '.join(known)}")
-            if key in ("include", "exclude") and not isinstance(value, (list, tuple)):
-                raise RecipeError(f"{key}: wanted a list of glob patterns, got {value!r}")
         return cls(**values)
 
 
@@ -134,7 +133,7 @@ def load_recipe(path: Path) -> Recipe:
         return Recipe.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as exc:
         raise RecipeError(f"recipe {path}: {exc.strerror or exc}") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+    except (ValueError, RecursionError) as exc:  # TOML, UTF-8, too long a number, too deep
         raise RecipeError(f"recipe {path} is not valid TOML: {exc}") from exc
     except RecipeError as exc:
         raise RecipeError(f"recipe {path}: {exc}") from exc

@@ -1,5 +1,8 @@
 """Share fixtures: the real tiny checkpoints, and a converted one."""
 
+import signal
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -37,3 +40,46 @@ def split_stories(stories, tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("converted") / "split"
     convert(stories, target)
     return target
+
+
+@pytest.fixture
+def refusal(tmp_path, capsys, monkeypatch):
+    """Return a function that runs `convert`, which must fail cleanly, and returns its message."""
+    started = []
+
+    class Recorder:
+        @contextmanager
+        def task(self, label, total=None):
+            started.append(label)
+            yield lambda amount: None
+
+    from damage import tree
+
+    from splitquant_mlx.cli import console, run
+
+    monkeypatch.setattr(console, "Bars", Recorder)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def refuse(source=None, *options, target=None, late=False, forget=()):
+        source = tmp_path / "source" if source is None else source
+        target = tmp_path / "deep" / "target" if target is None else target
+        before = tree(tmp_path)
+        began = time.monotonic()
+        code = run(["convert", "--model", str(source), "--mlx-path", str(target), *options])
+        seconds = time.monotonic() - began
+        out, err = capsys.readouterr()
+        after = tree(tmp_path)
+        for path in forget:
+            before.pop(str(path), None), after.pop(str(path), None)
+        assert code == 2
+        assert out == ""
+        assert err.startswith("splitquant-mlx: error: ")
+        assert err.count("\n") == 1 and err.endswith("\n") and err.rstrip("\n").isprintable()
+        assert "Traceback" not in err and "unexpected" not in err
+        assert after == before
+        assert bool(started) == late, "found before the work" if late else "found too late"
+        assert seconds < 10
+        return err.removeprefix("splitquant-mlx: error: ").strip()
+
+    yield refuse
+    signal.signal(signal.SIGTERM, handler)

@@ -62,6 +62,8 @@ def test_defaults_are_the_paper_for_splitquant_and_mlx_lm_for_rtn():
         {"embeddings": "split"},
         {"method": "rtn", "lm_head": "split"},
         {"include": (1,)},
+        {"include": "*.mlp.*"},
+        {"exclude": 1},
     ],
 )
 def test_bad_settings_are_refused(settings):

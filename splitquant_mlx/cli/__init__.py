@@ -57,24 +57,30 @@ def _options(
 
 def run(arguments: list[str], *, debug: bool = False) -> int:
     """Run a command line and return its exit code: 0, or 2 after one line on stderr."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup makes it
+            signal.signal(number, _interrupt)
     try:
-        return app(arguments, prog_name=PROGRAM, standalone_mode=False) or 0
-    except (KeyboardInterrupt, typer.Abort):
-        message = "interrupted: nothing was left half-written"
+        code = app(arguments, prog_name=PROGRAM, standalone_mode=False) or 0
+        if code != 130:
+            return code
+        raise KeyboardInterrupt  # which typer turned into this exit code
+    except SplitQuantError as exc:
+        message, cause = str(exc), exc
+    except (KeyboardInterrupt, typer.Abort) as exc:
+        message, cause = "interrupted: nothing was left half-written", exc
     except UsageError as exc:
         context = getattr(exc, "ctx", None)
         command = context.command_path if context else PROGRAM
-        message = f"{exc.format_message()} (see {command} --help)"  # type: ignore[attr-defined]
-    except SplitQuantError as exc:
-        message = str(exc)
+        text = exc.format_message()  # type: ignore[attr-defined]
+        message, cause = f"{text} (see {command} --help)", exc
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away; there is nobody to tell
         return 2
     except Exception as exc:
-        message = f"unexpected {type(exc).__name__}: {exc} (--debug shows where)"
+        message, cause = f"unexpected {type(exc).__name__}: {exc} (--debug shows where)", exc
     if debug:
-        traceback.print_exc()
+        traceback.print_exception(cause)
     print(f"{PROGRAM}: error: {plain(message)}", file=sys.stderr)
     return 2
 

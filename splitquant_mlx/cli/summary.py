@@ -38,7 +38,7 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("Linear layers", f"{manifest.linear_bits_per_weight:.2f} bits/weight"),
         (
             "Whole model",
-            f"{manifest.bits_per_weight:.2f} bits/weight ({size(kept)} of weights kept unquantized)",
+            f"{manifest.bits_per_weight:.2f} bits/weight, {size(kept)} of weights kept unquantized",
         ),
         ("Size", f"{size(manifest.stored_bytes)}, the original has {size(manifest.source_bytes)}"),
         ("Time", f"{seconds['total']:.1f} s ({stages})"),

@@ -1,0 +1,165 @@
+"""Settings and targets that cannot be had."""
+
+import mlx.core as mx
+import pytest
+import tiny
+from damage import model_at
+
+from splitquant_mlx import TargetError, convert
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--bits", "7"], "bits: wanted one of 2, 3, 4, 5, 6, 8, got 7"),
+        (["--bits", "four"], "Invalid value for '--bits' / '--q-bits'"),
+        (["--group-size", "48"], "group_size: wanted one of 32, 64, 128, got 48"),
+        (["--group-size", "128"], "group size 128 divides the width of no layer"),
+        (["--clusters", "1"], "clusters: wanted a whole number from 2 to 8, got 1"),
+        (["--clusters", "9"], "clusters: wanted a whole number from 2 to 8, got 9"),
+        (["--q-mode", "mxfp4"], "mode 'mxfp4' is for method 'rtn'"),
+        (["--q-mode", "mxfp4", "--method", "rtn", "--bits", "8"], "leave both out"),
+        (["--q-mode", "nosuch"], "mode: wanted one of affine, mxfp4"),
+        (["--method", "gptq"], "method: wanted one of splitquant, rtn"),
+        (["--method", "rtn", "--lm-head", "split"], "lm_head 'split' is for method 'splitquant'"),
+        (["--dtype", "int8"], "dtype: wanted one of float16, bfloat16, float32"),
+        (["--include", "nothing.*"], "include and exclude leave no layer to convert"),
+        (["--exclude", "*"], "include and exclude leave no layer to convert"),
+        (["--revision", "main"], "is a local path: a revision (main) is for hub repos only"),
+        (["--device", "tpu"], "--device: wanted cpu or gpu, got 'tpu'"),
+        (["--nosuch"], "No such option: --nosuch"),
+        (["--recipe", "/nosuch.toml"], "recipe /nosuch.toml: No such file or directory"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_settings_that_do_not_fit(refusal, tmp_path, options, wanted):
+    source = tiny.write_checkpoint(
+        tmp_path / "source", replace={"model.layers.0.mlp.down_proj.weight": mx.zeros((64, 128))}
+    )
+    if options[-1] == "128":  # the one layer that is 128 wide goes
+        options = [*options, "--exclude", "*.down_proj"]
+    assert wanted in refusal(source, *options)
+
+
+RECIPES = {
+    b"bites = 4": "unknown recipe key 'bites'",
+    b"bits = ": "is not valid TOML",
+    b"bits = '4'": "bits: wanted one of",
+    b"bits = true": "bits: wanted one of",
+    b"bits = 4.0": "bits: wanted one of",
+    b"clusters = true": "clusters: wanted a whole number",
+    b"clusters = [3]": "clusters: wanted a whole number",
+    b"method = 1": "method: wanted one of",
+    b"mode = []": "mode: wanted one of",
+    b"[method]\na = 1": "method: wanted one of",
+    b"include = 'mlp'": "include: wanted a list of glob patterns",
+    b"include = [1]": "include: wanted a list of glob patterns",
+    b"exclude = 3": "exclude: wanted a list of glob patterns",
+    b"\x7fELF\x00\xff\xfe": "is not valid TOML",
+}
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (b"bits = " + b"1" * 5_000, "is not valid TOML"),
+        (b"bits = " + b"[" * 100_000, "is not valid TOML"),
+        *RECIPES.items(),
+    ],
+    ids=lambda value: repr(value[:20]) if isinstance(value, bytes) else None,
+)
+def test_recipe_file_that_is_wrong(refusal, tmp_path, content, wanted):
+    tiny.write_checkpoint(tmp_path / "source")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_bytes(content)
+    message = refusal(None, "--recipe", str(recipe))
+    assert wanted in message and str(recipe) in message
+
+
+TARGETS = {
+    "a file": (lambda path: path.write_text("x"), [], "exists already"),
+    "a file, overwrite": (lambda p: p.write_text("x"), ["--overwrite"], "is not a directory"),
+    "an empty directory": (lambda path: path.mkdir(), [], "exists already"),
+    "a model": (model_at, [], "exists already: choose another --mlx-path, or pass --overwrite"),
+    "a broken symlink": (lambda path: path.symlink_to("nowhere"), [], "exists already"),
+    "a symlink, overwrite": (
+        lambda path: (model_at(path.with_name("model")), path.symlink_to("model")),
+        ["--overwrite"],
+        "is not a directory",
+    ),
+    "no model, overwrite": (
+        lambda path: (path.mkdir(), (path / "diary.txt").write_text("dear")),
+        ["--overwrite"],
+        "is not a model directory",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "wanted"),
+    [pytest.param(*case, id=name) for name, case in TARGETS.items()],
+)
+def test_target_that_exists(refusal, tmp_path, make, options, wanted):
+    tiny.write_checkpoint(tmp_path / "source")
+    make(tmp_path / "target")
+    assert wanted in refusal(None, *options, target=tmp_path / "target")
+
+
+@pytest.mark.parametrize(
+    ("target", "wanted"),
+    {
+        "file/target": "is not a directory",
+        "file/deep/er/target": "is not a directory",
+        "link/target": "is not a directory",
+        "link/deep/target": "is not a directory",
+        "/proc/target": "cannot write /proc/target",
+        "/proc/deep/target": "cannot write /proc/deep/target",
+        "/dev/null/target": "/dev/null is not a directory",
+        "n" * 256: "File name too long",
+        "n" * 256 + "/target": "File name too long",
+    }.items(),
+)
+def test_target_that_cannot_be_made(refusal, tmp_path, target, wanted):
+    tiny.write_checkpoint(tmp_path / "source")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("nowhere")
+    assert wanted in refusal(target=tmp_path / target)
+
+
+@pytest.mark.parametrize("target", ["source", ".", "link"])
+def test_target_never_replaces_the_source(refusal, tmp_path, target):
+    source = tiny.write_checkpoint(tmp_path / "models" / "source")
+    (source.parent / "config.json").write_text("{}")  # makes it look like a model's directory
+    (source.parent / "link").symlink_to("source")
+    message = refusal(source, "--overwrite", target=source.parent / target)
+    assert "is never overwritten" in message
+
+
+def test_target_in_the_home_of_nobody(refusal, tmp_path):
+    tiny.write_checkpoint(tmp_path / "source")
+    assert "no such user's home" in refusal(target="~nosuchuser/x")
+
+
+def test_target_may_lie_in_the_source(tmp_path):
+    source = tiny.write_checkpoint(tmp_path / "source")
+    convert(source, source / "mlx_model")
+    assert sorted(path.name for path in source.iterdir()) == [
+        "config.json", "mlx_model", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+
+
+def test_target_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
+    from splitquant_mlx import pipeline
+
+    source, target = tiny.write_checkpoint(tmp_path / "source"), tmp_path / "target"
+    write_config = pipeline.write_config
+
+    def write_config_and_target(*args):
+        write_config(*args)
+        model_at(target)
+
+    monkeypatch.setattr(pipeline, "write_config", write_config_and_target)
+    with pytest.raises(TargetError, match="exists already"):
+        convert(source, target)
+    assert [path.name for path in target.iterdir()] == ["config.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
