@@ -7,26 +7,24 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 
 from splitquant_mlx.chat import Conversation, Decoder, Decoding
-from splitquant_mlx.cli.generate import (
+from splitquant_mlx.cli.options import (,
+    DEFAULT_MODEL,
+    Device,
     KvBits,
     KvGroupSize,
     MaxKvSize,
     MaxTokens,
     MinP,
+    Model,
     QuantizedKvStart,
+    Revision,
+    Seed,
     SystemPrompt,
     Temp,
     TopK,
     TopP,
-    check_model,
-)
-from splitquant_mlx.cli.options import (
-    DEFAULT_MODEL,
-    Device,
-    Model,
-    Revision,
-    Seed,
     TrustRemoteCode,
+    check_model,
     start,
 )
 

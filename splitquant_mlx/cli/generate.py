@@ -8,33 +8,26 @@ from typing import Annotated, Any
 import typer
 
 from splitquant_mlx.chat import Decoding, encode, readable_errors
-from splitquant_mlx.cli.options import (
+from splitquant_mlx.cli.options import (,
     DEFAULT_MODEL,
     Device,
+    KvBits,
+    KvGroupSize,
+    MaxKvSize,
+    MaxTokens,
+    MinP,
     Model,
+    QuantizedKvStart,
     Revision,
+    SystemPrompt,
+    Temp,
+    TopK,
+    TopP,
     TrustRemoteCode,
+    check_model,
     start,
 )
 from splitquant_mlx.errors import RecipeError, SourceError
-
-SystemPrompt = Annotated[str | None, typer.Option(help="System message for the chat template.")]
-MaxTokens = Annotated[
-    int, typer.Option("--max-tokens", "-m", help="Most tokens of an answer; -1 sets no limit.")
-]
-Temp = Annotated[float, typer.Option(help="Sampling temperature; 0 takes the likeliest token.")]
-TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total.")]
-MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this times the likeliest.")]
-TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 from all.")]
-MaxKvSize = Annotated[
-    int | None, typer.Option(help="Tokens the KV cache holds; older ones are overwritten.")
-]
-KvBits = Annotated[int | None, typer.Option(help="Quantize the KV cache to this many bits.")]
-KvGroupSize = Annotated[int, typer.Option(help="Group size of a quantized KV cache.")]
-QuantizedKvStart = Annotated[
-    int, typer.Option(help="Token from which on the KV cache is quantized.")
-]
-
 
 def generate(
     model: Model = DEFAULT_MODEL,
@@ -114,15 +107,6 @@ def generate(
         )
     if not wordy:
         print(answer)
-
-
-def check_model(model: str) -> None:
-    """Refuse the default model where nothing was converted yet, rather than ask the hub for it."""
-    if model == DEFAULT_MODEL and not Path(model).exists():
-        raise SourceError(
-            f"there is no {model} here: convert a model first with `splitquant-mlx convert "
-            "--model ...`, or name one with --model"
-        )
 
 
 def _json_object(option: str, text: str | None) -> dict[str, Any]:

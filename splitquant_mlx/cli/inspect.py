@@ -1,11 +1,18 @@
 """Offer `inspect`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from splitquant_mlx.cli.options import DEFAULT_MODEL, Device, Model, Revision, start
+from splitquant_mlx.cli.options import (
+    DEFAULT_MODEL,
+    Device,
+    Model,
+    Revision,
+    check_model,
+    start,
+)
 from splitquant_mlx.errors import RecipeError
 
 
@@ -26,6 +33,7 @@ def inspect(
     """Show a model's layers, cut points, bytes and bits/weight, or one layer's histogram."""
     if png is not None and layer is None:
         raise RecipeError("--png shows one layer: say which with --layer")
+    check_model(model)
     start(device)
     from splitquant_mlx.cli.console import Bars
     from splitquant_mlx.directory import as_directory
@@ -44,7 +52,7 @@ def inspect(
             print(f"Saved {png}")
 
 
-def _print_layers(inspection) -> None:
+def _print_layers(inspection: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 

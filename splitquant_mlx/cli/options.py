@@ -2,12 +2,13 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from splitquant_mlx import blas
-from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.errors import RecipeError, SourceError
 
 DEFAULT_MODEL = "mlx_model"
 
@@ -22,6 +23,24 @@ Device = Annotated[
     str | None, typer.Option(help="cpu or gpu; the GPU where there is one if not given.")
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the random number generator.")]
+
+
+SystemPrompt = Annotated[str | None, typer.Option(help="System message for the chat template.")]
+MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", "-m", help="Most tokens of an answer; -1 sets no limit.")
+]
+Temp = Annotated[float, typer.Option(help="Sampling temperature; 0 takes the likeliest token.")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this times the likeliest.")]
+TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 from all.")]
+MaxKvSize = Annotated[
+    int | None, typer.Option(help="Tokens the KV cache holds; older ones are overwritten.")
+]
+KvBits = Annotated[int | None, typer.Option(help="Quantize the KV cache to this many bits.")]
+KvGroupSize = Annotated[int, typer.Option(help="Group size of a quantized KV cache.")]
+QuantizedKvStart = Annotated[
+    int, typer.Option(help="Token from which on the KV cache is quantized.")
+]
 
 
 def start(device: str | None) -> None:
@@ -44,3 +63,12 @@ def start(device: str | None) -> None:
         mx.set_default_device(mx.Device(getattr(mx, device)))
     if found is False and mx.default_device() == mx.cpu:
         print(f"note: {blas.ADVICE}", file=sys.stderr)
+
+
+def check_model(model: str) -> None:
+    """Refuse the default model where nothing was converted yet, rather than ask the hub for it."""
+    if model == DEFAULT_MODEL and not Path(model).exists():
+        raise SourceError(
+            f"there is no {model} here: convert a model first with `splitquant-mlx convert "
+            "--model ...`, or name one with --model"
+        )

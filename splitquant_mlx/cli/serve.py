@@ -4,8 +4,14 @@ from typing import Annotated
 
 import typer
 
-from splitquant_mlx.cli.generate import check_model
-from splitquant_mlx.cli.options import DEFAULT_MODEL, Device, Model, TrustRemoteCode, start
+from splitquant_mlx.cli.options import (
+    DEFAULT_MODEL,
+    Device,
+    Model,
+    TrustRemoteCode,
+    check_model,
+    start,
+)
 
 
 def serve(
