@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 
 from splitquant_mlx.chat import Conversation, Decoder, Decoding
-from splitquant_mlx.cli.options import (,
+from splitquant_mlx.cli.options import (
     DEFAULT_MODEL,
     Device,
     KvBits,

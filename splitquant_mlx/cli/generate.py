@@ -2,13 +2,12 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from splitquant_mlx.chat import Decoding, encode, readable_errors
-from splitquant_mlx.cli.options import (,
+from splitquant_mlx.cli.options import (
     DEFAULT_MODEL,
     Device,
     KvBits,
@@ -27,7 +26,8 @@ from splitquant_mlx.cli.options import (,
     check_model,
     start,
 )
-from splitquant_mlx.errors import RecipeError, SourceError
+from splitquant_mlx.errors import RecipeError
+
 
 def generate(
     model: Model = DEFAULT_MODEL,

@@ -23,8 +23,6 @@ Device = Annotated[
     str | None, typer.Option(help="cpu or gpu; the GPU where there is one if not given.")
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the random number generator.")]
-
-
 SystemPrompt = Annotated[str | None, typer.Option(help="System message for the chat template.")]
 MaxTokens = Annotated[
     int, typer.Option("--max-tokens", "-m", help="Most tokens of an answer; -1 sets no limit.")
