@@ -42,6 +42,17 @@ def split_stories(stories, tmp_path_factory) -> Path:
     return target
 
 
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Return SmolLM2-135M-Instruct as a GGUF file, downloaded once."""
+    from splitquant_mlx.demo_model import fetch_demo_model
+
+    path = fetch_demo_model().path
+    if path.suffix != ".gguf":
+        pytest.skip("SmolLM2-135M-Instruct came from the hub, these tests want the GGUF file")
+    return path
+
+
 @pytest.fixture
 def refusal(tmp_path, capsys, monkeypatch):
     """Return a function that runs `convert`, which must fail cleanly, and returns its message."""

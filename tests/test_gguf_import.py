@@ -1,7 +1,6 @@
 """GGUF files made from a real tiny checkpoint come back as that checkpoint."""
 
 import json
-import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -431,18 +430,15 @@ def test_changed_or_cut_file_imports_or_is_refused(one_layer, data):
 
 
 @pytest.mark.slow
-def test_real_model_answers_through_its_chat_template(tmp_path):
-    path = Path(os.environ.get("SPLITQUANT_SMOLLM2_GGUF", ""))
-    if not path.is_file():
-        pytest.skip("SPLITQUANT_SMOLLM2_GGUF does not name SmolLM2-135M-Instruct as a GGUF file")
+def test_real_model_answers_through_its_chat_template(tmp_path, smollm2):
     from mlx_lm import generate, tokenizer_utils
     from mlx_lm.utils import load_model
 
-    ours = open_gguf(path)
-    for tensor in gguf.GGUFReader(path).tensors:
+    ours = open_gguf(smollm2)
+    for tensor in gguf.GGUFReader(smollm2).tensors:
         expected = gguf.dequantize(tensor.data, tensor.tensor_type)
         np.testing.assert_array_equal(read_tensor(ours, tensor.name), expected)
-    imported(path, tmp_path / "hf")
+    imported(smollm2, tmp_path / "hf")
     model, _ = load_model(tmp_path / "hf")
     model.set_dtype(mx.float32)
     tokenizer = tokenizer_utils.load(tmp_path / "hf")

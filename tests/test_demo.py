@@ -1,0 +1,54 @@
+"""The demo on a tiny checkpoint: its table, its JSON, its next command."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from splitquant_mlx.demo import RECIPES, run_demo, save_results
+from splitquant_mlx.source import Source
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+@pytest.fixture
+def chat_model(babyllama, tmp_path):
+    """Return a copy of a tiny model that has a chat template."""
+    import shutil
+
+    copy = shutil.copytree(babyllama, tmp_path / "chatty")
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    settings["chat_template"] = TEMPLATE
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    return copy
+
+
+def test_demo_compares_the_original_with_every_recipe(chat_model, tmp_path):
+    source = Source(name="tiny", path=chat_model, revision=None)
+    results = run_demo(source, tmp_path / "out")
+    assert [result.method for result in results] == ["original", *RECIPES]
+    original, plain, _, split = results
+    assert original.divergence is None and original.bits_per_weight == 32
+    assert 0 < split.divergence.kl_mean < plain.divergence.kl_mean
+    assert plain.nbytes < split.nbytes < original.nbytes
+    assert all(result.tokens_per_s > 0 and result.answer for result in results)
+    file = save_results(results, source.name, tmp_path)
+    saved = json.loads(file.read_text())
+    assert saved["results"][3]["divergence"]["kl_mean"] == split.divergence.kl_mean
+    assert saved["versions"]["mlx"] and saved["machine"]["memory_bytes"] > 0
+
+
+def test_demo_command_runs_twice_and_says_what_to_do_next(chat_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-m", "splitquant_mlx", "demo", "--model", chat_model],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    assert "splitquant-4bit" in done.stdout
+    path = tmp_path / "cache" / "demo" / "splitquant-4bit"
+    assert done.stdout.splitlines()[-1] == f"Next: splitquant-mlx chat --model {path}"
+    assert (path / "splitquant.json").is_file()
