@@ -32,9 +32,9 @@ QUESTION = "Why is the sky blue?"
 MAX_TOKENS = 48
 # 8 bits are there for honesty: fewer bytes than three parts of 4 bits, and closer to the original
 RECIPES = {
-    "rtn-4bit": Recipe(method="rtn", bits=4, embeddings="keep", lm_head="keep"),
-    "rtn-8bit": Recipe(method="rtn", bits=8, embeddings="keep", lm_head="keep"),
-    "splitquant-4bit": Recipe(method="splitquant", bits=4),
+    "rtn 4-bit": Recipe(method="rtn", bits=4, embeddings="keep", lm_head="keep"),
+    "rtn 8-bit": Recipe(method="rtn", bits=8, embeddings="keep", lm_head="keep"),
+    "split 4-bit": Recipe(method="splitquant", bits=4),
 }
 TEXT = """\
 The harbour town wakes before the sun does. By four in the morning the first boats have \
@@ -110,7 +110,7 @@ def run_demo(source: Source, directory: Path, progress: Progress | None = None) 
         results = [_original_result(model, original, answer, tokens_per_s)]
         del model
         for method, recipe in RECIPES.items():
-            path = directory / method
+            path = directory / method.replace(" ", "-")
             # named by its source, not by the directory a GGUF file was unpacked to
             unpacked = Source(name=source.name, path=original, revision=source.revision)
             manifest = convert(unpacked, path, recipe=recipe, overwrite=True, progress=progress)
@@ -180,12 +180,15 @@ def save_results(results: list[Result], model: str, directory: Path) -> Path:
     values = {
         "model": model,
         "question": QUESTION,
-        "results": [dataclasses.asdict(result) for result in results],
+        "results": [
+            {**dataclasses.asdict(result), "path": result.path and result.path.name}
+            for result in results
+        ],
         "machine": describe_machine(),
         "versions": versions(),
         "device": str(mx.default_device()),
     }
-    file.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return file
 
 

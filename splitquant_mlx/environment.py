@@ -1,5 +1,6 @@
 """Describe the software and the machine that a result was made with."""
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -18,15 +19,16 @@ def versions() -> dict[str, str]:
 
 
 def describe_machine() -> dict[str, str | int]:
-    """Return chip, operating system and memory_bytes of this machine."""
-    import os
-
+    """Return chip, number of cores, operating system and memory_bytes of this machine."""
     import mlx.core as mx
 
+    mac_version = platform.mac_ver()[0]
+    system = f"macOS {mac_version}" if mac_version else platform.system()
     info = mx.device_info()
     memory = info.get("memory_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "chip": str(info.get("device_name", platform.processor())),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cores": os.cpu_count() or 1,
+        "system": f"{system} {platform.machine()}",
         "memory_bytes": int(memory),
     }

@@ -33,8 +33,8 @@ def demo(
     save_results(results, source.name, home)
     console = Console(highlight=False)
     table = Table(box=None, padding=(0, 2, 0, 0), title=plain(source.name), title_justify="left")
-    table.add_column("method")
-    for name in ("bits/weight", "size", "KL, nats", "top-1", "tokens/s", "converted in"):
+    table.add_column("method", no_wrap=True)
+    for name in ("bits/weight", "size", "KL, nats", "top-1", "tokens/s", "took"):
         table.add_column(name, justify="right")
     for result in results:
         found = result.divergence
@@ -49,7 +49,7 @@ def demo(
         )
     console.print(table)
     if source.path.suffix == ".gguf":
-        console.print("These weights come from a 4-bit file, which flatters both methods a little.")
+        console.print("These weights come from a 4-bit file, which flatters all methods a little.")
     console.print(
         "bits/weight: of the linear layers. KL divergence (lower is closer) and top-1 agreement: "
         "with the original, on a short text.\n"

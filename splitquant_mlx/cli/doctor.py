@@ -19,7 +19,7 @@ def doctor(device: Device = None) -> None:
     console = Console(highlight=False)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     machine = describe_machine()
-    table.add_row("machine", f"{machine['chip']}, {machine['system']}")
+    table.add_row("machine", f"{machine['chip']}, {machine['cores']} cores, {machine['system']}")
     table.add_row("memory", size(float(machine["memory_bytes"])))
     default = mx.default_device().type.name
     names = ", ".join(found.type.name for found in devices())

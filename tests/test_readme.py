@@ -1,0 +1,93 @@
+"""Every command and every example of the README runs, with tiny models in place of the large."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands():
+    lines = "".join(blocks("bash")).splitlines()
+    return [line for line in lines if line.startswith("splitquant-mlx ")]
+
+
+@pytest.fixture(scope="module")
+def home(stories, tmp_path_factory):
+    """Return a working directory whose mlx_model the first command has made."""
+    home = tmp_path_factory.mktemp("home")
+    shutil.copytree(stories, home / "tiny")
+    run_line(commands()[0], home)
+    return home
+
+
+def arguments(line):
+    line = line.replace("meta-llama/Llama-3.2-1B-Instruct", "tiny").replace("8080", "0")
+    return [sys.executable, "-m", "splitquant_mlx", *shlex.split(line)[1:]]
+
+
+def run_line(line, home):
+    done = subprocess.run(
+        arguments(line), cwd=home, input="Once upon a time\n", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("line", commands()[1:])
+def test_command_runs(line, home):
+    if line.startswith("splitquant-mlx serve"):
+        with subprocess.Popen(arguments(line), cwd=home, stdout=subprocess.PIPE) as server:
+            assert b"Serving mlx_model at http://127.0.0.1:" in server.stdout.readline()
+            server.terminate()
+    else:
+        assert run_line(line, home).strip()
+
+
+def test_first_command_converts_to_the_default_place(home):
+    assert (home / "mlx_model" / "splitquant.json").is_file()
+
+
+def test_the_two_commands_at_the_top_are_what_ci_runs():
+    first, second = "".join(blocks("bash")).splitlines()[:2]
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    script = [line.strip().removeprefix("time ") for line in lines]
+    for part in f"{first} && {second}".split(" && "):
+        wanted = part.replace("pip install", "pip install -q")
+        assert any(line == wanted or line.startswith(f"{wanted} -q") for line in script), part
+
+
+def test_python_example_runs(stories, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("python")
+    names = {}
+    exec(code.replace("path/or/repo", str(stories)), names)
+    assert (tmp_path / "out" / "splitquant.json").is_file()
+    assert names["manifest"].linear_bits_per_weight == pytest.approx(13.5)
+
+
+def test_file_tree_names_every_module():
+    tree = README[README.index("splitquant_mlx/\n") :]
+    listed = set(re.findall(r"(\w+)\.py", tree))
+    modules = {file.stem for file in (ROOT / "splitquant_mlx").glob("*.py")}
+    small = {
+        "__init__",
+        "__main__",
+        "_version",
+        "errors",
+        "progress",
+        "cache",
+        "environment",
+        "blas",
+    }
+    assert modules - small <= listed
