@@ -24,11 +24,15 @@ def table(demo: dict) -> str:
     ]
     for result in results[1:]:
         found = result["divergence"]
-        lines.append(
-            f"| {result['method']} | {result['bits_per_weight']:.1f} | {result['nbytes'] / 1e6:.0f} "
-            f"| {found['kl_mean']:.3f} | {found['top1_agreement']:.0%} "
-            f"| {plain['tokens_per_s'] / result['tokens_per_s']:.1f} x |"
+        cells = (
+            result["method"],
+            f"{result['bits_per_weight']:.1f}",
+            f"{result['nbytes'] / 1e6:.0f}",
+            f"{found['kl_mean']:.3f}",
+            f"{found['top1_agreement']:.0%}",
+            f"{plain['tokens_per_s'] / result['tokens_per_s']:.1f} x",
         )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -49,6 +49,6 @@ def test_demo_command_runs_twice_and_says_what_to_do_next(chat_model, tmp_path, 
         )
         assert done.returncode == 0, done.stderr
     assert "split 4-bit" in done.stdout
-    path = tmp_path / "cache" / "demo" / "split-4bit"
+    path = tmp_path / "cache" / "demo" / "split-4-bit"
     assert done.stdout.splitlines()[-1] == f"Next: splitquant-mlx chat --model {path}"
     assert (path / "splitquant.json").is_file()

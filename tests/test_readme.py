@@ -80,14 +80,12 @@ def test_file_tree_names_every_module():
     tree = README[README.index("splitquant_mlx/\n") :]
     listed = set(re.findall(r"(\w+)\.py", tree))
     modules = {file.stem for file in (ROOT / "splitquant_mlx").glob("*.py")}
-    small = {
-        "__init__",
-        "__main__",
-        "_version",
-        "errors",
-        "progress",
-        "cache",
-        "environment",
-        "blas",
-    }
+    small = {"__init__", "__main__", "_version", "errors", "progress", "cache", "blas"}
     assert modules - small <= listed
+
+
+def test_published_figures_are_those_of_the_json():
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs" / "figures.py", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
