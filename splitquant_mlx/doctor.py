@@ -16,6 +16,7 @@ import numpy as np
 
 from splitquant_mlx.evaluate.scoring import dense_weight
 from splitquant_mlx.layers import SplitLinear, quantize_split_layers, split_model
+from splitquant_mlx.parts import split
 
 # largest difference relative to the largest value; GPUs may multiply in TF32, of 10-bit mantissa
 CPU_LIMIT, GPU_LIMIT, CODE_LIMIT = 1e-5, 2e-3, 0.05
@@ -78,7 +79,9 @@ def dispatch_ratio() -> float:
 
     On the default device, one token, a 2048 x 2048 layer; medians of alternating runs.
     """
-    layer = SplitLinear.from_linear(nn.Linear(2048, 2048, bias=False)).to_quantized()
+    rng = np.random.default_rng(0)
+    w = mx.array(rng.standard_normal((2048, 2048)).astype(np.float32))
+    layer = SplitLinear(split(w)).to_quantized()
     width = layer.weight.shape[1] // layer.clusters
     groups = layer.scales.shape[1] // layer.clusters
     parts = [
@@ -89,7 +92,7 @@ def dispatch_ratio() -> float:
         )
         for c in range(layer.clusters)
     ]
-    x = mx.random.normal((1, 2048))
+    x = mx.array(rng.standard_normal((1, 2048)).astype(np.float32))
     mx.eval(parts, layer.parameters(), x)
 
     def separate() -> mx.array:

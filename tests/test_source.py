@@ -52,7 +52,8 @@ def test_existing_path_wins_over_a_repo_of_that_name(tmp_path, monkeypatch, hub)
 @pytest.mark.parametrize(
     "model", ["./x", "../x", "/no/x", "~/no-such", "a/b/c", "x.gguf", "b/x.safetensors", "a\\b"]
 )
-def test_what_looks_like_a_path_is_never_looked_up(model, hub):
+def test_what_looks_like_a_path_is_never_looked_up(model, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert refusal(model).startswith(f"no such path: {model!r}")
     assert hub.requests == []
 
