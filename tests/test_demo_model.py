@@ -66,6 +66,7 @@ def cache(tmp_path, monkeypatch):
 def installer(monkeypatch):
     installer = FakeInstaller()
     monkeypatch.setattr(subprocess, "run", installer)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     return installer
 
 
