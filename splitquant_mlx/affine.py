@@ -107,23 +107,39 @@ def quantize_parts(
         The parts side by side along the last axis: weight (..., out, k * in * bits / 32), scales
         and biases (..., out, k * in / group_size).
     """
+    settings = {"bits": bits, "group_size": group_size, "granularity": granularity}
+    return round_scales(code_parts(parts, **settings), bits, scale_dtype)  # type: ignore[arg-type]
+
+
+def code_parts(
+    parts: Sequence[mx.array], *, bits: int, group_size: int, granularity: str
+) -> Quantized:
+    """Do the first half of `quantize_parts`: codes, with scales and biases still in float32."""
+    settings = {"bits": bits, "group_size": group_size, "granularity": granularity}
     coded = [
-        _zero_at_code_0(
-            quantize(
-                part.astype(mx.float32), bits=bits, group_size=group_size, granularity=granularity
-            ),
-            bits,
-        )
+        _zero_at_code_0(quantize(part.astype(mx.float32), **settings), bits)  # type: ignore[arg-type]
         for part in parts
     ]
-    weight, scales, biases = (
-        mx.concatenate(list(arrays), axis=-1) for arrays in zip(*coded, strict=True)
-    )
+    return concatenate(coded, axis=-1)
+
+
+def round_scales(quantized: Quantized, bits: int, dtype: mx.Dtype | None) -> Quantized:
+    """Do the second half of `quantize_parts`: cast scales and biases, keeping the zero exact."""
+    weight, scales, biases = quantized
+    assert biases is not None
     zero_code = mx.round(-biases / scales)
-    rounded = scales.astype(scale_dtype or _closer_dtype(scales))
+    rounded = scales.astype(dtype or _closer_dtype(scales))
     has_zero = (zero_code >= 0) & (zero_code < 2**bits)
     biases = mx.where(has_zero, -zero_code * rounded.astype(mx.float32), biases)
     return Quantized(weight, rounded, biases.astype(rounded.dtype))
+
+
+def concatenate(pieces: Sequence[Quantized], axis: int) -> Quantized:
+    """Join affine-quantized pieces along the input (-1) or the output (-2) axis."""
+    weight, scales, biases = (
+        mx.concatenate(list(arrays), axis=axis) for arrays in zip(*pieces, strict=True)
+    )
+    return Quantized(weight, scales, biases)
 
 
 def _zero_at_code_0(quantized: Quantized, bits: int) -> Quantized:
@@ -131,8 +147,9 @@ def _zero_at_code_0(quantized: Quantized, bits: int) -> Quantized:
     assert biases is not None
     flip = mx.round(-biases / scales) == 2**bits - 1
     words = weight.reshape(*scales.shape, -1)
+    complement = flip[..., None].astype(mx.uint32) * 0xFFFFFFFF
     return Quantized(
-        mx.where(flip[..., None], ~words, words).reshape(weight.shape),
+        (words ^ complement).reshape(weight.shape),
         mx.where(flip, -scales, scales),
         mx.where(flip, 0, biases),
     )

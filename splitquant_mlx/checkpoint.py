@@ -46,6 +46,7 @@ class Checkpoint:
         weights: parameter name -> lazy array, named and laid out as the model wants them. Pop
             what you read: an array that was evaluated stays in memory as long as it is held.
         source_bytes: size of all tensors in the files.
+        stamps: size and time of change of every file, to notice that it changed meanwhile.
     """
 
     path: Path
@@ -53,6 +54,7 @@ class Checkpoint:
     model: nn.Module
     weights: dict[str, mx.array]
     source_bytes: int
+    stamps: dict[Path, tuple[int, int]]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -75,6 +77,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             "convert never does: use a model whose architecture mlx-lm has"
         )
     headers = read_headers(path)
+    stamps = {header.file: _stamp(header.file) for header in headers.values()}
     _check_config(path, config, len(headers))
     for name, header in headers.items():
         if header.dtype not in FLOATS and not header.dtype.startswith(("I", "U", "BOOL")):
@@ -86,7 +89,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     weights = _load_lazily(path, headers, model)
     _check_parameters(path, model, weights)
     source_bytes = sum(header.nbytes for header in headers.values())
-    return Checkpoint(path, config, model, weights, source_bytes)
+    return Checkpoint(path, config, model, weights, source_bytes, stamps)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -144,6 +147,18 @@ def build_model(path: Path, config: dict[str, Any]) -> nn.Module:
             f"{path}: config.json does not describe a {config['model_type']!r} model: "
             f"{type(exc).__name__}: {_one_line(exc)} (it has {sizes or 'no size'})"
         ) from exc
+
+
+def check_unchanged(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError when a file is not what it was when the checkpoint was opened."""
+    for file, stamp in checkpoint.stamps.items():
+        if not file.exists() or _stamp(file) != stamp:
+            raise CheckpointError(f"{file} changed while it was read: convert the model again")
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def parameters(model: nn.Module) -> dict[str, mx.array]:

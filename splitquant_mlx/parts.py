@@ -4,8 +4,8 @@ SplitQuantV2 (Song & Lin 2025, arXiv:2503.07657, section 3): cluster all entries
 k groups by value; part c keeps the entries of group c and is zero elsewhere. Every part spans a
 narrower range than the whole, so that the same number of codes covers it more finely.
 
-The zero is -0.0, the identity of IEEE addition (x + -0.0 is x for every x, +0.0 and -0.0
-included), which makes the sum of the parts equal to the weight bit for bit.
+Each zero has the sign of the entry it stands for: the sum of the parts is then the weight bit for
+bit, also where the weight is -0.0, since only -0.0 + -0.0 is -0.0.
 """
 
 import mlx.core as mx
@@ -25,15 +25,6 @@ def cluster_weight(w: mx.array, clusters: int = 3, kmeans: str = "exact") -> Clu
     return cluster_sklearn(values, clusters) if kmeans == "sklearn" else cluster(values, clusters)
 
 
-def labels(w: mx.array, clustering: Clustering) -> mx.array:
-    """Return the cluster of every entry of `w`, uint8: 0 is the lowest."""
-    found = mx.zeros(w.shape, mx.uint8)
-    for bound in clustering.upper_bounds:
-        # a bound is one of the entries, so the cast to their type is exact
-        found = found + (w > mx.array(bound, w.dtype)).astype(mx.uint8)
-    return found
-
-
 def split(w: mx.array, clusters: int = 3, kmeans: str = "exact") -> list[mx.array]:
     """Split `w` into `clusters` parts of its own shape and dtype, lowest entries first.
 
@@ -48,6 +39,9 @@ def split(w: mx.array, clusters: int = 3, kmeans: str = "exact") -> list[mx.arra
 
 def parts_of(w: mx.array, clustering: Clustering, clusters: int) -> list[mx.array]:
     """Split `w` by a clustering already found; see `split`."""
-    found = labels(w, clustering)
-    zero = mx.array(-0.0, w.dtype)
-    return [mx.where(found == c, w, zero) for c in range(clusters)]
+    # a bound is one of the entries, so the cast to their type is exact
+    above = [w > mx.array(bound, w.dtype) for bound in clustering.upper_bounds]
+    everywhere, nowhere = mx.array(True), mx.array(False)
+    above = [everywhere, *above, *[nowhere] * (clusters - len(above))]
+    # a product with 0 or 1 takes a sixth of the time of mx.where on the CPU
+    return [w * (above[c] & ~above[c + 1]) for c in range(clusters)]

@@ -1,31 +1,39 @@
 """Convert a checkpoint: the one place that knows the order of the steps.
 
-One weight at a time is read, clustered, quantized and written, so memory depends on the largest
-tensor and not on the number of layers.
+Reading, converting and writing overlap. Only a few weights are in memory at a time, so its peak
+depends on the largest tensors and the number of cores, not on the number of layers.
 """
 
 import math
+import os
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 
-from splitquant_mlx.affine import Quantized, dequantize, quantize, quantize_parts
-from splitquant_mlx.checkpoint import FLOATS, Checkpoint, open_checkpoint, parameters
+from splitquant_mlx.checkpoint import (
+    FLOATS,
+    Checkpoint,
+    check_unchanged,
+    open_checkpoint,
+    parameters,
+)
 from splitquant_mlx.directory import as_directory
 from splitquant_mlx.environment import versions
 from splitquant_mlx.errors import CheckpointError
-from splitquant_mlx.layers import scale_dtype
 from splitquant_mlx.manifest import LayerRecord, Manifest
-from splitquant_mlx.parts import cluster_weight, parts_of
 from splitquant_mlx.plan import LayerPlan, Plan, make_plan, parameter_names
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.recipe import DTYPES, Recipe
 from splitquant_mlx.save import check_target, copy_companions, require_space, staged, write_config
 from splitquant_mlx.shards import MAX_SHARD_BYTES, ShardWriter
 from splitquant_mlx.source import Source, resolve
+from splitquant_mlx.weight import Converted, convert_weight, require_finite
 
 FLOAT_TYPES = tuple(FLOATS.values())
 
@@ -74,6 +82,7 @@ def convert(
             with ShardWriter(staging, names, max_shard_bytes) as writer:
                 worker = _Worker(checkpoint, plan, writer)
                 records = worker.run(progress)
+            check_unchanged(checkpoint)
             write_config(checkpoint.config, records, staging)
             manifest = Manifest(
                 source=source.name,
@@ -93,7 +102,12 @@ def convert(
 
 
 class _Worker:
-    """Take every parameter of the model through its planned steps, in model order."""
+    """Take every parameter of the model through its planned steps, in model order.
+
+    This thread reads and writes. On the CPU, threads of a pool convert weights in between, one a
+    core; a GPU does one weight at a time, in this thread. Either way no more weights are in memory
+    than are being worked on, and one that waits.
+    """
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, writer: ShardWriter):
         self.checkpoint = checkpoint
@@ -103,28 +117,33 @@ class _Worker:
         self.writer = writer
         self.seconds = {"read": 0.0, "cluster": 0.0, "quantize": 0.0, "write": 0.0}
         self.parameters = 0
+        self.records: list[LayerRecord] = []
 
     def run(self, progress: Progress) -> list[LayerRecord]:
         """Write all tensors; returns a record for each planned layer."""
-        records = []
-        names = list(parameters(self.checkpoint.model))
+        on_cpu = mx.default_device() == mx.cpu
+        threads = os.cpu_count() or 1 if on_cpu else 1
         total = sum(array.nbytes for array in self.checkpoint.weights.values())
         label = {"splitquant": "Splitting and quantizing", "rtn": "Quantizing"}
-        with progress.task(label[self.plan.recipe.method], total) as advance:
-            for name in names:
-                source_bytes = self.checkpoint.weights[name].nbytes
+        waiting: deque[tuple[str, float, Callable[[], Converted | mx.array]]] = deque()
+        with (
+            progress.task(label[self.plan.recipe.method], total) as advance,
+            _Pool(threads) as pool,
+        ):
+            for name in parameters(self.checkpoint.model):
+                nbytes = self.checkpoint.weights[name].nbytes
                 w = self._read(name)
                 self.parameters += w.size
-                path, _, leaf = name.rpartition(".")
-                if leaf == "weight" and path in self.plan.layers:
-                    records.append(self._convert_layer(self.plan.layers[path], name, w))
-                else:
-                    self._write({name: w})
-                del w
-                advance(source_bytes)
+                work = partial(self._convert, name, w)
+                waiting.append((name, nbytes, pool.submit(work).result if on_cpu else work))
+                del w, work
+                while len(waiting) > threads:
+                    advance(self._finish(*waiting.popleft()))
+            while waiting:
+                advance(self._finish(*waiting.popleft()))
         with self._timed("write"):
             self.writer.close()
-        return records
+        return self.records
 
     def _read(self, name: str) -> mx.array:
         with self._timed("read"):
@@ -137,50 +156,55 @@ class _Worker:
                 raise CheckpointError(
                     f"{self.checkpoint.path}: tensor {name!r} cannot be read: {exc}"
                 ) from exc
-            if w.dtype in FLOAT_TYPES and not mx.all(mx.isfinite(w)).item():
-                raise CheckpointError(
-                    f"{self.checkpoint.path}: tensor {name!r} holds NaN or infinite values as "
-                    f"{str(w.dtype).rpartition('.')[2]}: the checkpoint is damaged, or needs "
-                    "--dtype bfloat16 or float32"
-                )
         return w
 
-    def _convert_layer(self, layer: LayerPlan, name: str, w: mx.array) -> LayerRecord:
-        if layer.action == "keep":
-            self._write({name: w})
-            return _record(layer, w.nbytes)
-        assert layer.bits is not None and layer.group_size is not None
-        recipe = self.plan.recipe
-        cut_points: tuple[float, ...] = ()
-        if layer.action == "split":
-            with self._timed("cluster"):
-                clustering = cluster_weight(w, recipe.clusters, recipe.kmeans)
-                cut_points = clustering.cut_points
-            with self._timed("quantize"):
-                quantized = quantize_parts(
-                    parts_of(w, clustering, recipe.clusters),
-                    bits=layer.bits,
-                    group_size=layer.group_size,
-                    granularity=recipe.granularity,
-                    scale_dtype=scale_dtype(w.dtype),
-                )
-                snr_db = _snr_db(w, quantized, layer, recipe.clusters)
-        else:
-            with self._timed("quantize"):
-                quantized = quantize(
-                    w,
-                    bits=layer.bits,
-                    group_size=layer.group_size,
-                    granularity=recipe.granularity,
-                    mode=layer.mode,
-                )
-                snr_db = _snr_db(w, quantized, layer, 1)
-        path = name.removesuffix("weight")
-        tensors = {name: quantized.weight, f"{path}scales": quantized.scales}
-        if quantized.biases is not None:
-            tensors[f"{path}biases"] = quantized.biases
-        self._write(tensors)
-        return _record(layer, quantized.nbytes, recipe.clusters, cut_points, snr_db)
+    def _layer(self, name: str) -> LayerPlan | None:
+        path, _, leaf = name.rpartition(".")
+        return self.plan.layers.get(path) if leaf == "weight" else None
+
+    def _convert(self, name: str, w: mx.array) -> Converted | mx.array:
+        layer = self._layer(name)
+        try:
+            if layer is not None and layer.action != "keep":
+                return convert_weight(w, layer, self.plan.recipe)
+            if w.dtype in FLOAT_TYPES:
+                require_finite(w)
+            return w
+        except ValueError as exc:
+            check_unchanged(self.checkpoint)
+            raise CheckpointError(
+                f"{self.checkpoint.path}: tensor {name!r} {exc} as "
+                f"{str(w.dtype).rpartition('.')[2]}: the checkpoint is damaged, or needs --dtype "
+                "bfloat16 or float32, or this layer is to be kept (--exclude)"
+            ) from exc
+
+    def _finish(
+        self, name: str, nbytes: float, result: Callable[[], Converted | mx.array]
+    ) -> float:
+        """Wait for a weight and write it; returns the size of its source."""
+        layer, found = self._layer(name), result()
+        if isinstance(found, mx.array):
+            self._write({name: found})
+            if layer is not None:
+                self.records.append(_record(layer, found.nbytes))
+            return nbytes
+        assert layer is not None
+        for stage, seconds in found.seconds.items():
+            self.seconds[stage] += seconds
+        weight, scales, biases = found.quantized
+        path = layer.path
+        tensors = {name: weight, f"{path}.scales": scales}
+        self._write(tensors if biases is None else {**tensors, f"{path}.biases": biases})
+        self.records.append(
+            _record(
+                layer,
+                found.quantized.nbytes,
+                self.plan.recipe.clusters,
+                found.cut_points,
+                found.snr_db,
+            )
+        )
+        return nbytes
 
     def _write(self, tensors: dict[str, mx.array]) -> None:
         with self._timed("write"):
@@ -194,6 +218,13 @@ class _Worker:
         self.seconds[stage] += time.perf_counter() - started
 
 
+class _Pool(ThreadPoolExecutor):
+    """Drop, on an error or Ctrl-C, the work that has not begun."""
+
+    def __exit__(self, *exc: object) -> None:
+        self.shutdown(cancel_futures=True)
+
+
 def _storage_dtype(recipe: Recipe, checkpoint: Checkpoint) -> mx.Dtype | None:
     config = checkpoint.config
     text_config = config.get("text_config") or {}
@@ -201,27 +232,6 @@ def _storage_dtype(recipe: Recipe, checkpoint: Checkpoint) -> mx.Dtype | None:
         recipe.dtype or config.get("torch_dtype") or config.get("dtype") or text_config.get("dtype")
     )
     return getattr(mx, name) if name in DTYPES else None
-
-
-def _snr_db(w: mx.array, quantized: Quantized, layer: LayerPlan, parts: int) -> float | None:
-    """Return the signal-to-noise ratio of a quantized weight in dB; None without any noise."""
-    assert layer.bits is not None and layer.group_size is not None
-    w_hat = dequantize(quantized, bits=layer.bits, group_size=layer.group_size, mode=layer.mode)
-    w_hat = w_hat.reshape(*w.shape[:-1], parts, w.shape[-1]).sum(axis=-2)
-    w = w.astype(mx.float32)
-    # over the peak, squares neither overflow nor vanish; row sums first: float32 loses digits in
-    # one long sum
-    peak = mx.maximum(mx.max(mx.abs(w)), 1e-37)
-    signal, noise = (mx.sum(mx.sum(x * x, axis=-1)) for x in (w / peak, (w - w_hat) / peak))
-    mx.eval(*(array for array in quantized if array is not None), signal, noise)
-    if not mx.isfinite(noise).item():
-        raise CheckpointError(
-            f"tensor '{layer.path}.weight' holds values up to {peak.item():g}, too large to "
-            "quantize: exclude this layer (--exclude)"
-        )
-    if not signal.item() or not noise.item():
-        return None
-    return (10 * mx.log10(signal / noise)).item()  # type: ignore[return-value]
 
 
 def _record(

@@ -1,0 +1,147 @@
+"""Convert one weight as planned: cluster, split, quantize, and measure what was lost.
+
+Large weights go through in blocks of rows, whose intermediate arrays fit in the processor's cache
+and do not add to the peak of memory.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from splitquant_mlx.affine import (
+    Quantized,
+    code_parts,
+    concatenate,
+    dequantize,
+    quantize,
+    round_scales,
+)
+from splitquant_mlx.kmeans import Clustering
+from splitquant_mlx.layers import scale_dtype
+from splitquant_mlx.parts import cluster_weight, parts_of
+from splitquant_mlx.plan import LayerPlan
+from splitquant_mlx.recipe import Recipe
+
+BLOCK = 1 << 20  # entries
+SAMPLE = 1 << 20  # entries that the signal-to-noise ratio is taken over
+# bits of the exponent, all of which are set in NaN and infinite values alone
+EXPONENT = {
+    mx.float16: (mx.uint16, 0x7C00),
+    mx.bfloat16: (mx.uint16, 0x7F80),
+    mx.float32: (mx.uint32, 0x7F800000),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """Hold a converted weight.
+
+    Attributes:
+        quantized: codes, scales and biases; of a split weight, the parts side by side.
+        cut_points: of a split weight, ascending.
+        snr_db: 10 log10(sum w^2 / sum (w - w_hat)^2), dB, over a sample of evenly spaced rows
+            where there are more than 2^20 entries; None without any error.
+        seconds: time of each stage, s.
+    """
+
+    quantized: Quantized
+    cut_points: tuple[float, ...] = ()
+    snr_db: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def convert_weight(w: mx.array, layer: LayerPlan, recipe: Recipe) -> Converted:
+    """Convert `w` (..., out, in), float16, bfloat16 or float32, in this thread's stream.
+
+    Raises:
+        ValueError: when `w` holds NaN or infinite values, or values too large to quantize.
+    """
+    started = time.perf_counter()
+    if layer.action == "split":
+        try:
+            clustering = cluster_weight(w, recipe.clusters, recipe.kmeans)
+        except ValueError:
+            require_finite(w)
+            raise
+        clustered = time.perf_counter()
+        quantized = _quantize_split(w, clustering, layer, recipe)
+    else:
+        clustering = None
+        require_finite(w)
+        clustered = started
+        quantized = quantize(
+            w,
+            bits=layer.bits or 0,
+            group_size=layer.group_size or 0,
+            granularity=recipe.granularity,
+            mode=layer.mode,
+        )
+    mx.eval([array for array in quantized if array is not None])
+    snr_db = _snr_db(w, quantized, layer, recipe.clusters if clustering else 1)
+    return Converted(
+        quantized=quantized,
+        cut_points=clustering.cut_points if clustering else (),
+        snr_db=snr_db,
+        seconds={"cluster": clustered - started, "quantize": time.perf_counter() - clustered},
+    )
+
+
+def require_finite(w: mx.array) -> None:
+    """Raise ValueError when `w` holds NaN or infinite values."""
+    unsigned, exponent = EXPONENT[w.dtype]
+    patterns = np.array(w.view(unsigned), copy=False).reshape(-1)
+    for start in range(0, patterns.size, BLOCK):
+        if np.any((patterns[start : start + BLOCK] & exponent) == exponent):
+            raise ValueError("holds NaN or infinite values")
+
+
+def _quantize_split(
+    w: mx.array, clustering: Clustering, layer: LayerPlan, recipe: Recipe
+) -> Quantized:
+    bits, group_size = layer.bits or 0, layer.group_size or 0
+    # one scale a tensor has to see the whole tensor
+    rows = w.shape[0] if recipe.granularity == "tensor" else max(1, BLOCK // w.shape[1])
+    blocks = []
+    for start in range(0, w.shape[0], rows):
+        block = code_parts(
+            parts_of(w[start : start + rows].astype(mx.float32), clustering, recipe.clusters),
+            bits=bits,
+            group_size=group_size,
+            granularity=recipe.granularity,
+        )
+        mx.eval(block)
+        blocks.append(block)
+    return round_scales(concatenate(blocks, axis=0), bits, scale_dtype(w.dtype))
+
+
+def _snr_db(w: mx.array, quantized: Quantized, layer: LayerPlan, parts: int) -> float | None:
+    step = -(-w.size // SAMPLE)
+
+    def sample(array: mx.array) -> mx.array:
+        return array.reshape(-1, array.shape[-1])[::step]
+
+    w = sample(w)
+    w_hat = dequantize(
+        Quantized(
+            sample(quantized.weight),
+            sample(quantized.scales),
+            None if quantized.biases is None else sample(quantized.biases),
+        ),
+        bits=layer.bits or 0,
+        group_size=layer.group_size or 0,
+        mode=layer.mode,
+    )
+    w_hat = w_hat.reshape(w.shape[0], parts, -1).sum(axis=1)
+    w = w.astype(mx.float32)
+    # over the peak, squares neither overflow nor vanish; row sums first: float32 loses digits in
+    # one long sum
+    peak = mx.maximum(mx.max(mx.abs(w)), 1e-37)
+    signal, noise = (mx.sum(mx.sum(x * x, axis=-1)) for x in (w / peak, (w - w_hat) / peak))
+    mx.eval(signal, noise)
+    if not mx.isfinite(noise).item():
+        raise ValueError(f"holds values up to {peak.item()}, too large to quantize")
+    if not signal.item() or not noise.item():
+        return None
+    return (10 * mx.log10(signal / noise)).item()  # type: ignore[return-value]
