@@ -57,11 +57,12 @@ class Manifest:
         versions: of Python and the packages that did it.
         device: mlx's device that did it.
         layers: one record for each layer with a weight matrix.
-        linear_bits_per_weight: stored bits over original entries, converted linear layers.
+        linear_bits_per_weight: stored bits over original entries, converted linear layers; 0
+            where none was converted.
         bits_per_weight: the same over every parameter of the model.
         source_bytes: size of the original's tensors.
         stored_bytes: size of the converted model's tensors.
-        seconds: wall time of each stage and in total, s.
+        seconds: of each stage, added up over threads, and wall time in "total", s.
     """
 
     source: str

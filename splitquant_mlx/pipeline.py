@@ -260,8 +260,8 @@ def _record(
 
 def _linear_bits_per_weight(records: list[LayerRecord]) -> float:
     converted = [r for r in records if r.kind in ("linear", "experts") and r.action != "keep"]
-    bits = sum(8 * r.nbytes for r in converted)
-    return bits / sum(8 * r.nbytes / r.bits_per_weight for r in converted)
+    entries = sum(math.prod(r.shape) for r in converted)
+    return 8 * sum(r.nbytes for r in converted) / entries if entries else 0.0
 
 
 def _upper_bound_bytes(plan: Plan, checkpoint: Checkpoint) -> int:

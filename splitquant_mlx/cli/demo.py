@@ -1,5 +1,6 @@
 """Offer `demo`."""
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -57,6 +58,5 @@ def demo(
     console.print(f"[bold]{QUESTION}[/]")
     for result in results:
         console.print(f"  {result.method}: {plain(result.answer)}", markup=False)
-    console.print(
-        f"\nNext: splitquant-mlx chat --model {results[-1].path}", markup=False, soft_wrap=True
-    )
+    next_command = f"splitquant-mlx chat --model {shlex.quote(str(results[-1].path))}"
+    console.print(f"\nNext: {next_command}", markup=False, soft_wrap=True)

@@ -1,5 +1,6 @@
 """Show what a conversion did."""
 
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -21,9 +22,8 @@ def print_summary(manifest: Manifest, path: Path) -> None:
     console.print(table)
     for text in _notes(manifest.layers):
         console.print(f"  {text}", markup=False)
-    console.print(
-        f"Saved in {path}. Next: splitquant-mlx chat --model {path}", markup=False, soft_wrap=True
-    )
+    next_command = f"splitquant-mlx chat --model {shlex.quote(str(path))}"
+    console.print(f"Saved in {path}. Next: {next_command}", markup=False, soft_wrap=True)
 
 
 def _rows(manifest: Manifest) -> list[tuple[str, str]]:
@@ -35,13 +35,13 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
     kept = sum(layer.nbytes for layer in layers if layer.action == "keep")
     rows = [
         ("Layers", done),
-        ("Linear layers", f"{manifest.linear_bits_per_weight:.2f} bits/weight"),
+        ("Linear layers", f"{manifest.linear_bits_per_weight:.2f} bits/weight where converted"),
         (
             "Whole model",
             f"{manifest.bits_per_weight:.2f} bits/weight, {size(kept)} of weights kept unquantized",
         ),
         ("Size", f"{size(manifest.stored_bytes)}, the original has {size(manifest.source_bytes)}"),
-        ("Time", f"{seconds['total']:.1f} s ({stages})"),
+        ("Time", f"{seconds['total']:.1f} s ({stages} in all threads)"),
     ]
     ratios = sorted(layer.snr_db for layer in layers if layer.snr_db is not None)
     if ratios:
