@@ -24,7 +24,9 @@ def cluster_weight(w: mx.array, clusters: int = 3, kmeans: str = "exact") -> Clu
     """
     # numpy has no bfloat16: its bit patterns stand for it
     values = np.array(w.view(mx.uint16) if w.dtype == mx.bfloat16 else w, copy=False)
-    return cluster_sklearn(values, clusters) if kmeans == "sklearn" else cluster(values, clusters)
+    if kmeans == "sklearn":
+        return cluster_sklearn(values, clusters, n_init=1)  # scikit-learn's own default
+    return cluster(values, clusters)
 
 
 def split(w: mx.array, clusters: int = 3, kmeans: str = "exact") -> list[mx.array]:

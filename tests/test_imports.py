@@ -12,8 +12,8 @@ ORDER = [
     ["gguf_import", "demo_model", "affine", "parts", "checkpoint", "plan", "manifest"],
     ["directory", "layers", "save"],
     ["weight", "loader", "evaluate"],
-    ["pipeline"],
-    ["inspection", "doctor", "chat", "serve"],
+    ["pipeline", "random_checkpoint"],
+    ["inspection", "bench", "doctor", "chat", "serve"],
     ["plots", "demo"],
     ["cli"],
 ]

@@ -13,6 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+SMALL = {
+    "meta-llama/Llama-3.2-1B-Instruct": "tiny",
+    "--port 8080": "--port 0",
+    "llama-3.2-1b random-1b": "tiny random-1b",
+    "bench convert": "bench convert --trials 1",
+}
+
+
 def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
@@ -32,7 +40,8 @@ def home(stories, tmp_path_factory):
 
 
 def arguments(line):
-    line = line.replace("meta-llama/Llama-3.2-1B-Instruct", "tiny").replace("8080", "0")
+    for large, small in SMALL.items():
+        line = line.replace(large, small)
     return [sys.executable, "-m", "splitquant_mlx", *shlex.split(line)[1:]]
 
 
@@ -51,7 +60,7 @@ def test_command_runs(line, home):
             assert b"Serving mlx_model at http://127.0.0.1:" in server.stdout.readline()
             server.terminate()
     else:
-        assert run_line(line, home).strip()
+        run_line(line, home)
 
 
 def test_first_command_converts_to_the_default_place(home):

@@ -8,6 +8,7 @@ from types import FrameType
 import typer
 
 from splitquant_mlx._version import __version__
+from splitquant_mlx.cli.bench import bench
 from splitquant_mlx.cli.chat import chat
 from splitquant_mlx.cli.console import plain
 from splitquant_mlx.cli.convert import convert
@@ -37,6 +38,7 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
 app.command()(inspect)
 app.command()(doctor)
 app.command()(demo)
+app.add_typer(bench, name="bench", help="Time conversions; make random checkpoints to do it on.")
 
 
 def _print_version(wanted: bool) -> None:

@@ -16,7 +16,7 @@ def convert(
     ],
     mlx_path: Annotated[Path, typer.Option(help="Directory to write.")] = Path(DEFAULT_MODEL),
     recipe: Annotated[
-        Path | None, typer.Option(help="TOML file of settings; options given here go first.")
+        Path | None, typer.Option(help="TOML file of settings; options given here win.")
     ] = None,
     method: Annotated[str | None, typer.Option(help="splitquant (default) or rtn.")] = None,
     bits: Annotated[
