@@ -105,8 +105,8 @@ class _Worker:
     """Take every parameter of the model through its planned steps, in model order.
 
     This thread reads and writes. On the CPU, threads of a pool convert weights in between, one a
-    core; a GPU does one weight at a time, in this thread. Either way no more weights are in memory
-    than are being worked on, and one that waits.
+    core; a GPU does one weight at a time, in this thread. Either way there are at most two more
+    large weights in memory than are being worked on.
     """
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, writer: ShardWriter):
@@ -126,6 +126,7 @@ class _Worker:
         total = sum(array.nbytes for array in self.checkpoint.weights.values())
         label = {"splitquant": "Splitting and quantizing", "rtn": "Quantizing"}
         waiting: deque[tuple[str, float, Callable[[], Converted | mx.array]]] = deque()
+        large = 0  # norms and biases would fill the queue while a core has nothing to do
         with (
             progress.task(label[self.plan.recipe.method], total) as advance,
             _Pool(threads) as pool,
@@ -136,8 +137,10 @@ class _Worker:
                 self.parameters += w.size
                 work = partial(self._convert, name, w)
                 waiting.append((name, nbytes, pool.submit(work).result if on_cpu else work))
+                large += self._layer(name) is not None
                 del w, work
-                while len(waiting) > threads:
+                while large > threads + 1:
+                    large -= self._layer(waiting[0][0]) is not None
                     advance(self._finish(*waiting.popleft()))
             while waiting:
                 advance(self._finish(*waiting.popleft()))

@@ -24,8 +24,8 @@ from splitquant_mlx.parts import cluster_weight, parts_of
 from splitquant_mlx.plan import LayerPlan
 from splitquant_mlx.recipe import Recipe
 
-BLOCK = 1 << 20  # entries
-SAMPLE = 1 << 20  # entries that the signal-to-noise ratio is taken over
+BLOCK = 1 << 19  # entries
+SAMPLE = 1 << 18  # entries that the signal-to-noise ratio is taken over
 # bits of the exponent, all of which are set in NaN and infinite values alone
 EXPONENT = {
     mx.float16: (mx.uint16, 0x7C00),
@@ -42,7 +42,7 @@ class Converted:
         quantized: codes, scales and biases; of a split weight, the parts side by side.
         cut_points: of a split weight, ascending.
         snr_db: 10 log10(sum w^2 / sum (w - w_hat)^2), dB, over a sample of evenly spaced rows
-            where there are more than 2^20 entries; None without any error.
+            where there are more than 2^18 entries; None without any error.
         seconds: time of each stage, s.
     """
 
