@@ -1,6 +1,9 @@
-"""Write the README's table of the demo from docs/demo.json, which the demo wrote.
+"""Write the README's tables from the JSON that the demo and the benchmark wrote.
 
-    splitquant-mlx demo && cp <cache>/demo/demo.json docs/ && python docs/figures.py
+    splitquant-mlx demo && cp <cache>/demo/demo.json docs/
+    splitquant-mlx bench make-checkpoint llama-3.2-1b llama-3.2-1b
+    splitquant-mlx bench convert --model llama-3.2-1b --json docs/bench.json
+    python docs/figures.py
 
 With --check nothing is written; the exit code says whether the README is up to date.
 """
@@ -11,10 +14,10 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
-MARKS = re.compile(r"(<!-- demo: [^\n]*-->\n).*?(<!-- end -->)", re.DOTALL)
+MARKS = r"(<!-- {}: [^\n]*-->\n).*?(<!-- end -->)"
 
 
-def table(demo: dict) -> str:
+def demo_table(demo: dict) -> str:
     """Return the demo's results as a Markdown table; speeds as a ratio to plain INT4's."""
     results = demo["results"]
     plain = next(result for result in results if result["method"] == "rtn 4-bit")
@@ -36,12 +39,28 @@ def table(demo: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def bench_table(bench: dict) -> str:
+    """Return the conversion times as a Markdown table of ratios, and the clustering's."""
+    lines = ["| | time | peak memory, GB |", "|---|---|---|"]
+    for name, program in bench["programs"].items():
+        lines.append(f"| {name} | {program['ratio']:.2f} x | {program['peak_bytes'] / 1e9:.2f} |")
+    kmeans = bench["kmeans"]
+    lines.append(
+        f"\nClustering: {kmeans['exact_ns_per_weight']:.1f} ns a weight, scikit-learn's KMeans "
+        f"{kmeans['ratio']:.0f} times as much."
+    )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Bring the README up to date, or check that it is."""
     readme = DOCS.parent / "README.md"
     text = readme.read_text(encoding="utf-8")
-    demo = json.loads((DOCS / "demo.json").read_text(encoding="utf-8"))
-    wanted = MARKS.sub(lambda marks: marks[1] + table(demo) + marks[2], text)
+    wanted = text
+    for name, table in (("demo", demo_table), ("bench", bench_table)):
+        rows = table(json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8")))
+        marks = re.compile(MARKS.format(name), re.DOTALL)
+        wanted = marks.sub(lambda found, rows=rows: found[1] + rows + found[2], wanted)
     if "--check" in sys.argv:
         sys.exit(None if wanted == text else "README.md: run python docs/figures.py")
     readme.write_text(wanted, encoding="utf-8")

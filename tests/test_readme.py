@@ -89,7 +89,7 @@ def test_file_tree_names_every_module():
     tree = README[README.index("splitquant_mlx/\n") :]
     listed = set(re.findall(r"(\w+)\.py", tree))
     modules = {file.stem for file in (ROOT / "splitquant_mlx").glob("*.py")}
-    small = {"__init__", "__main__", "_version", "errors", "progress", "cache", "blas", "allocator"}
+    small = {"__init__", "__main__", "_version", "errors", "progress", "cache", "blas"}
     assert modules - small <= listed
 
 

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from splitquant_mlx import blas
-from splitquant_mlx.allocator import keep_freed_memory
 from splitquant_mlx.errors import RecipeError, SourceError
 
 DEFAULT_MODEL = "mlx_model"
@@ -51,7 +50,6 @@ def start(device: str | None) -> None:
     # transformers looks for deep-learning frameworks it will not need, and says what it misses
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    keep_freed_memory()
     found = blas.preload()
     import mlx.core as mx
 
