@@ -11,6 +11,11 @@ from splitquant_mlx import blas
 
 blas.preload()
 
+import mlx.core as mx  # noqa: E402  after OpenBLAS
+
+# the same numbers everywhere; test_metal.py goes to the GPU
+mx.set_default_device(mx.Device(mx.cpu))
+
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -13,19 +13,19 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def on_cpu():
-    """Return a function that runs another on the CPU and restores the default device."""
-    default = mx.default_device()
+@pytest.fixture(autouse=True)
+def on_gpu():
+    mx.set_default_device(mx.Device(mx.gpu))
+    yield
+    mx.set_default_device(mx.Device(mx.cpu))
 
-    def run(compute):
-        mx.set_default_device(mx.Device(mx.cpu))
-        try:
-            return compute()
-        finally:
-            mx.set_default_device(default)
 
-    return run
+def on_cpu(compute):
+    mx.set_default_device(mx.Device(mx.cpu))
+    try:
+        return compute()
+    finally:
+        mx.set_default_device(mx.Device(mx.gpu))
 
 
 def test_self_check_passes_on_every_device():
@@ -34,7 +34,7 @@ def test_self_check_passes_on_every_device():
     assert [check for check in checks if not check.passed] == []
 
 
-def test_a_model_converted_on_the_gpu_computes_as_on_the_cpu(stories, tmp_path, on_cpu):
+def test_a_model_converted_on_the_gpu_computes_as_on_the_cpu(stories, tmp_path):
     convert(stories, tmp_path / "gpu")
     on_cpu(lambda: convert(stories, tmp_path / "cpu"))
     tokens = mx.array([list(range(1, 64))])

@@ -199,3 +199,12 @@ def test_parameters_are_not_lost(stories, split_stories):
     assert len(kept) == 5 + 1 + 11  # unsplittable layers, embedding, norms
     for name in kept:
         assert mx.array_equal(found[name], original[name]), name
+
+
+def test_one_weight_at_a_time_gives_the_same(stories, split_stories, tmp_path, monkeypatch):
+    """The way of a GPU, which takes no threads of a pool."""
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    convert(stories, tmp_path / "out")
+    monkeypatch.undo()
+    written = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert written == (split_stories / "model.safetensors").read_bytes()
