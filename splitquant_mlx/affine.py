@@ -179,19 +179,6 @@ def pack(codes: mx.array, bits: int) -> mx.array:
     return mx.stack(words, axis=-1).reshape(*codes.shape[:-1], -1)
 
 
-def unpack(words: mx.array, bits: int) -> mx.array:
-    """Unpack uint32 words (..., m) into codes (..., m * 32 / bits), uint32."""
-    blocks = words.reshape(*words.shape[:-1], -1, bits)
-    codes = []
-    for i in range(32):
-        word, offset = divmod(i * bits, 32)
-        code = blocks[..., word] >> offset
-        if offset + bits > 32:
-            code = code | (blocks[..., word + 1] << (32 - offset))
-        codes.append(code & (2**bits - 1))
-    return mx.stack(codes, axis=-1).reshape(*words.shape[:-1], -1)
-
-
 def _fit_range(lo: mx.array, hi: mx.array, bits: int) -> tuple[mx.array, mx.array]:
     """Return scale and bias for a range, by mlx's formula: the larger extreme and 0 are exact."""
     top = 2**bits - 1

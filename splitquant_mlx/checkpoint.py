@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.errors import CheckpointError, one_line
 from splitquant_mlx.headers import TensorHeader, read_header
 
 FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
@@ -145,7 +145,7 @@ def build_model(path: Path, config: dict[str, Any]) -> nn.Module:
         sizes = ", ".join(f"{key} {str(config[key])[:20]}" for key in SIZES if key in config)
         raise CheckpointError(
             f"{path}: config.json does not describe a {config['model_type']!r} model: "
-            f"{type(exc).__name__}: {_one_line(exc)} (it has {sizes or 'no size'})"
+            f"{type(exc).__name__}: {one_line(exc)} (it has {sizes or 'no size'})"
         ) from exc
 
 
@@ -236,7 +236,7 @@ def _indexed(index_file: Path) -> set[str]:
         names = set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise CheckpointError(
-            f"{index_file} is not a valid index: {type(exc).__name__}: {_one_line(exc)}: download "
+            f"{index_file} is not a valid index: {type(exc).__name__}: {one_line(exc)}: download "
             "it again"
         ) from exc
     for name in names:
@@ -271,14 +271,14 @@ def _load_lazily(
         try:
             weights.update(mx.load(str(file)))  # type: ignore[arg-type]
         except Exception as exc:  # a file that changed or became unreadable under us
-            raise CheckpointError(f"{file} cannot be read: {_one_line(exc)}") from exc
+            raise CheckpointError(f"{file} cannot be read: {one_line(exc)}") from exc
     sanitize = getattr(model, "sanitize", None)
     try:
         return sanitize(weights) if sanitize else weights
     except Exception as exc:  # mlx-lm's sanitize indexes tensors by name and shape, unguarded
         raise CheckpointError(
             f"{path}: the tensors do not fit a {getattr(model, 'model_type', '')} model: "
-            f"{type(exc).__name__}: {_one_line(exc)}"
+            f"{type(exc).__name__}: {one_line(exc)}"
         ) from exc
 
 
@@ -311,7 +311,3 @@ def _check_parameters(path: Path, model: nn.Module, weights: dict[str, mx.array]
                 f"{path}: tensor {name!r} has dtype {str(array.dtype).rpartition('.')[2]}, wanted "
                 f"one of {', '.join(FLOATS)}: this is a quantized or a damaged checkpoint"
             )
-
-
-def _one_line(exc: BaseException) -> str:
-    return " ".join(str(exc).split())

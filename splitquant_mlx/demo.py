@@ -7,8 +7,6 @@ distance from the original is measured on a short text of our own.
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,24 +102,24 @@ def run_demo(source: Source, directory: Path, progress: Progress | None = None) 
         tokenizer = load_tokenizer(original, {})
         tokens = tokenizer.encode(TEXT)
         model = load_model(original)
-        with _busy(progress, "Asking the original"):
+        with progress.task("Asking the original"):
             reference = log_probabilities(model, tokens)
             answer, tokens_per_s = _ask(model, tokenizer)
-        results = [_original_result(model, original, answer, tokens_per_s)]
+        results = [_original_result(original, answer, tokens_per_s)]
         del model
         for method, recipe in RECIPES.items():
             path = directory / method.replace(" ", "-")
             # named by its source, not by the directory a GGUF file was unpacked to
             unpacked = Source(name=source.name, path=original, revision=source.revision)
             manifest = convert(unpacked, path, recipe=recipe, overwrite=True, progress=progress)
-            with _busy(progress, f"Asking the {method} model"):
+            with progress.task(f"Asking the {method} model"):
                 results.append(
                     _converted_result(method, manifest, path, tokenizer, reference, tokens)
                 )
     return results
 
 
-def _original_result(model: nn.Module, directory: Path, answer: str, tokens_per_s: float) -> Result:
+def _original_result(directory: Path, answer: str, tokens_per_s: float) -> Result:
     headers = read_headers(directory).values()
     nbytes = sum(header.nbytes for header in headers)
     entries = sum(math.prod(header.shape) for header in headers)
@@ -190,9 +188,3 @@ def save_results(results: list[Result], model: str, directory: Path) -> Path:
     }
     file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return file
-
-
-@contextmanager
-def _busy(progress: Progress, label: str) -> Iterator[None]:
-    with progress.task(label):
-        yield

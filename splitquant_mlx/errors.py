@@ -9,6 +9,11 @@ class SplitQuantError(Exception):
     """Root of every error this package raises on purpose."""
 
 
+def one_line(exc: BaseException) -> str:
+    """Return the message of another library's exception on one line."""
+    return " ".join(str(exc).split())
+
+
 class SourceError(SplitQuantError):
     """Report that the model to read cannot be reached: no such path or repo, gated, no network."""
 

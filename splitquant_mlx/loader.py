@@ -13,7 +13,7 @@ from mlx.utils import tree_map
 
 from splitquant_mlx.checkpoint import read_config, read_headers
 from splitquant_mlx.directory import as_directory
-from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.errors import CheckpointError, one_line
 from splitquant_mlx.save import MODEL_FILE
 from splitquant_mlx.source import Source, resolve
 
@@ -82,7 +82,7 @@ def load_model(
             mx.eval(model.parameters())
     except Exception as exc:  # mlx-lm raises ValueError, KeyError, TypeError, RuntimeError, ...
         raise CheckpointError(
-            f"{directory} cannot be loaded: {type(exc).__name__}: {' '.join(str(exc).split())}"
+            f"{directory} cannot be loaded: {type(exc).__name__}: {one_line(exc)}"
         ) from exc
     return model
 
@@ -97,8 +97,7 @@ def load_tokenizer(directory: Path, settings: dict[str, Any]) -> Any:
         return mlx_lm_load_tokenizer(directory, settings, eos_token_ids=eos_token_ids)
     except Exception as exc:  # transformers raises OSError, ValueError, KeyError, ...
         raise CheckpointError(
-            f"{directory}: the tokenizer cannot be loaded: {type(exc).__name__}: "
-            f"{' '.join(str(exc).split())}"
+            f"{directory}: the tokenizer cannot be loaded: {type(exc).__name__}: {one_line(exc)}"
         ) from exc
 
 

@@ -76,7 +76,7 @@ def convert(
         with as_directory(source, progress, scratch=staging.parent) as directory:
             checkpoint = open_checkpoint(directory)
             plan = make_plan(recipe, checkpoint.model, checkpoint.config.get("vocab_size"))
-            require_space(staging, _upper_bound_bytes(plan, checkpoint))
+            require_space(staging, _estimated_bytes(plan, checkpoint))
             copy_companions(directory, staging)
             names = parameter_names(plan, checkpoint.model)
             with ShardWriter(staging, names, max_shard_bytes) as writer:
@@ -267,8 +267,8 @@ def _linear_bits_per_weight(records: list[LayerRecord]) -> float:
     return 8 * sum(r.nbytes for r in converted) / entries if entries else 0.0
 
 
-def _upper_bound_bytes(plan: Plan, checkpoint: Checkpoint) -> int:
-    """Bound the bytes to be written: scales and biases of at most 4 bytes, kept tensors at 4."""
+def _estimated_bytes(plan: Plan, checkpoint: Checkpoint) -> int:
+    """Estimate the bytes to be written: scales and biases at 4 bytes, the rest at their own."""
     total = 0
     for name, array in checkpoint.weights.items():
         layer = plan.layers.get(name.removesuffix(".weight"))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitquant_mlx import RecipeError, dequantize, quantize, quantize_parts, split
-from splitquant_mlx.affine import pack, unpack
+from splitquant_mlx.affine import pack
 
 BITS = (2, 3, 4, 5, 6, 8)
 
@@ -15,6 +15,19 @@ BITS = (2, 3, 4, 5, 6, 8)
 def weight(rows=16, columns=256, seed=0, dtype=mx.float32, scale=0.02):
     w = np.random.default_rng(seed).standard_normal((rows, columns)) * scale
     return mx.array(w.astype(np.float32)).astype(dtype)
+
+
+def unpack(words: mx.array, bits: int) -> mx.array:
+    """Unpack uint32 words (..., m) into codes (..., m * 32 / bits), uint32."""
+    blocks = words.reshape(*words.shape[:-1], -1, bits)
+    codes = []
+    for i in range(32):
+        word, offset = divmod(i * bits, 32)
+        code = blocks[..., word] >> offset
+        if offset + bits > 32:
+            code = code | (blocks[..., word + 1] << (32 - offset))
+        codes.append(code & (2**bits - 1))
+    return mx.stack(codes, axis=-1).reshape(*words.shape[:-1], -1)
 
 
 @pytest.mark.parametrize("bits", BITS)
