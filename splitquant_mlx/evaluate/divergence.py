@@ -4,12 +4,18 @@ For each position of a text, p is the reference's distribution of the next token
 model's; the Kullback-Leibler divergence is sum_v p_v (ln p_v - ln q_v), in nats.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+
+from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.evaluate.reference import Reference
+from splitquant_mlx.evaluate.scoring import log_probabilities_of, log_probability_blocks
+from splitquant_mlx.progress import Progress, Silent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +28,8 @@ class Divergence:
         kl_median: median, nats.
         kl_p99: 99th percentile, nats.
         top1_agreement: share of positions at which both find the same token most likely.
+        standard_error: of kl_mean, nats, taking the positions for independent draws (those of
+            one text are not quite); NaN for a single position.
     """
 
     positions: int
@@ -29,34 +37,72 @@ class Divergence:
     kl_median: float
     kl_p99: float
     top1_agreement: float
+    standard_error: float
+
+
+def measure_divergence(
+    model: nn.Module, reference: Reference, *, progress: Progress | None = None
+) -> Divergence:
+    """Compare a model with a reference over all next-token predictions of its windows.
+
+    Args:
+        model: one of mlx-lm's, best after `scoring.for_scoring`.
+        reference: see `reference.open_reference`.
+        progress: told how many predictions have been compared.
+
+    Raises:
+        RecipeError: when the two models do not share a vocabulary.
+        SplitQuantError: when the reference is needed and cannot be loaded.
+    """
+    with (progress or Silent()).task("Measuring divergence", reference.windows.size) as advance:
+
+        def blocks() -> Iterator[mx.array]:
+            for block in log_probability_blocks(model, reference.windows):
+                yield block
+                advance(block.shape[0])
+
+        return divergence(reference, blocks())
 
 
 def log_probabilities(model: nn.Module, tokens: list[int]) -> mx.array:
     """Return ln p of every next token, (len(tokens), vocabulary), float32."""
-    logits = model(mx.array([tokens]))[0].astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return log_probabilities_of(model(mx.array([tokens]))[0].astype(mx.float32))
 
 
 def divergence(reference: Iterable[mx.array], model: Iterable[mx.array]) -> Divergence:
-    """Compare two sequences of log-probabilities (positions, vocabulary), one array a text.
+    """Compare two sequences of log-probabilities (positions, vocabulary), block by block.
 
     Raises:
-        ValueError: when there is nothing to compare, or the vocabularies differ.
+        RecipeError: when there is nothing to compare, or the vocabularies differ.
     """
     kl, same = [], []
     for p, q in zip(reference, model, strict=True):
         if p.shape != q.shape:
-            raise ValueError(f"log-probabilities of shapes {p.shape} and {q.shape} differ")
-        # a float32 sum over a large vocabulary may fall just below zero
-        kl.append(np.array(mx.maximum(mx.sum(mx.exp(p) * (p - q), axis=-1), 0)))
+            raise RecipeError(
+                f"the reference predicts {p.shape}, the model {q.shape} (positions, vocabulary): "
+                "only models of one vocabulary can be compared"
+            )
+        kl.append(np.array(_kl(p, q)))
         same.append(np.array(mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1)))
     if not kl:
-        raise ValueError("no text to compare on")
+        raise RecipeError("there are no predictions to compare: give a text")
     values = np.concatenate(kl).astype(np.float64)
+    count = len(values)
     return Divergence(
-        positions=len(values),
+        positions=count,
         kl_mean=float(values.mean()),
         kl_median=float(np.median(values)),
         kl_p99=float(np.percentile(values, 99)),
         top1_agreement=float(np.concatenate(same).mean()),
+        standard_error=float(values.std(ddof=1)) / math.sqrt(count) if count > 1 else math.nan,
     )
+
+
+def _kl(log_p: mx.array, log_q: mx.array) -> mx.array:
+    """Return the KL divergence of every row, nats.
+
+    The terms q - p sum to zero but for rounding. With them every summand is non-negative and an
+    error common to a row's log-probabilities, as of its logsumexp, cancels in the first order.
+    """
+    p, q = mx.exp(log_p), mx.exp(log_q)
+    return mx.maximum(mx.sum(p * (log_p - log_q) + (q - p), axis=-1), 0)
