@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ SIZES = (
 COUNTS = re.compile(r"(?:\w+_)?(?:num|n)_(?:\w+_)?(layers?|experts)")
 MAX_EXPERTS = 10_000
 MAX_NESTING = 50
+# what is read whole; the largest tokenizers in use are of some 30 MB
+TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+MAX_TEXT_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         )
     headers = read_headers(path)
     stamps = {header.file: _stamp(header.file) for header in headers.values()}
-    _check_config(path, config, len(headers))
+    check_config(path, config, len(headers))
     for name, header in headers.items():
         if header.dtype not in FLOATS and not header.dtype.startswith(("I", "U", "BOOL")):
             raise CheckpointError(
@@ -94,6 +98,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read config.json. Raises CheckpointError when there is none or it is not usable."""
+    _check_files(path)
     file = path / "config.json"
     _refuse_special_file(file)
     try:
@@ -125,20 +130,31 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
     return headers
 
 
-def build_model(path: Path, config: dict[str, Any]) -> nn.Module:
-    """Build mlx-lm's model for `config` with unevaluated parameters."""
+def find_classes(path: Path, config: dict[str, Any]) -> tuple[Any, Any]:
+    """Return mlx-lm's classes for `config`: the model and its arguments.
+
+    Raises:
+        CheckpointError: when mlx-lm has no such architecture, or it wants a number for something
+            else that config.json holds.
+    """
     from mlx_lm.utils import _get_classes
 
     try:
         if not MODEL_TYPE.fullmatch(config["model_type"]):  # it becomes part of a module's name
             raise ValueError("no name of an architecture")
         model_class, args_class = _get_classes(config)
-    except (ValueError, AttributeError) as exc:
+    except (ValueError, AttributeError, SystemExit) as exc:  # an optional package may be missing
         raise CheckpointError(
             f"{path}: unknown architecture {config['model_type']!r:.60}: this mlx-lm has no model "
             "of that name; a newer mlx-lm may (pip install -U mlx-lm)"
         ) from exc
     _check_numbers(path, config, args_class)
+    return model_class, args_class
+
+
+def build_model(path: Path, config: dict[str, Any]) -> nn.Module:
+    """Build mlx-lm's model for `config` with unevaluated parameters."""
+    model_class, args_class = find_classes(path, config)
     try:
         return model_class(args_class.from_dict(config))
     except Exception as exc:  # mlx-lm's models raise whatever their arithmetic meets
@@ -166,11 +182,22 @@ def parameters(model: nn.Module) -> dict[str, mx.array]:
     return dict(tree_flatten(model.parameters()))  # type: ignore[arg-type]
 
 
-def _check_config(path: Path, config: dict[str, Any], tensors: int) -> None:
-    """Refuse what no model has, before a loop of a thousand million layers is entered."""
+def check_config(path: Path, config: dict[str, Any], tensors: int) -> None:
+    """Refuse what no model has, before a loop of a thousand million layers is entered.
+
+    Args:
+        path: the checkpoint, for messages.
+        config: its config.json.
+        tensors: how many its files hold.
+
+    Raises:
+        CheckpointError: when a size is no number, or the layers are more than the tensors.
+    """
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
         raise CheckpointError(f"{path}: config.json: architectures is no list of names")
+    if not isinstance(config.get("text_config"), (dict, type(None))):
+        raise CheckpointError(f"{path}: config.json: text_config is no table")
     tables: list[tuple[Any, int]] = [(config, 0)]
     while tables:
         table, depth = tables.pop()
@@ -195,13 +222,34 @@ def _check_config(path: Path, config: dict[str, Any], tensors: int) -> None:
 
 
 def _check_numbers(path: Path, config: dict[str, Any], args_class: type) -> None:
-    """Refuse text where the architecture wants a number; most would first fail in the chat."""
+    """Refuse what is no number where the architecture wants one; most would fail in the chat."""
     fields = dataclasses.fields(args_class) if dataclasses.is_dataclass(args_class) else ()
     for field in fields:
         value = config.get(field.name)
-        if field.type in (int, float, "int", "float") and isinstance(value, str):
+        number = field.type in (int, float, "int", "float")
+        if number and isinstance(value, (str, list, dict)):
             raise CheckpointError(
-                f"{path}: config.json: {field.name} is {value!r}, wanted a number"
+                f"{path}: config.json: {field.name} is {value!r:.80}, wanted a number"
+            )
+
+
+def _check_files(path: Path) -> None:
+    """Refuse pipes and devices, which never end, and giants: mlx-lm and transformers read them."""
+    try:
+        files = sorted(path.iterdir())
+    except OSError:
+        return  # to read config.json says what is wrong
+    for file in files:
+        try:
+            status = file.stat()
+        except OSError:
+            continue  # a broken link, which is missed where it is wanted
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise CheckpointError(f"{file} is not a file: download it again")
+        if file.suffix in TEXTS and status.st_size > MAX_TEXT_BYTES:
+            raise CheckpointError(
+                f"{file} has {status.st_size} bytes, wanted at most {MAX_TEXT_BYTES}: download it "
+                "again, or move it elsewhere if it is not the model's"
             )
 
 

@@ -18,8 +18,10 @@ from tokenizers.processors import TemplateProcessing
 from splitquant_mlx.errors import CheckpointError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)
-# Splitting a piece is quadratic in its length; the longest in use are runs of some 250 blanks.
+# The longest in use are runs of some 250 blanks.
 MAX_PIECE_CHARS = 2048
+# Cutting a piece everywhere is quadratic in its length; a vocabulary of 256,000 needs some 2^24.
+MAX_CUT_CHARS = 1 << 27
 SPACE = "▁"
 ELSEWHERE = "take the model from a Hugging Face directory instead"
 
@@ -218,6 +220,11 @@ def _merges(vocabulary: _Vocabulary, scores: list[float]) -> list[tuple[str, str
     in two pieces is a merge of the rank of the whole.
     """
     pieces = vocabulary.of_type(NORMAL, UNUSED)
+    if (size := sum(len(piece) ** 2 for piece in pieces)) > MAX_CUT_CHARS:
+        raise CheckpointError(
+            f"tokenizer.ggml.tokens has pieces so long that their squares sum to {size}, wanted at "
+            f"most {MAX_CUT_CHARS}; {ELSEWHERE}"
+        )
     return [
         (piece[:cut], piece[cut:])
         for piece in sorted(pieces, key=lambda piece: (-scores[pieces[piece]], pieces[piece]))

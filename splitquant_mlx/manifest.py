@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
-from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.errors import CheckpointError, one_line
 
 FILE_NAME = "splitquant.json"
+# what is shown of a layer must not drive the terminal
+SHOWN = re.compile(r"[\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +109,37 @@ def load_manifest(directory: Path) -> Manifest | None:
             )
             for layer in values["layers"]
         )
-        return Manifest(**values)
+        manifest = Manifest(**values)
+        for record in (manifest, *manifest.layers):
+            _check(record)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
-        raise CheckpointError(f"{file} is not a splitquant-mlx manifest: {exc}") from exc
+        reason = f"{one_line(exc):.200}"
+        raise CheckpointError(f"{file} is not a splitquant-mlx manifest: {reason}") from exc
+    return manifest
+
+
+def _check(record: Manifest | LayerRecord) -> None:
+    """Raise ValueError when a field is not of the type that it is declared with."""
+    for field_ in dataclasses.fields(record):
+        value = getattr(record, field_.name)
+        if not _fits(value, field_.type):
+            raise ValueError(f"{field_.name} is {value!r:.80}")
+    if isinstance(record, LayerRecord):
+        for value in (record.path, record.kind, record.action, record.mode or "affine"):
+            if not SHOWN.fullmatch(value):
+                raise ValueError(f"a layer has the name, kind, action or mode {value!r:.80}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    inner = get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, inner[0]) for item in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
+    if inner:  # a choice of types
+        return any(_fits(value, choice) for choice in inner)
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < 2**63 and math.isfinite(value)
+    if kind is int:
+        return type(value) is int and 0 <= value < 2**63
+    return kind is Any or isinstance(value, kind)

@@ -16,7 +16,11 @@ STANDARD_DEVIATION = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Hold the sizes of a Llama model, named as in config.json."""
+    """Hold the sizes of a Llama model, named as in config.json.
+
+    Raises:
+        RecipeError: when a size is below 1, or the heads do not divide what they share.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -25,6 +29,23 @@ class Shape:
     num_key_value_heads: int
     vocab_size: int = 128256
     tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no Llama model has."""
+        for name, value in vars(self).items():
+            if name != "tie_word_embeddings" and value < 1:
+                raise RecipeError(f"{name}: wanted 1 or more, got {value}")
+        # rotary position embeddings turn pairs of a head's entries
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise RecipeError(
+                f"hidden_size: wanted a multiple of {2 * self.num_attention_heads}, twice the "
+                f"attention heads, got {self.hidden_size}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise RecipeError(
+                f"num_key_value_heads: wanted a divisor of the {self.num_attention_heads} "
+                f"attention heads, got {self.num_key_value_heads}"
+            )
 
     def config(self, dtype: str) -> dict:
         """Return config.json."""
@@ -86,6 +107,15 @@ SHAPES = {
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        vocab_size=256,
+    ),
+    # wide MLPs between narrow layers: many layers of large tensors in few parameters
+    "deep": Shape(
+        hidden_size=512,
+        intermediate_size=16384,
+        num_hidden_layers=16,
+        num_attention_heads=8,
+        num_key_value_heads=4,
         vocab_size=256,
     ),
     "llama-3.2-1b": _llama(2048, 8192, 16, 32, tied=True),

@@ -129,14 +129,21 @@ class Recipe:
 
 def load_recipe(path: Path) -> Recipe:
     """Read a TOML recipe. Raises RecipeError naming the file when it is missing or wrong."""
+    values = read_toml(path)
     try:
-        return Recipe.from_dict(tomllib.loads(path.read_text(encoding="utf-8")))
+        return Recipe.from_dict(values)
+    except RecipeError as exc:
+        raise RecipeError(f"recipe {path}: {exc}") from exc
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file. Raises RecipeError naming it when it is missing or not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:
         raise RecipeError(f"recipe {path}: {exc.strerror or exc}") from exc
     except (ValueError, RecursionError) as exc:  # TOML, UTF-8, too long a number, too deep
         raise RecipeError(f"recipe {path} is not valid TOML: {exc}") from exc
-    except RecipeError as exc:
-        raise RecipeError(f"recipe {path}: {exc}") from exc
 
 
 def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

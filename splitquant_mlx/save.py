@@ -102,17 +102,36 @@ def require_space(directory: Path, needed_bytes: int) -> None:
 
 
 def copy_companions(source: Path, directory: Path) -> None:
-    """Copy tokenizer, chat template, generation settings and licence; no code, no weights."""
+    """Copy tokenizer, chat template, generation settings and licence; no code, no weights.
+
+    Raises:
+        CheckpointError: when a file cannot be read, or is a link to elsewhere. A model that was
+            unpacked or cloned could so have any file of the user's published with the result.
+    """
     for pattern in COPIED:
         for file in sorted(source.glob(pattern)):
             known = file.name in NOT_COPIED or file.name.endswith(".index.json")
             if not file.is_file() or known:
                 continue
+            if not _is_within(source, file):
+                raise CheckpointError(
+                    f"{file} links to a file outside of the model's directory, which is not "
+                    "copied: put the file itself there, or remove the link"
+                )
             try:
                 content = file.read_bytes()
             except OSError as exc:
                 raise CheckpointError(f"{file} cannot be read: {exc.strerror}") from exc
             (directory / file.name).write_bytes(content)
+
+
+def _is_within(source: Path, file: Path) -> bool:
+    """Tell whether a file really lies in `source`, or with the blobs of its hub snapshot."""
+    snapshot, found = source.resolve(), file.resolve()
+    # the cache's layout is <repo>/snapshots/<commit hash>/<link to ../../blobs/...>
+    blobs = snapshot.parent.with_name("blobs")
+    is_snapshot = snapshot.parent.name == "snapshots"
+    return found.is_relative_to(snapshot) or (is_snapshot and found.is_relative_to(blobs))
 
 
 def write_config(config: dict[str, Any], layers: list[LayerRecord], directory: Path) -> None:

@@ -3,24 +3,33 @@
 mlx_lm.server's `main` parses its options and calls its module's `run`, which computes in a thread
 of its own with models that its module's `load` returns. These names are replaced here: `load` reads
 split checkpoints without running their code, and `run` computes in the main thread, so that errors
-and Ctrl-C arrive there, and opens the port only once the model is loaded.
+and Ctrl-C arrive there, and opens the port only once the model is loaded. `openai_handler` stands
+between the clients and mlx_lm.server, `answers` between it and its generator.
 """
 
 import argparse
+import inspect
+import logging
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from threading import Thread
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from splitquant_mlx.errors import CheckpointError, RecipeError, SplitQuantError
 from splitquant_mlx.loader import load
+from splitquant_mlx.openai_fields import Refusal
+from splitquant_mlx.openai_request import Limits, Served, check_request
 from splitquant_mlx.source import Source, resolve
+
+# Seconds between two looks at who has come and who has left; mlx_lm.server's own is 0.5.
+TURN_S = 0.05
+CONNECTIONS = 256
 
 
 def serve(
@@ -28,45 +37,56 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8080,
+    api_key: str | None = None,
+    limits: Limits | None = None,
     trust_remote_code: bool = False,
     options: Sequence[str] = (),
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve `model` until a KeyboardInterrupt.
+    """Serve `model`, and no other, until a KeyboardInterrupt.
 
     Args:
-        model: hub repo id, directory or .gguf file.
+        model: hub repo id, directory or .gguf file; also its name for clients.
         host: address or name to listen on.
         port: 0 lets the system choose one.
-        trust_remote_code: run Python files that `model` brings along; never those of other models
-            that clients ask for.
+        api_key: that clients must send as "Authorization: Bearer KEY"; None asks for none.
+        limits: to what clients can ask for; None takes the defaults.
+        trust_remote_code: run Python files that `model` brings along.
         options: further command-line options of mlx_lm.server, passed on as they are.
         on_ready: called with the URL once requests are answered.
 
     Raises:
-        SplitQuantError: the model is not usable, an option is unknown, or the port is taken.
+        SplitQuantError: the model is not usable, an option is unknown or out of range, or the port
+            is taken.
     """
-    from huggingface_hub import constants
+    if api_key is not None and not (api_key.isprintable() and api_key == api_key.strip() != ""):
+        raise RecipeError("--api-key: wanted printable characters, without spaces around them")
     from mlx_lm import server
 
+    class Provider(server.ModelProvider):
+        """Give the served model, whichever is asked for."""
+
+        def load(self, *asked: Any, **ignored: Any) -> Any:
+            options = self.cli_args
+            return super().load(options.model, options.adapter_path, options.draft_model)
+
     source = resolve(model)
-    # The name under which /v1/models lists the model, so that asking for it loads nothing anew.
-    name = str(source.path.resolve()) if source.revision is None else model
-    with _listener(host, port) as listener:
-        # /v1/models lists the hub's cache too, and fails where there is none.
-        with suppress(OSError):
-            Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
-        with (
-            _replaced(sys, argv=["mlx_lm.server", "--model", name, *options]),
-            _replaced(
-                server,
-                argparse=SimpleNamespace(ArgumentParser=_Parser),
-                load=partial(_load, {name: source}, trust_remote_code),
-                Thread=_ThisThread,
-                run=lambda host, port, provider: _run(listener, provider, on_ready),
+    with (
+        _listener(host, port) as listener,
+        _replaced(sys, argv=["mlx_lm.server", "--model", model, *options]),
+        _replaced(
+            server,
+            argparse=SimpleNamespace(ArgumentParser=_Parser),
+            load=partial(_load, {model: source}, trust_remote_code),
+            ModelProvider=Provider,
+            Thread=_ThisThread,
+            TimeBudget=partial(server.TimeBudget, budget=TURN_S),
+            run=lambda host, port, provider: _run(
+                listener, provider, api_key, limits or Limits(), on_ready
             ),
-        ):
-            server.main()
+        ),
+    ):
+        server.main()
 
 
 def _load(
@@ -78,7 +98,7 @@ def _load(
     return_config: bool = False,
     **ignored: Any,
 ) -> tuple[Any, ...]:
-    """Load a model as mlx_lm.load would, called as mlx_lm.server calls it."""
+    """Load the model or its draft model as mlx_lm.load would, called as mlx_lm.server calls it."""
     trusted = trust_own and path_or_hf_repo in own
     model, tokenizer = load(
         own.get(path_or_hf_repo, path_or_hf_repo),
@@ -97,37 +117,68 @@ def _load(
     return (model, tokenizer, {}) if return_config else (model, tokenizer)
 
 
-def _run(listener: ThreadingHTTPServer, provider: Any, on_ready: Callable[[str], None]) -> None:
+def _run(
+    listener: ThreadingHTTPServer,
+    provider: Any,
+    api_key: str | None,
+    limits: Limits,
+    on_ready: Callable[[str], None],
+) -> None:
     """Load the model and compute in this thread, answer requests in others, until Ctrl-C."""
     from mlx_lm import server
-    from mlx_lm.models.cache import LRUPromptCache
 
-    generator = server.ResponseGenerator(
-        provider, LRUPromptCache(provider.cli_args.prompt_cache_size)
+    from splitquant_mlx.answers import Generator, PromptCache
+    from splitquant_mlx.openai_handler import Handler, Service
+
+    provider.load_default()
+    generator = Generator(
+        provider,
+        PromptCache(provider.cli_args.prompt_cache_size),
+        max_prompt_tokens=limits.max_prompt_tokens,
     )
+    service = Service(generator=generator, served=_served(provider, limits), api_key=api_key)
     listener.RequestHandlerClass = partial(  # type: ignore[assignment]
-        server.APIHandler, generator, system_fingerprint=server.get_system_fingerprint()
+        Handler, service, system_fingerprint=server.get_system_fingerprint()
     )
+    listener.server_activate()
     listening = Thread(target=listener.serve_forever, daemon=True)
-    load_default = provider.load_default
-
-    def load_and_open() -> None:
-        load_default()
-        listener.server_activate()
-        listening.start()
-        on_ready(_url(listener))
-
-    provider.load_default = load_and_open
-    if (adapter := provider.cli_args.adapter_path) is not None:
-        # mlx-lm keeps it for "default_model" only, and 0.31 does not find it there.
-        provider._adapter_map[provider.cli_args.model] = adapter
+    listening.start()
     try:
-        generator._generate()
+        on_ready(_url(listener))
+        generator.run()
     except KeyboardInterrupt:
         pass
     finally:
-        if listening.is_alive():
-            listener.shutdown()
+        listener.shutdown()
+
+
+def _served(provider: Any, limits: Limits) -> Served:
+    """Say what a loaded model and mlx_lm.server's options allow."""
+    import mlx.core as mx
+    from transformers import PreTrainedTokenizerBase
+
+    options = provider.cli_args
+    served = Served(
+        name=options.model,
+        vocab_size=provider.model(mx.array([[0]])).shape[-1],
+        limits=limits,
+        defaults={
+            "max_tokens": min(options.max_tokens, limits.max_tokens_limit),
+            "num_draft_tokens": options.num_draft_tokens,
+            "temperature": options.temp,
+            "top_p": options.top_p,
+            "top_k": options.top_k,
+            "min_p": options.min_p,
+        },
+        template_parameters=set(
+            inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+        ),
+    )
+    try:
+        check_request(b'{"prompt": ""}', chat=False, served=served)
+    except Refusal as exc:
+        raise RecipeError(f"no request could be answered with these options: {exc}") from exc
+    return served
 
 
 class _ThisThread:
@@ -157,7 +208,7 @@ def _listener(host: str, port: int) -> Iterator[ThreadingHTTPServer]:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        server_class = type("Server", (ThreadingHTTPServer,), {"address_family": family})
+        server_class = type("Server", (_Server,), {"address_family": family})
         server = server_class(
             (str(address[0]), port), BaseHTTPRequestHandler, bind_and_activate=False
         )
@@ -171,6 +222,18 @@ def _listener(host: str, port: int) -> Iterator[ThreadingHTTPServer]:
         ) from exc
     with server:
         yield server
+
+
+class _Server(ThreadingHTTPServer):
+    """Listen to many at once, within reason, and say in a line what went wrong with whom."""
+
+    request_queue_size = 128
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        return threading.active_count() <= CONNECTIONS
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        logging.info("connection from %s lost: %s", client_address[0], sys.exc_info()[1])
 
 
 def _url(server: ThreadingHTTPServer) -> str:

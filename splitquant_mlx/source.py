@@ -186,7 +186,7 @@ def _check_snapshot(source: Source) -> None:
         try:
             text = (source.path / "model.safetensors.index.json").read_text(encoding="utf-8")
             shards = {str(name) for name in json.loads(text)["weight_map"].values()}
-        except (ValueError, KeyError, AttributeError, TypeError) as exc:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as exc:
             raise SourceError(f"{source.name}: its model.safetensors.index.json is broken") from exc
         if missing := sorted(shards - names):
             raise SourceError(f"{source.name} lacks files that its index names: {_some(missing)}")

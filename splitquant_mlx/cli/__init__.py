@@ -14,8 +14,11 @@ from splitquant_mlx.cli.console import plain
 from splitquant_mlx.cli.convert import convert
 from splitquant_mlx.cli.demo import demo
 from splitquant_mlx.cli.doctor import doctor
+from splitquant_mlx.cli.eval import evaluate
 from splitquant_mlx.cli.generate import generate
 from splitquant_mlx.cli.inspect import inspect
+from splitquant_mlx.cli.report import report
+from splitquant_mlx.cli.run import run as run_study
 from splitquant_mlx.cli.serve import serve
 from splitquant_mlx.errors import SplitQuantError
 
@@ -35,6 +38,9 @@ app.command()(convert)
 app.command()(generate)
 app.command()(chat)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
+app.command("eval")(evaluate)
+app.command("run")(run_study)
+app.command()(report)
 app.command()(inspect)
 app.command()(doctor)
 app.command()(demo)

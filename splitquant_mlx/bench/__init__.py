@@ -1,0 +1,1 @@
+"""Measure what a user meets: the time and memory of whole processes, and what they are made of."""

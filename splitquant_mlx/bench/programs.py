@@ -1,0 +1,74 @@
+"""Run programs as a user starts them, each a fresh process, and sum up repeated runs."""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from splitquant_mlx.bench import launch
+from splitquant_mlx.errors import RecipeError, SplitQuantError
+
+OURS = (sys.executable, "-m", "splitquant_mlx")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Hold what one run of a program took.
+
+    Attributes:
+        started: when, s, on the clock of `time.perf_counter`, which all processes share.
+        seconds: wall time, s.
+        peak_bytes: peak resident memory.
+        output: what it wrote to standard output.
+    """
+
+    started: float
+    seconds: float
+    peak_bytes: int
+    output: str
+
+
+def run_program(command: Sequence[str]) -> Run:
+    """Run a command to its end.
+
+    Raises:
+        SplitQuantError: when it fails; the message is the last line it wrote to stderr.
+    """
+    with tempfile.TemporaryDirectory(prefix="splitquant-mlx-bench-") as scratch:
+        report = Path(scratch) / "report.json"
+        launcher = [sys.executable, "-I", "-S", launch.__file__, str(report), *command]
+        process = subprocess.Popen(
+            launcher, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+        )
+        try:
+            output, error = process.communicate()
+        except BaseException:
+            process.terminate()
+            process.communicate()
+            raise
+        found: dict[str, Any] = json.loads(report.read_text()) if report.exists() else {}
+    if found.pop("exit_code", None) != 0:
+        lines = error.strip().splitlines() or [f"exit code {process.returncode}"]
+        raise SplitQuantError(f"{' '.join(command[1:4])} failed: {lines[-1]}")
+    return Run(**found, output=output)
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Return the runs with their median, least and largest, as JSON values."""
+    return {
+        "runs": list(values),
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+    }
+
+
+def check_trials(trials: int) -> None:
+    """Refuse to measure nothing. Raises RecipeError."""
+    if trials < 1:
+        raise RecipeError(f"--trials: wanted 1 or more, got {trials}")

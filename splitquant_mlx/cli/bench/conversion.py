@@ -1,0 +1,145 @@
+"""Offer `bench convert`, `bench kmeans` and `bench make-checkpoint`."""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from splitquant_mlx.cli.bench.output import (
+    JsonFile,
+    check_json,
+    named_shape,
+    new_table,
+    save_json,
+)
+from splitquant_mlx.cli.options import start
+from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.recipe import DTYPES
+
+
+def make_checkpoint(
+    shape: Annotated[
+        str,
+        typer.Argument(help="tiny, deep, llama-3.2-1b, llama-3.2-3b, llama-3.1-8b, llama-3.1-70b."),
+    ],
+    directory: Annotated[Path, typer.Argument(help="Directory to write.")],
+    layers: Annotated[int | None, typer.Option(help="Another number of layers.")] = None,
+    hidden_size: Annotated[int | None, typer.Option(help="Another hidden size.")] = None,
+    intermediate_size: Annotated[
+        int | None, typer.Option(help="Another width between the layers of an MLP.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "bfloat16",
+    shard_size: Annotated[float, typer.Option(help="Largest file, MB.")] = 5000,
+) -> None:
+    """Write a checkpoint of a well-known shape with random weights."""
+    start(None)
+    from splitquant_mlx.cli.console import Bars
+    from splitquant_mlx.random_checkpoint import write_random_checkpoint
+
+    sizes = {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+    }
+    given = {name: value for name, value in sizes.items() if value is not None}
+    chosen = dataclasses.replace(named_shape(shape), **given)
+    _check_dtype(dtype)
+    if not shard_size > 0:
+        raise RecipeError(f"--shard-size: wanted a size above 0 MB, got {shard_size:g}")
+    max_shard_bytes = int(shard_size * 1e6)
+    write_random_checkpoint(
+        directory, chosen, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=Bars()
+    )
+
+
+def convert(
+    model: Annotated[Path, typer.Option(help="Model directory to convert.")],
+    trials: Annotated[int, typer.Option(help="Counted rounds, after one that is not.")] = 3,
+    sklearn: Annotated[
+        bool,
+        typer.Option("--sklearn", help="Time scikit-learn's k-means too: 0.5 s a million weights."),
+    ] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Time our conversions and mlx_lm.convert's, in turns, and both ways to cluster."""
+    check_json(json_file)
+    start(None)
+    from rich.console import Console
+
+    from splitquant_mlx.bench.clustering import bench_kmeans
+    from splitquant_mlx.bench.conversion import bench_convert
+    from splitquant_mlx.cli.console import Bars, plain, size
+    from splitquant_mlx.directory import as_directory
+    from splitquant_mlx.source import resolve
+
+    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as scratch:
+        with as_directory(resolve(str(model)), Bars(), scratch=Path(scratch)) as directory:
+            found = bench_convert(
+                directory, Path(scratch), trials=trials, sklearn=sklearn, progress=Bars()
+            )
+    found["kmeans"] = bench_kmeans()
+    save_json(json_file, found)
+    table = new_table(plain(str(model)), "median", "slowest", "ratio", "peak memory")
+    for name, program in found["programs"].items():
+        table.add_row(
+            name,
+            f"{program['median_s']:.1f} s",
+            f"{max(program['seconds']):.1f} s",
+            f"{program['ratio']:.2f}",
+            size(program["peak_bytes"]),
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    for name, program in found["programs"].items():
+        if "stages_s" in program:
+            stages = (f"{stage} {s:.2f}" for stage, s in program["stages_s"].items())
+            console.print(f"seconds of {name}: {', '.join(stages)}", soft_wrap=True)
+    kmeans = found["kmeans"]
+    console.print(
+        f"k-means, exact: {kmeans['exact_ns_per_weight']:.1f} ns a weight; scikit-learn's: "
+        f"{kmeans['sklearn_ns_per_weight']:.0f} ns, {kmeans['ratio']:.0f} times as much"
+    )
+
+
+def kmeans(
+    dtype: Annotated[list[str], typer.Option(help="Of the matrix; repeatable.")] = list(DTYPES),  # noqa: B006
+    clusters: Annotated[list[int], typer.Option(help="2 to 8; repeatable.")] = [3],  # noqa: B006
+    side: Annotated[int, typer.Option(help="Of the square matrix.")] = 2048,
+    trials: Annotated[int, typer.Option(help="Counted runs; of scikit-learn 3.")] = 5,
+    json_file: JsonFile = None,
+) -> None:
+    """Time the exact k-means against scikit-learn's on one matrix."""
+    check_json(json_file)
+    for name in dtype:
+        _check_dtype(name)
+    for k in clusters:
+        if not 2 <= k <= 8:
+            raise RecipeError(f"--clusters: wanted 2 to 8, got {k}")
+    if side < 16 or trials < 1:
+        raise RecipeError(f"--side, --trials: wanted 16 and 1 or more, got {side} and {trials}")
+    start(None)
+    from rich.console import Console
+
+    from splitquant_mlx.bench.clustering import bench_all_kmeans
+    from splitquant_mlx.cli.console import Bars
+
+    found = bench_all_kmeans(dtype, clusters, side=side, trials=trials, progress=Bars())
+    save_json(json_file, found)
+    title = f"k-means, {side} x {side}, ns a weight"
+    table = new_table(title, "exact", "scikit-learn", "ratio", "inertia over scikit-learn's")
+    for run in found["runs"]:
+        table.add_row(
+            f"{run['dtype']}, k = {run['clusters']}",
+            f"{run['exact_ns_per_weight']:.1f}",
+            f"{run['sklearn_ns_per_weight']:.0f}",
+            f"{run['ratio']:.0f}",
+            f"{run['exact_inertia'] / run['sklearn_inertia']:.6f}",
+        )
+    Console(highlight=False).print(table)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise RecipeError(f"--dtype: wanted one of {', '.join(DTYPES)}, got {dtype!r}")

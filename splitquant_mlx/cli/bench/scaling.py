@@ -1,0 +1,84 @@
+"""Offer `bench memory` and `bench cost`."""
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from splitquant_mlx.cli.bench.output import (
+    JsonFile,
+    check_json,
+    named_shape,
+    new_table,
+    save_json,
+)
+from splitquant_mlx.cli.options import start
+from splitquant_mlx.errors import RecipeError
+
+
+def memory(
+    shape: Annotated[str, typer.Option(help="Of the model, as for make-checkpoint.")] = "deep",
+    layers: Annotated[list[int], typer.Option(help="A depth; repeatable.")] = [16, 32, 64],  # noqa: B006
+    json_file: JsonFile = None,
+) -> None:
+    """Measure the peak memory of conversions of random models of several depths."""
+    check_json(json_file)
+    if min(layers) < 1:
+        raise RecipeError(f"--layers: wanted 1 or more, got {min(layers)}")
+    start(None)
+    from rich.console import Console
+
+    from splitquant_mlx.bench.memory import bench_memory
+    from splitquant_mlx.cli.console import Bars, size
+
+    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as scratch:
+        found = bench_memory(named_shape(shape), layers, Path(scratch), progress=Bars())
+    save_json(json_file, found)
+    table = new_table(shape, "source", "peak memory", "time")
+    for run in found["runs"]:
+        table.add_row(
+            f"{run['layers']} layers",
+            size(run["source_bytes"]),
+            size(run["peak_bytes"]),
+            f"{run['seconds']:.1f} s",
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"largest over smallest: {found['growth']:.3f}; without the {size(found['floor_bytes'])} "
+        f"of Python and its libraries: {found['growth_above_floor']:.3f}"
+    )
+
+
+def cost(
+    trials: Annotated[int, typer.Option(help="Counted rounds, after one that is not.")] = 3,
+    json_file: JsonFile = None,
+) -> None:
+    """Fit what conversions cost on this machine, and predict those of well-known models."""
+    check_json(json_file)
+    start("cpu")
+    from rich.console import Console
+
+    from splitquant_mlx.bench.scaling import bench_cost
+    from splitquant_mlx.cli.console import Bars, size
+
+    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as scratch:
+        found = bench_cost(Path(scratch), trials=trials, progress=Bars())
+    save_json(json_file, found)
+    other = found["other_machine"]["name"]
+    table = new_table("PREDICTED", "reads", "writes", "here", other)
+    for row in found["predictions"]:
+        table.add_row(
+            f"{row['shape']} {row['method']}",
+            size(row["bytes_in"]),
+            size(row["bytes_out"]),
+            f"{row['here_s']:.0f} s",
+            f"{row['other_machine_s']:.0f} s",
+        )
+    console = Console(highlight=False)
+    error = found["fit"]["largest_relative_error"]
+    console.print(f"Largest error of the fit: {error:.0%} of a measured time.")
+    console.print(table)
+    for text in found["other_machine"]["assumptions"]:
+        console.print(f"  {text}", markup=False)

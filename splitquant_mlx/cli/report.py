@@ -1,0 +1,48 @@
+"""Offer `report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from splitquant_mlx.errors import TargetError
+
+
+def report(
+    directory: Annotated[Path, typer.Argument(help="Directory of a study's results.")],
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Page to write; DIRECTORY/report.html if not set.")
+    ] = None,
+    markdown_file: Annotated[
+        Path | None, typer.Option("--markdown", help="Write the tables to this file as Markdown.")
+    ] = None,
+) -> None:
+    """Show a study's results as tables, and write them with plots as one HTML page."""
+    from rich.console import Console
+
+    from splitquant_mlx.cli.console import plain
+    from splitquant_mlx.report import finding, html, load_report, markdown, terminal
+
+    found = load_report(directory)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 200
+    told = finding(found)
+    for text in (told.headline, *told.details):
+        console.print(plain(text), markup=False)
+    for table in terminal(found):
+        console.print()
+        console.print(table)
+    if markdown_file is not None:
+        _write(markdown_file, markdown(found))
+    page = html_file or directory / "report.html"
+    _write(page, html(found))
+    console.print()
+    print(f"Saved {plain(str(page))}")
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as exc:
+        raise TargetError(f"cannot write {file}: {exc.strerror or exc}") from exc

@@ -1,0 +1,52 @@
+"""Offer `run`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from splitquant_mlx.cli.options import Device, start
+from splitquant_mlx.cli.report import report
+from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.study import load_study
+
+DATA = ("arc_challenge", "arc_easy", "text")
+
+
+def run(
+    study: Annotated[Path, typer.Argument(help="TOML file of a study, see recipes/.")],
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(help="Directory of results (default: results/NAME)."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=FILE: arc_challenge, arc_easy or text, instead of the hub's; repeatable."
+        ),
+    ] = None,
+    keep_models: Annotated[
+        bool, typer.Option("--keep-models", help="Leave the converted models there.")
+    ] = False,
+    device: Device = None,
+) -> None:
+    """Convert a model in every way a study names, measure each, and write the report.
+
+    An interrupted study goes on where it stopped when it is started again.
+    """
+    chosen = load_study(study)
+    files = dict(_data(entry) for entry in data or [])
+    start(device)
+    from splitquant_mlx.cli.console import Bars
+    from splitquant_mlx.runner import run_study
+
+    directory = output_dir or Path("results") / chosen.name
+    run_study(chosen, directory, data=files, keep_models=keep_models, progress=Bars())
+    report(directory, directory / "report.html", directory / "report.md")
+
+
+def _data(entry: str) -> tuple[str, Path]:
+    name, _, file = entry.partition("=")
+    if name not in DATA or not file:
+        raise RecipeError(f"--data: wanted NAME=FILE with a NAME of {', '.join(DATA)}, got {entry}")
+    return name, Path(file)

@@ -1,0 +1,186 @@
+"""Evaluate one model on one task, from its directory to JSON values."""
+
+import dataclasses
+import hashlib
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from splitquant_mlx.cache import cache_directory
+from splitquant_mlx.environment import describe_machine, versions
+from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.evaluate.arc import ArcResult, evaluate_arc
+from splitquant_mlx.evaluate.divergence import measure_divergence
+from splitquant_mlx.evaluate.opened import Opened, open_model
+from splitquant_mlx.evaluate.paired import compare
+from splitquant_mlx.evaluate.perplexity import measure_perplexity
+from splitquant_mlx.evaluate.questions import Question, fetch_questions, load_questions
+from splitquant_mlx.evaluate.reference import open_reference
+from splitquant_mlx.evaluate.text import cut_windows, encode, fetch_wikitext, load_text, text_hash
+from splitquant_mlx.progress import Progress, Silent
+
+ARC_TASKS = ("arc_challenge", "arc_easy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Say what a model is evaluated on.
+
+    Attributes:
+        name: "arc_challenge", "arc_easy", "perplexity", "kl", or a task of lm-eval.
+        protocol: of the ARC tasks, "loglikelihood" or "letter".
+        num_shots: solved examples before each question.
+        data: a file in place of the hub's data set.
+        shots: a file of questions to draw the examples from, in place of the hub's.
+        limit: number of questions, or of windows of text; None takes all.
+        context_length: tokens of a window of text.
+        stride: tokens from one window's start to the next one's, for "perplexity".
+    """
+
+    name: str
+    protocol: str = "loglikelihood"
+    num_shots: int = 0
+    data: Path | None = None
+    shots: Path | None = None
+    limit: int | None = None
+    context_length: int = 512
+    stride: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise RecipeError(f"limit: wanted 1 or more, got {self.limit}")
+
+
+def evaluate(
+    model: str,
+    task: Task,
+    *,
+    reference: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Evaluate `model` on `task`.
+
+    Args:
+        model: repo id, directory or .gguf file.
+        task: what to do.
+        reference: a model to compare with: the one that "kl" measures from, or one that answers
+            the same questions.
+        revision: of the model's hub repo.
+        trust_remote_code: run Python files that the checkpoint brings along.
+        progress: told how far the work is.
+
+    Returns:
+        JSON values: "model", "task", "settings", "reference", "values" (what was found; with a
+        reference for ARC, its own under "reference" and McNemar's test under "comparison"), and
+        the environment.
+
+    Raises:
+        SplitQuantError: when model, data or settings cannot be had or used.
+    """
+    progress = progress or Silent()
+    if task.name == "kl" and reference is None:
+        raise RecipeError("task kl measures the distance from another model: name it (--reference)")
+    if task.name not in (*ARC_TASKS, "kl") and reference is not None:
+        raise RecipeError(f"task {task.name} takes no --reference")
+    options: Any = {"trust_remote_code": trust_remote_code, "progress": progress}
+    with ExitStack() as stack:
+        own = stack.enter_context(open_model(model, revision=revision, **options))
+        other = None
+        if reference is not None:
+            other = stack.enter_context(open_model(reference, revision=None, **options))
+        if task.name in ARC_TASKS:
+            found = _answer(own, other, task, progress)
+        elif task.name == "perplexity":
+            found = _perplexity(own, task, progress)
+        elif task.name == "kl":
+            assert other
+            found = _divergence(own, other, task, progress)
+        else:
+            found = _harness(own, task)
+    settings = {name: value for name, value in dataclasses.asdict(task).items() if name != "name"}
+    return {
+        "model": model,
+        "task": task.name,
+        "settings": {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()},
+        "reference": reference,
+        "values": found,
+        "device": mx.default_device().type.name,
+        "machine": describe_machine(),
+        "versions": versions(),
+    }
+
+
+def _answer(own: Opened, other: Opened | None, task: Task, progress: Progress) -> dict[str, Any]:
+    """Have a model, and the one to compare it with, answer the same questions."""
+    read = load_questions(task.data) if task.data else fetch_questions(task.name)
+    questions = read[: task.limit]
+    shots: list[Question] = []
+    if task.num_shots:
+        shots = load_questions(task.shots) if task.shots else fetch_questions(task.name, "train")
+
+    def answers(opened: Opened) -> ArcResult:
+        key = (opened.hash, task.name, task.protocol, task.num_shots, [q.id for q in questions])
+        name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
+        return evaluate_arc(
+            opened.model,
+            opened.tokenizer,
+            questions,
+            task=task.name,
+            protocol=task.protocol,
+            shots=shots,
+            num_shots=task.num_shots,
+            journal=cache_directory() / "answers" / f"{name}.jsonl",
+            model_hash=opened.hash,
+            progress=progress,
+        )
+
+    mine = answers(own)
+    values = dataclasses.asdict(mine)
+    if other:
+        theirs = answers(other)
+        values["reference"] = dataclasses.asdict(theirs)
+        values["comparison"] = dataclasses.asdict(compare(mine.correct, theirs.correct))
+    return values
+
+
+def _perplexity(own: Opened, task: Task, progress: Progress) -> dict[str, Any]:
+    text = _text(task)
+    tokens = encode(own.tokenizer, text)
+    if task.limit:
+        tokens = tokens[: task.limit * (task.stride or task.context_length)]
+    found = measure_perplexity(
+        own.model,
+        tokens,
+        context_length=task.context_length,
+        stride=task.stride,
+        progress=progress,
+    )
+    return {**dataclasses.asdict(found), "text_sha256": text_hash(text)}
+
+
+def _divergence(own: Opened, other: Opened, task: Task, progress: Progress) -> dict[str, Any]:
+    text = _text(task)
+    windows = cut_windows(encode(other.tokenizer, text), task.context_length, task.limit)
+    reference = open_reference(windows, model_hash=other.hash, load=other.load, progress=progress)
+    found = measure_divergence(own.model, reference, progress=progress)
+    return {**dataclasses.asdict(found), "text_sha256": text_hash(text)}
+
+
+def _text(task: Task) -> str:
+    return load_text(task.data) if task.data else fetch_wikitext()
+
+
+def _harness(own: Opened, task: Task) -> dict[str, Any]:
+    from splitquant_mlx.evaluate.harness import run_task
+
+    if task.data or task.shots:
+        raise RecipeError(
+            f"task {task.name} is lm-eval's, which has its own data: leave out --data"
+        )
+    shots = task.num_shots or None
+    return run_task(own.model, own.tokenizer, task.name, num_shots=shots, limit=task.limit)

@@ -1,0 +1,149 @@
+"""Run `serve`: in this process, with clients in a thread; or as a process of its own."""
+
+import _thread
+import http.client
+import json
+import re
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from splitquant_mlx.openai_request import Limits
+from splitquant_mlx.serve import serve
+
+COMMAND = [sys.executable, "-m", "splitquant_mlx", "serve", "--device", "cpu", "--port", "0"]
+STORY = "Once upon a time"
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+
+
+class Client:
+    """Send requests, well-formed or not, to the server at an address."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        parts = urlsplit(url)
+        self.address = parts.hostname or "", parts.port or 0
+
+    def ask(self, method: str, path: str, body: object = None, **headers: str) -> tuple[int, Any]:
+        """Return status and JSON of an answer; `body` is sent as JSON, or as it is if bytes."""
+        data = body if isinstance(body, bytes) else None if body is None else json.dumps(body)
+        connection = http.client.HTTPConnection(*self.address, timeout=30)
+        try:
+            connection.request(method, path, data, headers)
+            response = connection.getresponse()
+            text = response.read().decode()
+            return response.status, json.loads(text) if text[:1] == "{" else text
+        finally:
+            connection.close()
+
+    def post(self, path: str, **body: object) -> Any:
+        """Return the JSON of an answer to a request that must succeed."""
+        status, answer = self.ask("POST", path, body)
+        assert status == 200, answer
+        return answer
+
+    def raw(self, *pieces: bytes, half_close: bool = False) -> tuple[int, Any]:
+        """Send bytes; return status and JSON of what comes back until the server closes."""
+        with self.connect() as connection:
+            for piece in pieces:
+                connection.sendall(piece)
+            if half_close:
+                connection.shutdown(socket.SHUT_WR)
+            received = b""
+            while piece := connection.recv(2**16):
+                received += piece
+        head, _, body = received.partition(b"\r\n\r\n")
+        return int(head.split()[1]), json.loads(body)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.address, timeout=30)
+
+    def start(self, **body: object) -> socket.socket:
+        """Send a completion request, and return the connection without reading from it."""
+        connection = self.connect()
+        connection.sendall(message(json.dumps({"prompt": STORY, **body}).encode()))
+        return connection
+
+
+def message(body: bytes, *headers: str, path: str = TEXT, length: object = None) -> bytes:
+    """Return a POST request as bytes."""
+    length = len(body) if length is None else length
+    head = [f"POST {path} HTTP/1.1", "Host: x", f"Content-Length: {length}", *headers]
+    return "\r\n".join([*head, "", ""]).encode() + body
+
+
+def check_error(answer: tuple[int, Any], status: int, *words: str) -> dict[str, Any]:
+    """Assert that an answer is an error as OpenAI's API gives them; return it."""
+    got, body = answer
+    assert got == status, answer
+    assert set(body) == {"error"}
+    error = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    assert "\n" not in error["message"]
+    for word in words:
+        assert word in error["message"]
+    return error
+
+
+def serve_to(client, model, *options: str, api_key: str | None = None, **limits: Any) -> None:
+    """Serve `model` here while client(Client) runs in a thread; raises what that raises."""
+    raised: list[BaseException] = []
+
+    def talk(url: str) -> None:
+        try:
+            client(Client(url))
+        except BaseException as exc:
+            raised.append(exc)
+        finally:
+            _thread.interrupt_main()
+
+    thread = None
+
+    def on_ready(url: str) -> None:
+        nonlocal thread
+        thread = threading.Thread(target=talk, args=(url,))
+        thread.start()
+
+    serve(
+        str(model),
+        port=0,
+        api_key=api_key,
+        limits=Limits(**limits),
+        options=("--log-level", "ERROR", *options),
+        on_ready=on_ready,
+    )
+    assert thread is not None
+    thread.join()
+    if raised:
+        raise raised[0]
+
+
+class Process(Client):
+    """Talk to a `serve` that runs as a process of its own."""
+
+    def __init__(self, process: subprocess.Popen) -> None:
+        assert process.stdout is not None and process.stderr is not None
+        self.process = process
+        line = process.stdout.readline()
+        found = re.search(r"(http://.+:\d+)/v1", line)
+        assert found, line + process.stderr.read()
+        super().__init__(found[1])
+        # Whatever is logged has to go somewhere, or the server waits for a reader.
+        self.log: list[str] = []
+        threading.Thread(target=self.log.extend, args=(process.stderr,), daemon=True).start()
+
+
+@contextmanager
+def serving(*arguments: str):
+    """Run the command, yield its Process, kill it."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([*COMMAND, *arguments], **pipes) as process:
+        try:
+            yield Process(process)
+        finally:
+            process.kill()

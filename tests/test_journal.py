@@ -1,0 +1,106 @@
+"""A journal loses at most the line that was being written, and never mixes two evaluations."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitquant_mlx.errors import TargetError
+from splitquant_mlx.evaluate.journal import Journal
+
+KEY = {"model": "a", "versions": ["1", "2"], "shots": 0}
+RECORDS = [{"id": "é\n\u2028", "values": [-1.5, float("-inf")]}, {"id": "b", "values": []}]
+
+
+def written(path, records=RECORDS, key=KEY):
+    with Journal(path, key) as journal:
+        for record in records:
+            journal.append(record)
+    return path
+
+
+def test_goes_on_with_the_same_key(tmp_path):
+    path = written(tmp_path / "new" / "deep" / "journal")
+    with Journal(path, dict(reversed(KEY.items()))) as journal:
+        assert journal.done == RECORDS
+        journal.append({"id": "c"})
+    with Journal(path, KEY) as journal:
+        assert journal.done == [*RECORDS, {"id": "c"}]
+
+
+def test_begins_afresh_with_another_key(tmp_path):
+    path = written(tmp_path / "journal")
+    with Journal(path, {**KEY, "shots": 5}) as journal:
+        assert journal.done == []
+    with Journal(path, KEY) as journal:
+        assert journal.done == []
+    assert path.read_bytes().count(b"\n") == 1
+
+
+@given(st.data())
+def test_a_torn_end_costs_the_torn_line(tmp_path_factory, data):
+    path = written(tmp_path_factory.mktemp("torn") / "journal")
+    content = path.read_bytes()
+    cut = data.draw(st.integers(0, len(content)))
+    path.write_bytes(content[:cut])
+    whole = max(content[:cut].count(b"\n") - 1, 0)
+    with Journal(path, KEY) as journal:
+        assert journal.done == RECORDS[:whole]
+        for record in RECORDS[whole:]:
+            journal.append(record)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("torn", [b"\0\0\0\0", b"{]\n", b"[1]\n", b'"text"\n', b"\xff\n", b"\n"])
+def test_a_damaged_line_ends_what_is_read(tmp_path, torn):
+    path = written(tmp_path / "journal")
+    content = path.read_bytes()
+    path.write_bytes(content + torn + b'{"id": "after"}\n')
+    with Journal(path, KEY) as journal:
+        assert journal.done == RECORDS
+    assert path.read_bytes() == content
+
+
+def test_a_killed_process_loses_nothing_that_it_finished(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from splitquant_mlx.evaluate.journal import Journal\n"
+        "journal = Journal(Path(sys.argv[1]), {'model': 'a'})\n"
+        "for i in range(3): journal.append({'id': i})\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "journal")], check=False)
+    assert done.returncode == -signal.SIGKILL
+    with Journal(tmp_path / "journal", {"model": "a"}) as journal:
+        assert journal.done == [{"id": i} for i in range(3)]
+
+
+@pytest.mark.parametrize("content", [b"precious notes\n", b'{"id": 1}\n', b"{]"])
+def test_a_file_that_is_no_journal_is_left_alone(tmp_path, content):
+    (tmp_path / "notes").write_bytes(content)
+    with pytest.raises(TargetError, match="notes is no journal: give another path"):
+        Journal(tmp_path / "notes", KEY)
+    assert (tmp_path / "notes").read_bytes() == content
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for path in (tmp_path, tmp_path / "file" / "journal"):
+        with pytest.raises(TargetError, match="cannot keep the journal") as caught:
+            Journal(path, KEY)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/dev/full is Linux's")
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    with (
+        Journal(tmp_path / "journal", KEY) as journal,
+        open("/dev/full", "wb", buffering=0) as full,
+        monkeypatch.context() as patched,
+    ):
+        patched.setattr(journal, "_file", full)
+        with pytest.raises(TargetError, match="No space left"):
+            journal.append({"id": "c"})

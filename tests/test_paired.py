@@ -1,0 +1,48 @@
+"""McNemar's test against scipy, against every way the coin can fall, and against itself."""
+
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from splitquant_mlx import RecipeError
+from splitquant_mlx.evaluate.paired import compare
+
+answers = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=300)
+
+
+@given(answers)
+def test_agrees_with_scipy(pairs):
+    first, second = zip(*pairs, strict=True)
+    found = compare(first, second)
+    assert found.questions == len(pairs)
+    assert found.only_first == pairs.count((1, 0)) and found.only_second == pairs.count((0, 1))
+    assert found.difference == pytest.approx(sum(first) / len(pairs) - sum(second) / len(pairs))
+    trials = found.only_first + found.only_second
+    wanted = binomtest(found.only_first, trials).pvalue if trials else 1.0
+    assert found.p_value == pytest.approx(wanted, rel=1e-9)
+    other = compare(second, first)
+    assert other.p_value == found.p_value and other.difference == -found.difference
+
+
+@pytest.mark.parametrize("heads", range(9))
+def test_counts_every_outcome_at_least_as_uneven(heads):
+    first = [1] * heads + [0] * (8 - heads) + [1, 0]
+    second = [0] * heads + [1] * (8 - heads) + [1, 0]
+    outcomes = [sum(coins) for coins in product((0, 1), repeat=8)]
+    as_uneven = sum(abs(outcome - 4) >= abs(heads - 4) for outcome in outcomes)
+    assert compare(first, second).p_value == as_uneven / 2**8
+
+
+def test_a_large_difference_among_many_questions():
+    found = compare([1] * 900 + [0] * 272, [0] * 1172)
+    assert found.only_first == 900 and 0 < found.p_value < 1e-200
+    assert compare([1] * 5000, [0] * 5000).p_value == 0.0  # below the smallest float
+
+
+@pytest.mark.parametrize(("first", "second"), [([], []), ([1], [1, 0])])
+def test_only_the_same_questions_compare(first, second):
+    with pytest.raises(RecipeError, match=f"got {len(first)} answers of one model"):
+        compare(first, second)
