@@ -12,7 +12,7 @@ from itertools import takewhile
 from operator import eq
 from typing import Any
 
-from splitquant_mlx.errors import CheckpointError, RecipeError
+from splitquant_mlx.errors import CheckpointError, RecipeError, one_line
 
 Message = dict[str, str]
 # Given a prompt's tokens and a question "stop now?", yields mlx-lm's GenerationResponses.
@@ -128,14 +128,20 @@ def encode(
                 **(template_options or {}),
             )
         except Exception as exc:  # a template raises what it likes
-            raise CheckpointError(f"the chat template refuses these messages: {exc}") from exc
+            message = f"the chat template refuses these messages: {one_line(exc)}"
+            raise CheckpointError(message) from exc
     else:
         text = "".join(
             "\n" * (turn > 0 and message["role"] == "user") + message["content"]
             for turn, message in enumerate(messages)
         )
     text = text.encode(errors="replace").decode()  # a shell passes on bytes that are no text
-    tokens = list(tokenizer.encode(text, add_special_tokens=not template))
+    try:
+        tokens = list(tokenizer.encode(text, add_special_tokens=not template))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as exc:  # a panic in Rust is no Exception
+        raise CheckpointError(f"the tokenizer fails on this text: {one_line(exc)}") from exc
     if not tokens:
         raise RecipeError("the prompt is empty: say something with --prompt")
     return tokens

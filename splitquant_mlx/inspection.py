@@ -8,7 +8,7 @@ import mlx.nn as nn
 import numpy as np
 
 from splitquant_mlx.checkpoint import open_checkpoint, read_config
-from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.errors import CheckpointError, RecipeError
 from splitquant_mlx.evaluate.scoring import dense_weight
 from splitquant_mlx.loader import load_model
 from splitquant_mlx.manifest import LayerRecord, Manifest, load_manifest
@@ -16,6 +16,7 @@ from splitquant_mlx.parts import cluster_weight
 from splitquant_mlx.plan import make_plan
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.recipe import Recipe
+from splitquant_mlx.weight import require_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,7 @@ def inspect_model(
     with (progress or Silent()).task("Clustering", len(plan.layers)) as advance:
         for layer in plan.layers.values():
             w = checkpoint.weights.pop(f"{layer.path}.weight")
+            _require_finite(directory, layer.path, w)
             cuts = cluster_weight(w, clusters).cut_points if layer.action == "split" else ()
             records.append(
                 LayerRecord(
@@ -103,11 +105,20 @@ def layer_histogram(directory: Path, path: str, *, clusters: int = 3, bins: int 
             f"{directory} has no layer {path!r} with a weight matrix: `splitquant-mlx inspect` "
             "without --layer lists them"
         )
+    _require_finite(directory, path, w)
     records = {record.path: record for record in manifest.layers} if manifest else {}
     cuts = records[path].cut_points if path in records else ()
     counts, edges = np.histogram(np.array(w.astype(mx.float32)), bins=bins)
     cuts = cuts or cluster_weight(w, clusters).cut_points
     return Histogram(path=path, counts=counts, edges=edges, cut_points=cuts)
+
+
+def _require_finite(directory: Path, path: str, w: mx.array) -> None:
+    try:
+        if mx.issubdtype(w.dtype, mx.floating):
+            require_finite(w)
+    except ValueError as exc:
+        raise CheckpointError(f"{directory}: layer {path!r} {exc}: download it again") from exc
 
 
 def _dense(module: nn.Module | None) -> mx.array | None:

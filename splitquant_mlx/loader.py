@@ -4,6 +4,7 @@ No code from the checkpoint is run: split layers are built from this package's o
 CPU, where mlx's 16-bit products are slow, 16-bit parameters are widened to float32.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from splitquant_mlx.checkpoint import read_config, read_headers
+from splitquant_mlx.checkpoint import check_config, find_classes, read_config, read_headers
 from splitquant_mlx.directory import as_directory
 from splitquant_mlx.errors import CheckpointError, one_line
 from splitquant_mlx.save import MODEL_FILE
@@ -61,7 +62,7 @@ def load_model(
     from splitquant_mlx import model_file
 
     config = read_config(directory)
-    read_headers(directory)
+    check_config(directory, config, len(read_headers(directory)))
     options: dict[str, Any] = {}
     foreign = config.get("model_file")
     if isinstance(config.get("splitquant"), dict) and foreign in (None, MODEL_FILE):
@@ -74,6 +75,8 @@ def load_model(
         )
     elif foreign:
         options["trust_remote_code"] = True
+    if not options.get("trust_remote_code"):
+        find_classes(directory, config)  # which says what is wrong
     try:
         model, _ = mlx_lm_load_model(directory, lazy=True, **options)
         if mx.default_device() == mx.cpu:
@@ -92,13 +95,33 @@ def load_tokenizer(directory: Path, settings: dict[str, Any]) -> Any:
     from mlx_lm.utils import load_config
     from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
 
+    _check_keys(directory)
     try:
         eos_token_ids = load_config(directory).get("eos_token_id")
         return mlx_lm_load_tokenizer(directory, settings, eos_token_ids=eos_token_ids)
-    except Exception as exc:  # transformers raises OSError, ValueError, KeyError, ...
+    except KeyboardInterrupt:
+        raise
+    except BaseException as exc:  # OSError, ValueError, ...; a panic in Rust is no Exception
         raise CheckpointError(
             f"{directory}: the tokenizer cannot be loaded: {type(exc).__name__}: {one_line(exc)}"
         ) from exc
+
+
+def _check_keys(directory: Path) -> None:
+    """Refuse keys that could drive a terminal: tokenizers prints those that it does not know."""
+
+    def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for key, _ in pairs:
+            if not key.isprintable():
+                raise CheckpointError(f"{directory}: the tokenizer has a setting {key!r:.80}")
+        return dict(pairs)
+
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        try:
+            text = (directory / name).read_text(encoding="utf-8")
+            json.loads(text, object_pairs_hook=check)
+        except (OSError, ValueError, RecursionError):
+            continue  # transformers says what is wrong, or does without
 
 
 def _widen(array: mx.array) -> mx.array:

@@ -63,7 +63,7 @@ def integer(low: int, high: int) -> Check:
     def check(name: str, value: Any) -> int:
         if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
             return value
-        refuse(name, f"an integer from {low} to {high}", value)
+        refuse(name, f"an integer from {low} to {high}" if low < high else str(low), value)
 
     return check
 

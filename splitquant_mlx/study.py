@@ -48,9 +48,7 @@ class Measure:
         for name, known in (("arc", ARC_TASKS), ("protocols", PROTOCOLS)):
             values = getattr(self, name)
             if not isinstance(values, (list, tuple)) or any(v not in known for v in values):
-                raise RecipeError(
-                    f"{name}: wanted a list of {', '.join(known)}, got {values!r}"
-                )
+                raise RecipeError(f"{name}: wanted a list of {', '.join(known)}, got {values!r}")
             object.__setattr__(self, name, tuple(values))
         for field_ in dataclasses.fields(self):
             value = getattr(self, field_.name)

@@ -57,7 +57,7 @@ def run_plainly(model, tokenizer, questions, shots, num_shots):
 
 @pytest.mark.parametrize(
     ("checkpoint", "num_shots", "count"),
-    [("stories", 0, 60), ("stories", 2, 20), ("babyllama", 0, 12)],
+    [("stories", 0, 60), ("stories", 2, 12), ("babyllama", 0, 12)],
 )
 def test_agrees_with_lm_evaluation_harness(
     checkpoint, num_shots, count, easy, shots, request, tmp_path
@@ -296,8 +296,8 @@ def test_a_real_model_knows_something(smollm2, data):
     model = for_scoring(model)
     found = evaluate_arc(model, tokenizer, questions, task="arc_easy")
     assert found.accuracy > 0.25 + 6 * found.standard_error
-    letters = evaluate_arc(model, tokenizer, questions[:40], task="arc_easy", protocol="letter")
-    assert letters.questions == 40 and 0 <= letters.accuracy <= 1
+    letters = evaluate_arc(model, tokenizer, questions[:16], task="arc_easy", protocol="letter")
+    assert letters.questions == 16 and 0 <= letters.accuracy <= 1
     pairs = encode_question(tokenizer, questions[0], [], protocol="letter", length=None)
     assert [tokenizer.decode(end) for _, end in pairs] == [" A", " B", " C", " D"]
     assert all(len(end) == 1 for _, end in pairs)

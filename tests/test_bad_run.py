@@ -147,11 +147,11 @@ def test_config_that_says_it_is_not_quantized(tmp_path):
 def test_checkpoint_of_symlinks_is_converted_to_files(tmp_path):
     """The hub's cache is one of symlinks."""
     blobs = tiny.write_checkpoint(tmp_path / "blobs", shards=2)
-    source = tmp_path / "source"
-    source.mkdir()
+    source = tmp_path / "snapshots" / "c0ffee"
+    source.mkdir(parents=True)
     for number, file in enumerate(sorted(blobs.iterdir())):
         file.rename(blobs / str(number))
-        (source / file.name).symlink_to(f"../blobs/{number}")
+        (source / file.name).symlink_to(f"../../blobs/{number}")
     (source / "broken.json").symlink_to("nowhere")
     convert(source, tmp_path / "target")
     assert not any(path.is_symlink() for path in (tmp_path / "target").iterdir())

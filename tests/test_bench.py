@@ -169,12 +169,15 @@ def test_kmeans_refuses_settings(capsys, options, named):
 def test_memory_is_compared_between_depths(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
+    # the floor's model has 2 layers
+    peaks = {2: iter([100, 90, 110]), 1: iter([200, 500, 100]), 3: iter([230, 230, 231])}
+
     def run_here(command, target):
         assert cli.run(command[3:]) == 0
         shutil.rmtree(target)
         model = command[command.index("--model") + 1]
         layers = json.loads((Path(model) / "config.json").read_text())["num_hidden_layers"]
-        peak_bytes = {2: 100, 1: 200, 3: 230}[layers]  # the first is the floor's
+        peak_bytes = next(peaks[layers])
         return Run(started=0, seconds=layers, peak_bytes=peak_bytes, output=""), {}
 
     monkeypatch.setattr(memory, "run_conversion", run_here)
@@ -184,6 +187,7 @@ def test_memory_is_compared_between_depths(tmp_path, capsys, monkeypatch):
     found = json.loads((tmp_path / "m.json").read_text())
     assert [run["layers"] for run in found["runs"]] == [1, 3]
     assert [run["peak_bytes"] for run in found["runs"]] == [200, 230]
+    assert found["runs"][0]["peak_runs_bytes"] == [200, 500, 100]
     assert found["floor_bytes"] == 100
     assert (found["growth"], found["growth_above_floor"]) == (1.15, 1.3)
     assert found["runs"][1]["source_bytes"] > 2 * found["runs"][0]["source_bytes"]

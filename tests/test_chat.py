@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from splitquant_mlx.chat import Conversation, Decoder, Decoding, encode
-from splitquant_mlx.cli.chat import printable
+from splitquant_mlx.cli.console import printable
 from splitquant_mlx.errors import CheckpointError, RecipeError
 from splitquant_mlx.loader import load
 

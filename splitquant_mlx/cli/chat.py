@@ -2,11 +2,11 @@
 
 import signal
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 
 from splitquant_mlx.chat import Conversation, Decoder, Decoding
+from splitquant_mlx.cli.console import printable
 from splitquant_mlx.cli.options import (
     DEFAULT_MODEL,
     Device,
@@ -147,11 +147,6 @@ def _answer(conversation: Conversation, message: str) -> str:
         f"{response.generation_tokens} tokens, {response.generation_tps:.1f} tokens-per-sec, "
         f"{response.prompt_tokens} new prompt tokens"
     )
-
-
-def printable(text: str) -> str:
-    """Return `text` without control characters but newline and tab: it cannot drive a terminal."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """Draw progress bars and sizes; everything but results goes to stderr."""
 
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TextIO
 
 
 class Bars:
@@ -26,9 +28,29 @@ class Bars:
             yield lambda amount: bars.advance(bar, amount)
 
 
-def plain(text: str) -> str:
-    """Return `text` on one line, without characters that could drive a terminal."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+def plain(text: str, most: int = 1500) -> str:
+    """Return the first `most` characters of `text` on one line; they cannot drive a terminal."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= most else f"{line[: most - 4]} ..."
+
+
+def printable(text: str) -> str:
+    """Return `text` without control characters but newline and tab: it cannot drive a terminal."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
+
+
+class Printable:
+    """Write to another stream what is printable."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write `text` without what could drive a terminal."""
+        return self._stream.write(printable(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def size(nbytes: float) -> str:

@@ -2,11 +2,13 @@
 
 import json
 import sys
+from contextlib import redirect_stdout
 from typing import Annotated, Any
 
 import typer
 
 from splitquant_mlx.chat import Decoding, encode, readable_errors
+from splitquant_mlx.cli.console import Printable, printable
 from splitquant_mlx.cli.options import (
     DEFAULT_MODEL,
     Device,
@@ -96,7 +98,7 @@ def generate(
     if seed is not None:
         mx.random.seed(seed)
     wordy = verbose.lower() not in ("false", "f")
-    with readable_errors():
+    with readable_errors(), redirect_stdout(Printable(sys.stdout)):  # type: ignore[arg-type]
         answer = mlx_lm_generate(
             loaded,
             tokenizer,
@@ -106,7 +108,7 @@ def generate(
             **decoding.options(),
         )
     if not wordy:
-        print(answer)
+        print(printable(answer))
 
 
 def _json_object(option: str, text: str | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import typer
@@ -20,6 +21,7 @@ from splitquant_mlx.errors import RecipeError
 def memory(
     shape: Annotated[str, typer.Option(help="Of the model, as for make-checkpoint.")] = "deep",
     layers: Annotated[list[int], typer.Option(help="A depth; repeatable.")] = [16, 32, 64],  # noqa: B006
+    trials: Annotated[int, typer.Option(help="Conversions of each depth.")] = 3,
     json_file: JsonFile = None,
 ) -> None:
     """Measure the peak memory of conversions of random models of several depths."""
@@ -33,15 +35,17 @@ def memory(
     from splitquant_mlx.cli.console import Bars, size
 
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as scratch:
-        found = bench_memory(named_shape(shape), layers, Path(scratch), progress=Bars())
+        found = bench_memory(
+            named_shape(shape), layers, Path(scratch), trials=trials, progress=Bars()
+        )
     save_json(json_file, found)
-    table = new_table(shape, "source", "peak memory", "time")
+    table = new_table(shape, "source", "peak memory", "least", "most", "time")
     for run in found["runs"]:
         table.add_row(
             f"{run['layers']} layers",
             size(run["source_bytes"]),
-            size(run["peak_bytes"]),
-            f"{run['seconds']:.1f} s",
+            *(size(of(run["peak_runs_bytes"])) for of in (median, min, max)),
+            f"{median(run['seconds']):.1f} s",
         )
     console = Console(highlight=False)
     console.print(table)
