@@ -1,11 +1,13 @@
-"""Write the README's tables from the JSON that the demo and the benchmark wrote.
+"""Write the README's tables and RESULTS.md from JSON that the program wrote.
 
     splitquant-mlx demo && cp <cache>/demo/demo.json docs/
     splitquant-mlx bench make-checkpoint llama-3.2-1b llama-3.2-1b
     splitquant-mlx bench convert --model llama-3.2-1b --json docs/bench.json
+    splitquant-mlx run recipes/smollm2.toml --output-dir docs/results/smollm2
+    splitquant-mlx run recipes/tiny.toml --model <directory> --output-dir docs/results/<its name>
     python docs/figures.py
 
-With --check nothing is written; the exit code says whether the README is up to date.
+With --check nothing is written; the exit code says whether both are up to date.
 """
 
 import json
@@ -13,7 +15,16 @@ import re
 import sys
 from pathlib import Path
 
+from splitquant_mlx.report import load_report, markdown
+
 DOCS = Path(__file__).resolve().parent
+INTRODUCTION = """\
+<!-- written by docs/figures.py from docs/results -->
+
+What `splitquant-mlx run` measured; the environment stands in every file of `docs/results`. Times
+are of one machine: compare ratios only.
+
+"""
 MARKS = r"(<!-- {}: [^\n]*-->\n).*?(<!-- end -->)"
 
 
@@ -52,8 +63,14 @@ def bench_table(bench: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def results() -> str:
+    """Return the reports of all published studies, one after the other, as Markdown."""
+    studies = sorted(file.parent for file in DOCS.glob("results/*/study.json"))
+    return INTRODUCTION + "\n".join(markdown(load_report(study)) for study in studies)
+
+
 def main() -> None:
-    """Bring the README up to date, or check that it is."""
+    """Bring README.md and RESULTS.md up to date, or check that they are."""
     readme = DOCS.parent / "README.md"
     text = readme.read_text(encoding="utf-8")
     wanted = text
@@ -61,9 +78,12 @@ def main() -> None:
         rows = table(json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8")))
         marks = re.compile(MARKS.format(name), re.DOTALL)
         wanted = marks.sub(lambda found, rows=rows: found[1] + rows + found[2], wanted)
-    if "--check" in sys.argv:
-        sys.exit(None if wanted == text else "README.md: run python docs/figures.py")
-    readme.write_text(wanted, encoding="utf-8")
+    files = {readme: wanted, DOCS.parent / "RESULTS.md": results()}
+    for file, content in files.items():
+        if "--check" not in sys.argv:
+            file.write_text(content, encoding="utf-8")
+        elif file.read_text(encoding="utf-8") != content:
+            sys.exit(f"{file.name}: run python docs/figures.py")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Task:
     Attributes:
         name: "arc_challenge", "arc_easy", "perplexity", "kl", or a task of lm-eval.
         protocol: of the ARC tasks, "loglikelihood" or "letter".
-        num_shots: solved examples before each question.
+        num_shots: solved examples before each question; None is 0, or the lm-eval task's own.
         data: a file in place of the hub's data set.
         shots: a file of questions to draw the examples from, in place of the hub's.
         limit: number of questions, or of windows of text; None takes all.
@@ -42,7 +42,7 @@ class Task:
 
     name: str
     protocol: str = "loglikelihood"
-    num_shots: int = 0
+    num_shots: int | None = None
     data: Path | None = None
     shots: Path | None = None
     limit: int | None = None
@@ -101,7 +101,7 @@ def evaluate(
             assert other
             found = _divergence(own, other, task, progress)
         else:
-            found = _harness(own, task)
+            found = _harness(own, task, progress)
     settings = {name: value for name, value in dataclasses.asdict(task).items() if name != "name"}
     return {
         "model": model,
@@ -119,12 +119,13 @@ def _answer(own: Opened, other: Opened | None, task: Task, progress: Progress) -
     """Have a model, and the one to compare it with, answer the same questions."""
     read = load_questions(task.data) if task.data else fetch_questions(task.name)
     questions = read[: task.limit]
+    num_shots = task.num_shots or 0
     shots: list[Question] = []
-    if task.num_shots:
+    if num_shots:
         shots = load_questions(task.shots) if task.shots else fetch_questions(task.name, "train")
 
     def answers(opened: Opened) -> ArcResult:
-        key = (opened.hash, task.name, task.protocol, task.num_shots, [q.id for q in questions])
+        key = (opened.hash, task.name, task.protocol, num_shots, [q.id for q in questions])
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
         return evaluate_arc(
             opened.model,
@@ -133,7 +134,7 @@ def _answer(own: Opened, other: Opened | None, task: Task, progress: Progress) -
             task=task.name,
             protocol=task.protocol,
             shots=shots,
-            num_shots=task.num_shots,
+            num_shots=num_shots,
             journal=cache_directory() / "answers" / f"{name}.jsonl",
             model_hash=opened.hash,
             progress=progress,
@@ -175,12 +176,24 @@ def _text(task: Task) -> str:
     return load_text(task.data) if task.data else fetch_wikitext()
 
 
-def _harness(own: Opened, task: Task) -> dict[str, Any]:
+def _harness(own: Opened, task: Task, progress: Progress) -> dict[str, Any]:
     from splitquant_mlx.evaluate.harness import run_task
 
     if task.data or task.shots:
         raise RecipeError(
             f"task {task.name} is lm-eval's, which has its own data: leave out --data"
         )
-    shots = task.num_shots or None
-    return run_task(own.model, own.tokenizer, task.name, num_shots=shots, limit=task.limit)
+    found = run_task(
+        own.model,
+        own.tokenizer,
+        task.name,
+        num_shots=task.num_shots,
+        limit=task.limit,
+        progress=progress,
+    )
+    return {
+        f"{name} {metric.removesuffix(',none')}": value
+        for name, metrics in found["results"].items()
+        for metric, value in metrics.items()
+        if isinstance(value, int | float)
+    }

@@ -36,7 +36,7 @@ def save_histogram(histogram: Histogram, file: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as exc:
-        raise RecipeError("PNG plots need matplotlib: pip install 'splitquant-mlx[plot]'") from exc
+        raise RecipeError("PNG plots need matplotlib: pip install matplotlib") from exc
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     axes.stairs(histogram.counts, histogram.edges, fill=True, color="#4c72b0")

@@ -3,17 +3,23 @@
 Library functions take a `Progress` and default to `Silent`, so nothing prints unless asked.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
+
+
+class Advance(Protocol):
+    """Advance a task by an amount; `note` is shown beside its label."""
+
+    def __call__(self, amount: float, note: str = "") -> None:
+        """Advance."""
+        ...
 
 
 class Progress(Protocol):
     """Receive the progress of named tasks."""
 
-    def task(
-        self, label: str, total: float | None = None
-    ) -> AbstractContextManager[Callable[[float], None]]:
+    def task(self, label: str, total: float | None = None) -> AbstractContextManager[Advance]:
         """Open a task of `total` steps (None: unknown); yields a function that advances it."""
         ...
 
@@ -22,6 +28,6 @@ class Silent:
     """Drop all progress."""
 
     @contextmanager
-    def task(self, label: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
+    def task(self, label: str, total: float | None = None) -> Iterator[Advance]:
         """Yield a function that does nothing."""
-        yield lambda amount: None
+        yield lambda amount, note="": None

@@ -67,7 +67,7 @@ def refusal(tmp_path, capsys, monkeypatch):
         @contextmanager
         def task(self, label, total=None):
             started.append(label)
-            yield lambda amount: None
+            yield lambda amount, note="": None
 
     from damage import tree
 

@@ -292,10 +292,10 @@ def test_a_real_model_knows_something(smollm2, data):
     from splitquant_mlx.evaluate.scoring import for_scoring
 
     model, tokenizer = load(smollm2)
-    questions = load_questions(data / "arc" / "ARC-Easy-validation.jsonl")[:200]
+    questions = load_questions(data / "arc" / "ARC-Easy-validation.jsonl")[:120]
     model = for_scoring(model)
     found = evaluate_arc(model, tokenizer, questions, task="arc_easy")
-    assert found.accuracy > 0.25 + 6 * found.standard_error
+    assert found.accuracy > 0.25 + 4 * found.standard_error
     letters = evaluate_arc(model, tokenizer, questions[:16], task="arc_easy", protocol="letter")
     assert letters.questions == 16 and 0 <= letters.accuracy <= 1
     pairs = encode_question(tokenizer, questions[0], [], protocol="letter", length=None)

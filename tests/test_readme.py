@@ -18,7 +18,28 @@ SMALL = {
     "--port 8080": "--port 0",
     "llama-3.2-1b random-1b": "tiny random-1b",
     "bench convert": "bench convert --trials 1",
+    "arc_challenge --limit 200": "arc_challenge --limit 8 --data arc.jsonl",
+    "arc_challenge --protocol": "arc_challenge --limit 4 --data arc.jsonl --protocol",
+    "perplexity --context-length 512": "perplexity --context-length 64 --limit 4 --data text.txt",
+    "--task kl": "--task kl --context-length 64 --limit 4 --data text.txt",
+    "run recipes/smollm2.toml": "run small.toml --data arc_easy=arc.jsonl --data text=text.txt",
+    "results/smollm2": "results/small",
 }
+
+
+STUDY = """
+model = "tiny"
+[measure]
+arc = ["arc_easy"]
+questions = 2
+text_tokens = 128
+context_length = 64
+prompt_tokens = 0
+[[variants]]
+name = "rtn 4-bit"
+method = "rtn"
+group_size = 32
+"""
 
 
 def blocks(language):
@@ -31,10 +52,14 @@ def commands():
 
 
 @pytest.fixture(scope="module")
-def home(stories, tmp_path_factory):
+def home(stories, data, tmp_path_factory):
     """Return a working directory whose mlx_model the first command has made."""
     home = tmp_path_factory.mktemp("home")
     shutil.copytree(stories, home / "tiny")
+    shutil.copy(data / "arc" / "ARC-Easy-validation.jsonl", home / "arc.jsonl")
+    text = (data / "tinystories" / "tinystories_sample.txt").read_text(encoding="utf-8")
+    (home / "text.txt").write_text(text[:4000], encoding="utf-8")
+    (home / "small.toml").write_text(STUDY)
     run_line(commands()[0], home)
     return home
 

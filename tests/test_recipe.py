@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from splitquant_mlx import Recipe, RecipeError, load_recipe
 from splitquant_mlx.recipe import BITS, GRANULARITIES, GROUP_SIZES
+from splitquant_mlx.study import load_study
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 PATTERNS = st.lists(st.text(max_size=8), max_size=3).map(tuple)
@@ -95,6 +96,7 @@ def test_missing_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.toml")), ids=lambda file: file.stem)
-def test_shipped_recipes_load_and_open_with_a_comment(file):
-    load_recipe(file)
+def test_shipped_recipes_and_studies_load_and_open_with_a_comment(file):
+    study = "[[variants]]" in file.read_text()
+    (load_study if study else load_recipe)(file)
     assert file.read_text().startswith("#")

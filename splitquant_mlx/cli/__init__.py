@@ -44,7 +44,7 @@ app.command()(report)
 app.command()(inspect)
 app.command()(doctor)
 app.command()(demo)
-app.add_typer(bench, name="bench", help="Time conversions; make random checkpoints to do it on.")
+app.add_typer(bench, name="bench", help="Measure speed and memory of models and conversions.")
 
 
 def _print_version(wanted: bool) -> None:

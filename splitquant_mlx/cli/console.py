@@ -1,16 +1,18 @@
 """Draw progress bars and sizes; everything but results goes to stderr."""
 
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
+
+from splitquant_mlx.progress import Advance
 
 
 class Bars:
     """Show each task of a library call as a bar on stderr; see `splitquant_mlx.progress`."""
 
     @contextmanager
-    def task(self, label: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
+    def task(self, label: str, total: float | None = None) -> Iterator[Advance]:
         """Show a bar for `total` steps, or a pulse where the total is unknown."""
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -25,7 +27,11 @@ class Bars:
         quiet = not console.is_terminal
         with Progress(*columns, console=console, transient=True, disable=quiet) as bars:
             bar = bars.add_task(label, total=total)
-            yield lambda amount: bars.advance(bar, amount)
+
+            def advance(amount: float, note: str = "") -> None:
+                bars.update(bar, advance=amount, description=f"{label} {note}".rstrip())
+
+            yield advance
 
 
 def plain(text: str, most: int = 1500) -> str:

@@ -31,7 +31,9 @@ def evaluate(
     protocol: Annotated[
         str, typer.Option(help="ARC: loglikelihood (lm-eval's) or letter (through the chat).")
     ] = "loglikelihood",
-    num_shots: Annotated[int, typer.Option(help="Solved examples before each question.")] = 0,
+    num_shots: Annotated[
+        int | None, typer.Option(help="Solved examples before each question.")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help=".jsonl, .parquet, .csv or text, instead of the hub's data.")
     ] = None,

@@ -1,5 +1,6 @@
 """Offer `run`."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ DATA = ("arc_challenge", "arc_easy", "text")
 
 def run(
     study: Annotated[Path, typer.Argument(help="TOML file of a study, see recipes/.")],
+    model: Annotated[str | None, typer.Option(help="Another model than the study's.")] = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(help="Directory of results (default: results/NAME)."),
@@ -35,6 +37,8 @@ def run(
     An interrupted study goes on where it stopped when it is started again.
     """
     chosen = load_study(study)
+    if model is not None:
+        chosen = dataclasses.replace(chosen, model=model)
     files = dict(_data(entry) for entry in data or [])
     start(device)
     from splitquant_mlx.cli.console import Bars

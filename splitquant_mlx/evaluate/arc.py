@@ -9,7 +9,7 @@ the log-likelihood a character, so that long options are not at a disadvantage: 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,7 +25,7 @@ from splitquant_mlx.evaluate.journal import Journal
 from splitquant_mlx.evaluate.loglikelihood import BATCH_TOKENS, Pair, context_length, score
 from splitquant_mlx.evaluate.protocols import draw_shots, encode_question
 from splitquant_mlx.evaluate.questions import Question
-from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.progress import Advance, Progress, Silent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,19 +114,22 @@ def evaluate_arc(
         Journal(journal, _key(settings, prompts)) if journal else nullcontext() as kept,
         progress.task(f"Answering {task}", len(questions)) as advance,
     ):
-        rated = _rate(model, prompts, batch_tokens, kept, advance)
+        answers = {question.id: question.answer for question in questions}
+        rated = _rate(model, prompts, answers, batch_tokens, kept, advance)
     return _result(task, protocol, num_shots, questions, rated)
 
 
 def _rate(
     model: nn.Module,
     prompts: dict[str, list[Pair]],
+    answers: dict[str, int],
     batch_tokens: int,
     journal: Journal | None,
-    advance: Callable[[float], None],
+    advance: Advance,
 ) -> dict[str, list[float]]:
     """Return the log-likelihoods of every question's options, nats, by the question's id."""
     rated = {done["id"]: done["loglikelihoods"] for done in journal.done} if journal else {}
+    right = sum(values.index(max(values)) == answers[name] for name, values in rated.items())
     advance(len(rated))
     left = {name: pairs for name, pairs in prompts.items() if name not in rated}
     options = [(name, option) for name, pairs in left.items() for option in range(len(pairs))]
@@ -139,7 +142,8 @@ def _rate(
             rated[name] = [value for _, value in sorted(partial[name].items())]
             if journal:
                 journal.append({"id": name, "loglikelihoods": rated[name]})
-            advance(1)
+            right += rated[name].index(max(rated[name])) == answers[name]
+            advance(1, f"{right / len(rated):.1%} right")
     return rated
 
 

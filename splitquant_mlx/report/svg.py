@@ -49,7 +49,7 @@ def house_style() -> Iterator[None]:
     try:
         import matplotlib as mpl
     except ImportError as exc:
-        raise RecipeError("plots need matplotlib: pip install 'splitquant-mlx[plot]'") from exc
+        raise RecipeError("plots need matplotlib: pip install matplotlib") from exc
     with mpl.rc_context(STYLE), warnings.catch_warnings():
         # the page's own fonts draw the text, whatever matplotlib's fonts lack
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
