@@ -23,6 +23,15 @@ test-slow:
 test-metal:
     pytest -m metal
 
+# mutated checkpoints, GGUF files and recipes, a quarter of an hour: no crash, no hang, no escape
+fuzz:
+    python tests/fuzz.py --inputs 10000 --seed 0
+
+# every published figure, on a quiet machine
+results:
+    splitquant-mlx run recipes/smollm2.toml --output-dir docs/results/smollm2
+    python docs/figures.py
+
 lint:
     ruff check .
     ruff format --check .

@@ -22,7 +22,7 @@ INTRODUCTION = """\
 <!-- written by docs/figures.py from docs/results -->
 
 What `splitquant-mlx run` measured; the environment stands in every file of `docs/results`. Times
-are of one machine: compare ratios only.
+are of one machine that had other work to do at the time: do not rely on them.
 
 """
 MARKS = r"(<!-- {}: [^\n]*-->\n).*?(<!-- end -->)"

@@ -90,6 +90,7 @@ def test_a_study_ends_in_a_report_of_what_was_measured(study, files, tmp_path, c
     assert len(weights["cut_points"]) == 2 and sum(weights["counts"]) > 1000
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(study, files, tmp_path):
     home = tmp_path / "out"
     chosen = load_study(study())
