@@ -214,7 +214,7 @@ def test_an_interrupted_evaluation_goes_on(small, easy, tmp_path, monkeypatch):
         def task(self, label, total=None):
             return nullcontext(self.advance if label.startswith("Answering") else lambda _: None)
 
-        def advance(self, amount):
+        def advance(self, amount, note=""):
             scored.append(amount)
             if sum(scored) >= 5:
                 raise KeyboardInterrupt
@@ -259,7 +259,7 @@ def test_progress_adds_up(small, easy):
     class Recorder:
         def task(self, label, total=None):
             reported.append(-total)
-            return nullcontext(reported.append)
+            return nullcontext(lambda amount, note="": reported.append(amount))
 
     evaluate_arc(*small, easy[:5], task="arc_easy", progress=Recorder())
     assert sum(reported) == 0 and reported.count(-5) == 2
