@@ -246,7 +246,7 @@ def test_one_result_makes_a_page():
 def test_missing_matplotlib_is_said(directory, monkeypatch):
     report = load_report(directory)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(RecipeError, match=r"pip install 'splitquant-mlx\[plot\]'"):
+    with pytest.raises(RecipeError, match=r"plots need matplotlib: pip install matplotlib"):
         html(report)
 
 
