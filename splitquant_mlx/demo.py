@@ -18,7 +18,7 @@ from splitquant_mlx.checkpoint import read_headers
 from splitquant_mlx.directory import as_directory
 from splitquant_mlx.environment import describe_machine, versions
 from splitquant_mlx.evaluate.divergence import Divergence, divergence, log_probabilities
-from splitquant_mlx.evaluate.scoring import dequantized
+from splitquant_mlx.evaluate.scoring import for_scoring
 from splitquant_mlx.loader import load_model, load_tokenizer
 from splitquant_mlx.manifest import Manifest
 from splitquant_mlx.pipeline import convert
@@ -143,9 +143,7 @@ def _converted_result(
 ) -> Result:
     model = load_model(path)
     answer, tokens_per_s = _ask(model, tokenizer)
-    if mx.default_device() == mx.cpu:
-        dequantized(model)
-    found = divergence([reference], [log_probabilities(model, tokens)])
+    found = divergence([reference], [log_probabilities(for_scoring(model), tokens)])
     return Result(
         method=method,
         bits_per_weight=manifest.linear_bits_per_weight,

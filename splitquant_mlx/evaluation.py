@@ -21,8 +21,7 @@ from splitquant_mlx.evaluate.questions import Question, fetch_questions, load_qu
 from splitquant_mlx.evaluate.reference import open_reference
 from splitquant_mlx.evaluate.text import cut_windows, encode, fetch_wikitext, load_text, text_hash
 from splitquant_mlx.progress import Progress, Silent
-
-ARC_TASKS = ("arc_challenge", "arc_easy")
+from splitquant_mlx.study import ARC_TASKS
 
 
 @dataclass(frozen=True, kw_only=True)

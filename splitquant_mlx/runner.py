@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -214,12 +214,12 @@ class _Runner:
                     {"num_shots": measure.num_shots, "questions": [q.id for q in questions]},
                     partial(self._arc, opened, task, protocol, questions, f"{name} {recipe}"),
                 )
-        if windows := self._windows():
+        if windows := self._windows:
             parts["perplexity"] = (windows.settings, lambda: self._perplexity(opened, windows))
         return parts
 
     def _divergence(self, opened: Opened) -> dict[str, tuple[dict[str, Any], Measurement]]:
-        windows = self._windows()
+        windows = self._windows
         if windows is None:
             return {}
 
@@ -275,6 +275,7 @@ class _Runner:
         )
         return dataclasses.asdict(found)
 
+    @cached_property
     def _windows(self) -> "_Windows | None":
         measure = self.study.measure
         text = self.data.text() if measure.text_tokens else None
