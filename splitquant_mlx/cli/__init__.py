@@ -20,6 +20,7 @@ from splitquant_mlx.cli.inspect import inspect
 from splitquant_mlx.cli.report import report
 from splitquant_mlx.cli.run import run as run_study
 from splitquant_mlx.cli.serve import serve
+from splitquant_mlx.cli.upload import upload
 from splitquant_mlx.errors import SplitQuantError
 
 PROGRAM = "splitquant-mlx"
@@ -38,6 +39,7 @@ app.command()(convert)
 app.command()(generate)
 app.command()(chat)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
+app.command()(upload)
 app.command("eval")(evaluate)
 app.command("run")(run_study)
 app.command()(report)
