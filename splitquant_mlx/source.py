@@ -9,6 +9,7 @@ their cache, progress bars and log-in are those of huggingface_hub.
 import errno
 import json
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
@@ -244,13 +245,14 @@ def detail(exc: BaseException) -> str:
 
 def hide_token(text: str) -> str:
     """Return `text` without the user's token for the hub, however it is quoted."""
-    from huggingface_hub import get_token
-
     # a malformed header is quoted whole, so the token would show escaped rather than as it is
-    hidden = re.sub(r"Bearer\b[^'\"\n]*", "Bearer ***", text)
-    if token := get_token():
-        hidden = hidden.replace(token, "***")
-    return re.sub(r"\bhf_\w{8,}", "***", hidden)
+    hidden = re.sub(r"Bearer [^'\"\n]*", "Bearer ***", text)
+    hidden = re.sub(r"\bhf_\w{8,}", "***", hidden)
+    if "huggingface_hub" in sys.modules:  # else nothing can have read it
+        from huggingface_hub import get_token
+
+        hidden = hidden.replace(get_token() or "\0", "***")
+    return hidden
 
 
 def _some(names: list[str]) -> str:

@@ -5,6 +5,7 @@ when the model is converted and kept in the manifest, since the source may be ou
 changed, when the result is published.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ KEYS = (
     "license", "license_name", "license_link", "language", "base_model", "pipeline_tag", "tags",
 )  # fmt: skip
 BLOCK = re.compile(r"\ufeff?\s*---[ \t]*\r?\n(.*?\n)---[ \t]*(?:\r?\n|$)", re.DOTALL)
-MAX_CHARACTERS = 1 << 17
+MAX_CHARACTERS = 1 << 16  # some seconds of parsing at worst
 MOST = 50
 
 Card = dict[str, Any]
@@ -37,8 +38,14 @@ def read_source_card(directory: Path) -> Card:
     return check_source_card(found) if isinstance(found, dict) else {}
 
 
+def write_source_card(values: Mapping[str, Any], directory: Path) -> None:
+    """Write the known entries as the table of `directory`/README.md."""
+    table = json.dumps(check_source_card(values))  # JSON is YAML
+    (directory / "README.md").write_text(f"---\n{table}\n---\n", encoding="utf-8")
+
+
 def check_source_card(values: Mapping[str, Any]) -> Card:
-    """Return the known entries: printable lines, or lists of them. Whatever else is left out."""
+    """Return the known entries: printable lines, or lists of them. The rest is left out."""
     card: Card = {}
     for key in KEYS:
         value = values.get(key)

@@ -134,6 +134,8 @@ class _Handler(Writes, BaseHTTPRequestHandler):
             return
         if path == "/api/whoami-v2":
             self.whoami()
+        elif "/xet-write-token/" in path:
+            self.xet_token()
         elif match := re.fullmatch(r"/api/models/(.+?)/discussions/1", path):
             self.discussion(match[1])
         elif match := re.fullmatch(r"/api/models/(.+?)/tree/(.+)", path):

@@ -6,10 +6,12 @@ import re
 from hashlib import sha1, sha256
 from urllib.parse import unquote
 
+from fake_xet import Xet
+
 LARGE = (".safetensors",)
 
 
-class Writes:
+class Writes(Xet):
     """Answer POST and PUT; mixed into the handler of `fake_hub.FakeHub`."""
 
     def do_POST(self) -> None:
@@ -40,6 +42,8 @@ class Writes:
                 parts = hub.parts.pop(match[1])
                 hub.objects[match[1]] = b"".join(parts[n] for n in sorted(parts))
             self.answer(200, headers={"Content-Length": "0", "ETag": '"part"'})
+        elif path.startswith("/cas/"):
+            self.xet_write(path, body)
         elif path == "/verify":
             content = hub.objects.get(json.loads(body)["oid"], b"")
             same = sha256(content).hexdigest() == json.loads(body)["oid"]

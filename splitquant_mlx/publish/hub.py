@@ -70,7 +70,8 @@ def send(
     """
     from huggingface_hub import HfApi
 
-    check_login(repo)
+    if create_pr and revision is not None:
+        raise UploadError("a pull request is always for the main branch: give no --revision")
     api = HfApi()
     try:
         # None leaves it to the organization whether its new repos are private

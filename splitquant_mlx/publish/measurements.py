@@ -94,13 +94,15 @@ def find_measurements(
         if not path.is_dir():
             found.append(owner.read(path))
             continue
-        before, reason = len(found), "there is no .json file of eval or run in it"
+        before, reason = len(found), ""
         for file in sorted(path.glob("*.json")):
             try:
                 found.append(owner.read(file))
             except _OtherModel as exc:
-                reason = f"of {file.name} {exc.reason}"
+                if exc.is_near or not reason:
+                    reason = f"of {file.name} {exc.reason}"
         if len(found) == before:
+            reason = reason or "there is no .json file in it"
             raise SplitQuantError(f"{path} holds no result of {converted.path}: {reason}")
     home = converted.path.resolve().parent
     if not given and home.name == "models" and (home.parent / STUDY_FILE).is_file():
@@ -115,11 +117,12 @@ def find_measurements(
 
 
 class _OtherModel(SplitQuantError):
-    """Report that a result is not about the checkpoint."""
+    """Report that a result is not about the checkpoint, though it may be near."""
 
-    def __init__(self, file: Path, converted: Converted, reason: str):
+    def __init__(self, file: Path, converted: Converted, reason: str, *, is_near: bool):
         super().__init__(f"{file} is no result of {converted.path}: {reason}")
         self.reason = reason
+        self.is_near = is_near
 
 
 class _Owner:
@@ -136,17 +139,18 @@ class _Owner:
             return self._of_study(file)
         if "task" in content:
             return self._of_evaluation(file, content)
-        raise self._other(file, "it is neither of eval nor of run")
+        raise self._other(file, "it is neither of eval nor of run", is_near=False)
 
-    def _other(self, file: Path, reason: str) -> _OtherModel:
-        return _OtherModel(file, self.converted, reason)
+    def _other(self, file: Path, reason: str, *, is_near: bool = True) -> _OtherModel:
+        return _OtherModel(file, self.converted, reason, is_near=is_near)
 
     def _of_study(self, file: Path) -> Measurement:
         result = load_result(file)
         settings = dict(result.settings)
         recipe, source_hash = settings.pop("recipe", None), settings.pop("model_hash", None)
         if not isinstance(recipe, dict) or not recipe or not self._same_recipe(recipe):
-            raise self._other(file, f"the variant {result.variant!r:.60} has another recipe")
+            reason = f"the variant {result.variant!r:.60} has another recipe"
+            raise self._other(file, reason, is_near=False)
         converted_hash = _converted_hash(file, result)
         if converted_hash is None or converted_hash != self.hash:
             if self.source_hash is None:

@@ -8,7 +8,7 @@ from splitquant_mlx.errors import CheckpointError, RecipeError, TargetError
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.publish.card import REPO, find_base, is_own, make_card, write_card
 from splitquant_mlx.publish.files import CARD, Converted, check_converted
-from splitquant_mlx.publish.hub import check_name, send
+from splitquant_mlx.publish.hub import check_login, check_name, send
 from splitquant_mlx.publish.measurements import find_measurements
 from splitquant_mlx.save import refuse_link_outside
 
@@ -53,6 +53,7 @@ class Upload:
         overwrite: bool = False,
     ) -> str:
         """Write the card and send everything; see `hub.send`. Returns the address."""
+        check_login(self.repo)
         self.write_card()
         return send(
             self.converted.path,
