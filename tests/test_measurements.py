@@ -111,7 +111,7 @@ def test_what_eval_found_is_shown_with_its_setting(home, kl, capfd):
     assert float(name.split(" ± ")[0]) == pytest.approx(values["kl_mean"], rel=0.01)
     for wanted in (
         f"{values['positions']:,} positions", "`text.txt`", values["text_sha256"][:12],
-        "windows of `64` tokens", "from `source`", "cpu", "`mlx ", "`splitquant-mlx ",
+        "windows of `64` tokens", "from `source`", "`cpu`", "`mlx ", "`splitquant-mlx ",
     ):  # fmt: skip
         assert wanted in setting
     found = json.loads(perplexity.read_text())["values"]

@@ -63,7 +63,7 @@ def send(prepared: Any, **options: Any) -> None:
     try:
         address = prepared.send(**options)
     except KeyboardInterrupt:
-        print("The same command goes on from there.", file=sys.stderr)
+        print("`splitquant-mlx upload` goes on from there.", file=sys.stderr)
         raise
     print(f"Uploaded {len(prepared.files)} files to {address}")
 

@@ -132,8 +132,8 @@ def _origin(converted: Converted, base: str | None, revision: str | None) -> str
     text = f"{origin} quantized by splitquant-mlx, without calibration data: {how}."
     if converted.is_split:
         text += (
-            f" It stores {recipe.clusters} codes for every weight: at equal bytes, plain "
-            "quantization with more bits is closer to the original."
+            f" It stores {recipe.clusters} codes for every weight: where splitquant-mlx measured "
+            "both, plain quantization with more bits was closer to the original at equal bytes."
         )
     return text
 

@@ -46,7 +46,7 @@ def _rows(measured: Measurement) -> Iterator[tuple[str, str, str, str]]:
         for key, ending in (("accuracy", ""), ("accuracy_norm", ", by length")):
             if _of(values, key) is not None:
                 found = [_accuracy(each, key) for each in (values, other)]
-                what = f"{ARC[task]}{ending}, %"
+                what = f"{ARC[task]}{', letters' if protocol == 'letter' else ending}, %"
                 yield what, found[0], _compared(found[1], named), setting
     else:
         limit = settings.get("limit")
@@ -95,11 +95,12 @@ def _named(reference: str) -> str:
 def _text(settings: Values) -> str:
     """Return what text it was, and in which windows it was read."""
     data, hashed = settings.get("data"), settings.get("text")
-    name = (
-        code(PurePath(str(data)).name) if data else "WikiText-2" if "data" in settings else "text"
-    )
+    unnamed = "WikiText-2" if "data" in settings else "text"  # eval's own, or a study's
+    name = code(PurePath(str(data)).name) if data else unnamed
     windows = settings.get("windows")
-    length = windows[-1] if isinstance(windows, list) and windows else settings["context_length"]
+    length = (
+        windows[-1] if isinstance(windows, list) and windows else settings.get("context_length")
+    )
     stride = settings.get("stride")
     read = f"windows of {code(length)} tokens" + (f", stride {code(stride)}" if stride else "")
     return f"{name} (SHA-256 {code(str(hashed)[:12])}) in {read}"
@@ -107,9 +108,6 @@ def _text(settings: Values) -> str:
 
 def _environment(measured: Measurement) -> str:
     versions = measured.versions
-    packages = (code(f"{name} {versions[name]}") for name in PACKAGES if name in versions)
+    packages = [code(f"{name} {versions[name]}") for name in PACKAGES if name in versions]
     machine = code(f"{measured.machine.get('chip')}, {measured.machine.get('system')}")
-    return (
-        f"{measured.device if measured.device in ('cpu', 'gpu') else 'device ?'} of {machine}, "
-        + (", ".join(packages))
-    )
+    return ", ".join([f"{code(measured.device)} of {machine}", *packages])

@@ -1,7 +1,7 @@
 """Send a checkpoint to the hub. Requests, retries, bars and the token are huggingface_hub's."""
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from glob import escape
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from splitquant_mlx.errors import UploadError, one_line
 from splitquant_mlx.manifest import FILE_NAME
 from splitquant_mlx.source import LOG_IN, answer_within, detail, endpoint, hide_token
 
-AGAIN = "the same command goes on from there"
+AGAIN = "`splitquant-mlx upload` goes on from there"
 
 
 def check_name(repo: str) -> None:
@@ -65,8 +65,8 @@ def send(
         overwrite: replace a model in the repo that splitquant-mlx did not make.
 
     Raises:
-        UploadError: when the hub refuses or is lost. What it has by then it keeps: a second call
-            sends only the rest.
+        UploadError: when the hub refuses or is lost. Large files that it has by then it keeps: a
+            second call sends only the rest.
     """
     from huggingface_hub import HfApi
 
@@ -139,7 +139,7 @@ def _explain(exc: BaseException, repo: str) -> UploadError:
     return UploadError(f"{repo}: {reason}")
 
 
-def _causes(exc: BaseException | None):
+def _causes(exc: BaseException | None) -> Iterator[BaseException]:
     """Yield an exception and what led to it."""
     while exc is not None:
         yield exc
