@@ -251,7 +251,8 @@ def hide_token(text: str) -> str:
     if "huggingface_hub" in sys.modules:  # else nothing can have read it
         from huggingface_hub import get_token
 
-        hidden = hidden.replace(get_token() or "\0", "***")
+        if token := get_token():
+            hidden = hidden.replace(token, "***")
     return hidden
 
 

@@ -311,6 +311,8 @@ def test_an_older_conversion_is_replaced_whole(hub, model, made, upload):
     hub.repos["user/model"]["picture.png"] = b"of the user"
     assert upload(model)[0] == 0
     assert arrived(hub) == {**contents(model), "picture.png": b"of the user"}
+    assert upload(made / "rtn")[0] == 0
+    assert arrived(hub) == {**contents(made / "rtn"), "picture.png": b"of the user"}
 
 
 def test_another_model_is_not_overwritten_unless_told(hub, model, upload, refused):

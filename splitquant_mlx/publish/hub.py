@@ -7,6 +7,7 @@ from pathlib import Path
 
 from splitquant_mlx.errors import UploadError, one_line
 from splitquant_mlx.manifest import FILE_NAME
+from splitquant_mlx.save import MODEL_FILE
 from splitquant_mlx.source import LOG_IN, answer_within, detail, endpoint, hide_token
 
 AGAIN = "`splitquant-mlx upload` goes on from there"
@@ -85,12 +86,13 @@ def send(
                 f"{repo} holds a model that splitquant-mlx did not make ({min(weights)}): choose "
                 "another name, or replace it with `splitquant-mlx upload --overwrite`"
             )
+        stale = (weights | (there & {MODEL_FILE})).difference(files)
         done = api.upload_folder(
             repo_id=repo,
             folder_path=path,
             allow_patterns=[escape(name) for name in files],
             # mlx-lm loads every model*.safetensors, those of an older conversion too
-            delete_patterns=[escape(name) for name in weights.difference(files)] or None,
+            delete_patterns=[escape(name) for name in stale] or None,
             commit_message="Upload a model converted by splitquant-mlx",
             revision=revision,
             create_pr=create_pr,
