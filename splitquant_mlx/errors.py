@@ -26,5 +26,9 @@ class RecipeError(SplitQuantError):
     """Report a setting that is unknown, out of range or does not fit the others."""
 
 
+class UploadError(SplitQuantError):
+    """Report that a model cannot be sent to the hub: no log-in, no right, no room, no network."""
+
+
 class TargetError(SplitQuantError):
     """Report that the output cannot be written: it exists, is not writable, the disk is full."""

@@ -74,9 +74,9 @@ def evaluate(
         progress: told how far the work is.
 
     Returns:
-        JSON values: "model", "task", "settings", "reference", "values" (what was found; with a
-        reference for ARC, its own under "reference" and McNemar's test under "comparison"), and
-        the environment.
+        JSON values: "model", "model_hash" (of its content), "task", "settings", "reference",
+        "values" (what was found; with a reference for ARC, its own under "reference" and McNemar's
+        test under "comparison"), and the environment.
 
     Raises:
         SplitQuantError: when model, data or settings cannot be had or used.
@@ -101,9 +101,11 @@ def evaluate(
             found = _divergence(own, other, task, progress)
         else:
             found = _harness(own, task, progress)
+        model_hash = own.hash
     settings = {name: value for name, value in dataclasses.asdict(task).items() if name != "name"}
     return {
         "model": model,
+        "model_hash": model_hash,
         "task": task.name,
         "settings": {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()},
         "reference": reference,

@@ -18,6 +18,7 @@ from splitquant_mlx.gguf import Gguf, open_gguf, read_tensor
 from splitquant_mlx.gguf_tokenizer import ELSEWHERE, write_tokenizer
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.shards import ShardWriter
+from splitquant_mlx.source_card import write_source_card
 
 ROPE_FACTORS = "rope_freqs.weight"
 MAX_SETTING = 1 << 40
@@ -44,6 +45,14 @@ LAYER = {
     "ffn_gate": ("mlp.gate_proj", ("inner", "hidden")),
     "ffn_up": ("mlp.up_proj", ("inner", "hidden")),
     "ffn_down": ("mlp.down_proj", ("hidden", "inner")),
+}
+# what the README of a hub repo calls it: GGUF name
+CARD = {
+    "license": "license",
+    "license_name": "license.name",
+    "license_link": "license.link",
+    "language": "languages",
+    "tags": "tags",
 }
 
 
@@ -76,6 +85,8 @@ def import_gguf(path: Path, directory: Path, progress: Progress | None = None) -
     except CheckpointError as exc:
         raise CheckpointError(f"{path}: {exc}") from exc
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    card = {key: gguf.metadata.get(f"general.{name}") for key, name in CARD.items()}
+    write_source_card(card, directory)
 
 
 def _dtype(gguf: Gguf) -> mx.Dtype:

@@ -68,6 +68,7 @@ class Manifest:
         source_bytes: size of the original's tensors.
         stored_bytes: size of the converted model's tensors.
         seconds: of each stage, added up over threads, and wall time in "total", s.
+        source_card: licence, languages and the like from the source's README.
     """
 
     source: str
@@ -81,6 +82,7 @@ class Manifest:
     source_bytes: int
     stored_bytes: int
     seconds: dict[str, float] = field(default_factory=dict)
+    source_card: dict[str, Any] = field(default_factory=dict)
 
     def save(self, directory: Path) -> None:
         """Write the manifest into `directory`."""

@@ -33,6 +33,7 @@ from splitquant_mlx.recipe import DTYPES, Recipe
 from splitquant_mlx.save import check_target, copy_companions, require_space, staged, write_config
 from splitquant_mlx.shards import MAX_SHARD_BYTES, ShardWriter
 from splitquant_mlx.source import Source, resolve
+from splitquant_mlx.source_card import read_source_card
 from splitquant_mlx.weight import Converted, convert_weight, require_finite
 
 FLOAT_TYPES = tuple(FLOATS.values())
@@ -96,6 +97,7 @@ def convert(
                 source_bytes=checkpoint.source_bytes,
                 stored_bytes=writer.total_bytes,
                 seconds={**worker.seconds, "total": time.perf_counter() - started},
+                source_card=read_source_card(directory),
             )
             manifest.save(staging)
     return manifest

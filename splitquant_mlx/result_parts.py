@@ -75,6 +75,7 @@ PARTS: Mapping[str, Checks] = {
         "bits": optional(finite),
         "granularity": optional(line),
         "clusters": optional(finite),
+        "model_hash": optional(line),
     },
     "arc_challenge.loglikelihood": _ARC,
     "arc_challenge.letter": _ARC,

@@ -180,7 +180,7 @@ def load_results(directory: Path) -> list[Result]:
     for file in sorted(directory.glob("*.json")):
         if file.name == STUDY_FILE:
             continue
-        result = _parse(_read(file), file)
+        result = load_result(file)
         other = found.setdefault((result.variant, result.part), file)
         if other != file:
             raise broken(file, f"{other.name} holds the same measurement, remove one of them")
@@ -192,10 +192,15 @@ def load_results(directory: Path) -> list[Result]:
     return results
 
 
+def load_result(file: Path) -> Result:
+    """Read one result. Raises SplitQuantError, naming the file, when it is broken or unknown."""
+    return _parse(read_content(file), file)
+
+
 def load_study(directory: Path) -> StudyRecord:
     """Read `directory`/study.json. Raises SplitQuantError when it is missing or broken."""
     file = directory / STUDY_FILE
-    content = _read(file)
+    content = read_content(file)
     check(content, _STUDY, file)
     found = _decode(content.get("paper"))
     if found is not None:
@@ -225,7 +230,8 @@ def _parse(content: dict[str, Any], file: Path) -> Result:
     return Result(**{**{name: content[name] for name in _RESULT}, "values": values})
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_content(file: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises SplitQuantError, naming the file, when that cannot be done."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as exc:

@@ -200,7 +200,8 @@ class _Runner:
         manifest = load_manifest(home)
         if manifest is None:
             raise CheckpointError(f"{home} was converted without a manifest")
-        return convert_values(manifest, recipe, run.peak_bytes)
+        values = convert_values(manifest, recipe, run.peak_bytes)
+        return {**values, "model_hash": Opened(home, progress=self.progress).hash}
 
     def _quality(
         self, opened: Opened, name: str, recipe: Recipe | None = None

@@ -111,13 +111,9 @@ def copy_companions(source: Path, directory: Path) -> None:
     for pattern in COPIED:
         for file in sorted(source.glob(pattern)):
             known = file.name in NOT_COPIED or file.name.endswith(".index.json")
-            if not file.is_file() or known:
+            if not file.is_file() or known or file.name.startswith("."):
                 continue
-            if not _is_within(source, file):
-                raise CheckpointError(
-                    f"{file} links to a file outside of the model's directory, which is not "
-                    "copied: put the file itself there, or remove the link"
-                )
+            refuse_link_outside(source, file)
             try:
                 content = file.read_bytes()
             except OSError as exc:
@@ -125,13 +121,17 @@ def copy_companions(source: Path, directory: Path) -> None:
             (directory / file.name).write_bytes(content)
 
 
-def _is_within(source: Path, file: Path) -> bool:
-    """Tell whether a file really lies in `source`, or with the blobs of its hub snapshot."""
+def refuse_link_outside(source: Path, file: Path) -> None:
+    """Raise CheckpointError unless a file really lies in `source`, or with its hub snapshot."""
     snapshot, found = source.resolve(), file.resolve()
     # the cache's layout is <repo>/snapshots/<commit hash>/<link to ../../blobs/...>
     blobs = snapshot.parent.with_name("blobs")
     is_snapshot = snapshot.parent.name == "snapshots"
-    return found.is_relative_to(snapshot) or (is_snapshot and found.is_relative_to(blobs))
+    if not (found.is_relative_to(snapshot) or (is_snapshot and found.is_relative_to(blobs))):
+        raise CheckpointError(
+            f"{file} links to a file outside of the model's directory, which is not copied: put "
+            "the file itself there, or remove the link"
+        )
 
 
 def write_config(config: dict[str, Any], layers: list[LayerRecord], directory: Path) -> None:

@@ -9,6 +9,7 @@ their cache, progress bars and log-in are those of huggingface_hub.
 import errno
 import json
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
@@ -20,7 +21,10 @@ from splitquant_mlx.errors import SourceError
 
 # Subfolders hold other formats (onnx, original) and training checkpoints, and `consolidated*` is a
 # second copy of the same weights; pickles and Python files could run code, so none is fetched.
-ALLOW = ("*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja")
+ALLOW = (
+    "*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja",
+    "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
 IGNORE = ("*/*", "consolidated*")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pickle", ".pkl")
 T = TypeVar("T")
@@ -103,7 +107,7 @@ def _from_hub(repo: str, revision: str | None, timeout_s: float | None) -> Sourc
     # The exceptions of the hub client, its HTTP library (which changed between its releases) and
     # its storage client share no root, hence `Exception`.
     try:
-        info = _answer_within(
+        info = answer_within(
             limit_s, lambda: HfApi().model_info(repo, revision=revision, timeout=limit_s)
         )
     except (HFValidationError, RevisionNotFoundError) as exc:
@@ -111,7 +115,7 @@ def _from_hub(repo: str, revision: str | None, timeout_s: float | None) -> Sourc
     except Exception as exc:
         if found := cached(repo, revision=revision):
             return found
-        unreachable = f"is not in the cache, and {_endpoint()} cannot be reached"
+        unreachable = f"is not in the cache, and {endpoint()} cannot be reached"
         raise _explain(exc, repo, revision, otherwise=unreachable) from exc
     _check_files(repo, [file.rfilename for file in info.siblings or ()])
     try:
@@ -123,7 +127,7 @@ def _from_hub(repo: str, revision: str | None, timeout_s: float | None) -> Sourc
     return source
 
 
-def _answer_within(limit_s: float, request: Callable[[], T]) -> T:
+def answer_within(limit_s: float, request: Callable[[], T]) -> T:
     """Call `request` and give up after `limit_s`. Raises TimeoutError, or what `request` raised.
 
     The client's own time limit is for each read, and covers neither a name server that hangs nor
@@ -200,7 +204,7 @@ def _explain(
 
     if isinstance(exc, errors.LocalEntryNotFoundError) and exc.__cause__:
         exc = exc.__cause__
-    hub, status = _endpoint(), getattr(getattr(exc, "response", None), "status_code", None)
+    hub, status = endpoint(), getattr(getattr(exc, "response", None), "status_code", None)
     if isinstance(exc, errors.HFValidationError):
         return SourceError(f"{repo!r} is neither an existing path nor a repo id such as org/name")
     if isinstance(exc, errors.RevisionNotFoundError):
@@ -222,26 +226,34 @@ def _explain(
     elif isinstance(exc, OSError) and exc.strerror:
         reason = f"cannot be stored in {constants.HF_HUB_CACHE}: {exc.strerror}"
     else:
-        reason = f"{otherwise} ({_detail(exc)})"
+        reason = f"{otherwise} ({detail(exc)})"
     return SourceError(f"{repo}: {reason}")
 
 
-def _endpoint() -> str:
+def endpoint() -> str:
     """Return the hub's address without a user name and password."""
     from huggingface_hub import constants
 
     return re.sub(r"//[^/@]*@", "//", constants.ENDPOINT)
 
 
-def _detail(exc: BaseException) -> str:
-    """Return the exception's class and first line; the class alone if the line quotes the token."""
-    from huggingface_hub import get_token
-
+def detail(exc: BaseException) -> str:
+    """Return the exception's class and first line, without the token."""
     line = next(iter(str(exc).strip().splitlines()), "")
-    # A malformed header is quoted whole, so the token would show escaped rather than as it is.
-    if not line or "Bearer" in line or (get_token() or "Bearer") in line:
-        return type(exc).__name__
-    return f"{type(exc).__name__}: {line}"
+    return f"{type(exc).__name__}: {hide_token(line)}" if line else type(exc).__name__
+
+
+def hide_token(text: str) -> str:
+    """Return `text` without the user's token for the hub, however it is quoted."""
+    # a malformed header is quoted whole, so the token would show escaped rather than as it is
+    hidden = re.sub(r"Bearer [^'\"\n]*", "Bearer ***", text)
+    hidden = re.sub(r"\bhf_\w{8,}", "***", hidden)
+    if "huggingface_hub" in sys.modules:  # else nothing can have read it
+        from huggingface_hub import get_token
+
+        if token := get_token():
+            hidden = hidden.replace(token, "***")
+    return hidden
 
 
 def _some(names: list[str]) -> str:

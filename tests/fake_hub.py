@@ -1,4 +1,4 @@
-"""Serve, on the loopback, as much of the hub's API as listing and downloading a repo needs."""
+"""Serve, on the loopback, as much of the hub's API as getting and publishing a repo needs."""
 
 import json
 import re
@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
+from fake_hub_writes import Writes
 
 COMMIT = "c0ffee" + "0" * 34
 REVISIONS = {"main": COMMIT, "v1": COMMIT, COMMIT: COMMIT}
@@ -46,6 +48,7 @@ class Failure:
     status: int
     code: str = ""
     where: str = ""  # a part of the request's path; empty: every request
+    message: str = ""
 
 
 @dataclass
@@ -59,6 +62,15 @@ class FakeHub:
     truncated: bool = False  # stops in the middle of a file's body
     requests: list[str] = field(default_factory=list)
     tokens: set[str | None] = field(default_factory=set)
+    role: str = "write"  # of the token
+    chunk_size: int | None = None  # of a large file's parts; None takes files whole
+    private: set[str] = field(default_factory=set)
+    objects: dict[str, bytes] = field(default_factory=dict)  # large files, by their hash
+    parts: dict[str, dict[int, bytes]] = field(default_factory=dict)
+    stored: list[str] = field(default_factory=list)  # the hash of each part that was sent
+    commits: list[tuple[str, str, str]] = field(default_factory=list)
+    titles: list[str] = field(default_factory=list)
+    received: list[tuple[str, bool, bytes]] = field(default_factory=list)
 
     def __enter__(self) -> "FakeHub":
         hub = self
@@ -72,6 +84,10 @@ class FakeHub:
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self.thread.start()
         return self
+
+    def files(self, repo: str, revision: str) -> dict[str, bytes] | None:
+        """Return the files of a repo, of a branch `repos` has under repo@branch."""
+        return self.repos.get(repo if revision in REVISIONS else f"{repo}@{revision}")
 
     def close(self) -> None:
         if not self.closing.is_set():
@@ -103,7 +119,7 @@ class FakeHub:
         self.close()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Writes, BaseHTTPRequestHandler):
     server_hub: FakeHub
 
     def log_message(self, format: str, *args: object) -> None:
@@ -113,26 +129,43 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        hub = self.server_hub
         path = self.path.partition("?")[0]
-        hub.requests.append(path)
-        hub.tokens.add(self.headers.get("Authorization"))
-        if hub.silent:
-            hub.closing.wait(30)
+        if self.refuse(path):
             return
-        if hub.dribbling:
-            self.dribble()
-            return
-        if hub.failure and hub.failure.where in path:
-            self.answer(hub.failure.status, code=hub.failure.code)
+        if path == "/api/whoami-v2":
+            self.whoami()
+        elif "/xet-write-token/" in path:
+            self.xet_token()
+        elif match := re.fullmatch(r"/api/models/(.+?)/discussions/1", path):
+            self.discussion(match[1])
         elif match := re.fullmatch(r"/api/models/(.+?)/tree/(.+)", path):
             self.answer_tree(*match.groups())
         elif match := re.fullmatch(r"/api/models/(.+?)(?:/revision/(.+))?", path):
-            self.answer_info(match[1], match[2] or "main")
+            self.answer_info(match[1], unquote(match[2] or "main"))
         elif match := re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path):
             self.answer_file(match[1], match[3])
         else:
             self.answer(404)
+
+    def refuse(self, path: str, body: bytes = b"") -> bool:
+        """Note a request, and fail it if this hub is to."""
+        hub = self.server_hub
+        hub.requests.append(path)
+        authorization = self.headers.get("Authorization")
+        hub.tokens.add(authorization)
+        del self.headers["Authorization"]
+        seen = f"{self.command} {self.path}\n{self.headers}".encode() + body
+        hub.received.append((path, authorization is not None, seen))
+        if hub.silent:
+            hub.closing.wait(30)
+        elif hub.dribbling:
+            self.dribble()
+        elif hub.failure and hub.failure.where in path:
+            message = {"error": hub.failure.message} if hub.failure.message else None
+            self.answer_json(message, status=hub.failure.status, code=hub.failure.code)
+        else:
+            return False
+        return True
 
     def dribble(self) -> None:
         self.wfile.write(b"HTTP/1.0 200 OK\r\n")
@@ -141,13 +174,14 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(b"X-Wait: more\r\n")
 
     def answer_info(self, repo: str, revision: str) -> None:
+        files = self.server_hub.files(repo, revision)
         if repo not in self.server_hub.repos:
             self.answer(401, code="RepoNotFound")
-        elif revision not in REVISIONS:
+        elif files is None:
             self.answer(404, code="RevisionNotFound")
         else:
-            siblings = [{"rfilename": name} for name in self.server_hub.repos[repo]]
-            self.answer_json({"id": repo, "sha": REVISIONS[revision], "siblings": siblings})
+            siblings = [{"rfilename": name} for name in files]
+            self.answer_json({"id": repo, "sha": COMMIT, "siblings": siblings})
 
     def answer_tree(self, repo: str, revision: str) -> None:
         files = self.server_hub.repos[repo].items()
@@ -169,10 +203,10 @@ class _Handler(BaseHTTPRequestHandler):
         headers["Content-Length"] = str(len(body) - start)
         self.answer(206 if start else 200, headers=headers, body=body[start:end])
 
-    def answer_json(self, value: object) -> None:
-        body = json.dumps(value).encode()
+    def answer_json(self, value: object, *, status: int = 200, code: str = "") -> None:
+        body = b"" if value is None else json.dumps(value).encode()
         headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-        self.answer(200, headers=headers, body=body)
+        self.answer(status, code=code, headers=headers, body=body)
 
     def answer(
         self, status: int, *, code: str = "", headers: dict[str, str] | None = None, body=b""
@@ -183,5 +217,5 @@ class _Handler(BaseHTTPRequestHandler):
         if code:
             self.send_header("X-Error-Code", code)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)

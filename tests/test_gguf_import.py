@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from splitquant_mlx.errors import CheckpointError, SourceError
 from splitquant_mlx.gguf import open_gguf, read_tensor
 from splitquant_mlx.gguf_import import import_gguf
+from splitquant_mlx.source_card import read_source_card
 
 gguf = pytest.importorskip("gguf")
 
@@ -302,6 +303,18 @@ def test_linear_rope_scaling(stories, tmp_path, metadata):
     write_gguf(tmp_path / "a.gguf", *stories, metadata=metadata)
     _, config = imported(tmp_path / "a.gguf", tmp_path / "hf")
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+
+
+def test_the_licence_is_carried_over(stories, tmp_path):
+    metadata = {
+        "general.license": "apache-2.0",
+        "general.license.link": "https://example.org/\x1b]0;owned",
+        "general.languages": ["en", "no"],
+    }
+    write_gguf(tmp_path / "a.gguf", *stories, metadata=metadata)
+    imported(tmp_path / "a.gguf", tmp_path / "hf")
+    found = read_source_card(tmp_path / "hf")
+    assert found == {"license": "apache-2.0", "language": ["en", "no"]}
 
 
 WRONG_METADATA = {

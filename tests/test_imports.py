@@ -9,11 +9,13 @@ PACKAGE = Path(__file__).resolve().parents[1] / "splitquant_mlx"
 ORDER = [
     ["_version", "errors", "blas", "progress", "cache", "environment", "histogram"],
     ["recipe", "kmeans", "headers", "shards", "gguf", "gguf_tokenizer", "source", "model_file"],
+    ["source_card"],
     ["gguf_import", "demo_model", "affine", "parts", "checkpoint", "plan", "manifest", "study"],
     ["directory", "layers", "save", "result_parts", "results"],
     ["weight", "loader", "evaluate"],
     ["pipeline", "random_checkpoint", "evaluation", "report"],
     ["inspection", "bench", "doctor", "chat", "openai_fields"],
+    ["publish"],
     ["openai_request", "answers", "openai_handler", "serve"],
     ["plots", "demo", "study_data", "study_values", "runner"],
     ["cli"],

@@ -10,7 +10,7 @@ import typer
 from splitquant_mlx._version import __version__
 from splitquant_mlx.cli.bench import bench
 from splitquant_mlx.cli.chat import chat
-from splitquant_mlx.cli.console import plain
+from splitquant_mlx.cli.console import plain, printable
 from splitquant_mlx.cli.convert import convert
 from splitquant_mlx.cli.demo import demo
 from splitquant_mlx.cli.doctor import doctor
@@ -20,7 +20,9 @@ from splitquant_mlx.cli.inspect import inspect
 from splitquant_mlx.cli.report import report
 from splitquant_mlx.cli.run import run as run_study
 from splitquant_mlx.cli.serve import serve
+from splitquant_mlx.cli.upload import upload
 from splitquant_mlx.errors import SplitQuantError
+from splitquant_mlx.source import hide_token
 
 PROGRAM = "splitquant-mlx"
 # click's UsageError, which typer brings along under a name of its own in some versions
@@ -38,6 +40,7 @@ app.command()(convert)
 app.command()(generate)
 app.command()(chat)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
+app.command()(upload)
 app.command("eval")(evaluate)
 app.command("run")(run_study)
 app.command()(report)
@@ -88,8 +91,9 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     except Exception as exc:
         message, cause = f"unexpected {type(exc).__name__}: {exc} (--debug shows where)", exc
     if debug:
-        traceback.print_exception(cause)
-    print(f"{PROGRAM}: error: {plain(message)}", file=sys.stderr)
+        shown = "".join(traceback.format_exception(cause))
+        print(printable(hide_token(shown)), end="", file=sys.stderr)
+    print(f"{PROGRAM}: error: {plain(hide_token(message))}", file=sys.stderr)
     return 2
 
 

@@ -60,6 +60,10 @@ def convert(
     quantize: Annotated[
         bool, typer.Option("-q", "--quantize", hidden=True, help="Always on; as in mlx_lm.")
     ] = True,
+    upload_repo: Annotated[
+        str | None,
+        typer.Option(help="Upload the result to this Hugging Face repo, USER/NAME; see upload."),
+    ] = None,
     device: Device = None,
 ) -> None:
     """Split and quantize a model: k-means splits every linear layer, then plain INT4."""
@@ -80,6 +84,10 @@ def convert(
     given = {name: value for name, value in settings.items() if value is not None}
     base = load_recipe(recipe).to_dict() if recipe else {}
     chosen = Recipe.from_dict({**base, **given})
+    if upload_repo is not None:
+        from splitquant_mlx.publish.hub import check_login
+
+        check_login(upload_repo)
     start(device)
     from splitquant_mlx.cli.console import Bars
     from splitquant_mlx.cli.summary import print_summary
@@ -94,3 +102,8 @@ def convert(
         progress=Bars(),
     )
     print_summary(manifest, mlx_path)
+    if upload_repo is not None:
+        from splitquant_mlx.cli.upload import send
+        from splitquant_mlx.publish.upload import prepare_upload
+
+        send(prepare_upload(mlx_path, upload_repo))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from splitquant_mlx.errors import RecipeError, SourceError, one_line
-from splitquant_mlx.source import _answer_within, _explain
+from splitquant_mlx.source import _explain, answer_within
 
 SEPARATOR = "\n\n"
 WIKITEXT = "Salesforce/wikitext"
@@ -66,7 +66,7 @@ def _fetch(repo: str, name: str) -> Path:
     try:
         # one request, not repeated: the download would try for half a minute
         url = hf_hub_url(repo, name, repo_type="dataset")
-        _answer_within(limit_s, lambda: get_hf_file_metadata(url, timeout=limit_s))
+        answer_within(limit_s, lambda: get_hf_file_metadata(url, timeout=limit_s))
         return Path(hf_hub_download(repo, name, repo_type="dataset"))
     except Exception as exc:  # see source.py: the hub's exceptions share no root
         missing = "is not in the cache, and the hub cannot be reached"

@@ -1,0 +1,76 @@
+"""Offer `upload`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from splitquant_mlx.cli.options import DEFAULT_MODEL, check_model
+
+
+def upload(
+    upload_repo: Annotated[str, typer.Option(help="Hugging Face repo to upload to, USER/NAME.")],
+    path: Annotated[
+        Path, typer.Option("--path", "--mlx-path", help="Directory of the converted model.")
+    ] = Path(DEFAULT_MODEL),
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(help="File of eval --json or run, or a directory of them; repeatable."),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repo private.")] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to commit to, made if there is none.")
+    ] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")
+    ] = False,
+    card: Annotated[
+        str | None, typer.Option(help="keep or replace a README.md that was written by hand.")
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(help="Repo id of the original, if it was a local copy.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model of another origin in the repo.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write the card, list the files, send nothing.")
+    ] = False,
+) -> None:
+    """Upload a converted model to the Hugging Face hub, with a card that says what was measured."""
+    check_model(str(path))
+    from splitquant_mlx.cli.console import Bars, printable, size
+    from splitquant_mlx.publish.upload import prepare_upload
+
+    prepared = prepare_upload(
+        path, upload_repo, results=results or (), card=card, base_model=base_model, progress=Bars()
+    )
+    if dry_run:
+        prepared.write_card()
+        print(printable(prepared.card))
+        for file in prepared.files:
+            print(printable(f"{size(file.stat().st_size):>10}  {file.name}"))
+        print_notes(prepared)
+        print(f"Would be sent to {upload_repo}; nothing was.")
+        return
+    send(prepared, private=private, revision=revision, create_pr=create_pr, overwrite=overwrite)
+
+
+def send(prepared: Any, **options: Any) -> None:
+    """Send what is prepared, and say where it went."""
+    print_notes(prepared)
+    try:
+        address = prepared.send(**options)
+    except KeyboardInterrupt:
+        print("`splitquant-mlx upload` goes on from there.", file=sys.stderr)
+        raise
+    print(f"Uploaded {len(prepared.files)} files to {address}")
+
+
+def print_notes(prepared: Any) -> None:
+    """Print what the user should know before anything is sent."""
+    from splitquant_mlx.cli.console import plain
+
+    for note in prepared.notes:
+        print(f"note: {plain(note)}", file=sys.stderr)

@@ -1,0 +1,113 @@
+"""Put measurements into the rows of a card's table: what, how much, and how it was measured."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
+
+from splitquant_mlx.publish.markdown import code, table
+from splitquant_mlx.publish.measurements import Measurement
+from splitquant_mlx.report.numbers import MISSING, percent, perplexity, plus_minus, significant
+from splitquant_mlx.result_parts import PARTS, number
+
+ARC = {"arc_challenge": "ARC-Challenge", "arc_easy": "ARC-Easy"}
+ASKED = {
+    "loglikelihood": "as lm-evaluation-harness asks it",
+    "letter": "options lettered, through the chat template",
+}
+PACKAGES = ("splitquant-mlx", "mlx", "mlx-lm")
+Values = Mapping[str, Any]
+
+
+def figures_table(measurements: Iterable[Measurement]) -> str:
+    """Return the table of everything that was measured, as Markdown."""
+    rows = [
+        (what, value, compared, f"{setting}; {_environment(measured)}")
+        for measured in measurements
+        for what, value, compared, setting in _rows(measured)
+    ]
+    return table(("", "this model", "compared with", "how it was measured"), rows)
+
+
+def _rows(measured: Measurement) -> Iterator[tuple[str, str, str, str]]:
+    values, other, settings = measured.values, measured.reference_values, measured.settings
+    named = _named(measured.reference)
+    if measured.part == "kl":
+        setting = f"{_count(values, 'positions')} positions of {_text(settings)}, from {named}"
+        kl = plus_minus(significant(_of(values, "kl_mean")), _error(values, "standard_error"))
+        yield "KL divergence, nats", kl, "", setting
+        yield "top-1 agreement, %", percent(_of(values, "top1_agreement")), "", setting
+    elif measured.part == "perplexity":
+        setting = f"{_count(values, 'tokens')} tokens of {_text(settings)}"
+        yield "perplexity", _perplexity(values), _compared(_perplexity(other), named), setting
+    elif measured.part in PARTS:
+        task, protocol = measured.part.split(".")
+        setting = f"{_count(values, 'questions')} questions, {ASKED[protocol]}, "
+        setting += f"{_count(values, 'num_shots')} solved examples before each"
+        for key, ending in (("accuracy", ""), ("accuracy_norm", ", by length")):
+            if _of(values, key) is not None:
+                found = [_accuracy(each, key) for each in (values, other)]
+                what = f"{ARC[task]}{', letters' if protocol == 'letter' else ending}, %"
+                yield what, found[0], _compared(found[1], named), setting
+    else:
+        limit = settings.get("limit")
+        setting = f"{code(measured.part)} of lm-evaluation-harness, "
+        setting += f"{code(limit)} questions" if limit else "all questions"
+        for name, value in values.items():
+            yield code(name), significant(value, 4), "", setting
+
+
+def _perplexity(values: Values) -> str:
+    error = perplexity(_of(values, "standard_error"))
+    return plus_minus(perplexity(_of(values, "perplexity")), error)
+
+
+def _accuracy(values: Values, key: str) -> str:
+    error = percent(_of(values, key.replace("accuracy", "standard_error")))
+    return plus_minus(percent(_of(values, key)), error)
+
+
+def _error(values: Values, key: str) -> str:
+    return significant(_of(values, key), 2)
+
+
+def _of(values: Values, key: str) -> float | None:
+    """Return a number; None where there is none, or NaN."""
+    value = values.get(key)
+    return value if number(value) and value == value else None
+
+
+def _count(values: Values, key: str) -> str:
+    return f"{value:,.0f}" if (value := _of(values, key)) is not None else "?"
+
+
+def _compared(value: str, named: str) -> str:
+    return "" if value == MISSING else f"{value} ({named})"
+
+
+def _named(reference: str) -> str:
+    """Return the name of the reference; of a path the last part, the rest is nobody's business."""
+    if reference in ("", "the original"):
+        return reference
+    local = PurePath(reference).is_absolute() or reference.startswith(("~", "."))
+    return code(PurePath(reference).name if local else reference)
+
+
+def _text(settings: Values) -> str:
+    """Return what text it was, and in which windows it was read."""
+    data, hashed = settings.get("data"), settings.get("text")
+    unnamed = "WikiText-2" if "data" in settings else "text"  # eval's own, or a study's
+    name = code(PurePath(str(data)).name) if data else unnamed
+    windows = settings.get("windows")
+    length = (
+        windows[-1] if isinstance(windows, list) and windows else settings.get("context_length")
+    )
+    stride = settings.get("stride")
+    read = f"windows of {code(length)} tokens" + (f", stride {code(stride)}" if stride else "")
+    return f"{name} (SHA-256 {code(str(hashed)[:12])}) in {read}"
+
+
+def _environment(measured: Measurement) -> str:
+    versions = measured.versions
+    packages = [code(f"{name} {versions[name]}") for name in PACKAGES if name in versions]
+    machine = code(f"{measured.machine.get('chip')}, {measured.machine.get('system')}")
+    return ", ".join([f"{code(measured.device)} of {machine}", *packages])

@@ -1,0 +1,100 @@
+"""Check a converted checkpoint and name the files that belong to it: what is sent, and no more."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from splitquant_mlx.checkpoint import read_config, read_headers
+from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.manifest import FILE_NAME, Manifest, load_manifest
+from splitquant_mlx.recipe import Recipe
+from splitquant_mlx.save import MODEL_FILE, refuse_link_outside
+
+CARD = "README.md"
+INDEX = "model.safetensors.index.json"
+LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+# what transformers' tokenizers and chats read; any other file could be a user's own
+COMPANIONS = (
+    "tokenizer*.json", "tokenizer*.jinja", "special_tokens_map.json", "added_tokens.json",
+    "vocab*.json", "vocab*.txt", "merges*.txt", "tekken.json", "*.model", "*.tiktoken",
+    "chat_template*.jinja", "chat_template*.json", "generation_config.json",
+    "preprocessor_config.json", "processor_config.json", *LICENCES,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """Hold a checkpoint that was found whole.
+
+    Attributes:
+        path: its directory.
+        manifest: how it was made.
+        recipe: of the manifest.
+        files: of the checkpoint, without the card, by name.
+        left_out: names of what else lies in the directory.
+    """
+
+    path: Path
+    manifest: Manifest
+    recipe: Recipe
+    files: tuple[Path, ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def is_split(self) -> bool:
+        """Tell whether a layer is split, so that stock mlx-lm needs the model file."""
+        return any(layer.action == "split" for layer in self.manifest.layers)
+
+    @property
+    def licences(self) -> list[str]:
+        """Return the names of the licence files."""
+        return [file.name for file in self.files if any(file.match(name) for name in LICENCES)]
+
+
+def check_converted(path: Path) -> Converted:
+    """Check that `path` is a whole checkpoint that `convert` made. No weights are read.
+
+    Raises:
+        SplitQuantError: when a file is missing, damaged or a link to elsewhere, the manifest is
+            another checkpoint's, or there is code that is not ours.
+    """
+    config = read_config(path)
+    manifest = load_manifest(path)
+    if manifest is None:
+        raise CheckpointError(
+            f"{path} was not made by `splitquant-mlx convert` (it has no {FILE_NAME}), so there is "
+            "nothing to say of it on a card: convert the model first"
+        )
+    recipe = Recipe.from_dict(manifest.recipe)
+    headers = read_headers(path)
+    nbytes = sum(header.nbytes for header in headers.values())
+    if nbytes != manifest.stored_bytes:
+        raise CheckpointError(
+            f"{path}: the tensors have {nbytes} bytes, {FILE_NAME} speaks of "
+            f"{manifest.stored_bytes}: one of the two is another model's, convert it again"
+        )
+    code = config.get("model_file")
+    split = any(layer.action == "split" for layer in manifest.layers)
+    if code != (MODEL_FILE if split else None):
+        raise CheckpointError(
+            f"{path}: config.json has model_file {code!r:.80}, wanted "
+            f"{MODEL_FILE if split else 'none'}: other code is never published, convert it again"
+        )
+    wanted = {"config.json", FILE_NAME, *(header.file.name for header in headers.values())}
+    found = {*wanted, *([MODEL_FILE] if split else []), *_companions(path)}
+    files = tuple(path / name for name in sorted(found))
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing, or no file: convert the model again")
+        refuse_link_outside(path, file)
+    left_out = sorted(file.name for file in path.iterdir() if file.name not in {*found, CARD})
+    return Converted(
+        path=path, manifest=manifest, recipe=recipe, files=files, left_out=tuple(left_out)
+    )
+
+
+def _companions(path: Path) -> Iterator[str]:
+    for pattern in (INDEX, *COMPANIONS):
+        for file in path.glob(pattern):
+            if file.is_file() and not file.name.startswith("."):
+                yield file.name

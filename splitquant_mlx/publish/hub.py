@@ -1,0 +1,148 @@
+"""Send a checkpoint to the hub. Requests, retries, bars and the token are huggingface_hub's."""
+
+import errno
+from collections.abc import Iterator, Sequence
+from glob import escape
+from pathlib import Path
+
+from splitquant_mlx.errors import UploadError, one_line
+from splitquant_mlx.manifest import FILE_NAME
+from splitquant_mlx.save import MODEL_FILE
+from splitquant_mlx.source import LOG_IN, answer_within, detail, endpoint, hide_token
+
+AGAIN = "`splitquant-mlx upload` goes on from there"
+
+
+def check_name(repo: str) -> None:
+    """Raise UploadError unless `repo` is a name that a repo can have, USER/NAME."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as exc:
+        raise UploadError(f"{repo!r:.100} is no name of a repo: wanted USER/NAME") from exc
+    if repo.count("/") != 1:
+        raise UploadError(f"{repo!r:.100} is no name of a repo: wanted USER/NAME")
+
+
+def check_login(repo: str) -> None:
+    """Ask the hub who the user is, so that nobody converts for an hour and is refused then.
+
+    Raises:
+        UploadError: when the name is no repo's, nobody is logged in, or the token only reads.
+    """
+    from huggingface_hub import HfApi, constants
+
+    check_name(repo)
+    try:
+        user = answer_within(constants.HF_HUB_ETAG_TIMEOUT, lambda: HfApi().whoami())
+    except Exception as exc:
+        raise _explain(exc, repo) from exc
+    token = user.get("auth", {}).get("accessToken") or {}
+    if token.get("role") == "read":
+        raise UploadError(f"{repo}: the token may only read: {LOG_IN} with one that may write")
+
+
+def send(
+    path: Path,
+    files: Sequence[str],
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    overwrite: bool = False,
+) -> str:
+    """Make the repo if there is none and put the files there, in one commit; returns its address.
+
+    Args:
+        path: the directory.
+        files: names of the files in it to send.
+        repo: USER/NAME.
+        private: make a new repo private.
+        revision: branch to commit to, made if there is none; None is the main branch.
+        create_pr: open a pull request instead of committing.
+        overwrite: replace a model in the repo that splitquant-mlx did not make.
+
+    Raises:
+        UploadError: when the hub refuses or is lost. Large files that it has by then it keeps: a
+            second call sends only the rest.
+    """
+    from huggingface_hub import HfApi
+
+    if create_pr and revision is not None:
+        raise UploadError("a pull request is always for the main branch: give no --revision")
+    api = HfApi()
+    try:
+        # None leaves it to the organization whether its new repos are private
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        there = {file.rfilename for file in api.model_info(repo, revision=revision).siblings or ()}
+        weights = {name for name in there if name.endswith(".safetensors") and "/" not in name}
+        if weights and FILE_NAME not in there and not overwrite:
+            raise UploadError(
+                f"{repo} holds a model that splitquant-mlx did not make ({min(weights)}): choose "
+                "another name, or replace it with `splitquant-mlx upload --overwrite`"
+            )
+        stale = (weights | (there & {MODEL_FILE})).difference(files)
+        done = api.upload_folder(
+            repo_id=repo,
+            folder_path=path,
+            allow_patterns=[escape(name) for name in files],
+            # mlx-lm loads every model*.safetensors, those of an older conversion too
+            delete_patterns=[escape(name) for name in stale] or None,
+            commit_message="Upload a model converted by splitquant-mlx",
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except UploadError:
+        raise
+    except Exception as exc:  # of the hub client, its HTTP library and its storage client
+        raise _explain(exc, repo) from exc
+    return str(done.pr_url or f"{endpoint()}/{repo}")
+
+
+def _explain(exc: BaseException, repo: str) -> UploadError:
+    """Say on one line what failed and what to do."""
+    from huggingface_hub import errors
+
+    hub, causes = endpoint(), list(_causes(exc))
+    statuses = [getattr(getattr(e, "response", None), "status_code", None) for e in causes]
+    status = next((status for status in statuses if status is not None), None)
+    said = next((str(m) for e in causes if (m := getattr(e, "server_message", None))), "")
+    said = f" ({hide_token(one_line(ValueError(said)))[:300]})" if said else ""
+    full = any(word in said.lower() for word in ("quota", "storage limit", "storage patterns"))
+    if isinstance(exc, errors.LocalTokenNotFoundError):
+        reason = f"you are not logged in: {LOG_IN}"
+    elif isinstance(exc, errors.OfflineModeIsEnabled):
+        reason = "HF_HUB_OFFLINE forbids to send anything: unset that"
+    elif isinstance(exc, errors.RevisionNotFoundError):
+        reason = f"there is no such revision; see {hub}/{repo}"
+    elif status in (402, 413, 507) or full:
+        reason = f"{hub} has no more room for you ({status}): free some, or pay for more{said}"
+    elif status == 401:
+        reason = f"{hub} does not know your token (401): {LOG_IN}"
+    elif status == 403:
+        reason = f"you may not write there (403): is the name yours, the token one to write?{said}"
+    elif status == 404:
+        reason = f"{hub} has no such repo, or hides it from you (404): {LOG_IN}"
+    elif status == 429:
+        reason = f"too many requests to {hub} (429): wait some minutes; {AGAIN}"
+    elif status is not None:
+        reason = f"{hub} answered with HTTP status {status}{said}: try later; {AGAIN}"
+    elif isinstance(exc, OSError) and exc.errno in (errno.ENOENT, errno.EACCES, errno.EIO):
+        reason = f"{exc.filename or 'a file'} cannot be read: {exc.strerror}"
+    elif isinstance(exc, ValueError):
+        reason = f"refused: {hide_token(one_line(exc))[:300]}"
+    else:
+        reason = f"{hub} cannot be reached, or was lost ({detail(exc)}); {AGAIN}"
+    return UploadError(f"{repo}: {reason}")
+
+
+def _causes(exc: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception and what led to it."""
+    while exc is not None:
+        yield exc
+        exc = exc.__cause__
