@@ -16,6 +16,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from splitquant_mlx.calibrate.moments import Moments, gram, mean_square
+from splitquant_mlx.calibrate.tokens import calibration_tokens
 from splitquant_mlx.checkpoint import (
     FLOATS,
     Checkpoint,
@@ -26,6 +28,7 @@ from splitquant_mlx.checkpoint import (
 from splitquant_mlx.directory import as_directory
 from splitquant_mlx.environment import versions
 from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.loader import load_model
 from splitquant_mlx.manifest import LayerRecord, Manifest
 from splitquant_mlx.plan import LayerPlan, Plan, make_plan, parameter_names
 from splitquant_mlx.progress import Progress, Silent
@@ -81,7 +84,7 @@ def convert(
             copy_companions(directory, staging)
             names = parameter_names(plan, checkpoint.model)
             with ShardWriter(staging, names, max_shard_bytes) as writer:
-                worker = _Worker(checkpoint, plan, writer)
+                worker = _Worker(checkpoint, plan, writer, _moments(directory, plan, progress))
                 records = worker.run(progress)
             check_unchanged(checkpoint)
             write_config(checkpoint.config, records, staging)
@@ -103,6 +106,16 @@ def convert(
     return manifest
 
 
+def _moments(directory: Path, plan: Plan, progress: Progress) -> Moments | None:
+    """Prepare to measure what the planned layers are fed; None where none of them asks for it."""
+    paths = [path for path, layer in plan.layers.items() if layer.fit != "rtn"]
+    if not paths:
+        return None
+    tokens = calibration_tokens(directory, plan.recipe, progress)
+    moment = gram if plan.recipe.method == "gptq" else mean_square
+    return Moments(load_model(directory, lazy=True), tokens, paths, moment)
+
+
 class _Worker:
     """Take every parameter of the model through its planned steps, in model order.
 
@@ -111,33 +124,39 @@ class _Worker:
     large weights in memory than are being worked on.
     """
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, writer: ShardWriter):
+    def __init__(
+        self, checkpoint: Checkpoint, plan: Plan, writer: ShardWriter, moments: Moments | None
+    ):
         self.checkpoint = checkpoint
         self.plan = plan
         self.dtype = _storage_dtype(plan.recipe, checkpoint)
         self.casts = getattr(checkpoint.model, "cast_predicate", lambda name: True)
         self.writer = writer
+        self.moments = moments
         self.seconds = {"read": 0.0, "cluster": 0.0, "quantize": 0.0, "write": 0.0}
+        if moments is not None:
+            self.seconds["calibrate"] = 0.0
         self.parameters = 0
         self.records: list[LayerRecord] = []
 
     def run(self, progress: Progress) -> list[LayerRecord]:
         """Write all tensors; returns a record for each planned layer."""
+        splits = self.plan.recipe.method == "splitquant"
+        label = "Splitting and quantizing" if splits else "Quantizing"
         on_cpu = mx.default_device() == mx.cpu
         threads = os.cpu_count() or 1 if on_cpu else 1
         total = sum(array.nbytes for array in self.checkpoint.weights.values())
-        label = {"splitquant": "Splitting and quantizing", "rtn": "Quantizing"}
         waiting: deque[tuple[str, float, Callable[[], Converted | mx.array]]] = deque()
         large = 0  # norms and biases would fill the queue while a core has nothing to do
         with (
-            progress.task(label[self.plan.recipe.method], total) as advance,
+            progress.task(label, total) as advance,
             _Pool(threads) as pool,
         ):
-            for name in parameters(self.checkpoint.model):
+            for name in self._names():
                 nbytes = self.checkpoint.weights[name].nbytes
                 w = self._read(name)
                 self.parameters += w.size
-                work = partial(self._convert, name, w)
+                work = partial(self._convert, name, w, self._moment(name))
                 waiting.append((name, nbytes, pool.submit(work).result if on_cpu else work))
                 large += self._layer(name) is not None
                 del w, work
@@ -167,11 +186,25 @@ class _Worker:
         path, _, leaf = name.rpartition(".")
         return self.plan.layers.get(path) if leaf == "weight" else None
 
-    def _convert(self, name: str, w: mx.array) -> Converted | mx.array:
+    def _names(self) -> list[str]:
+        """Return the parameters in model order, but those last that are fed by the last block."""
+        last = self.moments.after_blocks if self.moments else ()
+        return sorted(
+            parameters(self.checkpoint.model), key=lambda name: name.rpartition(".")[0] in last
+        )
+
+    def _moment(self, name: str) -> mx.array | None:
+        layer = self._layer(name)
+        if self.moments is None or layer is None or layer.fit == "rtn":
+            return None
+        with self._timed("calibrate"):
+            return self.moments[layer.path]
+
+    def _convert(self, name: str, w: mx.array, moment: mx.array | None) -> Converted | mx.array:
         layer = self._layer(name)
         try:
             if layer is not None and layer.action != "keep":
-                return convert_weight(w, layer, self.plan.recipe)
+                return convert_weight(w, layer, self.plan.recipe, moment)
             if w.dtype in FLOAT_TYPES:
                 require_finite(w)
             return w

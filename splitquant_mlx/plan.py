@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from splitquant_mlx.checkpoint import parameters
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.recipe import GROUP_SIZES, MODES, Recipe
+from splitquant_mlx.recipe import CALIBRATED, GROUP_SIZES, MODES, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class LayerPlan:
         bits: bits of a code; None when kept.
         group_size: inputs that share a scale; None when kept.
         mode: mlx's quantization mode.
+        fit: how codes and scales are found: "rtn", "imatrix" or "gptq"; of split layers "rtn".
         note: why this layer is not treated as the recipe says for its kind; empty if it is.
     """
 
@@ -34,6 +35,7 @@ class LayerPlan:
     bits: int | None = None
     group_size: int | None = None
     mode: str = "affine"
+    fit: str = "rtn"
     note: str = ""
 
 
@@ -63,12 +65,18 @@ def make_plan(recipe: Recipe, model: nn.Module, vocab_size: int | None = None) -
     """
     predicate = getattr(model, "quant_predicate", None)
     modules = dict(model.named_modules())
+    tied = not any(_kind(path, m, vocab_size) == "lm_head" for path, m in modules.items())
     layers = {}
     for name in parameters(model):
         path, _, leaf = name.rpartition(".")
         if leaf == "weight" and modules[path].weight.ndim >= 2:
             kind = _kind(path, modules[path], vocab_size)
-            layers[path] = _plan_layer(recipe, path, kind, modules[path], predicate)
+            layers[path] = _plan_layer(recipe, path, kind, modules[path], predicate, tied)
+    if unknown := [path for path in recipe.layers if path not in layers]:
+        raise RecipeError(
+            f"the recipe has settings for {unknown[0]!r}, which is no layer of this model: take the "
+            "recipe that was made for it"
+        )
     plan = Plan(recipe=recipe, layers=layers)
     _require_fit(plan)
     return plan
@@ -89,6 +97,7 @@ def _plan_layer(
     kind: str,
     module: nn.Module,
     predicate: Callable[[str, nn.Module], bool | dict[str, Any]] | None,
+    tied: bool,
 ) -> LayerPlan:
     weight = module["weight"]
     shape = tuple(weight.shape)
@@ -101,12 +110,12 @@ def _plan_layer(
     action, note = _wanted_action(recipe, path, kind)
     if action == "keep":
         return keep(note)
-    bits, group_size, mode = recipe.bits, recipe.group_size or 0, recipe.mode
+    bits, group_size, mode = _settings(recipe, path, kind)
     if predicate is not None:
         asked = predicate(path, module)
         if asked is False:
             return keep("this architecture keeps it unquantized")
-        if isinstance(asked, dict) and action == "quantize":
+        if isinstance(asked, dict) and action == "quantize" and path not in recipe.layers:
             bits, mode = asked.get("bits", bits), asked.get("mode", mode)
             group_size = asked.get("group_size", MODES[mode][0])
             note = note or f"this architecture asks for {bits} bits"
@@ -124,8 +133,18 @@ def _plan_layer(
         bits=bits,
         group_size=fitting[0],
         mode=mode,
+        fit=_fit(recipe, kind, action, tied),
         note=note,
     )
+
+
+def _settings(recipe: Recipe, path: str, kind: str) -> tuple[int, int, str]:
+    """Return bits, group_size and mode that the recipe has for a layer."""
+    own = recipe.layers.get(path, {})
+    bits, group_size = recipe.bits or 0, recipe.group_size or 0
+    if kind in ("embedding", "lm_head"):
+        bits = recipe.embedding_bits or bits
+    return own.get("bits", bits), own.get("group_size", group_size), recipe.mode
 
 
 def _wanted_action(recipe: Recipe, path: str, kind: str) -> tuple[str, str]:
@@ -138,11 +157,19 @@ def _wanted_action(recipe: Recipe, path: str, kind: str) -> tuple[str, str]:
         return "keep", "not included"
     if kind == "lm_head":
         return str(recipe.lm_head), ""
-    if recipe.method == "rtn":
-        return "quantize", ""
+    if recipe.method != "splitquant":
+        plainly = recipe.method in CALIBRATED and kind == "experts"
+        return "quantize", "a stack of experts is rounded to nearest" if plainly else ""
     if kind == "experts":
         return "quantize", "a stack of experts is not split"
     return "split", ""
+
+
+def _fit(recipe: Recipe, kind: str, action: str, tied: bool) -> str:
+    """Return how a layer is fitted: only layers that are fed hidden states have moments."""
+    calibrated = recipe.method in CALIBRATED and action == "quantize"
+    fed = kind in ("linear", "lm_head") or (kind == "embedding" and tied)
+    return recipe.method if calibrated and fed else "rtn"
 
 
 def _require_fit(plan: Plan) -> None:
@@ -156,7 +183,8 @@ def _require_fit(plan: Plan) -> None:
                 f"paths such as {next(iter(plan.layers), 'model.layers.0.mlp.up_proj')!r}"
             )
         raise RecipeError("this model has no linear layer to convert")
-    if not any(layer.group_size == recipe.group_size for layer in selected):
+    unfit = ("group size", "no group size", "this architecture")
+    if all(layer.note.startswith(unfit) for layer in selected):
         if all(layer.note.startswith("this architecture") for layer in selected):
             return
         widths = ", ".join(str(n) for n in sorted({layer.shape[-1] for layer in selected})[:4])

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
-METHODS = ("splitquant", "rtn")
+METHODS = ("splitquant", "rtn", "imatrix", "gptq")
+CALIBRATED = ("imatrix", "gptq")
+SELF = "self"  # calibration on text that the model writes
 GRANULARITIES = ("group", "channel", "tensor")
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -31,8 +34,10 @@ class Recipe:
     """Say how to quantize a model.
 
     Attributes:
-        method: "splitquant" (k-means split, then affine quantization of every part) or "rtn"
-            (round to nearest, what `mlx_lm.convert -q` does).
+        method: "splitquant" (k-means split, then affine quantization of every part), "rtn"
+            (round to nearest, what `mlx_lm.convert -q` does), "imatrix" (rtn with scales fitted
+            under the importance of the inputs) or "gptq" (codes that make up for each other's
+            errors as well).
         bits: bits of a code; None takes the mode's own (4, mxfp8: 8).
         group_size: inputs that share scales and biases; None takes the mode's own (affine: 64).
         granularity: one scale a "group", a "channel" (output row) or a "tensor" (part).
@@ -40,11 +45,19 @@ class Recipe:
         clusters: parts a layer is split into, 2 to 8 (the paper's k, 3).
         kmeans: "exact" (global optimum) or "sklearn" (the published approach, for comparison).
         dtype: type of the tensors that stay unquantized; None takes the checkpoint's own.
-        embeddings: "keep" or "quantize"; None is "quantize" for rtn, as in mlx_lm.convert, and
-            "keep" for splitquant, as in the paper.
+        embeddings: "keep" or "quantize"; None is "keep" for splitquant, as in the paper, and
+            else "quantize", as in mlx_lm.convert.
         lm_head: "keep", "quantize" or "split"; None as for embeddings.
         include: glob patterns; when given, only linear layers that match one are converted.
         exclude: glob patterns of linear layers to keep as they are.
+        embedding_bits: bits of embeddings and lm_head where they are quantized; None is 6 for
+            imatrix and gptq, as in mlx_lm.gptq, and else `bits`.
+        layers: settings of single layers, by path: {"bits": ..., "group_size": ...}.
+        calibration: "self" (text that the model writes) or a text file; for imatrix and gptq.
+        num_samples: texts to calibrate on.
+        sequence_length: tokens of each.
+        seed: of the text that the model writes.
+        sweeps: rounds of coordinate descent of gptq.
     """
 
     method: str = "splitquant"
@@ -59,6 +72,13 @@ class Recipe:
     lm_head: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    embedding_bits: int | None = None
+    layers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    calibration: str | None = None
+    num_samples: int | None = None
+    sequence_length: int | None = None
+    seed: int | None = None
+    sweeps: int | None = None
 
     def __post_init__(self):
         _require_choice("method", self.method, METHODS)
@@ -82,18 +102,61 @@ class Recipe:
             raise RecipeError(f"clusters: wanted a whole number from 2 to 8, got {self.clusters!r}")
         _require_choice("kmeans", self.kmeans, KMEANS)
         _require_choice("dtype", self.dtype, (None, *DTYPES))
-        unsplit = "quantize" if self.method == "rtn" else "keep"
+        unsplit = "keep" if self.method == "splitquant" else "quantize"
         self._fill(embeddings=unsplit, lm_head=unsplit)
         _require_choice("embeddings", self.embeddings, EMBEDDINGS)
         _require_choice("lm_head", self.lm_head, LM_HEAD)
-        if self.method == "rtn" and self.lm_head == "split":
-            raise RecipeError("lm_head 'split' is for method 'splitquant', got method 'rtn'")
+        if self.method != "splitquant" and self.lm_head == "split":
+            raise RecipeError(
+                f"lm_head 'split' is for method 'splitquant', got method {self.method!r}"
+            )
         for name in ("include", "exclude"):
             patterns = getattr(self, name)
             is_list = isinstance(patterns, (list, tuple))
             if not is_list or not all(isinstance(pattern, str) for pattern in patterns):
                 raise RecipeError(f"{name}: wanted a list of glob patterns, got {patterns!r}")
             object.__setattr__(self, name, tuple(patterns))
+        self._check_layers()
+        self._check_calibration()
+
+    def _check_layers(self) -> None:
+        if self.embedding_bits is not None:
+            _require_choice("embedding_bits", self.embedding_bits, BITS)
+        if not isinstance(self.layers, Mapping):
+            raise RecipeError(f"layers: wanted a table of layer paths, got {self.layers!r}")
+        if (self.layers or self.embedding_bits) and self.mode != "affine":
+            raise RecipeError(f"layers and embedding_bits are for mode 'affine', got {self.mode!r}")
+        choices = {"bits": BITS, "group_size": GROUP_SIZES}
+        for path, settings in self.layers.items():
+            if not isinstance(settings, Mapping) or not settings.keys() <= choices.keys():
+                raise RecipeError(f"layers.{path}: wanted bits and group_size, got {settings!r}")
+            for name, value in settings.items():
+                _require_choice(f"layers.{path}.{name}", value, choices[name])
+
+    def _check_calibration(self) -> None:
+        own = {"calibration": SELF, "num_samples": 96, "sequence_length": 256, "seed": 0}
+        if self.method == "gptq":
+            own["sweeps"] = 3
+        if self.method in CALIBRATED:
+            if self.mode != "affine" or self.granularity != "group":
+                raise RecipeError(
+                    f"method {self.method!r} has mode 'affine' and granularity 'group' only"
+                )
+            self._fill(embedding_bits=6, **own)
+            if type(self.calibration) is not str or not self.calibration:
+                raise RecipeError(
+                    f"calibration: wanted 'self' or a text file, got {self.calibration!r}"
+                )
+        least = {"num_samples": 1, "sequence_length": 2, "seed": 0, "sweeps": 0}
+        for name in ("calibration", *least):
+            value = getattr(self, name)
+            if name not in own and value is not None or self.method not in CALIBRATED and value:
+                raise RecipeError(f"{name} is not for method {self.method!r}, got {value!r}")
+            if name in own and name in least and self.method in CALIBRATED:
+                if type(value) is not int or value < least[name]:
+                    raise RecipeError(
+                        f"{name}: wanted a whole number of {least[name]} or more, got {value!r}"
+                    )
 
     def _fill(self, **defaults: Any) -> None:
         for name, value in defaults.items():
@@ -106,16 +169,17 @@ class Recipe:
             name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(self).items()
         }
-        return {name: value for name, value in values.items() if value not in (None, [])}
+        return {name: value for name, value in values.items() if value not in (None, [], {})}
 
     def to_toml(self) -> str:
         """Return the settings as TOML text that `load_recipe` reads back."""
-        # JSON's strings, whole numbers and lists of strings are TOML's too, but for DEL
-        lines = (
-            f"{key} = {json.dumps(value, ensure_ascii=False)}\n"
-            for key, value in self.to_dict().items()
+        values = self.to_dict()
+        layers = values.pop("layers", {})
+        tables = [("", values), *((f"[layers.{_toml(path)}]\n", own) for path, own in layers.items())]
+        return "\n".join(
+            head + "".join(f"{key} = {_toml(value)}\n" for key, value in table.items())
+            for head, table in tables
         )
-        return "".join(lines).replace("\x7f", "\\u007f")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
@@ -144,6 +208,11 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"recipe {path}: {exc.strerror or exc}") from exc
     except (ValueError, RecursionError) as exc:  # TOML, UTF-8, too long a number, too deep
         raise RecipeError(f"recipe {path} is not valid TOML: {exc}") from exc
+
+
+def _toml(value: Any) -> str:
+    """Write a string, whole number or list of strings: JSON's are TOML's too, but for DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

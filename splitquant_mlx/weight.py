@@ -18,6 +18,8 @@ from splitquant_mlx.affine import (
     quantize,
     round_scales,
 )
+from splitquant_mlx.fit import quantize_weighted
+from splitquant_mlx.gptq import quantize_compensated
 from splitquant_mlx.kmeans import Clustering
 from splitquant_mlx.layers import scale_dtype
 from splitquant_mlx.parts import cluster_weight, parts_of
@@ -52,8 +54,16 @@ class Converted:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def convert_weight(w: mx.array, layer: LayerPlan, recipe: Recipe) -> Converted:
+def convert_weight(
+    w: mx.array, layer: LayerPlan, recipe: Recipe, moment: mx.array | None = None
+) -> Converted:
     """Convert `w` (..., out, in), float16, bfloat16 or float32, in this thread's stream.
+
+    Args:
+        w: the weight.
+        layer: what to do with it.
+        recipe: the settings of all layers.
+        moment: of the layer's inputs; (in,) for a layer fitted by "imatrix", (in, in) by "gptq".
 
     Raises:
         ValueError: when `w` holds NaN or infinite values, or values too large to quantize.
@@ -71,13 +81,7 @@ def convert_weight(w: mx.array, layer: LayerPlan, recipe: Recipe) -> Converted:
         clustering = None
         require_finite(w)
         clustered = started
-        quantized = quantize(
-            w,
-            bits=layer.bits or 0,
-            group_size=layer.group_size or 0,
-            granularity=recipe.granularity,
-            mode=layer.mode,
-        )
+        quantized = _quantize_whole(w, layer, recipe, moment)
     mx.eval([array for array in quantized if array is not None])
     snr_db = _snr_db(w, quantized, layer, recipe.clusters if clustering else 1)
     return Converted(
@@ -95,6 +99,17 @@ def require_finite(w: mx.array) -> None:
     for start in range(0, patterns.size, BLOCK):
         if np.any((patterns[start : start + BLOCK] & exponent) == exponent):
             raise ValueError("holds NaN or infinite values")
+
+
+def _quantize_whole(
+    w: mx.array, layer: LayerPlan, recipe: Recipe, moment: mx.array | None
+) -> Quantized:
+    settings = {"bits": layer.bits or 0, "group_size": layer.group_size or 0}
+    if layer.fit == "rtn" or moment is None:
+        return quantize(w, **settings, granularity=recipe.granularity, mode=layer.mode)
+    if layer.fit == "imatrix":
+        return quantize_weighted(w, moment, **settings)
+    return quantize_compensated(w, np.array(moment), **settings, sweeps=recipe.sweeps or 0)
 
 
 def _quantize_split(

@@ -1,0 +1,192 @@
+"""Run a model over texts block by block, and watch the inputs of its layers.
+
+A transformer of mlx-lm has a list `layers` of blocks, each called with the hidden states first and
+whatever else it needs (masks, caches) behind. With the blocks replaced by stand-ins that note what
+they are called with, one pass tells what each block needs, without computing it; then the blocks
+are called one after the other on all texts. Only one block's weights are in memory at a time, and
+each layer of a block is seen while its weights are there.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from splitquant_mlx.errors import RecipeError
+
+BATCH_TOKENS = 2048
+
+
+@dataclass(eq=False)
+class Pass:
+    """Hold texts on their way through a model.
+
+    Attributes:
+        blocks: the model's blocks; `release` frees the weights of one.
+        states: hidden states before the next block, one array (texts, length, hidden) a batch.
+        calls: calls[block][batch], the other arguments of the block.
+    """
+
+    model: nn.Module
+    blocks: list[Any]
+    states: list[mx.array]
+    calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
+
+    def run(self, index: int, batch: int) -> mx.array:
+        """Return what block `index` makes of a batch; not evaluated yet."""
+        args, kwargs = self.calls[index][batch]
+        return self.blocks[index](self.states[batch], *args, **kwargs)
+
+    def advance(self, index: int, after: Callable[[], None] | None = None) -> None:
+        """Take all texts through block `index`; `after` is called after each batch."""
+        for batch in range(len(self.states)):
+            state = self.run(index, batch)
+            if after:
+                after()
+            mx.eval(state)
+            self.states[batch] = state
+
+    def release(self, index: int) -> None:
+        """Free the weights of a block, which cannot be run again."""
+        block = self.blocks[index]
+        block.update(tree_map(lambda array: mx.array(0), block.parameters()))
+
+    def finish(self, batch: int) -> mx.array:
+        """Return the model's output for the states after the last block; not evaluated yet."""
+        state = self.states[batch]
+        with _replaced(self.blocks, lambda *call: state):
+            return self.model(mx.zeros(state.shape[:2], mx.int32))
+
+
+def start_pass(model: nn.Module, tokens: np.ndarray) -> Pass:
+    """Begin to take `tokens` (texts, length) through `model`.
+
+    Raises:
+        RecipeError: when the model is not built of blocks that can be called one by one.
+    """
+    blocks = _blocks(model)
+    calls: list[list[Any]] = [[] for _ in blocks]
+    states: list[mx.array] = []
+
+    def note(index: int, state: mx.array, args: tuple[Any, ...], kwargs: Any) -> mx.array:
+        calls[index].append((args, kwargs))
+        if index == 0:
+            states.append(state)
+        return state
+
+    texts = max(1, BATCH_TOKENS // tokens.shape[1])
+    try:
+        with _replaced(blocks, note):
+            for start in range(0, len(tokens), texts):
+                model(mx.array(tokens[start : start + texts]))
+    except Exception as exc:  # a model that is built otherwise raises whatever it meets
+        raise RecipeError(_unsupported(model)) from exc
+    if any(len(noted) != len(states) for noted in calls):
+        raise RecipeError(_unsupported(model))
+    mx.eval(states)
+    return Pass(model=model, blocks=blocks, states=states, calls=calls)
+
+
+def _blocks(model: nn.Module) -> list[Any]:
+    """Return the list of blocks that the model itself goes through, to be changed in place."""
+    wanted = list(getattr(model, "layers", []))
+    for module in model.modules():
+        found = module.get("layers")
+        if isinstance(found, list) and found and [*map(id, found)] == [*map(id, wanted)]:
+            return found
+    raise RecipeError(_unsupported(model))
+
+
+class _StandIn:
+    """Answer for a block: the model may ask it for more than to be called."""
+
+    def __init__(self, block: Any, answer: Callable[[mx.array, Any, Any], mx.array]):
+        self.block = block
+        self.answer = answer
+
+    def __call__(self, state: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        return self.answer(state, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)
+
+
+@contextmanager
+def _replaced(blocks: list[Any], answer: Callable[..., mx.array]) -> Iterator[None]:
+    """Have `answer(index, state, args, kwargs)` called in place of every block."""
+    real = list(blocks)
+    blocks[:] = [_StandIn(block, partial(answer, index)) for index, block in enumerate(real)]
+    try:
+        yield
+    finally:
+        blocks[:] = real
+
+
+def _unsupported(model: nn.Module) -> str:
+    return (
+        f"a {getattr(model, 'model_type', type(model).__name__)} model cannot be calibrated: it is "
+        "not a plain list of blocks: use --method rtn or splitquant"
+    )
+
+
+class Tap:
+    """Stand in for a layer, and keep what it is called with until it is taken.
+
+    Attributes:
+        layer: the real one.
+        inputs: of the last call, (..., in); None before.
+        shift: added to the output, for gradients with respect to it; None adds nothing.
+    """
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+        self.inputs: mx.array | None = None
+        self.shift: mx.array | None = None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self.inputs = x
+        y = self.layer(x)
+        return y if self.shift is None else y + self.shift
+
+
+class EmbeddingTap(Tap):
+    """Stand in for an embedding that is the output head too."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Look tokens up."""
+        return self.layer(x)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Return logits."""
+        self.inputs = x
+        return self.layer.as_linear(x)
+
+
+@contextmanager
+def tapped(module: nn.Module, paths: list[str]) -> Iterator[dict[str, Tap]]:
+    """Put taps in the place of layers of `module` for the time of the block."""
+    layers = dict(module.named_modules())
+    taps: dict[str, Tap] = {
+        path: (EmbeddingTap if isinstance(layers[path], nn.Embedding) else Tap)(layers[path])
+        for path in paths
+    }
+    _put(module, taps)
+    try:
+        yield taps
+    finally:
+        _put(module, {path: layers[path] for path in paths})
+
+
+def _put(module: nn.Module, children: dict[str, Any]) -> None:
+    for path, child in children.items():
+        *parents, leaf = path.split(".")
+        node: Any = module
+        for name in parents:
+            node = node[int(name)] if isinstance(node, list) else node[name]
+        node[leaf] = child

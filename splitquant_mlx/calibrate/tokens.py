@@ -1,0 +1,62 @@
+"""Find the tokens that a recipe calibrates on: sampled and kept, or read from a file."""
+
+import hashlib
+import os
+import tempfile
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from splitquant_mlx.cache import cache_directory
+from splitquant_mlx.calibrate.text import OPENINGS, sample_tokens
+from splitquant_mlx.evaluate.opened import Opened
+from splitquant_mlx.evaluate.text import cut_windows, encode, load_text
+from splitquant_mlx.progress import Progress
+from splitquant_mlx.recipe import SELF, Recipe
+
+
+def calibration_tokens(directory: Path, recipe: Recipe, progress: Progress) -> np.ndarray:
+    """Return tokens (texts, length) int32 to calibrate the model in `directory` on.
+
+    What the model writes is kept in the cache directory, by a hash of the model, the settings and
+    what else it depends on, so that it writes it once.
+
+    Raises:
+        SplitQuantError: when the text file or the model cannot be read, or the text is too short.
+    """
+    opened = Opened(directory, progress=progress)
+    texts, length = recipe.num_samples or 0, recipe.sequence_length or 0
+    if recipe.calibration != SELF:
+        text = load_text(Path(str(recipe.calibration)))
+        # evenly over the file, which may begin with a table of contents
+        windows = cut_windows(encode(opened.tokenizer, text), length)
+        return windows[:: max(1, len(windows) // texts)][:texts]
+    parts = (opened.hash, texts, length, recipe.seed, OPENINGS, version("mlx"))
+    key = hashlib.sha256(repr((*parts, mx.default_device().type.name)).encode()).hexdigest()
+    file = cache_directory() / "calibration" / f"{key}.npy"
+    with suppress(OSError, ValueError):
+        kept = np.load(file, allow_pickle=False)
+        if kept.shape == (texts, length) and kept.dtype == np.int32:
+            return kept
+    tokens = sample_tokens(
+        opened.load(),
+        opened.tokenizer,
+        texts=texts,
+        length=length,
+        seed=recipe.seed or 0,
+        progress=progress,
+    )
+    _keep(tokens, file)
+    return tokens
+
+
+def _keep(tokens: np.ndarray, file: Path) -> None:
+    """Write beside and rename; a full or read-only disk costs time, not the result."""
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".partial", delete=False) as kept:
+            np.save(kept, tokens)
+        os.replace(kept.name, file)
