@@ -6,7 +6,7 @@ one, asks nobody.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -41,7 +41,7 @@ def gather(group: Group | None, value: T) -> list[T]:
         FailedElsewhere: when another rank has failed.
         RankError: when one is gone.
     """
-    if alone(group):
+    if group is None or alone(group):
         return [value]
     return [message["value"] for message in _exchange(group, {"value": value})]
 
@@ -59,7 +59,7 @@ def together(group: Group | None) -> Iterator[None]:
     except (FailedElsewhere, RankError):  # of which all have heard
         raise
     except Exception as exc:
-        if not alone(group):
+        if group is not None and not alone(group):
             with suppress(FailedElsewhere, RankError):
                 _exchange(group, {"failed": one_line(exc)})
         raise
@@ -84,9 +84,9 @@ def check_alike(group: Group | None, what: str, value: Any) -> None:
             raise FailedElsewhere(f"rank {rank} has another {what} than rank 0: give both the same")
 
 
-def deal(group: Group | None, items: Sequence[T]) -> Sequence[T]:
-    """Return what of `items` is this rank's to do; see `collect`."""
-    return items if alone(group) else items[group.rank() :: group.size()]
+def deal(group: Group | None, items: Any) -> Any:
+    """Return what of `items`, a list or array, is this rank's to do; see `collect`."""
+    return items if group is None else items[group.rank() :: group.size()]
 
 
 def collect(group: Group | None, found: list[T]) -> list[T]:
@@ -105,7 +105,7 @@ def led(
 
     Their random numbers differ, and where their chips do, so may their logits in the last digit.
     """
-    if alone(group):
+    if group is None or alone(group):
         return sampler
 
     def sample(logprobs: mx.array) -> mx.array:

@@ -99,7 +99,7 @@ def replace_split_layers(model: nn.Module, layers: dict[str, dict]) -> None:
     model.update_modules(tree_unflatten(replaced))
 
 
-class Sharded:
+class Sharded(nn.Module):
     """Divide a model's split layers among ranks where mlx-lm's `shard` divides the model.
 
     `shard` takes a split layer for a quantized one of clusters * in inputs. That suits its rows,
@@ -114,12 +114,12 @@ class Sharded:
             ValueError: when a layer's outputs, or its inputs in whole groups, cannot be divided.
         """
         group = group or mx.distributed.init()
-        whole = [
-            (path, layer, layer.parameters())
+        whole: list[tuple[str, QuantizedSplitLinear, dict]] = [
+            (path, layer, layer.parameters())  # type: ignore[misc]
             for path, layer in self.named_modules()
             if isinstance(layer, QuantizedSplitLinear)
         ]
-        super().shard(group)
+        super().shard(group)  # type: ignore[misc]
         sharded = dict(self.named_modules())
         for path, layer, parameters in whole:
             found = sharded[path]

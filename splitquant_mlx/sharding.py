@@ -45,12 +45,8 @@ def divide(
         way(group)
         model(mx.array([[0]]))  # not evaluated, but its shapes are checked
     except Exception as exc:  # of whatever class; mlx-lm's models assert, too
-        layer = _layer_in(exc.__traceback__, paths)
-        why = f"{layer} does not divide" if layer else f"{type(exc).__name__}: {one_line(exc)}"
-        raise RecipeError(
-            f"{refusal}: {why}: take another number of ranks, or convert it with a smaller "
-            "group size"
-        ) from exc
+        why = _layer_in(exc.__traceback__, paths) or f"{type(exc).__name__}: {one_line(exc)}"
+        raise RecipeError(f"{refusal}: {why}") from exc
 
 
 def _check_heads(config: dict[str, Any], size: int, refusal: str) -> None:
@@ -64,15 +60,17 @@ def _check_heads(config: dict[str, Any], size: int, refusal: str) -> None:
 
 
 def _layer_in(trace: TracebackType | None, paths: dict[int, str]) -> str:
-    """Name the layer that mlx was dividing when it failed; its functions call it `module`."""
+    """Say which layer mlx was dividing when it failed; its functions call it `module`."""
     while trace is not None:
-        layer = trace.tb_frame.f_locals.get("module")
+        layer: Any = trace.tb_frame.f_locals.get("module")
         if id(layer) in paths and "weight" in layer:
             outputs, inputs = layer.weight.shape[-2:]
-            groups = ""
+            groups, advice = "", "take another number of ranks"
             if "scales" in layer:
                 inputs = inputs * 32 // layer.bits // getattr(layer, "clusters", 1)
                 groups = f" in groups of {layer.group_size}"
-            return f"{paths[id(layer)]} ({inputs} inputs{groups}, {outputs} outputs)"
+                advice += ", or convert it with a smaller group size"
+            sizes = f"{inputs} inputs{groups}, {outputs} outputs"
+            return f"{paths[id(layer)]} ({sizes}) does not divide: {advice}"
         trace = trace.tb_next
     return ""

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from splitquant_mlx import QuantizedSplitLinear, Recipe, RecipeError, SplitLinear, convert
 from splitquant_mlx.loader import load_model
-from splitquant_mlx.model_file import Sharded, replace_split_layers
+from splitquant_mlx.model_file import Sharded
 from splitquant_mlx.sharding import divide
 
 
@@ -59,12 +59,6 @@ def copy_of(layer):
     )
     new.update(layer.parameters())
     return new
-
-
-@pytest.fixture
-def kept_apart(monkeypatch):
-    """Leave sums over ranks to the test."""
-    monkeypatch.setattr(mx.distributed, "all_sum", lambda x, group=None: x)
 
 
 @settings(max_examples=40, deadline=None)
@@ -128,27 +122,47 @@ def test_a_layer_sharded_in_place_leaves_the_sum_to_others():
     assert mx.allclose(sum(pieces) + whole.bias, whole(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "qwen3_moe"])
-@pytest.mark.parametrize("method", ["rtn", "splitquant"])
-def test_what_mlx_lm_divides_keeps_every_code(tmp_path, architecture, method):
-    """All codes of all linear layers are on one rank, those of shared layers on each."""
-    source = tiny.write_checkpoint(tmp_path / "source", architecture)
-    convert(source, tmp_path / "out", recipe=Recipe(method=method, group_size=32))
-    whole = load_model(tmp_path / "out")
-    ranks = [load_model(tmp_path / "out", lazy=True) for _ in range(2)]
-    for rank, model in enumerate(ranks):
-        model.shard(Rank(rank, 2))
-    split = {path: m for path, m in whole.named_modules() if "scales" in m}
-    assert split and any(isinstance(m, QuantizedSplitLinear) for m in split.values()) == (
-        method == "splitquant"
-    )
-    for path, layer in split.items():
-        shares = [dict(model.named_modules())[path] for model in ranks]
-        clusters = getattr(layer, "clusters", 1)
-        for name in ("weight", "scales", "biases"):
-            parts = [mx.split(share[name], clusters, axis=-1) for share in shares]
-            axis = next(
-                (a for a in (-1, -2) if parts[0][0].shape[a] * clusters != layer[name].shape[a]),
-                None,
-            )
-            axis = None
+@pytest.fixture
+def divided(tmp_path, monkeypatch):
+    """Return a function that divides a tiny model, converted so, among ranks; returns rank 0's."""
+    monkeypatch.setattr(mx.distributed, "all_sum", lambda x, group=None: x)
+
+    def run(size, *, pipeline=False, architecture="llama", group_size=32, **changes):
+        source = tiny.write_checkpoint(tmp_path / "source", architecture)
+        recipe = Recipe(method="splitquant", group_size=group_size)
+        convert(source, tmp_path / "model", recipe=recipe)
+        model = load_model(tmp_path / "model", lazy=True)
+        config = {**tiny.make_config(architecture), **changes}
+        divide(model, config, Rank(0, size), pipeline=pipeline, path=tmp_path / "model")
+        return model
+
+    return run
+
+
+def test_a_rank_holds_its_share_alone(divided):
+    layer = divided(2).model.layers[1]
+    assert layer.self_attn.n_heads == tiny.HEADS // 2 and layer.self_attn.n_kv_heads == 1
+    assert layer.self_attn.o_proj.weight.shape == (tiny.HIDDEN, 3 * tiny.HIDDEN // 2 * 4 // 32)
+    assert layer.mlp.up_proj.weight.shape == (tiny.INNER // 2, 3 * tiny.HIDDEN * 4 // 32)
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "message"),
+    [
+        (3, {}, "3 does not divide its 4 num_attention_heads"),
+        (4, {"num_key_value_heads": 3}, "4 does not divide its 3 num_key_value_heads"),
+        (
+            2,
+            {"group_size": 64},
+            r"layers.0.self_attn.o_proj \(64 inputs in groups of 64, 64 outputs\) does not divide: "
+            "take another number of ranks, or convert it with a smaller group size",
+        ),
+        (4, {}, r"o_proj \(64 inputs in groups of 32, 64 outputs\) does not divide"),
+        (2, {"pipeline": True}, "mlx-lm has no way to divide a llama in a pipeline"),
+        (2, {"architecture": "gemma"}, "mlx-lm has no way to divide a gemma by shard"),
+        (3, {"architecture": "qwen2", "pipeline": True}, "must be positive and sum to 2 layers"),
+    ],
+)
+def test_what_does_not_divide_is_refused_by_name(divided, size, options, message):
+    with pytest.raises(RecipeError, match=rf"cannot be divided among {size} ranks: .*{message}"):
+        divided(size, **options)
