@@ -61,7 +61,7 @@ def copy_of(layer):
     return new
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     size=st.sampled_from([2, 4]),
     clusters=st.integers(2, 5),
