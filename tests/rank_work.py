@@ -3,6 +3,7 @@
 Arguments: a directory of models, and the paths of a text and of questions.
 """
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import mlx.core as mx  # noqa: E402  after OpenBLAS
 mx.set_default_device(mx.Device(mx.cpu))
 
 from mlx_lm.generate import generation_stream, stream_generate  # noqa: E402  after the device
+from mlx_lm.utils import sharded_load  # noqa: E402
 
 from splitquant_mlx import distributed  # noqa: E402
 from splitquant_mlx.chat import Decoding  # noqa: E402
@@ -29,6 +31,13 @@ PROMPT = [3, 5, 8, 13, 21, 34, 55, 89]
 def logits(path, group):
     """Return the logits after PROMPT of a model that the ranks divide."""
     model = load_model(path, group=group, pipeline="pipeline" in path.name)
+    return model(mx.array([PROMPT]))[0, -1].tolist()
+
+
+def stock(path, group):
+    """Return the same logits from mlx-lm on its own, which runs the checkpoint's own code."""
+    options = inspect.signature(sharded_load).parameters.keys() & {"trust_remote_code"}
+    model, _ = sharded_load(str(path), tensor_group=group, **dict.fromkeys(options, True))
     return model(mx.array([PROMPT]))[0, -1].tolist()
 
 
@@ -81,6 +90,7 @@ def work(home, text, questions, group):
     models = home / "models"
     return {
         "logits": {path.name: logits(path, group) for path in sorted(models.iterdir())},
+        "stock": stock(models / "llama", group) if group else [],
         "sampled": sampled(models / "llama", group),
         "failures": failures(group) if group else [],
         "evaluations": evaluations(home / "split", home / "original", text, questions, group),

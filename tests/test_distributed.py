@@ -12,6 +12,7 @@ import tiny
 from ranks import finish, running
 
 from splitquant_mlx import Recipe, convert
+from splitquant_mlx.cli import run
 
 SCRIPT = Path(rank_work.__file__)
 
@@ -65,6 +66,12 @@ def test_a_divided_model_computes_the_same(worked):
             assert np.abs(found - wanted).max() < 2e-5 * np.abs(wanted).max(), name
 
 
+def test_mlx_lm_on_its_own_divides_a_split_model(worked):
+    _, ranks = worked
+    for rank in ranks:
+        assert np.allclose(rank["stock"], rank["logits"]["llama"], rtol=1e-5, atol=1e-6)
+
+
 def test_all_ranks_take_the_token_that_rank_0_samples(worked):
     alone, ranks = worked
     assert len(set(alone["sampled"])) > 1
@@ -90,3 +97,12 @@ def test_where_one_rank_fails_all_do_and_know_why(worked):
     assert first["failures"] == [elsewhere, ["RecipeError", "0 does not want to"], differ]
     assert second["failures"][0] == ["RecipeError", "1 does not want to"]
     assert second["failures"][1:] == [["RecipeError", "1 does not want to"], differ]
+
+
+def test_a_rank_without_the_others_is_refused(split_32, monkeypatch, capsys):
+    monkeypatch.setenv("MLX_RANK", "1")
+    assert run(["generate", "--device", "cpu", "--model", str(split_32)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("splitquant-mlx: error: rank 1: mlx finds no other rank")
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == ""

@@ -10,6 +10,7 @@ ORDER = [
     ["_version", "errors", "blas", "progress", "cache", "environment", "histogram"],
     ["recipe", "kmeans", "headers", "shards", "gguf", "gguf_tokenizer", "source", "model_file"],
     ["gguf_import", "demo_model", "affine", "parts", "checkpoint", "plan", "manifest", "study"],
+    ["distributed", "sharding"],
     ["directory", "layers", "save", "result_parts", "results"],
     ["weight", "loader", "evaluate"],
     ["pipeline", "random_checkpoint", "evaluation", "report"],

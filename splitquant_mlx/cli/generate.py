@@ -102,13 +102,13 @@ def generate(
             pipeline=pipeline,
         )
         _add_eos_tokens(tokenizer, extra_eos_token or [])
-        template = tokenizer.has_chat_template and not ignore_chat_template
-        messages = [{"role": "user", "content": text}]
-        if template and system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": system_prompt})
-        if template and prefill_response is not None:
-            messages.append({"role": "assistant", "content": prefill_response})
-        tokens = encode(tokenizer, messages, template=template, template_options=template_options)
+        chat = tokenizer.has_chat_template and not ignore_chat_template
+        tokens = encode(
+            tokenizer,
+            _messages(text, *((system_prompt, prefill_response) if chat else ())),
+            template=chat,
+            template_options=template_options,
+        )
     tokens = gather(group, tokens)[0]  # a template may write the time of day into them
     if seed is not None:
         mx.random.seed(seed)
@@ -134,6 +134,13 @@ def _read_prompt(prompt: str, *, ranks: int) -> str:
         return sys.stdin.read()
     # A shell passes on \n and \t as two characters each; mlx_lm.generate reads them so, too.
     return prompt.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def _messages(
+    text: str, system_prompt: str | None = None, begun: str | None = None
+) -> list[dict[str, str]]:
+    turns = (("system", system_prompt), ("user", text), ("assistant", begun))
+    return [{"role": role, "content": said} for role, said in turns if said is not None]
 
 
 def _json_object(option: str, text: str | None) -> dict[str, Any]:

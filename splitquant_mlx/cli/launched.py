@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+from splitquant_mlx.errors import RankError
+
 RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_S = 3.0
@@ -47,6 +49,8 @@ def join() -> Any:
             signal.signal(number, handler)
     if not distributed.alone(group):
         _end_on_signal()
+    elif launched_rank():
+        raise RankError("mlx finds no other rank: start all of them with mlx.launch")
     return group
 
 
