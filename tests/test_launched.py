@@ -182,6 +182,19 @@ def test_eval_prints_and_writes_what_one_process_does(model, stories, data, tmp_
     assert results[0] == results[1]
 
 
+def test_lm_evaluation_harness_gets_the_same_answers(model, data):
+    import rank_harness
+
+    questions = data / "arc" / "ARC-Easy-validation.jsonl"
+    with running(sys.executable, rank_harness.__file__, model, questions) as processes:
+        ended = finish(processes)
+    wanted = json.loads(json.dumps(rank_harness.work(model, questions, None)))
+    assert len(wanted["responses"]) == 12 and all(wanted["texts"])
+    for code, out, error in ended:
+        assert code == 0, error
+        assert json.loads(out.splitlines()[-1]) == wanted
+
+
 def serve(model, *options):
     return [*COMMAND, "serve", "--device", "cpu", "--port", 0, "--model", model, *options]
 

@@ -40,8 +40,9 @@ def join() -> Any:
     from splitquant_mlx import distributed
 
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
+    for number, handler in handlers.items():
+        if handler != signal.SIG_IGN:  # as nohup makes it
+            signal.signal(number, signal.SIG_DFL)
     try:
         group = distributed.join()
     finally:
