@@ -37,11 +37,14 @@ class Answer(Queue[Any]):
 
     context: Any = None
     abandoned = False
+    unstoppable = False
 
     def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
         """Take an item from the generator."""
         if isinstance(item, server.GenerationContext):
             self.context = item
+            if self.unstoppable:
+                item.stop = lambda: None
             if self.abandoned:
                 item.stop()
         super().put(item, block, timeout)
@@ -85,11 +88,17 @@ class Generator(server.ResponseGenerator):
             try:
                 self._generate()
             except Exception:
-                if not self.under_way:  # it was not a request that did this
+                # it was not a request that did this, or other ranks are in the middle of it
+                if not self.under_way or self._is_distributed:
                     raise
                 logging.exception("the answers under way failed")
                 for answer in list(self.under_way):
                     answer.put(Refusal(500, FAILED))
+
+    def _serve_single(self, request: Any, *args: Any) -> None:
+        """Answer alone what cannot be batched; to the end if other ranks compute it, too."""
+        request[0].unstoppable = self._is_distributed
+        super()._serve_single(request, *args)
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         """Tokenize as mlx_lm.server does, and refuse prompts that are too long, or nothing."""

@@ -62,14 +62,19 @@ class Decoding:
                 "--kv-bits and --max-kv-size: mlx-lm cannot quantize a limited KV cache: give one"
             )
 
-    def options(self) -> dict[str, Any]:
-        """Return the keyword arguments for mlx-lm's `generate`, all but `prompt_cache`."""
+    def options(self, group: Any = None) -> dict[str, Any]:
+        """Return the keyword arguments for mlx-lm's `generate`, all but `prompt_cache`.
+
+        With a group of ranks, all take the token that rank 0 samples.
+        """
         from mlx_lm.sample_utils import make_sampler
+
+        from splitquant_mlx.distributed import led
 
         sampler = make_sampler(self.temp, top_p=self.top_p, min_p=self.min_p, top_k=self.top_k)
         return {
             "max_tokens": self.max_tokens,
-            "sampler": sampler,
+            "sampler": led(group, sampler),
             "kv_bits": self.kv_bits,
             "kv_group_size": self.kv_group_size,
             "quantized_kv_start": self.quantized_kv_start,

@@ -32,3 +32,11 @@ class UploadError(SplitQuantError):
 
 class TargetError(SplitQuantError):
     """Report that the output cannot be written: it exists, is not writable, the disk is full."""
+
+
+class RankError(SplitQuantError):
+    """Report that another process of a distributed run cannot be reached."""
+
+
+class FailedElsewhere(SplitQuantError):
+    """Report that another process of a distributed run failed, and what it says."""

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from splitquant_mlx.cache import cache_directory
+from splitquant_mlx.distributed import Group, alone, check_alike, deal, together
 from splitquant_mlx.environment import describe_machine, versions
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluate.arc import ArcResult, evaluate_arc
@@ -60,6 +61,7 @@ def evaluate(
     reference: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    group: Group | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Evaluate `model` on `task`.
@@ -71,6 +73,8 @@ def evaluate(
             the same questions.
         revision: of the model's hub repo.
         trust_remote_code: run Python files that the checkpoint brings along.
+        group: ranks that share the questions or the text, each with the whole model, and all
+            return what one would alone.
         progress: told how far the work is.
 
     Returns:
@@ -87,20 +91,22 @@ def evaluate(
     if task.name not in (*ARC_TASKS, "kl") and reference is not None:
         raise RecipeError(f"task {task.name} takes no --reference")
     options: Any = {"trust_remote_code": trust_remote_code, "progress": progress}
-    with ExitStack() as stack:
+    with together(group), ExitStack() as stack:
         own = stack.enter_context(open_model(model, revision=revision, **options))
         other = None
         if reference is not None:
             other = stack.enter_context(open_model(reference, revision=None, **options))
+        for opened in [] if alone(group) else filter(None, (own, other)):
+            check_alike(group, f"model at {opened.path}", opened.hash)
         if task.name in ARC_TASKS:
-            found = _answer(own, other, task, progress)
+            found = _answer(own, other, task, group, progress)
         elif task.name == "perplexity":
-            found = _perplexity(own, task, progress)
+            found = _perplexity(own, task, group, progress)
         elif task.name == "kl":
             assert other
-            found = _divergence(own, other, task, progress)
+            found = _divergence(own, other, task, group, progress)
         else:
-            found = _harness(own, task, progress)
+            found = _harness(own, task, group, progress)
         model_hash = own.hash
     settings = {name: value for name, value in dataclasses.asdict(task).items() if name != "name"}
     return {
@@ -116,7 +122,9 @@ def evaluate(
     }
 
 
-def _answer(own: Opened, other: Opened | None, task: Task, progress: Progress) -> dict[str, Any]:
+def _answer(
+    own: Opened, other: Opened | None, task: Task, group: Group | None, progress: Progress
+) -> dict[str, Any]:
     """Have a model, and the one to compare it with, answer the same questions."""
     read = load_questions(task.data) if task.data else fetch_questions(task.name)
     questions = read[: task.limit]
@@ -128,6 +136,8 @@ def _answer(own: Opened, other: Opened | None, task: Task, progress: Progress) -
     def answers(opened: Opened) -> ArcResult:
         key = (opened.hash, task.name, task.protocol, num_shots, [q.id for q in questions])
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
+        if group is not None and group.rank():
+            name += f"-{group.rank()}"
         return evaluate_arc(
             opened.model,
             opened.tokenizer,
@@ -138,6 +148,7 @@ def _answer(own: Opened, other: Opened | None, task: Task, progress: Progress) -
             num_shots=num_shots,
             journal=cache_directory() / "answers" / f"{name}.jsonl",
             model_hash=opened.hash,
+            group=group,
             progress=progress,
         )
 
@@ -150,7 +161,7 @@ def _answer(own: Opened, other: Opened | None, task: Task, progress: Progress) -
     return values
 
 
-def _perplexity(own: Opened, task: Task, progress: Progress) -> dict[str, Any]:
+def _perplexity(own: Opened, task: Task, group: Group | None, progress: Progress) -> dict[str, Any]:
     text = _text(task)
     tokens = encode(own.tokenizer, text)
     if task.limit:
@@ -160,16 +171,25 @@ def _perplexity(own: Opened, task: Task, progress: Progress) -> dict[str, Any]:
         tokens,
         context_length=task.context_length,
         stride=task.stride,
+        group=group,
         progress=progress,
     )
     return {**dataclasses.asdict(found), "text_sha256": text_hash(text)}
 
 
-def _divergence(own: Opened, other: Opened, task: Task, progress: Progress) -> dict[str, Any]:
+def _divergence(
+    own: Opened, other: Opened, task: Task, group: Group | None, progress: Progress
+) -> dict[str, Any]:
     text = _text(task)
     windows = cut_windows(encode(other.tokenizer, text), task.context_length, task.limit)
-    reference = open_reference(windows, model_hash=other.hash, load=other.load, progress=progress)
-    found = measure_divergence(own.model, reference, progress=progress)
+    if group is not None and len(windows) < group.size():
+        raise RecipeError(
+            f"{len(windows)} windows of text are too few for {group.size()} ranks: give a longer "
+            "text, or take fewer ranks"
+        )
+    mine = deal(group, windows)
+    reference = open_reference(mine, model_hash=other.hash, load=other.load, progress=progress)
+    found = measure_divergence(own.model, reference, group=group, progress=progress)
     return {**dataclasses.asdict(found), "text_sha256": text_hash(text)}
 
 
@@ -177,7 +197,7 @@ def _text(task: Task) -> str:
     return load_text(task.data) if task.data else fetch_wikitext()
 
 
-def _harness(own: Opened, task: Task, progress: Progress) -> dict[str, Any]:
+def _harness(own: Opened, task: Task, group: Group | None, progress: Progress) -> dict[str, Any]:
     from splitquant_mlx.evaluate.harness import run_task
 
     if task.data or task.shots:
@@ -190,6 +210,7 @@ def _harness(own: Opened, task: Task, progress: Progress) -> dict[str, Any]:
         task.name,
         num_shots=task.num_shots,
         limit=task.limit,
+        group=group,
         progress=progress,
     )
     return {

@@ -1,10 +1,14 @@
 """Load a model, converted or not, for mlx-lm to run.
 
 No code from the checkpoint is run: split layers are built from this package's own classes. On the
-CPU, where mlx's 16-bit products are slow, 16-bit parameters are widened to float32.
+CPU, where mlx's 16-bit products are slow, 16-bit parameters are widened to float32. With a group
+of ranks the model is divided before any weight is read.
 """
 
+import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,10 @@ from mlx.utils import tree_map
 
 from splitquant_mlx.checkpoint import check_config, find_classes, read_config, read_headers
 from splitquant_mlx.directory import as_directory
+from splitquant_mlx.distributed import Group, alone, check_alike
 from splitquant_mlx.errors import CheckpointError, one_line
 from splitquant_mlx.save import MODEL_FILE
+from splitquant_mlx.sharding import divide
 from splitquant_mlx.source import Source, resolve
 
 
@@ -26,6 +32,8 @@ def load(
     trust_remote_code: bool = False,
     tokenizer_config: dict[str, Any] | None = None,
     lazy: bool = False,
+    group: Group | None = None,
+    pipeline: bool = False,
 ) -> tuple[nn.Module, Any]:
     """Load a model and its tokenizer.
 
@@ -35,6 +43,8 @@ def load(
         trust_remote_code: run Python files that the checkpoint brings along.
         tokenizer_config: passed to the tokenizer.
         lazy: leave the parameters unread until they are used; not for .gguf files.
+        group: ranks to divide the model among, which all load it at the same time.
+        pipeline: give each rank some layers, rather than a share of each.
 
     Returns:
         mlx-lm's model and tokenizer, ready for mlx_lm.generate and its relatives.
@@ -48,13 +58,20 @@ def load(
             directory,
             trust_remote_code=trust_remote_code,
             lazy=lazy and source.path.is_dir(),
+            group=group,
+            pipeline=pipeline,
         )
         settings = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
         return loaded, load_tokenizer(directory, settings)
 
 
 def load_model(
-    directory: Path, *, trust_remote_code: bool = False, lazy: bool = False
+    directory: Path,
+    *,
+    trust_remote_code: bool = False,
+    lazy: bool = False,
+    group: Group | None = None,
+    pipeline: bool = False,
 ) -> nn.Module:
     """Load the model of a checkpoint directory; see `load`."""
     from mlx_lm.utils import load_model as mlx_lm_load_model
@@ -62,7 +79,8 @@ def load_model(
     from splitquant_mlx import model_file
 
     config = read_config(directory)
-    check_config(directory, config, len(read_headers(directory)))
+    headers = read_headers(directory)
+    check_config(directory, config, len(headers))
     options: dict[str, Any] = {}
     foreign = config.get("model_file")
     if isinstance(config.get("splitquant"), dict) and foreign in (None, MODEL_FILE):
@@ -77,17 +95,30 @@ def load_model(
         options["trust_remote_code"] = True
     if not options.get("trust_remote_code"):
         find_classes(directory, config)  # which says what is wrong
-    try:
+    with _readable(directory):
         model, _ = mlx_lm_load_model(directory, lazy=True, **options)
+    if group is not None and not alone(group):
+        layout = [config, [[name, h.dtype, h.shape] for name, h in sorted(headers.items())]]
+        digest = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
+        check_alike(group, f"model at {directory}", digest)
+        divide(model, config, group, pipeline=pipeline, path=directory)
+    with _readable(directory):
         if mx.default_device() == mx.cpu:
             model.update(tree_map(_widen, model.parameters()))
         if not lazy:
             mx.eval(model.parameters())
-    except Exception as exc:  # mlx-lm raises ValueError, KeyError, TypeError, RuntimeError, ...
+    return model
+
+
+@contextmanager
+def _readable(directory: Path) -> Iterator[None]:
+    """Turn what goes wrong inside mlx-lm into CheckpointError."""
+    try:
+        yield
+    except Exception as exc:  # ValueError, KeyError, TypeError, RuntimeError, ...
         raise CheckpointError(
             f"{directory} cannot be loaded: {type(exc).__name__}: {one_line(exc)}"
         ) from exc
-    return model
 
 
 def load_tokenizer(directory: Path, settings: dict[str, Any]) -> Any:

@@ -11,6 +11,7 @@ accumulated in float32, in one kernel call: y = sum_c x @ dequantize(part_c).T +
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.nn.layers.distributed import shard_inplace
 from mlx.utils import tree_unflatten
 
 
@@ -27,6 +28,10 @@ class QuantizedSplitLinear(nn.Module):
         clusters: number of parts.
         group_size: inputs of one part that share a scale and a bias.
         bits: bits of a code.
+
+    Attributes:
+        group: ranks to sum the outputs over, where each holds but some of every part's inputs;
+            None for a whole layer, and for one of which each rank holds some outputs.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class QuantizedSplitLinear(nn.Module):
         self.group_size = group_size
         self.bits = bits
         self.mode = "affine"
+        self.group: mx.distributed.Group | None = None
         self.weight = mx.zeros((output_dims, clusters * input_dims * bits // 32), mx.uint32)
         self.scales = mx.zeros((output_dims, clusters * input_dims // group_size))
         self.biases = mx.zeros((output_dims, clusters * input_dims // group_size))
@@ -70,6 +76,8 @@ class QuantizedSplitLinear(nn.Module):
             group_size=self.group_size,
             bits=self.bits,
         ).astype(x.dtype)
+        if self.group is not None:
+            y = mx.distributed.all_sum(y, group=self.group)
         return y + self["bias"] if "bias" in self else y
 
 
@@ -91,6 +99,40 @@ def replace_split_layers(model: nn.Module, layers: dict[str, dict]) -> None:
     model.update_modules(tree_unflatten(replaced))
 
 
+class Sharded(nn.Module):
+    """Divide a model's split layers among ranks where mlx-lm's `shard` divides the model.
+
+    `shard` takes a split layer for a quantized one of clusters * in inputs. That suits its rows,
+    the outputs. Its columns would be cut across the parts: they are cut again, each part into as
+    many pieces as there are ranks, so that a rank has the same inputs of every part.
+    """
+
+    def shard(self, group: mx.distributed.Group | None = None) -> None:
+        """Keep of every layer what this rank computes; nothing is read or evaluated.
+
+        Raises:
+            ValueError: when a layer's outputs, or its inputs in whole groups, cannot be divided.
+        """
+        group = group or mx.distributed.init()
+        whole: list[tuple[str, QuantizedSplitLinear, dict]] = [
+            (path, layer, layer.parameters())  # type: ignore[misc]
+            for path, layer in self.named_modules()
+            if isinstance(layer, QuantizedSplitLinear)
+        ]
+        super().shard(group)  # type: ignore[misc]
+        sharded = dict(self.named_modules())
+        for path, layer, parameters in whole:
+            found = sharded[path]
+            if found.weight.shape[-1] == parameters["weight"].shape[-1]:
+                layer.update(found.parameters())
+                continue
+            layer.update(parameters)
+            shard_inplace(layer, "sharded-to-all", segments=layer.clusters, group=group)
+            # a layer that was sharded in place is summed by the module around it
+            layer.group = None if found is layer else group
+        self.update_modules(tree_unflatten([(path, layer) for path, layer, _ in whole]))
+
+
 class ModelArgs:
     """Carry config.json to `Model`."""
 
@@ -108,6 +150,8 @@ def Model(args: ModelArgs) -> nn.Module:
     from mlx_lm.utils import _get_classes
 
     model_class, args_class = _get_classes(args.config)
+    if hasattr(model_class, "shard"):
+        model_class = type(model_class.__name__, (Sharded, model_class), {})
     model = model_class(args_class.from_dict(args.config))
     replace_split_layers(model, args.config["splitquant"]["layers"])
     return model

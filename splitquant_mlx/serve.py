@@ -5,6 +5,9 @@ of its own with models that its module's `load` returns. These names are replace
 split checkpoints without running their code, and `run` computes in the main thread, so that errors
 and Ctrl-C arrive there, and opens the port only once the model is loaded. `openai_handler` stands
 between the clients and mlx_lm.server, `answers` between it and its generator.
+
+Under mlx.launch each rank holds a share of the model; rank 0 serves, and mlx_lm.server's generators
+have the others compute along.
 """
 
 import argparse
@@ -14,14 +17,15 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from splitquant_mlx.errors import CheckpointError, RecipeError, SplitQuantError
+from splitquant_mlx.distributed import Group, connected, join, together
+from splitquant_mlx.errors import CheckpointError, RankError, RecipeError, SplitQuantError
 from splitquant_mlx.loader import load
 from splitquant_mlx.openai_fields import Refusal
 from splitquant_mlx.openai_request import Limits, Served, check_request
@@ -56,11 +60,9 @@ def serve(
         on_ready: called with the URL once requests are answered.
 
     Raises:
-        SplitQuantError: the model is not usable, an option is unknown or out of range, or the port
-            is taken.
+        SplitQuantError: the model is not usable, an option is unknown or out of range, the port
+            is taken, or another rank is gone.
     """
-    if api_key is not None and not (api_key.isprintable() and api_key == api_key.strip() != ""):
-        raise RecipeError("--api-key: wanted printable characters, without spaces around them")
     from mlx_lm import server
 
     class Provider(server.ModelProvider):
@@ -68,25 +70,40 @@ def serve(
 
         def load(self, *asked: Any, **ignored: Any) -> Any:
             options = self.cli_args
+            if self.is_distributed and (options.adapter_path or options.draft_model):
+                raise RecipeError("--adapter-path, --draft-model: not for more than one rank")
             return super().load(options.model, options.adapter_path, options.draft_model)
 
-    source = resolve(model)
-    with (
-        _listener(host, port) as listener,
-        _replaced(sys, argv=["mlx_lm.server", "--model", model, *options]),
-        _replaced(
-            server,
-            argparse=SimpleNamespace(ArgumentParser=_Parser),
-            load=partial(_load, {model: source}, trust_remote_code),
-            ModelProvider=Provider,
-            Thread=_ThisThread,
-            TimeBudget=partial(server.TimeBudget, budget=TURN_S),
-            run=lambda host, port, provider: _run(
-                listener, provider, api_key, limits or Limits(), on_ready
-            ),
-        ),
-    ):
+    group = join()
+    with ExitStack() as stack:
+        with together(group):
+            _check_key(api_key)
+            source = resolve(model)
+            listener = None if group.rank() else stack.enter_context(_listener(host, port))
+        quiet = ("--log-level", "ERROR") if group.rank() else ()
+        arguments = ["mlx_lm.server", "--model", model, *options, *quiet]
+        load_ours = partial(_load, {model: source}, trust_remote_code)
+        stack.enter_context(_replaced(sys, argv=arguments))
+        stack.enter_context(
+            _replaced(
+                server,
+                argparse=SimpleNamespace(ArgumentParser=_Parser),
+                load=load_ours,
+                sharded_load=load_ours,
+                ModelProvider=Provider,
+                Thread=_ThisThread,
+                TimeBudget=partial(server.TimeBudget, budget=TURN_S),
+                run=lambda host, port, provider: _run(
+                    group, listener, provider, api_key, limits or Limits(), on_ready
+                ),
+            )
+        )
         server.main()
+
+
+def _check_key(api_key: str | None) -> None:
+    if api_key is not None and not (api_key.isprintable() and api_key == api_key.strip() != ""):
+        raise RecipeError("--api-key: wanted printable characters, without spaces around them")
 
 
 def _load(
@@ -96,14 +113,18 @@ def _load(
     tokenizer_config: dict[str, Any] | None = None,
     adapter_path: str | None = None,
     return_config: bool = False,
+    tensor_group: Group | None = None,
+    pipeline_group: Group | None = None,
     **ignored: Any,
 ) -> tuple[Any, ...]:
-    """Load the model or its draft model as mlx_lm.load would, called as mlx_lm.server calls it."""
+    """Load the model or its draft model as mlx_lm's load and sharded_load would."""
     trusted = trust_own and path_or_hf_repo in own
     model, tokenizer = load(
         own.get(path_or_hf_repo, path_or_hf_repo),
         trust_remote_code=trusted,
         tokenizer_config={**(tokenizer_config or {}), "trust_remote_code": trusted},
+        group=tensor_group or pipeline_group,
+        pipeline=pipeline_group is not None,
     )
     if adapter_path is not None:
         from mlx_lm.utils import load_adapters
@@ -118,25 +139,35 @@ def _load(
 
 
 def _run(
-    listener: ThreadingHTTPServer,
+    group: Group,
+    listener: ThreadingHTTPServer | None,
     provider: Any,
     api_key: str | None,
     limits: Limits,
     on_ready: Callable[[str], None],
 ) -> None:
-    """Load the model and compute in this thread, answer requests in others, until Ctrl-C."""
+    """Load the model and compute in this thread, answer requests in others, until Ctrl-C.
+
+    Without a listener, compute along until rank 0 leaves.
+    """
     from mlx_lm import server
 
     from splitquant_mlx.answers import Generator, PromptCache
     from splitquant_mlx.openai_handler import Handler, Service
 
-    provider.load_default()
+    with together(group):
+        provider.load_default()
+        served = _served(provider, limits)
     generator = Generator(
         provider,
         PromptCache(provider.cli_args.prompt_cache_size),
         max_prompt_tokens=limits.max_prompt_tokens,
     )
-    service = Service(generator=generator, served=_served(provider, limits), api_key=api_key)
+    if listener is None:
+        with suppress(RankError), connected():
+            generator.run()
+        return
+    service = Service(generator=generator, served=served, api_key=api_key)
     listener.RequestHandlerClass = partial(  # type: ignore[assignment]
         Handler, service, system_fingerprint=server.get_system_fingerprint()
     )
@@ -145,7 +176,8 @@ def _run(
     listening.start()
     try:
         on_ready(_url(listener))
-        generator.run()
+        with connected():
+            generator.run()
     except KeyboardInterrupt:
         pass
     finally:

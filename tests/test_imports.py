@@ -11,6 +11,7 @@ ORDER = [
     ["recipe", "kmeans", "headers", "shards", "gguf", "gguf_tokenizer", "source", "model_file"],
     ["source_card"],
     ["gguf_import", "demo_model", "affine", "parts", "checkpoint", "plan", "manifest", "study"],
+    ["distributed", "sharding"],
     ["directory", "layers", "save", "result_parts", "results"],
     ["weight", "loader", "evaluate"],
     ["pipeline", "random_checkpoint", "evaluation", "report"],

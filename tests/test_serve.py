@@ -156,7 +156,16 @@ def test_what_is_used_of_mlx_lm_is_there():
     def parameters(function):
         return list(inspect.signature(function).parameters)
 
-    for name in ("load", "run", "main", "argparse", "Thread", "Response", "GenerationContext"):
+    for name in (
+        "load",
+        "sharded_load",
+        "run",
+        "main",
+        "argparse",
+        "Thread",
+        "Response",
+        "GenerationContext",
+    ):
         assert hasattr(server, name), name
     assert parameters(server.ResponseGenerator._generate) == ["self"]
     assert parameters(server.ResponseGenerator._tokenize)[:4] == [
@@ -165,6 +174,8 @@ def test_what_is_used_of_mlx_lm_is_there():
         "request",
         "args",
     ]
+    assert parameters(server.ResponseGenerator._serve_single)[:2] == ["self", "request"]
+    assert "_is_distributed" in inspect.getsource(server.ResponseGenerator.__init__)
     assert parameters(server.APIHandler._set_completion_headers) == ["self", "status_code"]
     assert "budget" in parameters(server.TimeBudget)
     assert callable(server.GenerationContext.stop)

@@ -17,11 +17,12 @@ from splitquant_mlx.cli.doctor import doctor
 from splitquant_mlx.cli.eval import evaluate
 from splitquant_mlx.cli.generate import generate
 from splitquant_mlx.cli.inspect import inspect
+from splitquant_mlx.cli.launched import launched_rank, only_rank_0_prints
 from splitquant_mlx.cli.report import report
 from splitquant_mlx.cli.run import run as run_study
 from splitquant_mlx.cli.serve import serve
 from splitquant_mlx.cli.upload import upload
-from splitquant_mlx.errors import SplitQuantError
+from splitquant_mlx.errors import RankError, SplitQuantError
 from splitquant_mlx.source import hide_token
 
 PROGRAM = "splitquant-mlx"
@@ -67,17 +68,24 @@ def _options(
 
 
 def run(arguments: list[str], *, debug: bool = False) -> int:
-    """Run a command line and return its exit code: 0, or 2 after one line on stderr."""
+    """Run a command line and return its exit code: 0, or 2 after one line on stderr.
+
+    Where there are ranks, they fail together, and rank 0 says why; what only one of them knows, it
+    says itself.
+    """
+    rank, prefix = launched_rank(), ""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup makes it
             signal.signal(number, _interrupt)
     try:
-        code = app(arguments, prog_name=PROGRAM, standalone_mode=False) or 0
+        with only_rank_0_prints():
+            code = app(arguments, prog_name=PROGRAM, standalone_mode=False) or 0
         if code != 130:
             return code
         raise KeyboardInterrupt  # which typer turned into this exit code
     except SplitQuantError as exc:
         message, cause = str(exc), exc
+        prefix = f"rank {rank}: " if isinstance(exc, RankError) and rank else ""
     except (KeyboardInterrupt, typer.Abort) as exc:
         message, cause = "interrupted: nothing was left half-written", exc
     except UsageError as exc:
@@ -90,10 +98,13 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         return 2
     except Exception as exc:
         message, cause = f"unexpected {type(exc).__name__}: {exc} (--debug shows where)", exc
+        prefix = f"rank {rank}: " if rank else ""
+    if rank and not prefix:
+        return 2
     if debug:
         shown = "".join(traceback.format_exception(cause))
         print(printable(hide_token(shown)), end="", file=sys.stderr)
-    print(f"{PROGRAM}: error: {plain(hide_token(message))}", file=sys.stderr)
+    print(f"{PROGRAM}: error: {prefix}{plain(hide_token(message))}", file=sys.stderr)
     return 2
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from splitquant_mlx.cli.launched import join
 from splitquant_mlx.cli.options import (
     DEFAULT_MODEL,
     Device,
@@ -56,10 +57,14 @@ def evaluate(
     device: Device = None,
 ) -> None:
     """Evaluate a model: ARC, perplexity, KL divergence from another, or any task of lm-eval."""
-    check_model(model)
     start(device)
     from splitquant_mlx.cli.console import Bars
+    from splitquant_mlx.distributed import together
     from splitquant_mlx.evaluation import Task, evaluate
+
+    group = join()
+    with together(group):
+        check_model(model)
 
     found = evaluate(
         model,
@@ -76,8 +81,11 @@ def evaluate(
         reference=reference,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        group=group,
         progress=Bars(),
     )
+    if group.rank():
+        return
     if json_file is not None:
         try:
             json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

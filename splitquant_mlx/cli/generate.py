@@ -9,6 +9,7 @@ import typer
 
 from splitquant_mlx.chat import Decoding, encode, readable_errors
 from splitquant_mlx.cli.console import Printable, printable
+from splitquant_mlx.cli.launched import join
 from splitquant_mlx.cli.options import (
     DEFAULT_MODEL,
     Device,
@@ -63,6 +64,10 @@ def generate(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     device: Device = None,
+    pipeline: Annotated[
+        bool,
+        typer.Option("--pipeline", help="Under mlx.launch: divide the layers, not each of them."),
+    ] = False,
 ) -> None:
     """Answer one prompt, with mlx_lm.generate's options and output."""
     decoding = Decoding(
@@ -77,38 +82,65 @@ def generate(
         quantized_kv_start=quantized_kv_start,
     )
     template_options = _json_object("--chat-template-config", chat_template_config)
-    check_model(model)
-    # A shell passes on \n and \t as two characters each; mlx_lm.generate reads them so, too.
-    text = prompt.replace("\\n", "\n").replace("\\t", "\t") if prompt != "-" else sys.stdin.read()
     start(device)
     import mlx.core as mx
     from mlx_lm.generate import generate as mlx_lm_generate
+    from mlx_lm.generate import generation_stream
 
+    from splitquant_mlx.distributed import connected, gather, settle, together
     from splitquant_mlx.loader import load
 
-    loaded, tokenizer = load(model, revision=revision, trust_remote_code=trust_remote_code)
-    _add_eos_tokens(tokenizer, extra_eos_token or [])
-    template = tokenizer.has_chat_template and not ignore_chat_template
-    messages = [{"role": "user", "content": text}]
-    if template and system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    if template and prefill_response is not None:
-        messages.append({"role": "assistant", "content": prefill_response})
-    tokens = encode(tokenizer, messages, template=template, template_options=template_options)
+    group = join()
+    with together(group):
+        check_model(model)
+        text = _read_prompt(prompt, ranks=group.size())
+        loaded, tokenizer = load(
+            model,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            group=group,
+            pipeline=pipeline,
+        )
+        _add_eos_tokens(tokenizer, extra_eos_token or [])
+        chat = tokenizer.has_chat_template and not ignore_chat_template
+        tokens = encode(
+            tokenizer,
+            _messages(text, *((system_prompt, prefill_response) if chat else ())),
+            template=chat,
+            template_options=template_options,
+        )
+    tokens = gather(group, tokens)[0]  # a template may write the time of day into them
     if seed is not None:
         mx.random.seed(seed)
     wordy = verbose.lower() not in ("false", "f")
-    with readable_errors(), redirect_stdout(Printable(sys.stdout)):  # type: ignore[arg-type]
+    with readable_errors(), connected(), redirect_stdout(Printable(sys.stdout)):  # type: ignore[arg-type]
         answer = mlx_lm_generate(
             loaded,
             tokenizer,
             tokens,
             verbose=wordy,
             prompt_cache=decoding.empty_cache(loaded),
-            **decoding.options(),
+            **decoding.options(group),
         )
+    settle(group, generation_stream)
     if not wordy:
         print(printable(answer))
+
+
+def _read_prompt(prompt: str, *, ranks: int) -> str:
+    if prompt == "-":
+        if ranks > 1:  # mlx.launch never closes it
+            raise RecipeError("--prompt -: there is no standard input under mlx.launch")
+        return sys.stdin.read()
+    # A shell passes on \n and \t as two characters each; mlx_lm.generate reads them so, too.
+    return prompt.replace("\\n", "\n").replace("\\t", "\t")
+
+
+def _messages(
+    text: str, system_prompt: str | None = None, begun: str | None = None
+) -> list[dict[str, str]]:
+    turns = (("system", system_prompt), ("user", text), ("assistant", begun))
+    return [{"role": role, "content": said} for role, said in turns if said is not None]
 
 
 def _json_object(option: str, text: str | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from splitquant_mlx import blas
+from splitquant_mlx.cli.launched import launched_rank
 from splitquant_mlx.errors import RecipeError, SourceError
 
 DEFAULT_MODEL = "mlx_model"
@@ -59,7 +60,7 @@ def start(device: str | None) -> None:
         raise RecipeError("--device gpu: mlx finds no GPU on this machine: use --device cpu")
     if device is not None:
         mx.set_default_device(mx.Device(getattr(mx, device)))
-    if found is False and mx.default_device() == mx.cpu:
+    if found is False and mx.default_device() == mx.cpu and not launched_rank():
         print(f"note: {blas.ADVICE}", file=sys.stderr)
 
 

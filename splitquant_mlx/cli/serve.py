@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 import typer
 
+from splitquant_mlx.cli.launched import join
 from splitquant_mlx.cli.options import (
     DEFAULT_MODEL,
     Device,
@@ -57,9 +58,12 @@ def serve(
         max_concurrent=max_concurrent,
         request_timeout_s=request_timeout,
     )
-    check_model(model)
     start(device)
+    from splitquant_mlx.distributed import together
     from splitquant_mlx.serve import serve as serve_model
+
+    with together(join()):
+        check_model(model)
 
     def announce(url: str) -> None:
         if warning := _warning(url, api_key):

@@ -20,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from splitquant_mlx.distributed import Group, alone, gather
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluate.journal import Journal
 from splitquant_mlx.evaluate.loglikelihood import BATCH_TOKENS, Pair, context_length, score
@@ -72,6 +73,7 @@ def evaluate_arc(
     batch_tokens: int = BATCH_TOKENS,
     journal: Path | None = None,
     model_hash: str | None = None,
+    group: Group | None = None,
     progress: Progress | None = None,
 ) -> ArcResult:
     """Have a model answer questions, after none or some solved examples.
@@ -88,6 +90,7 @@ def evaluate_arc(
         journal: file to keep the answers in. A run with the same model, prompts and versions goes
             on from there; any other begins the file afresh.
         model_hash: names the model in the journal; see `reference.model_hash`.
+        group: ranks that share the work, each with a journal of its own, and have one result.
         progress: told how many questions have been answered.
 
     Raises:
@@ -115,7 +118,7 @@ def evaluate_arc(
         progress.task(f"Answering {task}", len(questions)) as advance,
     ):
         answers = {question.id: question.answer for question in questions}
-        rated = _rate(model, prompts, answers, batch_tokens, kept, advance)
+        rated = _rate(model, prompts, answers, batch_tokens, kept, group, advance)
     return _result(task, protocol, num_shots, questions, rated)
 
 
@@ -125,25 +128,38 @@ def _rate(
     answers: dict[str, int],
     batch_tokens: int,
     journal: Journal | None,
+    group: Group | None,
     advance: Advance,
 ) -> dict[str, list[float]]:
     """Return the log-likelihoods of every question's options, nats, by the question's id."""
-    rated = {done["id"]: done["loglikelihoods"] for done in journal.done} if journal else {}
+    own = {done["id"]: done["loglikelihoods"] for done in journal.done} if journal else {}
+    rated = {name: values for done in gather(group, own) for name, values in done.items()}
     right = sum(values.index(max(values)) == answers[name] for name, values in rated.items())
     advance(len(rated))
     left = {name: pairs for name, pairs in prompts.items() if name not in rated}
     options = [(name, option) for name, pairs in left.items() for option in range(len(pairs))]
     partial: dict[str, dict[int, float]] = {name: {} for name in left}
     pairs = [left[name][option] for name, option in options]
-    for index, found in score(model, pairs, batch_tokens=batch_tokens):
+
+    def note(index: int, loglikelihood: float) -> None:
+        nonlocal right
         name, option = options[index]
-        partial[name][option] = found.loglikelihood
-        if len(partial[name]) == len(left[name]):
-            rated[name] = [value for _, value in sorted(partial[name].items())]
-            if journal:
-                journal.append({"id": name, "loglikelihoods": rated[name]})
-            right += rated[name].index(max(rated[name])) == answers[name]
-            advance(1, f"{right / len(rated):.1%} right")
+        partial[name][option] = loglikelihood
+        if name in rated or len(partial[name]) < len(left[name]):
+            return
+        rated[name] = [value for _, value in sorted(partial[name].items())]
+        if journal:
+            journal.append({"id": name, "loglikelihoods": rated[name]})
+        right += rated[name].index(max(rated[name])) == answers[name]
+        advance(1, f"{right / len(rated):.1%} right")
+
+    found = []
+    for index, score_ in score(model, pairs, batch_tokens=batch_tokens, group=group):
+        found.append((index, score_.loglikelihood))
+        note(*found[-1])
+    for share in [] if alone(group) else gather(group, found):
+        for index, loglikelihood in share:
+            note(index, loglikelihood)
     return rated
 
 

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from splitquant_mlx.distributed import Group, collect
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluate.reference import Reference
 from splitquant_mlx.evaluate.scoring import log_probabilities_of, log_probability_blocks
@@ -41,27 +42,38 @@ class Divergence:
 
 
 def measure_divergence(
-    model: nn.Module, reference: Reference, *, progress: Progress | None = None
+    model: nn.Module,
+    reference: Reference,
+    *,
+    group: Group | None = None,
+    progress: Progress | None = None,
 ) -> Divergence:
     """Compare a model with a reference over all next-token predictions of its windows.
 
     Args:
         model: one of mlx-lm's, best after `scoring.for_scoring`.
         reference: see `reference.open_reference`.
+        group: ranks that share the work and have one result; `reference` has the windows that
+            were dealt to this one.
         progress: told how many predictions have been compared.
 
     Raises:
         RecipeError: when the two models do not share a vocabulary.
         SplitQuantError: when the reference is needed and cannot be loaded.
     """
-    with (progress or Silent()).task("Measuring divergence", reference.windows.size) as advance:
+    windows = reference.windows
+    with (progress or Silent()).task("Measuring divergence", windows.size) as advance:
 
         def blocks() -> Iterator[mx.array]:
-            for block in log_probability_blocks(model, reference.windows):
+            for block in log_probability_blocks(model, windows):
                 yield block
                 advance(block.shape[0])
 
-        return divergence(reference, blocks())
+        kl, same = _compare(reference, blocks())
+    return _divergence(
+        np.concatenate(collect(group, kl.reshape(windows.shape).tolist())),
+        np.concatenate(collect(group, same.reshape(windows.shape).tolist())),
+    )
 
 
 def log_probabilities(model: nn.Module, tokens: list[int]) -> mx.array:
@@ -75,6 +87,13 @@ def divergence(reference: Iterable[mx.array], model: Iterable[mx.array]) -> Dive
     Raises:
         RecipeError: when there is nothing to compare, or the vocabularies differ.
     """
+    return _divergence(*_compare(reference, model))
+
+
+def _compare(
+    reference: Iterable[mx.array], model: Iterable[mx.array]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the KL divergence of every position, nats, and whether both agree on the top token."""
     kl, same = [], []
     for p, q in zip(reference, model, strict=True):
         if p.shape != q.shape:
@@ -86,15 +105,18 @@ def divergence(reference: Iterable[mx.array], model: Iterable[mx.array]) -> Dive
         same.append(np.array(mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1)))
     if not kl:
         raise RecipeError("there are no predictions to compare: give a text")
-    values = np.concatenate(kl).astype(np.float64)
-    count = len(values)
+    return np.concatenate(kl).astype(np.float64), np.concatenate(same)
+
+
+def _divergence(kl: np.ndarray, same: np.ndarray) -> Divergence:
+    count = len(kl)
     return Divergence(
         positions=count,
-        kl_mean=float(values.mean()),
-        kl_median=float(np.median(values)),
-        kl_p99=float(np.percentile(values, 99)),
-        top1_agreement=float(np.concatenate(same).mean()),
-        standard_error=float(values.std(ddof=1)) / math.sqrt(count) if count > 1 else math.nan,
+        kl_mean=float(kl.mean()),
+        kl_median=float(np.median(kl)),
+        kl_p99=float(np.percentile(kl, 99)),
+        top1_agreement=float(same.mean()),
+        standard_error=float(kl.std(ddof=1)) / math.sqrt(count) if count > 1 else math.nan,
     )
 
 

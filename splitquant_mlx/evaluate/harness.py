@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.nn as nn
 
+from splitquant_mlx.distributed import Group, collect, deal, gather
 from splitquant_mlx.errors import RecipeError, one_line
 from splitquant_mlx.evaluate.loglikelihood import (
     BATCH_TOKENS,
@@ -40,6 +41,7 @@ class SplitQuantLM(TemplateLM):
         model: one of mlx-lm's, best after `scoring.for_scoring`.
         tokenizer: mlx-lm's TokenizerWrapper.
         batch_tokens: see `loglikelihood.score`.
+        group: ranks that share the answering of the requests, and all have the answers.
         progress: told how many requests have been answered.
     """
 
@@ -49,12 +51,14 @@ class SplitQuantLM(TemplateLM):
         tokenizer: Any,
         *,
         batch_tokens: int = BATCH_TOKENS,
+        group: Group | None = None,
         progress: Progress | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.batch_tokens = batch_tokens
+        self.group = group
         self.progress = progress or Silent()
         self.max_length = context_length(model) or DEFAULT_LENGTH
 
@@ -119,12 +123,13 @@ class SplitQuantLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the model's continuation of each prompt, up to a stop string or the length."""
-        with self.progress.task("Generating", len(requests)) as advance:
+        mine = deal(self.group, requests)
+        with self.progress.task("Generating", len(mine)) as advance:
             answers = []
-            for request in requests:
+            for request in mine:
                 answers.append(self._generate(*request.args))
                 advance(1)
-        return answers
+        return collect(self.group, answers)
 
     def _generate(self, prompt: str, settings: dict[str, Any]) -> str:
         from lm_eval.models.utils import (
@@ -169,9 +174,16 @@ class SplitQuantLM(TemplateLM):
 
     def _score(self, pairs: Sequence[Pair]) -> list[Score]:
         """Return the scores in the pairs' order."""
-        scored = dict(
-            score(self.model, pairs, batch_tokens=self.batch_tokens, progress=self.progress)
-        )
+        options: Any = {"batch_tokens": self.batch_tokens, "progress": self.progress}
+        mine = [
+            (index, found.loglikelihood, found.is_greedy)
+            for index, found in score(self.model, pairs, group=self.group, **options)
+        ]
+        scored = {
+            index: Score(loglikelihood=loglikelihood, is_greedy=is_greedy)
+            for share in gather(self.group, mine)
+            for index, loglikelihood, is_greedy in share
+        }
         return [scored[index] for index in range(len(pairs))]
 
 
@@ -184,6 +196,7 @@ def run_task(
     limit: int | None = None,
     chat_template: bool = False,
     batch_tokens: int = BATCH_TOKENS,
+    group: Group | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run a task of lm-evaluation-harness and return what its `simple_evaluate` does.
@@ -196,6 +209,7 @@ def run_task(
         limit: number of requests to answer, from the start; None is all.
         chat_template: put the requests in the tokenizer's chat template.
         batch_tokens: see `loglikelihood.score`.
+        group: ranks that share the work, and all have the results.
         progress: told how many requests have been answered.
 
     Raises:
@@ -210,7 +224,7 @@ def run_task(
         raise RecipeError(f"lm-evaluation-harness has no task {task!r}: see `lm-eval ls tasks`")
     if chat_template and not tokenizer.has_chat_template:
         raise RecipeError("chat_template: the tokenizer has none")
-    lm = SplitQuantLM(model, tokenizer, batch_tokens=batch_tokens, progress=progress)
+    lm = SplitQuantLM(model, tokenizer, batch_tokens=batch_tokens, group=group, progress=progress)
     try:
         results = simple_evaluate(
             model=lm,

@@ -22,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from splitquant_mlx.distributed import Group, deal
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluate.scoring import block_rows, token_array
 from splitquant_mlx.progress import Progress, Silent
@@ -32,7 +33,7 @@ SLACK = 16  # the contexts of a batch differ in length by a sixteenth at most
 
 Tokens = tuple[int, ...]
 Pair = tuple[Sequence[int], Sequence[int]]
-Group = tuple[Tokens, list[tuple[int, Tokens]]]  # a context; its continuations with their index
+Choice = tuple[Tokens, list[tuple[int, Tokens]]]  # a context; its continuations with their index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ def score(
     pairs: Sequence[Pair],
     *,
     batch_tokens: int = BATCH_TOKENS,
+    group: Group | None = None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[int, Score]]:
     """Yield the index and the score of each (context, continuation), the longest contexts first.
@@ -65,6 +67,7 @@ def score(
         pairs: tokens of the context, at least one, and of the continuation; see `fit`.
         batch_tokens: how many tokens to hold in memory at a time, those in the cache included; a
             single pair may be longer.
+        group: ranks among which the batches are dealt out; only those of this one are scored.
         progress: told how many pairs have been scored.
 
     Raises:
@@ -92,7 +95,7 @@ def score(
     with (progress or Silent()).task("Scoring", len(pairs)) as advance:
         prefix = _common_prefix(groups) if runner.shares else 0
         opening = runner.extend(runner.empty(), [0], [groups[0][0][:prefix]])
-        for batch in _batches(groups, batch_tokens):
+        for batch in deal(group, list(_batches(groups, batch_tokens))):
             for index, found in _score_batch(runner, opening, prefix, batch):
                 yield index, found
                 advance(1)
@@ -126,7 +129,7 @@ def context_length(model: nn.Module) -> int | None:
     return length if isinstance(length, int) and length > 0 else None
 
 
-def _common_prefix(groups: list[Group]) -> int:
+def _common_prefix(groups: list[Choice]) -> int:
     """Return how many tokens all contexts begin with, leaving one or more of each."""
     contexts = [context for context, _ in groups]
     first, last = min(contexts), max(contexts)  # in lexical order, so those between agree too
@@ -134,9 +137,9 @@ def _common_prefix(groups: list[Group]) -> int:
     return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
-def _batches(groups: list[Group], batch_tokens: int) -> Iterator[list[Group]]:
+def _batches(groups: list[Choice], batch_tokens: int) -> Iterator[list[Choice]]:
     """Yield contexts, sorted from long to short, in batches of similar length."""
-    batch: list[Group] = []
+    batch: list[Choice] = []
     for group in groups:
         if batch:
             longest = len(batch[0][0])
@@ -206,7 +209,7 @@ class _Runner:
 
 
 def _score_batch(
-    runner: _Runner, opening: list[Any], prefix: int, batch: list[Group]
+    runner: _Runner, opening: list[Any], prefix: int, batch: list[Choice]
 ) -> Iterator[tuple[int, Score]]:
     """Yield the scores of all continuations of a batch of contexts."""
     shared = min(len(context) for context, _ in batch) - 1 if runner.shares else 0

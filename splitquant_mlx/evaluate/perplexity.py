@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from splitquant_mlx.distributed import Group, collect, deal
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluate.scoring import block_rows, logit_blocks, token_array
 from splitquant_mlx.progress import Progress, Silent
@@ -52,6 +53,7 @@ def measure_perplexity(
     *,
     context_length: int = 512,
     stride: int | None = None,
+    group: Group | None = None,
     progress: Progress | None = None,
 ) -> Perplexity:
     """Measure the perplexity of `tokens`; the windows of a batch are as many as memory allows.
@@ -62,6 +64,7 @@ def measure_perplexity(
         context_length: tokens of a window; more than the model was trained for tells nothing.
         stride: tokens from one window's start to the next one's; None is `context_length`. Half
             of it doubles the work and gives every token half a window of context or more.
+        group: ranks that share the work, batch by batch, and have one result.
         progress: told how many tokens have been scored.
 
     Raises:
@@ -73,15 +76,17 @@ def measure_perplexity(
     _check(len(array), context_length, stride)
     windows = list(_windows(len(array), context_length, stride))
     batch_size = max(1, block_rows(vocabulary) // context_length)
-    total = sum(length - first for _, length, first in windows)
-    values = []
+    batches = deal(group, list(_batches(windows, batch_size)))
+    total = sum(len(starts) * (length - first) for starts, length, first in batches)
+    values: list[list[float]] = []
     with (progress or Silent()).task("Measuring perplexity", total) as advance:
-        for starts, length, first in _batches(windows, batch_size):
+        for starts, length, first in batches:
             texts = np.stack([array[start : start + length] for start in starts])
+            values.append([])
             for nll in _negative_log_likelihoods(model, texts, vocabulary, first):
-                values.append(nll)
+                values[-1] += nll.tolist()
                 advance(nll.size)
-    nll = np.concatenate(values).astype(np.float64)
+    nll = np.concatenate(collect(group, values))
     mean = float(nll.mean())
     # a ruined model's exp may not fit a float
     perplexity = math.exp(mean) if mean < 709 else math.inf if mean >= 709 else math.nan
