@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,8 +16,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
-METHODS = ("splitquant", "rtn", "imatrix", "gptq")
-CALIBRATED = ("imatrix", "gptq")
+METHODS = ("splitquant", "rtn", "imatrix", "gptq", "auto")
+CALIBRATED = ("imatrix", "gptq", "auto")
 SELF = "self"  # calibration on text that the model writes
 GRANULARITIES = ("group", "channel", "tensor")
 BITS = (2, 3, 4, 5, 6, 8)
@@ -36,8 +37,8 @@ class Recipe:
     Attributes:
         method: "splitquant" (k-means split, then affine quantization of every part), "rtn"
             (round to nearest, what `mlx_lm.convert -q` does), "imatrix" (rtn with scales fitted
-            under the importance of the inputs) or "gptq" (codes that make up for each other's
-            errors as well).
+            under the importance of the inputs), "gptq" (codes that make up for each other's errors
+            as well) or "auto" (gptq with bits and group size chosen for each layer).
         bits: bits of a code; None takes the mode's own (4, mxfp8: 8).
         group_size: inputs that share scales and biases; None takes the mode's own (affine: 64).
         granularity: one scale a "group", a "channel" (output row) or a "tensor" (part).
@@ -58,6 +59,8 @@ class Recipe:
         sequence_length: tokens of each.
         seed: of the text that the model writes.
         sweeps: rounds of coordinate descent of gptq.
+        target_bpw: bits/weight of what auto quantizes, embeddings and lm_head among it.
+        max_kl: or the KL divergence, nats a token, that auto is to stay below.
     """
 
     method: str = "splitquant"
@@ -79,6 +82,8 @@ class Recipe:
     sequence_length: int | None = None
     seed: int | None = None
     sweeps: int | None = None
+    target_bpw: float | None = None
+    max_kl: float | None = None
 
     def __post_init__(self):
         _require_choice("method", self.method, METHODS)
@@ -135,18 +140,24 @@ class Recipe:
 
     def _check_calibration(self) -> None:
         own = {"calibration": SELF, "num_samples": 96, "sequence_length": 256, "seed": 0}
-        if self.method == "gptq":
+        if self.method != "imatrix":
             own["sweeps"] = 3
         if self.method in CALIBRATED:
             if self.mode != "affine" or self.granularity != "group":
                 raise RecipeError(
                     f"method {self.method!r} has mode 'affine' and granularity 'group' only"
                 )
-            self._fill(embedding_bits=6, **own)
+            if self.method == "auto":
+                self._check_target()
+            else:
+                self._fill(embedding_bits=6)
+            self._fill(**own)
             if type(self.calibration) is not str or not self.calibration:
                 raise RecipeError(
                     f"calibration: wanted 'self' or a text file, got {self.calibration!r}"
                 )
+        if self.method != "auto" and (self.target_bpw, self.max_kl) != (None, None):
+            raise RecipeError(f"target_bpw and max_kl are for method 'auto', got {self.method!r}")
         least = {"num_samples": 1, "sequence_length": 2, "seed": 0, "sweeps": 0}
         for name in ("calibration", *least):
             value = getattr(self, name)
@@ -157,6 +168,19 @@ class Recipe:
                     raise RecipeError(
                         f"{name}: wanted a whole number of {least[name]} or more, got {value!r}"
                     )
+
+    def _check_target(self) -> None:
+        if self.max_kl is None:
+            self._fill(target_bpw=4.5)
+        for name, least, most in (("target_bpw", 3.0, 16.0), ("max_kl", 0.0, math.inf)):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if type(value) not in (int, float) or not least < value < most:
+                raise RecipeError(f"{name}: wanted a number over {least:g}, got {value!r}")
+            object.__setattr__(self, name, float(value))
+        if self.target_bpw is not None and self.max_kl is not None:
+            raise RecipeError("target_bpw and max_kl: give one of the two")
 
     def _fill(self, **defaults: Any) -> None:
         for name, value in defaults.items():

@@ -57,9 +57,9 @@ class Pass:
         block = self.blocks[index]
         block.update(tree_map(lambda array: mx.array(0), block.parameters()))
 
-    def finish(self, batch: int) -> mx.array:
-        """Return the model's output for the states after the last block; not evaluated yet."""
-        state = self.states[batch]
+    def finish(self, batch: int, state: mx.array | None = None) -> mx.array:
+        """Return the output for `state`, or the states after the last block; not evaluated yet."""
+        state = self.states[batch] if state is None else state
         with _replaced(self.blocks, lambda *call: state):
             return self.model(mx.zeros(state.shape[:2], mx.int32))
 

@@ -1,0 +1,113 @@
+"""Choose bits and group size of every layer, for a target of bits/weight or of KL divergence."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from splitquant_mlx.allocate import allocate
+from splitquant_mlx.calibrate.sensitivity import Option, predict_divergence
+from splitquant_mlx.calibrate.tokens import calibration_tokens
+from splitquant_mlx.checkpoint import open_checkpoint
+from splitquant_mlx.loader import load_model
+from splitquant_mlx.plan import LayerPlan, make_plan
+from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.recipe import Recipe
+
+OPTIONS: tuple[Option, ...] = ((3, 64), (3, 32), (4, 64), (4, 32), (5, 64), (6, 64), (8, 64))
+# what sensitivities are measured on; more made no difference to the choice
+TOKENS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """Hold chosen bits, and what they are expected to cost.
+
+    Attributes:
+        recipe: a "gptq" recipe with the bits and group size of every layer.
+        bits_per_weight: stored bits over entries of the layers that are quantized.
+        divergence: predicted KL divergence of each layer alone, nats a token. The sum predicts the
+            model's, for scales fitted under the importance; gptq's compensation is not in it.
+        nbytes: stored size of each layer, bytes.
+    """
+
+    recipe: Recipe
+    bits_per_weight: float
+    divergence: Mapping[str, float]
+    nbytes: Mapping[str, float]
+
+
+def choose_bits(directory: Path, recipe: Recipe, progress: Progress | None = None) -> Forecast:
+    """Choose for the model in `directory` what an "auto" recipe asks for.
+
+    Raises:
+        RecipeError: when the target is out of reach, or the model cannot be calibrated.
+        SplitQuantError: when the model or the calibration text cannot be used.
+    """
+    progress = progress or Silent()
+    checkpoint = open_checkpoint(directory)
+    chosen = dataclasses.replace(recipe, method="gptq", target_bpw=None, max_kl=None)
+    plan = make_plan(chosen, checkpoint.model, checkpoint.config.get("vocab_size"))
+    layers = {
+        path: layer
+        for path, layer in plan.layers.items()
+        if layer.action == "quantize" and layer.kind != "experts"
+    }
+    options = {path: _options(layer, recipe) for path, layer in layers.items()}
+    tokens = calibration_tokens(directory, chosen, progress)
+    texts = max(1, TOKENS // tokens.shape[1])
+    divergence = predict_divergence(
+        load_model(directory, lazy=True),
+        tokens[:texts],
+        options,
+        seed=chosen.seed or 0,
+        progress=progress,
+    )
+    overhead = _scale_bits(chosen, checkpoint.config)
+    stored = {
+        path: {
+            (bits, size): math.prod(layers[path].shape) * (bits + overhead / size)
+            for bits, size in options[path]
+        }
+        for path in layers
+    }
+    entries = sum(math.prod(layer.shape) for layer in layers.values())
+    if recipe.max_kl is not None:
+        found = allocate(stored, divergence, recipe.max_kl)
+    else:
+        found = allocate(divergence, stored, (recipe.target_bpw or 0) * entries)
+    return Forecast(
+        recipe=dataclasses.replace(
+            chosen,
+            layers={
+                path: {"bits": bits, "group_size": size} for path, (bits, size) in found.items()
+            },
+        ),
+        bits_per_weight=sum(stored[path][option] for path, option in found.items()) / entries,
+        divergence={path: divergence[path][option] for path, option in found.items()},
+        nbytes={path: stored[path][option] / 8 for path, option in found.items()},
+    )
+
+
+def _options(layer: LayerPlan, recipe: Recipe) -> list[Option]:
+    """Return what may be chosen for a layer: what the recipe fixes for it is not."""
+    own = recipe.layers.get(layer.path, {})
+    bits = own.get("bits")
+    if layer.kind in ("embedding", "lm_head"):
+        bits = bits or recipe.embedding_bits
+    size = own.get("group_size")
+    found = [
+        option
+        for option in OPTIONS
+        if layer.shape[-1] % option[1] == 0
+        and (bits is None or option[0] == bits)
+        and (size is None or option[1] == size)
+    ]
+    return found or [(layer.bits or 0, layer.group_size or 0)]
+
+
+def _scale_bits(recipe: Recipe, config: Mapping[str, object]) -> int:
+    """Return the bits of a scale and a bias together, which have the type of the weights."""
+    dtype = recipe.dtype or config.get("torch_dtype") or config.get("dtype")
+    return 64 if dtype == "float32" else 32
