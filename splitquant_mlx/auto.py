@@ -13,7 +13,7 @@ from splitquant_mlx.checkpoint import open_checkpoint
 from splitquant_mlx.loader import load_model
 from splitquant_mlx.plan import LayerPlan, make_plan
 from splitquant_mlx.progress import Progress, Silent
-from splitquant_mlx.recipe import Recipe
+from splitquant_mlx.recipe import Calibration, Recipe
 
 OPTIONS: tuple[Option, ...] = ((3, 64), (3, 32), (4, 64), (4, 32), (5, 64), (6, 64), (8, 64))
 # what sensitivities are measured on; more made no difference to the choice
@@ -55,13 +55,14 @@ def choose_bits(directory: Path, recipe: Recipe, progress: Progress | None = Non
         if layer.action == "quantize" and layer.kind != "experts"
     }
     options = {path: _options(layer, recipe) for path, layer in layers.items()}
-    tokens = calibration_tokens(directory, chosen, progress)
+    calibration = chosen.calibration or Calibration()
+    tokens = calibration_tokens(directory, calibration, progress)
     texts = max(1, TOKENS // tokens.shape[1])
     divergence = predict_divergence(
         load_model(directory, lazy=True),
         tokens[:texts],
         options,
-        seed=chosen.seed or 0,
+        seed=calibration.seed,
         progress=progress,
     )
     overhead = _scale_bits(chosen, checkpoint.config)

@@ -13,7 +13,7 @@ range of round to nearest is one of them, so the result is never worse than it.
 
 import mlx.core as mx
 
-from splitquant_mlx.affine import Quantized, dequantize, pack
+from splitquant_mlx.affine import Quantized, pack
 
 SHRINKS = (1.0, 0.9, 0.8)
 REFITS = 4
@@ -90,12 +90,6 @@ def nearest_codes(w: mx.array, scales: mx.array, biases: mx.array, bits: int) ->
     """Return the nearest codes (out, groups, group_size), as floats, for the stored scales."""
     grouped = w.astype(mx.float32).reshape(*scales.shape, -1)
     return _codes(grouped, scales.astype(mx.float32), biases.astype(mx.float32), 2**bits - 1)
-
-
-def weighted_error(w: mx.array, quantized: Quantized, importance: mx.array, **settings: int) -> float:
-    """Return sum h (w - w_hat)^2 over all entries, float32."""
-    difference = w.astype(mx.float32) - dequantize(quantized, **settings)
-    return mx.sum(mx.sum(difference * difference * importance, axis=-1)).item()  # type: ignore
 
 
 def _positive(h: mx.array) -> mx.array:

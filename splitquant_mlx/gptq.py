@@ -110,7 +110,7 @@ class Grid:
             own[group] = np.array(found.astype(mx.float32))[:, 0]
 
     def round(self, channel: int, wanted: np.ndarray) -> np.ndarray:
-        """Give a channel the codes nearest to `wanted` (out,); returns the values they stand for."""
+        """Give a channel the codes nearest to `wanted` (out,); returns what they stand for."""
         group = channel // self.group_size
         scale, bias = self.scales[group], self.biases[group]
         codes = np.rint((wanted - bias) / scale)

@@ -32,7 +32,7 @@ from splitquant_mlx.loader import load_model
 from splitquant_mlx.manifest import LayerRecord, Manifest
 from splitquant_mlx.plan import LayerPlan, Plan, make_plan, parameter_names
 from splitquant_mlx.progress import Progress, Silent
-from splitquant_mlx.recipe import DTYPES, Recipe
+from splitquant_mlx.recipe import DTYPES, Calibration, Recipe
 from splitquant_mlx.save import check_target, copy_companions, require_space, staged, write_config
 from splitquant_mlx.shards import MAX_SHARD_BYTES, ShardWriter
 from splitquant_mlx.source import Source, resolve
@@ -111,7 +111,7 @@ def _moments(directory: Path, plan: Plan, progress: Progress) -> Moments | None:
     paths = [path for path, layer in plan.layers.items() if layer.fit != "rtn"]
     if not paths:
         return None
-    tokens = calibration_tokens(directory, plan.recipe, progress)
+    tokens = calibration_tokens(directory, plan.recipe.calibration or Calibration(), progress)
     moment = gram if plan.recipe.method == "gptq" else mean_square
     return Moments(load_model(directory, lazy=True), tokens, paths, moment)
 

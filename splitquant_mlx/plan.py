@@ -74,8 +74,8 @@ def make_plan(recipe: Recipe, model: nn.Module, vocab_size: int | None = None) -
             layers[path] = _plan_layer(recipe, path, kind, modules[path], predicate, tied)
     if unknown := [path for path in recipe.layers if path not in layers]:
         raise RecipeError(
-            f"the recipe has settings for {unknown[0]!r}, which is no layer of this model: take the "
-            "recipe that was made for it"
+            f"the recipe has settings for {unknown[0]!r}, which is no layer of this model: take "
+            "the recipe that was made for it"
         )
     plan = Plan(recipe=recipe, layers=layers)
     _require_fit(plan)

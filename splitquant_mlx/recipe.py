@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from splitquant_mlx.errors import RecipeError
 
@@ -28,6 +28,30 @@ EMBEDDINGS = ("keep", "quantize")
 LM_HEAD = ("keep", "quantize", "split")
 # mode -> (group_size, bits): the pairs mlx's kernels know; affine takes any of the above
 MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
+Built = TypeVar("Built")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Say on what text the inputs of a model's layers are measured.
+
+    Attributes:
+        text: "self" (what the model itself writes) or a file: .jsonl, .parquet, plain text.
+        num_samples: texts.
+        sequence_length: tokens of each.
+        seed: of what the model writes.
+    """
+
+    text: str = SELF
+    num_samples: int = 96
+    sequence_length: int = 256
+    seed: int = 0
+
+    def __post_init__(self):
+        if type(self.text) is not str or not self.text:
+            raise RecipeError(f"calibration: wanted 'self' or a text file, got {self.text!r}")
+        for name, least in (("num_samples", 1), ("sequence_length", 2), ("seed", 0)):
+            _require_whole(name, getattr(self, name), least)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +78,8 @@ class Recipe:
         embedding_bits: bits of embeddings and lm_head where they are quantized; None is 6 for
             imatrix and gptq, as in mlx_lm.gptq, and else `bits`.
         layers: settings of single layers, by path: {"bits": ..., "group_size": ...}.
-        calibration: "self" (text that the model writes) or a text file; for imatrix and gptq.
-        num_samples: texts to calibrate on.
-        sequence_length: tokens of each.
-        seed: of the text that the model writes.
-        sweeps: rounds of coordinate descent of gptq.
+        calibration: what imatrix, gptq and auto are calibrated on.
+        sweeps: rounds of coordinate descent of gptq and auto; None is 3.
         target_bpw: bits/weight of what auto quantizes, embeddings and lm_head among it.
         max_kl: or the KL divergence, nats a token, that auto is to stay below.
     """
@@ -77,10 +98,7 @@ class Recipe:
     exclude: tuple[str, ...] = ()
     embedding_bits: int | None = None
     layers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    calibration: str | None = None
-    num_samples: int | None = None
-    sequence_length: int | None = None
-    seed: int | None = None
+    calibration: Calibration | None = None
     sweeps: int | None = None
     target_bpw: float | None = None
     max_kl: float | None = None
@@ -139,35 +157,32 @@ class Recipe:
                 _require_choice(f"layers.{path}.{name}", value, choices[name])
 
     def _check_calibration(self) -> None:
-        own = {"calibration": SELF, "num_samples": 96, "sequence_length": 256, "seed": 0}
-        if self.method != "imatrix":
-            own["sweeps"] = 3
-        if self.method in CALIBRATED:
-            if self.mode != "affine" or self.granularity != "group":
-                raise RecipeError(
-                    f"method {self.method!r} has mode 'affine' and granularity 'group' only"
-                )
-            if self.method == "auto":
-                self._check_target()
-            else:
-                self._fill(embedding_bits=6)
-            self._fill(**own)
-            if type(self.calibration) is not str or not self.calibration:
-                raise RecipeError(
-                    f"calibration: wanted 'self' or a text file, got {self.calibration!r}"
-                )
-        if self.method != "auto" and (self.target_bpw, self.max_kl) != (None, None):
-            raise RecipeError(f"target_bpw and max_kl are for method 'auto', got {self.method!r}")
-        least = {"num_samples": 1, "sequence_length": 2, "seed": 0, "sweeps": 0}
-        for name in ("calibration", *least):
-            value = getattr(self, name)
-            if name not in own and value is not None or self.method not in CALIBRATED and value:
-                raise RecipeError(f"{name} is not for method {self.method!r}, got {value!r}")
-            if name in own and name in least and self.method in CALIBRATED:
-                if type(value) is not int or value < least[name]:
-                    raise RecipeError(
-                        f"{name}: wanted a whole number of {least[name]} or more, got {value!r}"
-                    )
+        calibrated = self.method in CALIBRATED
+        allowed = {
+            "calibration": calibrated,
+            "sweeps": calibrated and self.method != "imatrix",
+            "target_bpw": self.method == "auto",
+            "max_kl": self.method == "auto",
+        }
+        for name, may_be in allowed.items():
+            if getattr(self, name) is not None and not may_be:
+                raise RecipeError(f"{name} is not for method {self.method!r}")
+        if not calibrated:
+            return
+        if self.mode != "affine" or self.granularity != "group":
+            raise RecipeError(f"method {self.method!r} has mode 'affine', granularity 'group' only")
+        self._fill(calibration=Calibration())
+        if isinstance(self.calibration, Mapping):
+            object.__setattr__(self, "calibration", _build(Calibration, self.calibration))
+        if not isinstance(self.calibration, Calibration):
+            raise RecipeError(f"calibration: wanted a table, got {self.calibration!r}")
+        if allowed["sweeps"]:
+            self._fill(sweeps=3)
+            _require_whole("sweeps", self.sweeps, 0)
+        if self.method == "auto":
+            self._check_target()
+        else:
+            self._fill(embedding_bits=6)
 
     def _check_target(self) -> None:
         if self.max_kl is None:
@@ -199,20 +214,28 @@ class Recipe:
         """Return the settings as TOML text that `load_recipe` reads back."""
         values = self.to_dict()
         layers = values.pop("layers", {})
-        tables = [("", values), *((f"[layers.{_toml(path)}]\n", own) for path, own in layers.items())]
+        tables = {"": values}
+        if calibration := values.pop("calibration", None):
+            tables["[calibration]\n"] = calibration
+        tables |= {f"[layers.{_toml(path)}]\n": own for path, own in layers.items()}
         return "\n".join(
             head + "".join(f"{key} = {_toml(value)}\n" for key, value in table.items())
-            for head, table in tables
+            for head, table in tables.items()
         )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
         """Build a recipe from plain values. Raises RecipeError for unknown keys and bad values."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                raise RecipeError(f"unknown recipe key {key!r}: known are {', '.join(known)}")
-        return cls(**values)
+        return _build(cls, values)
+
+
+def _build(kind: type[Built], values: Mapping[str, Any]) -> Built:
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            name = kind.__name__.lower()
+            raise RecipeError(f"unknown {name} key {key!r}: known are {', '.join(known)}")
+    return kind(**values)
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -232,6 +255,11 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"recipe {path}: {exc.strerror or exc}") from exc
     except (ValueError, RecursionError) as exc:  # TOML, UTF-8, too long a number, too deep
         raise RecipeError(f"recipe {path} is not valid TOML: {exc}") from exc
+
+
+def _require_whole(name: str, value: object, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise RecipeError(f"{name}: wanted a whole number of {least} or more, got {value!r}")
 
 
 def _toml(value: Any) -> str:

@@ -38,15 +38,15 @@ class Pass:
     states: list[mx.array]
     calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
 
-    def run(self, index: int, batch: int) -> mx.array:
-        """Return what block `index` makes of a batch; not evaluated yet."""
+    def run(self, index: int, batch: int, state: mx.array) -> mx.array:
+        """Return what block `index` makes of the `state` of a batch; not evaluated yet."""
         args, kwargs = self.calls[index][batch]
-        return self.blocks[index](self.states[batch], *args, **kwargs)
+        return self.blocks[index](state, *args, **kwargs)
 
     def advance(self, index: int, after: Callable[[], None] | None = None) -> None:
         """Take all texts through block `index`; `after` is called after each batch."""
         for batch in range(len(self.states)):
-            state = self.run(index, batch)
+            state = self.run(index, batch, self.states[batch])
             if after:
                 after()
             mx.eval(state)
@@ -57,9 +57,8 @@ class Pass:
         block = self.blocks[index]
         block.update(tree_map(lambda array: mx.array(0), block.parameters()))
 
-    def finish(self, batch: int, state: mx.array | None = None) -> mx.array:
-        """Return the output for `state`, or the states after the last block; not evaluated yet."""
-        state = self.states[batch] if state is None else state
+    def finish(self, state: mx.array) -> mx.array:
+        """Return the model's output for a state behind the last block; not evaluated yet."""
         with _replaced(self.blocks, lambda *call: state):
             return self.model(mx.zeros(state.shape[:2], mx.int32))
 
@@ -144,12 +143,13 @@ class Tap:
         shift: added to the output, for gradients with respect to it; None adds nothing.
     """
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: Any):
         self.layer = layer
         self.inputs: mx.array | None = None
         self.shift: mx.array | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Do as the layer does."""
         self.inputs = x
         y = self.layer(x)
         return y if self.shift is None else y + self.shift

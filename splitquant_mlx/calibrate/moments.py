@@ -66,8 +66,8 @@ class Moments:
         self._found = {}
         if index == len(self._prefixes):
             with tapped(self._pass.model, self.after_blocks) as taps:
-                for batch in range(len(self._pass.states)):
-                    self._pass.finish(batch)
+                for state in self._pass.states:
+                    self._pass.finish(state)
                     self._add(taps, "")
         else:
             block, prefix = self._pass.blocks[index], self._prefixes[index]

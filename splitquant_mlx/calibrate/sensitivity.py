@@ -15,7 +15,7 @@ p (1 - p) instead. An embedding that is looked up adds what its rows' errors do 
 Measured on six blocks of SmolLM2-135M, rtn 4-bit: predicted 0.1186, found 0.1186 nats.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -23,11 +23,12 @@ import mlx.nn as nn
 import numpy as np
 
 from splitquant_mlx.affine import dequantize
-from splitquant_mlx.calibrate.blocks import Pass, Tap, start_pass, tapped
+from splitquant_mlx.calibrate.blocks import Pass, start_pass, tapped
 from splitquant_mlx.fit import quantize_weighted
 from splitquant_mlx.progress import Progress
 
 Option = tuple[int, int]  # bits, group_size
+Options = Mapping[str, Sequence[Option]]
 ROWS = 256
 HEAD_ROWS = 2048
 
@@ -35,7 +36,7 @@ HEAD_ROWS = 2048
 def predict_divergence(
     model: nn.Module,
     tokens: np.ndarray,
-    options: dict[str, Sequence[Option]],
+    options: Options,
     *,
     seed: int,
     progress: Progress,
@@ -84,111 +85,108 @@ def predict_divergence(
 
 
 def _in_a_block(
-    run: Pass, index: int, options: dict[str, Sequence[Option]], gradients: list[mx.array]
+    run: Pass, index: int, options: Options, gradients: list[mx.array]
 ) -> tuple[dict[str, dict[Option, float]], list[mx.array]]:
     """Go back through a block: its layers' divergences, and the gradients at its input."""
     block = run.blocks[index]
     weights = {path: block_weight(block, path) for path in options}
-    sums: dict[str, list[tuple[mx.array, mx.array]]] = {path: [] for path in options}
+    fed: dict[str, list[mx.array]] = {path: [] for path in options}
+    back: dict[str, list[mx.array]] = {path: [] for path in options}
     before = []
     with tapped(block, list(options)) as taps:
         for batch, gradient in enumerate(gradients):
-            args, kwargs = run.calls[index][batch]
-            shapes = [(*run.states[batch].shape[:2], w.shape[0]) for w in weights.values()]
 
-            def forward(
-                state: mx.array, *shifts: mx.array, args: Any = args, kwargs: Any = kwargs
-            ) -> list[mx.array]:
+            def forward(state: mx.array, *shifts: mx.array, batch: int = batch) -> list[Any]:
                 for tap, shift in zip(taps.values(), shifts, strict=True):
                     tap.shift = shift
-                output = block(state, *args, **kwargs)
+                output = run.run(index, batch, state)
                 return [output, *(tap.inputs for tap in taps.values())]
 
             state = run.states[batch]
-            shifts = [mx.zeros(shape, state.dtype) for shape in shapes]
-            inputs = [mx.zeros((*shape[:2], w.shape[1]), state.dtype) for shape, w in zip(shapes, weights.values(), strict=True)]
-            outputs, (into, *shifted) = mx.vjp(forward, [state, *shifts], [gradient, *inputs])
+            # the shifts are asked for their gradients; the inputs come out, but are not asked for
+            shifts, unasked = (
+                [mx.zeros((*state.shape[:2], w.shape[axis]), state.dtype) for w in weights.values()]
+                for axis in (0, 1)
+            )
+            outputs, (into, *shifted) = mx.vjp(forward, [state, *shifts], [gradient, *unasked])
             mx.eval(outputs, into, shifted)
             before.append(into)
             for path, x, g in zip(options, outputs[1:], shifted, strict=True):
-                sums[path].append((_rows(x), _rows(g)))
-    for tap in taps.values():
-        tap.shift = tap.inputs = None
-    found = {}
-    for path, pairs in sums.items():
-        x, g = (mx.concatenate(list(arrays)) for arrays in zip(*pairs, strict=True))
-        w = weights[path]
-        step = max(1, w.shape[0] // ROWS)
-        share = w.shape[0] / len(range(0, w.shape[0], step))
-        g = g[:, ::step]
-
-        def divergence(error: mx.array, x: mx.array = x, g: mx.array = g) -> mx.array:
-            return mx.square((x @ error.T) * g).sum() / len(x) / 2
-
-        found[path] = _each(w[::step], mx.square(x).mean(0), options[path], divergence, share)
+                fed[path].append(_rows(x))
+                back[path].append(_rows(g))
+    found = {
+        path: _of_a_layer(
+            weights[path], mx.concatenate(fed[path]), mx.concatenate(back[path]), options[path]
+        )
+        for path in options
+    }
     return found, before
 
 
+def _of_a_layer(
+    w: mx.array, x: mx.array, g: mx.array, options: Sequence[Option]
+) -> dict[Option, float]:
+    """Return the divergences of a layer w (out, in) from its inputs and the gradients behind it."""
+    step = max(1, w.shape[0] // ROWS)
+    rows = w[::step]
+    g = g[:, ::step]
+    share = w.shape[0] / len(rows)
+
+    def divergence(error: mx.array) -> mx.array:
+        return share * mx.square((x @ error.T) * g).sum() / len(x) / 2
+
+    return _each(rows, mx.square(x).mean(0), options, divergence)
+
+
 def _at_the_head(
-    run: Pass, outer: list[str], options: dict[str, Sequence[Option]], seed: int
+    run: Pass, outer: list[str], options: Options, seed: int
 ) -> tuple[dict[str, dict[Option, float]], list[mx.array]]:
     """Draw tokens; return the divergences of the head's layer and the gradients before the head."""
-    key = mx.random.key(seed)
-    gradients, inputs, spread = [], [], []
-    with tapped(run.model, outer) as taps:
-        for batch in range(len(run.states)):
-            key, own = mx.random.split(key)
+    keys = mx.random.split(mx.random.key(seed), len(run.states))
+    gradients, fed, spread = [], [], []
+    modules = dict(run.model.named_modules())
+    linear = [path for path in outer if isinstance(modules[path], nn.Linear)]
+    heads = (linear or outer)[:1]  # an embedding is the head where there is no other
+    with tapped(run.model, heads) as taps:
 
-            def log_probability(state: mx.array, batch: int = batch, own: mx.array = own) -> Any:
-                logits = run.finish(batch, state).astype(mx.float32)
-                drawn = mx.random.categorical(mx.stop_gradient(logits), key=own)
-                log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-                p = mx.exp(mx.stop_gradient(log_p))
-                chosen = mx.take_along_axis(log_p, drawn[..., None], axis=-1).sum()
-                fed = next((tap.inputs for tap in taps.values() if tap.inputs is not None), None)
-                return chosen, (1 - mx.square(p).sum(-1)).mean(), fed
+        def log_probability(state: mx.array, batch: int) -> tuple[mx.array, mx.array, Any]:
+            logits = run.finish(state).astype(mx.float32)
+            drawn = mx.random.categorical(mx.stop_gradient(logits), key=keys[batch])
+            log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            chosen = mx.take_along_axis(log_p, drawn[..., None], axis=-1).sum()
+            p = mx.exp(mx.stop_gradient(log_p))
+            return chosen, (1 - mx.square(p).sum(-1)).mean(), [tap.inputs for tap in taps.values()]
 
-            (_, own_spread, fed), gradient = mx.value_and_grad(log_probability)(run.states[batch])
-            mx.eval(gradient, own_spread, fed)
+        for batch, state in enumerate(run.states):
+            found, gradient = mx.value_and_grad(log_probability)(state, batch)
+            mx.eval(found, gradient)
             gradients.append(gradient)
-            spread.append(own_spread.item())
-            if fed is not None:
-                inputs.append(_rows(fed))
-            for tap in taps.values():
-                tap.inputs = None
-    found: dict[str, dict[Option, float]] = {path: {} for path in outer}
-    for path, tap in taps.items():
-        if inputs and _is_head(tap, run.model, outer):
-            x = mx.concatenate(inputs)
-            w = tap.layer.weight  # type: ignore[attr-defined]
-            rows = w[:: max(1, len(w) // HEAD_ROWS)]
-            weight = float(np.mean(spread)) / 2
-
-            def divergence(error: mx.array, x: mx.array = x) -> mx.array:
-                return mx.square(x @ error.T).mean()
-
-            found[path] = _each(rows, mx.square(x).mean(0), options[path], divergence, weight)
-    return found, gradients
-
-
-def _is_head(tap: Tap, model: nn.Module, outer: list[str]) -> bool:
-    linear = [path for path in outer if isinstance(dict(model.named_modules())[path], nn.Linear)]
-    return isinstance(tap.layer, nn.Linear) or not linear
+            spread.append(found[1].item())
+            fed += [_rows(x) for x in found[2]]
+    predicted: dict[str, dict[Option, float]] = {path: {} for path in outer}
+    for path in heads:
+        x, weight = mx.concatenate(fed), sum(spread) / len(spread) / 2
+        rows = _some_rows(block_weight(run.model, path))
+        predicted[path] = _each(
+            rows,
+            mx.square(x).mean(0),
+            options[path],
+            lambda error, x=x, weight=weight: weight * mx.square(x @ error.T).mean(),
+        )
+    return predicted, gradients
 
 
 def _at_the_input(
     model: nn.Module, path: str, options: Sequence[Option], gradients: list[mx.array]
 ) -> dict[Option, float]:
     """Return what the errors of looked-up rows do, all rows' errors taken to be alike."""
-    g = mx.concatenate([_rows(gradient) for gradient in gradients])
-    w = block_weight(model, path)
-    rows = w[:: max(1, len(w) // HEAD_ROWS)]
-    square = mx.square(g).mean(0)
+    square = mx.square(mx.concatenate([_rows(gradient) for gradient in gradients])).mean(0)
+    rows = _some_rows(block_weight(model, path))
 
     def divergence(error: mx.array) -> mx.array:
         return (mx.square(error).mean(0) * square).sum() / 2
 
-    return _each(rows, mx.ones(w.shape[1]), options, divergence, 1.0)
+    return _each(rows, mx.ones(rows.shape[1]), options, divergence)
 
 
 def _each(
@@ -196,14 +194,18 @@ def _each(
     importance: mx.array,
     options: Sequence[Option],
     divergence: Callable[[mx.array], mx.array],
-    share: float,
 ) -> dict[Option, float]:
+    """Return the divergence of the error that each option makes in `w`."""
     found = {}
     for bits, group_size in options:
-        settings = {"bits": bits, "group_size": group_size}
-        error = w - dequantize(quantize_weighted(w, importance, **settings), **settings)
-        found[bits, group_size] = share * divergence(error).item()  # type: ignore[operator]
+        quantized = quantize_weighted(w, importance, bits=bits, group_size=group_size)
+        error = w - dequantize(quantized, bits=bits, group_size=group_size)
+        found[bits, group_size] = float(divergence(error).item())  # type: ignore[arg-type]
     return found
+
+
+def _some_rows(w: mx.array) -> mx.array:
+    return w[:: max(1, len(w) // HEAD_ROWS)]
 
 
 def block_weight(module: nn.Module, path: str) -> mx.array:

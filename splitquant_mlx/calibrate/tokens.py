@@ -1,4 +1,4 @@
-"""Find the tokens that a recipe calibrates on: sampled and kept, or read from a file."""
+"""Find the tokens to calibrate a model on: sampled and kept, or read from a file."""
 
 import hashlib
 import os
@@ -15,10 +15,10 @@ from splitquant_mlx.calibrate.text import OPENINGS, sample_tokens
 from splitquant_mlx.evaluate.opened import Opened
 from splitquant_mlx.evaluate.text import cut_windows, encode, load_text
 from splitquant_mlx.progress import Progress
-from splitquant_mlx.recipe import SELF, Recipe
+from splitquant_mlx.recipe import SELF, Calibration
 
 
-def calibration_tokens(directory: Path, recipe: Recipe, progress: Progress) -> np.ndarray:
+def calibration_tokens(directory: Path, calibration: Calibration, progress: Progress) -> np.ndarray:
     """Return tokens (texts, length) int32 to calibrate the model in `directory` on.
 
     What the model writes is kept in the cache directory, by a hash of the model, the settings and
@@ -28,13 +28,13 @@ def calibration_tokens(directory: Path, recipe: Recipe, progress: Progress) -> n
         SplitQuantError: when the text file or the model cannot be read, or the text is too short.
     """
     opened = Opened(directory, progress=progress)
-    texts, length = recipe.num_samples or 0, recipe.sequence_length or 0
-    if recipe.calibration != SELF:
-        text = load_text(Path(str(recipe.calibration)))
+    texts, length = calibration.num_samples, calibration.sequence_length
+    if calibration.text != SELF:
+        text = load_text(Path(calibration.text))
         # evenly over the file, which may begin with a table of contents
         windows = cut_windows(encode(opened.tokenizer, text), length)
         return windows[:: max(1, len(windows) // texts)][:texts]
-    parts = (opened.hash, texts, length, recipe.seed, OPENINGS, version("mlx"))
+    parts = (opened.hash, texts, length, calibration.seed, OPENINGS, version("mlx"))
     key = hashlib.sha256(repr((*parts, mx.default_device().type.name)).encode()).hexdigest()
     file = cache_directory() / "calibration" / f"{key}.npy"
     with suppress(OSError, ValueError):
@@ -46,7 +46,7 @@ def calibration_tokens(directory: Path, recipe: Recipe, progress: Progress) -> n
         opened.tokenizer,
         texts=texts,
         length=length,
-        seed=recipe.seed or 0,
+        seed=calibration.seed,
         progress=progress,
     )
     _keep(tokens, file)

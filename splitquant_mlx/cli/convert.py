@@ -18,7 +18,9 @@ def convert(
     recipe: Annotated[
         Path | None, typer.Option(help="TOML file of settings; options given here win.")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="splitquant (default), rtn, imatrix or gptq.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="splitquant (default), rtn, imatrix or gptq.")
+    ] = None,
     bits: Annotated[
         int | None, typer.Option("--bits", "--q-bits", help="2, 3, 4 (default), 5, 6 or 8.")
     ] = None,
