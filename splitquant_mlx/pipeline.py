@@ -22,6 +22,7 @@ from splitquant_mlx.checkpoint import (
     check_unchanged,
     open_checkpoint,
     parameters,
+    stamp,
 )
 from splitquant_mlx.directory import as_directory
 from splitquant_mlx.environment import versions
@@ -30,9 +31,11 @@ from splitquant_mlx.manifest import LayerRecord, Manifest
 from splitquant_mlx.plan import LayerPlan, Plan, make_plan, parameter_names
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.recipe import DTYPES, Recipe
-from splitquant_mlx.save import check_target, copy_companions, require_space, staged, write_config
+from splitquant_mlx.resume import Ledger, conversion_key, open_journal
+from splitquant_mlx.save import copy_companions, hash_files, require_space, write_config
 from splitquant_mlx.shards import MAX_SHARD_BYTES, ShardWriter
 from splitquant_mlx.source import Source, resolve
+from splitquant_mlx.staging import JOURNAL, MODEL, check_target, staged, sweep
 from splitquant_mlx.weight import Converted, convert_weight, require_finite
 
 FLOAT_TYPES = tuple(FLOATS.values())
@@ -69,21 +72,38 @@ def convert(
     recipe = recipe or Recipe()
     progress = progress or Silent()
     target = Path(mlx_path)
+    sweep(target)
     check_target(target, overwrite=overwrite)
     started = time.perf_counter()
     source = model if isinstance(model, Source) else resolve(str(model), revision=revision)
     with staged(target, overwrite=overwrite, source=source.path) as staging:
-        with as_directory(source, progress, scratch=staging.parent) as directory:
+        own = {source.path: stamp(source.path)} if source.path.is_file() else {}
+        with as_directory(source, progress, scratch=staging) as directory:
             checkpoint = open_checkpoint(directory)
             plan = make_plan(recipe, checkpoint.model, checkpoint.config.get("vocab_size"))
-            require_space(staging, _estimated_bytes(plan, checkpoint))
-            copy_companions(directory, staging)
+            key = conversion_key(
+                settings={
+                    "recipe": recipe.to_dict(),
+                    "device": str(mx.default_device()),
+                    "max_shard_bytes": max_shard_bytes,
+                },
+                config=checkpoint.config,
+                stamps=own or checkpoint.stamps,
+            )
+            checkpoint.stamps.update(own)
             names = parameter_names(plan, checkpoint.model)
-            with ShardWriter(staging, names, max_shard_bytes) as writer:
-                worker = _Worker(checkpoint, plan, writer)
+            with (
+                open_journal(staging / JOURNAL, key) as journal,
+                ShardWriter(staging / MODEL, names, max_shard_bytes) as writer,
+            ):
+                ledger = Ledger(journal, writer)
+                worker = _Worker(checkpoint, plan, writer, ledger)
+                needed_bytes = _estimated_bytes(plan, checkpoint) - writer.total_bytes
+                require_space(staging, needed_bytes)
+                copy_companions(directory, staging / MODEL)
                 records = worker.run(progress)
             check_unchanged(checkpoint)
-            write_config(checkpoint.config, records, staging)
+            write_config(checkpoint.config, records, staging / MODEL)
             manifest = Manifest(
                 source=source.name,
                 revision=source.revision,
@@ -95,9 +115,10 @@ def convert(
                 bits_per_weight=8 * writer.total_bytes / worker.parameters,
                 source_bytes=checkpoint.source_bytes,
                 stored_bytes=writer.total_bytes,
-                seconds={**worker.seconds, "total": time.perf_counter() - started},
+                seconds=ledger.seconds_since(started),
+                files=hash_files(staging / MODEL, writer.hashes),
             )
-            manifest.save(staging)
+            manifest.save(staging / MODEL)
     return manifest
 
 
@@ -107,17 +128,18 @@ class _Worker:
     This thread reads and writes. On the CPU, threads of a pool convert weights in between, one a
     core; a GPU does one weight at a time, in this thread. Either way there are at most two more
     large weights in memory than are being worked on.
+
+    What the ledger holds already is not done again.
     """
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, writer: ShardWriter):
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, writer: ShardWriter, ledger: Ledger):
         self.checkpoint = checkpoint
         self.plan = plan
         self.dtype = _storage_dtype(plan.recipe, checkpoint)
         self.casts = getattr(checkpoint.model, "cast_predicate", lambda name: True)
         self.writer = writer
-        self.seconds = {"read": 0.0, "cluster": 0.0, "quantize": 0.0, "write": 0.0}
+        self.ledger = ledger
         self.parameters = 0
-        self.records: list[LayerRecord] = []
 
     def run(self, progress: Progress) -> list[LayerRecord]:
         """Write all tensors; returns a record for each planned layer."""
@@ -133,6 +155,10 @@ class _Worker:
         ):
             for name in parameters(self.checkpoint.model):
                 nbytes = self.checkpoint.weights[name].nbytes
+                if self.ledger.has(name, self._layer(name)):
+                    self.parameters += self.checkpoint.weights.pop(name).size
+                    advance(nbytes)
+                    continue
                 w = self._read(name)
                 self.parameters += w.size
                 work = partial(self._convert, name, w)
@@ -146,7 +172,7 @@ class _Worker:
                 advance(self._finish(*waiting.popleft()))
         with self._timed("write"):
             self.writer.close()
-        return self.records
+        return list(self.ledger.records.values())
 
     def _read(self, name: str) -> mx.array:
         with self._timed("read"):
@@ -189,16 +215,16 @@ class _Worker:
         if isinstance(found, mx.array):
             self._write({name: found})
             if layer is not None:
-                self.records.append(_record(layer, found.nbytes))
+                self.ledger.add(_record(layer, found.nbytes))
             return nbytes
         assert layer is not None
         for stage, seconds in found.seconds.items():
-            self.seconds[stage] += seconds
+            self.ledger.seconds[stage] += seconds
         weight, scales, biases = found.quantized
         path = layer.path
         tensors = {name: weight, f"{path}.scales": scales}
         self._write(tensors if biases is None else {**tensors, f"{path}.biases": biases})
-        self.records.append(
+        self.ledger.add(
             _record(
                 layer,
                 found.quantized.nbytes,
@@ -218,7 +244,7 @@ class _Worker:
     def _timed(self, stage: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self.seconds[stage] += time.perf_counter() - started
+        self.ledger.seconds[stage] += time.perf_counter() - started
 
 
 class _Pool(ThreadPoolExecutor):

@@ -7,10 +7,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "splitquant_mlx"
 ORDER = [
-    ["_version", "errors", "blas", "progress", "cache", "environment", "histogram"],
+    ["_version", "errors", "blas", "progress", "cache", "environment", "histogram", "disk"],
+    ["workspace", "journal"],
     ["recipe", "kmeans", "headers", "shards", "gguf", "gguf_tokenizer", "source", "model_file"],
     ["gguf_import", "demo_model", "affine", "parts", "checkpoint", "plan", "manifest", "study"],
-    ["directory", "layers", "save", "result_parts", "results"],
+    ["directory", "layers", "resume", "save", "staging", "result_parts", "results"],
     ["weight", "loader", "evaluate"],
     ["pipeline", "random_checkpoint", "evaluation", "report"],
     ["inspection", "bench", "doctor", "chat", "openai_fields"],
