@@ -135,8 +135,6 @@ class _Worker:
     def __init__(self, checkpoint: Checkpoint, plan: Plan, writer: ShardWriter, ledger: Ledger):
         self.checkpoint = checkpoint
         self.plan = plan
-        self.dtype = _storage_dtype(plan.recipe, checkpoint)
-        self.casts = getattr(checkpoint.model, "cast_predicate", lambda name: True)
         self.writer = writer
         self.ledger = ledger
         self.parameters = 0
@@ -176,9 +174,7 @@ class _Worker:
 
     def _read(self, name: str) -> mx.array:
         with self._timed("read"):
-            w = self.checkpoint.weights.pop(name)
-            if self.dtype is not None and w.dtype in FLOAT_TYPES and self.casts(name):
-                w = w.astype(self.dtype)
+            w = source_weight(self.checkpoint, self.plan.recipe, name)
             try:
                 mx.eval(w)
             except Exception as exc:  # a file that changed or became unreadable under us
@@ -254,13 +250,17 @@ class _Pool(ThreadPoolExecutor):
         self.shutdown(cancel_futures=True)
 
 
-def _storage_dtype(recipe: Recipe, checkpoint: Checkpoint) -> mx.Dtype | None:
-    config = checkpoint.config
+def source_weight(checkpoint: Checkpoint, recipe: Recipe, name: str) -> mx.array:
+    """Take a parameter out of a checkpoint, in the type that it is converted or stored in."""
+    w, config = checkpoint.weights.pop(name), checkpoint.config
     text_config = config.get("text_config") or {}
-    name = (
+    dtype = (
         recipe.dtype or config.get("torch_dtype") or config.get("dtype") or text_config.get("dtype")
     )
-    return getattr(mx, name) if name in DTYPES else None
+    casts = getattr(checkpoint.model, "cast_predicate", lambda name: True)
+    if dtype in DTYPES and w.dtype in FLOAT_TYPES and casts(name):
+        return w.astype(getattr(mx, dtype))
+    return w
 
 
 def _record(

@@ -82,7 +82,7 @@ class Ledger:
 
     def __init__(self, journal: Journal, writer: ShardWriter) -> None:
         self.records: dict[str, LayerRecord] = {}
-        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         self._journal = journal
         self._writer = writer
         self._earlier_s = 0.0

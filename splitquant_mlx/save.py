@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ COPIED = (
     "*.json", "*.txt", "*.jinja", "*.tiktoken", "*.model", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 NOT_COPIED = ("config.json", FILE_NAME)
+TABLES = ("quantization", "quantization_config", "splitquant", "model_file")
 
 
 def require_space(directory: Path, needed_bytes: int) -> None:
@@ -61,13 +63,23 @@ def _is_within(source: Path, file: Path) -> bool:
 
 
 def write_config(config: dict[str, Any], layers: list[LayerRecord], directory: Path) -> None:
-    """Write config.json, and the model file where there are split layers.
+    """Write config.json, and the model file where there are split layers."""
+    config = {**config, **config_tables(layers)}
+    config.pop("_name_or_path", None)
+    if "model_file" in config:
+        code = resources.files("splitquant_mlx").joinpath("model_file.py").read_bytes()
+        (directory / MODEL_FILE).write_bytes(code)
+    text = json.dumps(dict(sorted(config.items())), indent=4)
+    (directory / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def config_tables(layers: Sequence[LayerRecord]) -> dict[str, Any]:
+    """Return the entries of config.json that say how layers are stored, those of TABLES.
 
     Plainly quantized layers are listed in mlx's `quantization` table, split layers in a
     `splitquant` table of their own.
     """
-    config = dict(config)
-    config.pop("_name_or_path", None)
+    tables: dict[str, Any] = {}
     plain = [layer for layer in layers if layer.action == "quantize"]
     split = [layer for layer in layers if layer.action == "split"]
     if plain:
@@ -77,10 +89,10 @@ def write_config(config: dict[str, Any], layers: list[LayerRecord], directory: P
         table.update(
             {layer.path: own for layer, own in zip(plain, settings, strict=True) if own != usual}
         )
-        config["quantization"] = config["quantization_config"] = table
+        tables["quantization"] = tables["quantization_config"] = table
     if split:
-        config["model_file"] = MODEL_FILE
-        config["splitquant"] = {
+        tables["model_file"] = MODEL_FILE
+        tables["splitquant"] = {
             "layers": {
                 layer.path: {
                     "clusters": layer.clusters,
@@ -90,17 +102,12 @@ def write_config(config: dict[str, Any], layers: list[LayerRecord], directory: P
                 for layer in split
             }
         }
-        code = resources.files("splitquant_mlx").joinpath("model_file.py").read_bytes()
-        (directory / MODEL_FILE).write_bytes(code)
-    text = json.dumps(dict(sorted(config.items())), indent=4)
-    (directory / "config.json").write_text(text + "\n", encoding="utf-8")
+    return tables
 
 
 def hash_files(directory: Path, known: dict[str, str]) -> dict[str, str]:
-    """Return the SHA-256 of every file of `directory` by its name; those in `known` are not read."""
-    return {
-        file.name: known.get(file.name) or sha256(file) for file in sorted(directory.iterdir())
-    }
+    """Return the SHA-256 of every file of `directory`; those in `known` are not read again."""
+    return {file.name: known.get(file.name) or sha256(file) for file in sorted(directory.iterdir())}
 
 
 def _settings(layer: LayerRecord) -> dict[str, Any]:
