@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 CHUNK_BYTES = 1 << 20
@@ -21,11 +22,10 @@ def sync(path: Path) -> None:
 def sync_descriptor(descriptor: int) -> None:
     """Do as `sync` with an open file."""
     os.fsync(descriptor)
-    if hasattr(fcntl, "F_FULLFSYNC"):
-        try:  # on macOS, fsync leaves the data in the disk's own cache
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-        except OSError:
-            return  # a file system that has no such thing
+    # on macOS, fsync leaves the data in the disk's own cache
+    if (full := getattr(fcntl, "F_FULLFSYNC", None)) is not None:
+        with suppress(OSError):  # a file system that has no such thing
+            fcntl.fcntl(descriptor, full)
 
 
 def write_whole(file: Path, content: bytes) -> None:

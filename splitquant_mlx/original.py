@@ -60,10 +60,11 @@ def compare(directory: Path, manifest: Manifest, original: Path, progress: Progr
                 for part in ((leaf,) if layer is None else (leaf, "scales", "biases"))
             }
             w = source_weight(checkpoint, recipe, name)
-            if tensors[leaf] is None:
+            found = tensors[leaf]
+            if found is None:
                 problems.append(f"{name} is missing")
             elif layer is None:
-                if tensors[leaf].dtype != w.dtype or not mx.array_equal(tensors[leaf], w):
+                if found.dtype != w.dtype or not mx.array_equal(found, w):
                     problems.append(f"{name} is not that of the original")
             elif wrong := _layer_problem(w, tensors, layer):
                 problems.append(f"{path}: {wrong}")

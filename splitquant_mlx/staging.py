@@ -14,7 +14,7 @@ from pathlib import Path
 
 from splitquant_mlx.disk import remove, sync
 from splitquant_mlx.errors import TargetError
-from splitquant_mlx.workspace import MARK, workspace
+from splitquant_mlx.workspace import empty, workspace
 
 MODEL = "model"
 JOURNAL = "journal"
@@ -38,13 +38,13 @@ def staged(target: Path, *, overwrite: bool = False, source: Path | None = None)
     check_target(target, overwrite=overwrite, source=source)
     staging = _staging(target)
     with (
-        _as_target_error(target),
+        as_target_error(target),
         _made_parents(target),
         workspace(staging, f"a conversion into {target}"),
     ):
-        _tidy(staging)
-        (staging / MODEL).mkdir(exist_ok=True)
         try:
+            _tidy(staging)
+            (staging / MODEL).mkdir(exist_ok=True)
             yield staging
             for path in (staging / MODEL).iterdir():
                 sync(path)
@@ -69,7 +69,7 @@ def sweep(target: Path) -> None:
 def check_target(target: Path, *, overwrite: bool = False, source: Path | None = None) -> None:
     """Raise TargetError when `target` may not be written; see `staged`."""
     target = _absolute(target)
-    with _as_target_error(target):
+    with as_target_error(target):
         parent = next((p for p in target.parents if os.path.lexists(p)), target)
         if not parent.is_dir():
             raise TargetError(f"cannot write {target}: {parent} is not a directory")
@@ -112,15 +112,13 @@ def _staging(target: Path) -> Path:
 
 
 def _tidy(staging: Path) -> None:
-    """Leave of what a killed process left, or somebody put there, only what can be gone on with."""
-    for path in staging.iterdir():
-        is_directory = path.is_dir() and not path.is_symlink()
-        is_file = path.is_file() and not path.is_symlink()
-        if is_directory and path.name in (MODEL, OLD):
-            continue
-        if is_file and path.name == JOURNAL and path.stat().st_size <= MAX_JOURNAL_BYTES:
-            continue
-        if path.name != MARK:
+    """Leave only what can be gone on with; somebody may have put the rest there."""
+    empty(staging, keep=(MODEL, JOURNAL, OLD))
+    for name in (MODEL, JOURNAL, OLD):
+        path = staging / name
+        if path.is_symlink() or not (path.is_file() if name == JOURNAL else path.is_dir()):
+            remove(path)
+        elif name == JOURNAL and path.stat().st_size > MAX_JOURNAL_BYTES:
             remove(path)
 
 
@@ -150,7 +148,8 @@ def _put(staging: Path, target: Path) -> None:
 
 
 @contextmanager
-def _as_target_error(target: Path) -> Iterator[None]:
+def as_target_error(target: Path) -> Iterator[None]:
+    """Say of an OSError in the block that `target` cannot be written. Raises TargetError."""
     try:
         yield
     except OSError as exc:

@@ -10,7 +10,7 @@ import fcntl
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -43,6 +43,13 @@ def workspace(directory: Path, work: str) -> Iterator[None]:
             _clear(directory)
         finally:
             os.close(lock)
+
+
+def empty(directory: Path, keep: Sequence[str] = ()) -> None:
+    """Remove what lies in a workspace, but for what is named in `keep`."""
+    for path in directory.iterdir():
+        if path.name not in (MARK, *keep):
+            remove(path)
 
 
 def _hold(directory: Path, work: str) -> int:
@@ -132,9 +139,7 @@ def _holder(lock: int) -> str:
 def _clear(directory: Path) -> None:
     """Remove the directory, its mark last, so that a kill leaves it to be taken over."""
     with suppress(OSError):
-        for path in directory.iterdir():
-            if path.name != MARK:
-                remove(path)
+        empty(directory)
         if os.listdir(directory) == [MARK]:
             (directory / MARK).unlink()
         directory.rmdir()
