@@ -170,7 +170,7 @@ class _Worker:
                 advance(self._finish(*waiting.popleft()))
         with self._timed("write"):
             self.writer.close()
-        return list(self.ledger.records.values())
+        return [self.ledger.records[path] for path in self.plan.layers]
 
     def _read(self, name: str) -> mx.array:
         with self._timed("read"):

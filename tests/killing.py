@@ -1,25 +1,26 @@
-"""Kill conversions at given points: `killing.py ROOM KIND POINT...`.
+"""Kill conversions at many points: `killing.py SOURCE ROOM OVERWRITE STEPS TIMES`.
 
-A point is the number of a step of the conversion, "" for none, or a time such as "0.02s". A step is
-a file opened, renamed, removed or synchronized, a directory made or removed, a tensor or half a
-line of the journal written. Each conversion runs in a child, forked from this process, which has
-the modules imported and mlx not used. What a kill must not do ends this program with a traceback;
-the rest is printed as one line of JSON: for each point how it ended and the shards taken over.
+Of the steps of a conversion, STEPS (0: all) are taken, evenly spread, and the three from its last
+rename on; besides, TIMES times at random. A step is a file opened, renamed, removed or
+synchronized, a directory made or removed, a tensor or half a line of the journal written.
+
+Each conversion runs in a child, forked from this process, which has the modules imported and mlx
+not used. What a kill must not do ends this program with a traceback; the rest is printed as one
+line of JSON for each point: what was there after the kill, and how many shards were taken over.
 """
 
 import json
 import os
+import random
 import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 
-import gguf_bytes
 import mlx.core as mx
 import mlx_lm.models.llama
 import mlx_lm.utils  # noqa: F401  all that a conversion imports is to be imported before the fork
-import tiny
 
 from splitquant_mlx import TargetError, convert, gguf_import, gguf_tokenizer  # noqa: F401
 from splitquant_mlx.journal import Journal
@@ -27,7 +28,6 @@ from splitquant_mlx.shards import ShardWriter
 
 EVENTS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "fcntl.flock")
 SHARD_BYTES = 16_000
-KINDS = ("new", "overwrite", "gguf")
 
 
 class Steps:
@@ -84,7 +84,7 @@ def conversion(source: Path, target: Path, last: int, report: Path, overwrite: b
 
     ShardWriter.resume = counted_resume
     mx.set_default_device(mx.Device(mx.cpu))
-    steps = Steps(target.parent, last)
+    steps = Steps(target.parents[1], last)
     steps.watch()
     error = ""
     try:
@@ -125,52 +125,58 @@ def content(directory: Path) -> dict[str, object]:
     return found
 
 
-def make_source(room: Path, kind: str) -> Path:
-    if kind == "gguf":
-        (room / "source.gguf").write_bytes(gguf_bytes.write())
-        return room / "source.gguf"
-    return tiny.write_checkpoint(room / "source")
+class Campaign:
+    """Convert `source` into a directory of its own, kill that, and look at what is left."""
+
+    def __init__(self, source: Path, room: Path, overwrite: bool) -> None:
+        self.source, self.overwrite = source, overwrite
+        self.place, self.report = room / "place", room / "report"
+        self.target = self.place / "deep" / "target"
+        self.prepare()
+        self.old = content(self.target) if overwrite else None
+        began = time.monotonic()
+        self.whole = self.convert()
+        self.seconds = time.monotonic() - began
+        assert self.whole and not self.whole["error"], self.whole
+        self.wanted = content(self.target)
+
+    def prepare(self) -> None:
+        shutil.rmtree(self.place, ignore_errors=True)
+        self.place.mkdir()
+        if self.overwrite:
+            self.target.mkdir(parents=True)
+            (self.target / "config.json").write_text("old")
+
+    def convert(self, **when) -> dict | None:
+        return forked(self.source, self.target, self.report, overwrite=self.overwrite, **when)
+
+    def kill(self, point: str, **when) -> dict[str, object]:
+        self.prepare()
+        killed = self.convert(**when) is None
+        found = content(self.target) if self.target.exists() else None
+        assert found in (None, self.old, self.wanted), f"{point}: neither the old nor the whole"
+        again = self.convert()
+        refused = found == self.wanted and not self.overwrite
+        assert again and bool(again["error"]) == refused, f"{point}: {again}"
+        assert content(self.target) == self.wanted, f"{point}: other bytes"
+        left = [path.name for path in self.place.rglob("*") if path.parent != self.target]
+        assert sorted(left) == ["deep", "target"], f"{point}: {left} is left"
+        ended = "whole" if found == self.wanted else "none" if found is None else "old"
+        return {"point": point, "killed": killed, "found": ended, "taken": again["taken"]}
 
 
-def main(room: Path, kind: str, points: list[str]) -> None:
-    room = room.resolve()
-    script = "import sys, killing; killing.make_source(killing.Path(sys.argv[1]), sys.argv[2])"
-    os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", script, str(room), kind])
-    source = next(path for path in room.iterdir() if path.name.startswith("source"))
-    report, place = room / "report", room / "place"
-    target = place / "target"
-
-    def prepare() -> None:
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
-        if kind == "overwrite":
-            target.mkdir()
-            (target / "config.json").write_text("old")
-
-    prepare()
-    old = content(target) if target.exists() else None
-    whole = forked(source, target, report, overwrite=kind == "overwrite")
-    assert whole and not whole["error"], whole
-    wanted = content(target)
-    results = []
-    for point in points:
-        prepare()
-        when = {"after_s": float(point[:-1])} if point.endswith("s") else {"last": int(point or 0)}
-        killed = forked(source, target, report, overwrite=kind == "overwrite", **when) is None
-        found = content(target) if target.exists() else None
-        assert found in (None, old, wanted), f"{point}: neither the old nor the whole model"
-        again = forked(source, target, report, overwrite=kind == "overwrite")
-        assert again
-        refused = found == wanted and kind != "overwrite"
-        assert ("exists already" in again["error"]) == refused, f"{point}: {again}"
-        assert refused or not again["error"], f"{point}: {again}"
-        assert content(target) == wanted, f"{point}: other bytes"
-        left = sorted(path.name for path in place.iterdir())
-        assert left == ["target"], f"{point}: {left} is left"
-        ended = "whole" if found == wanted else "none" if found is None else "old"
-        results.append({"point": point, "killed": killed, "found": ended, "taken": again["taken"]})
-    print(json.dumps({"steps": whole["steps"], "renames": whole["renames"], "results": results}))
+def main(source: Path, room: Path, overwrite: bool, steps: int, times: int) -> None:
+    campaign = Campaign(source, room, overwrite)
+    total, renames = campaign.whole["steps"], campaign.whole["renames"]
+    spread = range(1, total + 1) if not steps else (1 + i * total // steps for i in range(steps))
+    last = range(renames[-1], total + 1)
+    for step in sorted({*spread, *last[:3]}):
+        print(json.dumps(campaign.kill(f"step {step} of {total}", last=step)), flush=True)
+    rng = random.Random(0)
+    for _ in range(times):
+        after_s = rng.uniform(0, campaign.seconds)
+        print(json.dumps(campaign.kill(f"{after_s:.3f} s", after_s=after_s)), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:]))
