@@ -7,7 +7,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 18
 
 
 def sync(path: Path) -> None:
@@ -48,10 +48,10 @@ def write_whole(file: Path, content: bytes) -> None:
 
 def sha256(file: Path) -> str:
     """Return the SHA-256 of a file's content in hexadecimal. Raises OSError."""
-    digest = hashlib.sha256()
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
     with file.open("rb", buffering=0) as opened:
-        while chunk := opened.read(CHUNK_BYTES):
-            digest.update(chunk)
+        while size := opened.readinto(buffer):
+            digest.update(buffer[:size])
     return digest.hexdigest()
 
 

@@ -8,6 +8,7 @@ padded with spaces, as the format allows (huggingface/safetensors, "Format").
 import json
 import struct
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -168,14 +169,17 @@ class ShardWriter:
         if self._file is None:
             return
         header = json.dumps(self._header, separators=(",", ":")).encode()
-        with self._file as file:
+        with self._file as file, ThreadPoolExecutor(1) as pool:
             file.seek(0)
             file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
             file.flush()
+            # the header, which comes first in the hash, was written last: the file is read once
+            # more, while the disk takes it in
+            digest = pool.submit(sha256, self._shards[-1]) if self.on_finished else None
             sync_descriptor(file.fileno())
         self._file = None
-        if self.on_finished is not None:
-            self._digests.append(sha256(self._shards[-1]))
+        if self.on_finished and digest:
+            self._digests.append(digest.result())
             self.on_finished(len(self._shards), self._digests[-1])
 
     def _path(self, number: int) -> Path:
