@@ -23,8 +23,8 @@ disk.write_whole(disk.Path(sys.argv[1]), b"new")
 STARTS = """
 import sys
 from splitquant_mlx.bench.programs import run_program
-code = "import os, time; open(sys.argv[1], 'w').write(f'{os.getpid()}\\n'); time.sleep(60)"
-run_program([sys.executable, "-c", "import sys; " + code, sys.argv[1]])
+code = "import os, sys, time; print(os.getpid(), file=open(sys.argv[1], 'w'), flush=True); "
+run_program([sys.executable, "-c", code + "time.sleep(60)", sys.argv[1]])
 """
 
 
