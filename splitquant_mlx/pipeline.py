@@ -53,6 +53,8 @@ def convert(
 ) -> Manifest:
     """Quantize a model and save it as a checkpoint that mlx-lm and `load` run.
 
+    After a kill or a power cut, the same call goes on behind the last finished safetensors file.
+
     Args:
         model: hub repo id, directory, .gguf file, or a source already resolved.
         mlx_path: directory to write; it appears when it is complete.

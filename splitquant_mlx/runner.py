@@ -96,8 +96,7 @@ def run_study(
                 runner.measure(name, recipe)
             runner.describe()
             advance(1)
-        for journal in directory.glob("*.journal"):
-            journal.unlink()
+        runner.remove_journals()
 
 
 @contextmanager
@@ -179,6 +178,15 @@ class _Runner:
             order=(ORIGINAL, *study.variants),
         )
         save_study(record, self.directory)
+
+    def remove_journals(self) -> None:
+        """Remove what is of use only to a study that is interrupted."""
+        for task in self.study.measure.arc:
+            for protocol in self.study.measure.protocols:
+                self._journal(task, protocol).unlink(missing_ok=True)
+
+    def _journal(self, task: str, protocol: str) -> Path:
+        return self.directory / f"{task}.{protocol}.journal"
 
     def _take(
         self,
@@ -281,7 +289,7 @@ class _Runner:
     def _arc(
         self, opened: Opened, task: str, protocol: str, questions: list[Question], variant: str
     ) -> dict[str, Any]:
-        journal = self.directory / f"{task}.{protocol}.journal"
+        journal = self._journal(task, protocol)
         shots = self.study.measure.num_shots if protocol == "loglikelihood" else 0
         found = evaluate_arc(
             opened.model,
