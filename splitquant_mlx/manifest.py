@@ -11,6 +11,8 @@ from typing import Any, get_args, get_origin
 from splitquant_mlx.errors import CheckpointError, one_line
 
 FILE_NAME = "splitquant.json"
+# what comes of building a record from values of the wrong form
+MALFORMED = (ValueError, TypeError, KeyError, AttributeError)
 # what is shown of a layer must not drive the terminal
 SHOWN = re.compile(r"[\w.-]+")
 
@@ -67,8 +69,10 @@ class Manifest:
         bits_per_weight: the same over every parameter of the model.
         source_bytes: size of the original's tensors.
         stored_bytes: size of the converted model's tensors.
-        seconds: of each stage, added up over threads, and wall time in "total", s.
+        seconds: of each stage, added up over threads, and wall time in "total", s; of a conversion
+            that was interrupted, without the work that was lost.
         source_card: licence, languages and the like from the source's README.
+        files: SHA-256 of every other file of the checkpoint by its name; `verify` wants it.
     """
 
     source: str
@@ -83,6 +87,7 @@ class Manifest:
     stored_bytes: int
     seconds: dict[str, float] = field(default_factory=dict)
     source_card: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
     def save(self, directory: Path) -> None:
         """Write the manifest into `directory`."""
@@ -101,27 +106,27 @@ def load_manifest(directory: Path) -> Manifest | None:
         return None
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        values["layers"] = tuple(
-            LayerRecord(
-                **{
-                    **layer,
-                    "shape": tuple(layer["shape"]),
-                    "cut_points": tuple(layer["cut_points"]),
-                }
-            )
-            for layer in values["layers"]
-        )
+        values["layers"] = parse_layers(values["layers"])
         manifest = Manifest(**values)
-        for record in (manifest, *manifest.layers):
-            _check(record)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
+        check_types(manifest)
+    except (OSError, RecursionError, *MALFORMED) as exc:
         reason = f"{one_line(exc):.200}"
         raise CheckpointError(f"{file} is not a splitquant-mlx manifest: {reason}") from exc
     return manifest
 
 
-def _check(record: Manifest | LayerRecord) -> None:
-    """Raise ValueError when a field is not of the type that it is declared with."""
+def parse_layers(values: list[dict[str, Any]]) -> tuple[LayerRecord, ...]:
+    """Build records from what JSON gave. Raises one of MALFORMED."""
+    layers = []
+    for layer in values:
+        tuples = {name: tuple(layer[name]) for name in ("shape", "cut_points")}
+        layers.append(LayerRecord(**{**layer, **tuples}))
+        check_types(layers[-1])
+    return tuple(layers)
+
+
+def check_types(record: Any) -> None:
+    """Raise ValueError when a field of a dataclass is not of the type it is declared with."""
     for field_ in dataclasses.fields(record):
         value = getattr(record, field_.name)
         if not _fits(value, field_.type):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from splitquant_mlx.auto import Forecast, choose_bits
 from splitquant_mlx.calibrate.moments import Moments, gram, mean_square
 from splitquant_mlx.calibrate.tokens import calibration_tokens
 from splitquant_mlx.checkpoint import (
@@ -24,6 +25,7 @@ from splitquant_mlx.checkpoint import (
     check_unchanged,
     open_checkpoint,
     parameters,
+    stamp,
 )
 from splitquant_mlx.directory import as_directory
 from splitquant_mlx.environment import versions
@@ -33,10 +35,12 @@ from splitquant_mlx.manifest import LayerRecord, Manifest
 from splitquant_mlx.plan import LayerPlan, Plan, make_plan, parameter_names
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.recipe import DTYPES, Calibration, Recipe
-from splitquant_mlx.save import check_target, copy_companions, require_space, staged, write_config
+from splitquant_mlx.resume import Ledger, conversion_key, open_journal
+from splitquant_mlx.save import copy_companions, hash_files, require_space, write_config
 from splitquant_mlx.shards import MAX_SHARD_BYTES, ShardWriter
 from splitquant_mlx.source import Source, resolve
 from splitquant_mlx.source_card import read_source_card
+from splitquant_mlx.staging import JOURNAL, MODEL, check_target, staged, sweep
 from splitquant_mlx.weight import Converted, convert_weight, require_finite
 
 FLOAT_TYPES = tuple(FLOATS.values())
@@ -51,8 +55,11 @@ def convert(
     overwrite: bool = False,
     progress: Progress | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    on_forecast: Callable[[Forecast], None] | None = None,
 ) -> Manifest:
     """Quantize a model and save it as a checkpoint that mlx-lm and `load` run.
+
+    After a kill or a power cut, the same call goes on behind the last finished safetensors file.
 
     Args:
         model: hub repo id, directory, .gguf file, or a source already resolved.
@@ -62,6 +69,7 @@ def convert(
         overwrite: replace `mlx_path` when it exists and is a model directory.
         progress: told how far the work is.
         max_shard_bytes: largest safetensors file to write, bytes.
+        on_forecast: told what an "auto" recipe chose, before the conversion.
 
     Returns:
         The manifest, which is also saved in `mlx_path` as splitquant.json.
@@ -73,21 +81,46 @@ def convert(
     recipe = recipe or Recipe()
     progress = progress or Silent()
     target = Path(mlx_path)
+    sweep(target)
     check_target(target, overwrite=overwrite)
     started = time.perf_counter()
     source = model if isinstance(model, Source) else resolve(str(model), revision=revision)
     with staged(target, overwrite=overwrite, source=source.path) as staging:
-        with as_directory(source, progress, scratch=staging.parent) as directory:
+        own = {source.path: stamp(source.path)} if source.path.is_file() else {}
+        with as_directory(source, progress, scratch=staging) as directory:
             checkpoint = open_checkpoint(directory)
-            plan = make_plan(recipe, checkpoint.model, checkpoint.config.get("vocab_size"))
-            require_space(staging, _estimated_bytes(plan, checkpoint))
-            copy_companions(directory, staging)
+            chosen = recipe
+            if recipe.method == "auto":
+                forecast = choose_bits(directory, recipe, progress)
+                if on_forecast:
+                    on_forecast(forecast)
+                chosen = forecast.recipe
+            plan = make_plan(chosen, checkpoint.model, checkpoint.config.get("vocab_size"))
+            key = conversion_key(
+                settings={
+                    "recipe": chosen.to_dict(),
+                    "device": str(mx.default_device()),
+                    "max_shard_bytes": max_shard_bytes,
+                },
+                config=checkpoint.config,
+                stamps=own or checkpoint.stamps,
+            )
+            checkpoint.stamps.update(own)
             names = parameter_names(plan, checkpoint.model)
-            with ShardWriter(staging, names, max_shard_bytes) as writer:
-                worker = _Worker(checkpoint, plan, writer, _moments(directory, plan, progress))
+            with (
+                open_journal(staging / JOURNAL, key) as journal,
+                ShardWriter(staging / MODEL, names, max_shard_bytes) as writer,
+            ):
+                ledger = Ledger(journal, writer)
+                worker = _Worker(
+                    checkpoint, plan, writer, ledger, _moments(directory, plan, progress)
+                )
+                needed_bytes = _estimated_bytes(plan, checkpoint) - writer.total_bytes
+                require_space(staging, needed_bytes)
+                copy_companions(directory, staging / MODEL)
                 records = worker.run(progress)
             check_unchanged(checkpoint)
-            write_config(checkpoint.config, records, staging)
+            write_config(checkpoint.config, records, staging / MODEL)
             manifest = Manifest(
                 source=source.name,
                 revision=source.revision,
@@ -99,10 +132,11 @@ def convert(
                 bits_per_weight=8 * writer.total_bytes / worker.parameters,
                 source_bytes=checkpoint.source_bytes,
                 stored_bytes=writer.total_bytes,
-                seconds={**worker.seconds, "total": time.perf_counter() - started},
                 source_card=read_source_card(directory),
+                seconds=ledger.seconds_since(started),
+                files=hash_files(staging / MODEL, writer.hashes),
             )
-            manifest.save(staging)
+            manifest.save(staging / MODEL)
     return manifest
 
 
@@ -122,22 +156,24 @@ class _Worker:
     This thread reads and writes. On the CPU, threads of a pool convert weights in between, one a
     core; a GPU does one weight at a time, in this thread. Either way there are at most two more
     large weights in memory than are being worked on.
+
+    What the ledger holds already is not done again.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: Plan, writer: ShardWriter, moments: Moments | None
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        writer: ShardWriter,
+        ledger: Ledger,
+        moments: Moments | None,
     ):
         self.checkpoint = checkpoint
         self.plan = plan
-        self.dtype = _storage_dtype(plan.recipe, checkpoint)
-        self.casts = getattr(checkpoint.model, "cast_predicate", lambda name: True)
         self.writer = writer
+        self.ledger = ledger
         self.moments = moments
-        self.seconds = {"read": 0.0, "cluster": 0.0, "quantize": 0.0, "write": 0.0}
-        if moments is not None:
-            self.seconds["calibrate"] = 0.0
         self.parameters = 0
-        self.records: list[LayerRecord] = []
 
     def run(self, progress: Progress) -> list[LayerRecord]:
         """Write all tensors; returns a record for each planned layer."""
@@ -154,6 +190,10 @@ class _Worker:
         ):
             for name in self._names():
                 nbytes = self.checkpoint.weights[name].nbytes
+                if self.ledger.has(name, self._layer(name)):
+                    self.parameters += self.checkpoint.weights.pop(name).size
+                    advance(nbytes)
+                    continue
                 w = self._read(name)
                 self.parameters += w.size
                 work = partial(self._convert, name, w, self._moment(name))
@@ -167,13 +207,11 @@ class _Worker:
                 advance(self._finish(*waiting.popleft()))
         with self._timed("write"):
             self.writer.close()
-        return self.records
+        return [self.ledger.records[path] for path in self.plan.layers]
 
     def _read(self, name: str) -> mx.array:
         with self._timed("read"):
-            w = self.checkpoint.weights.pop(name)
-            if self.dtype is not None and w.dtype in FLOAT_TYPES and self.casts(name):
-                w = w.astype(self.dtype)
+            w = source_weight(self.checkpoint, self.plan.recipe, name)
             try:
                 mx.eval(w)
             except Exception as exc:  # a file that changed or became unreadable under us
@@ -197,6 +235,7 @@ class _Worker:
         layer = self._layer(name)
         if self.moments is None or layer is None or layer.fit == "rtn":
             return None
+        self.ledger.seconds.setdefault("calibrate", 0.0)
         with self._timed("calibrate"):
             return self.moments[layer.path]
 
@@ -224,16 +263,16 @@ class _Worker:
         if isinstance(found, mx.array):
             self._write({name: found})
             if layer is not None:
-                self.records.append(_record(layer, found.nbytes))
+                self.ledger.add(_record(layer, found.nbytes))
             return nbytes
         assert layer is not None
         for stage, seconds in found.seconds.items():
-            self.seconds[stage] += seconds
+            self.ledger.seconds[stage] += seconds
         weight, scales, biases = found.quantized
         path = layer.path
         tensors = {name: weight, f"{path}.scales": scales}
         self._write(tensors if biases is None else {**tensors, f"{path}.biases": biases})
-        self.records.append(
+        self.ledger.add(
             _record(
                 layer,
                 found.quantized.nbytes,
@@ -253,7 +292,7 @@ class _Worker:
     def _timed(self, stage: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self.seconds[stage] += time.perf_counter() - started
+        self.ledger.seconds[stage] += time.perf_counter() - started
 
 
 class _Pool(ThreadPoolExecutor):
@@ -263,13 +302,17 @@ class _Pool(ThreadPoolExecutor):
         self.shutdown(cancel_futures=True)
 
 
-def _storage_dtype(recipe: Recipe, checkpoint: Checkpoint) -> mx.Dtype | None:
-    config = checkpoint.config
+def source_weight(checkpoint: Checkpoint, recipe: Recipe, name: str) -> mx.array:
+    """Take a parameter out of a checkpoint, in the type that it is converted or stored in."""
+    w, config = checkpoint.weights.pop(name), checkpoint.config
     text_config = config.get("text_config") or {}
-    name = (
+    dtype = (
         recipe.dtype or config.get("torch_dtype") or config.get("dtype") or text_config.get("dtype")
     )
-    return getattr(mx, name) if name in DTYPES else None
+    casts = getattr(checkpoint.model, "cast_predicate", lambda name: True)
+    if dtype in DTYPES and w.dtype in FLOAT_TYPES and casts(name):
+        return w.astype(getattr(mx, dtype))
+    return w
 
 
 def _record(

@@ -9,15 +9,14 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from splitquant_mlx.disk import write_whole
 from splitquant_mlx.environment import describe_machine, versions
 from splitquant_mlx.errors import SplitQuantError, TargetError, one_line
 from splitquant_mlx.result_parts import (
@@ -248,18 +247,9 @@ def _write(content: Any, file: Path) -> None:
         written = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     except (TypeError, ValueError) as exc:
         raise SplitQuantError(f"{file.name} cannot be kept as JSON: {one_line(exc)}") from exc
-    partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("w", encoding="utf-8") as stream:
-                stream.write(written)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(file)
-        finally:
-            with suppress(FileNotFoundError):
-                partial.unlink()
+        write_whole(file, written.encode())
     except OSError as exc:
         raise TargetError(f"cannot write {file}: {exc.strerror or exc}") from exc
 

@@ -6,8 +6,6 @@ rest is measured.
 """
 
 import dataclasses
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from splitquant_mlx.bench.programs import OURS, run_program
 from splitquant_mlx.bench.speed import Workload
 from splitquant_mlx.demo_model import fetch_demo_model
 from splitquant_mlx.directory import as_directory
+from splitquant_mlx.disk import remove
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.evaluate.arc import evaluate_arc
 from splitquant_mlx.evaluate.divergence import measure_divergence
@@ -44,6 +43,7 @@ from splitquant_mlx.results import (
     save_study,
 )
 from splitquant_mlx.source import Source, resolve
+from splitquant_mlx.staging import as_target_error, sweep
 from splitquant_mlx.study import ORIGINAL, Study, slug
 from splitquant_mlx.study_data import Data
 from splitquant_mlx.study_values import (
@@ -52,6 +52,8 @@ from splitquant_mlx.study_values import (
     speed_values,
     weights_values,
 )
+from splitquant_mlx.verify import check_files
+from splitquant_mlx.workspace import empty, workspace
 
 Measurement = Callable[[], dict[str, Any]]
 
@@ -74,15 +76,18 @@ def run_study(
         progress: told how far the work is.
 
     Raises:
-        SplitQuantError: when the model cannot be had, a conversion fails, or a data file is bad.
+        SplitQuantError: when the model cannot be had, a conversion fails, a data file is bad, or
+            another process is at work in `directory`.
     """
     progress = progress or Silent()
     source = fetch_demo_model(progress) if study.model == "demo" else None
     source = source or resolve(study.model, revision=study.revision)
-    directory.mkdir(parents=True, exist_ok=True)
-    with as_directory(source, progress) as original:
+    with (
+        _held(directory) as scratch,
+        as_directory(source, progress, scratch=scratch) as original,
+    ):
         found = Data(files=data or {})
-        runner = _Runner(study, source, original, directory, found, keep_models, progress)
+        runner = _Runner(study, source, original, directory, scratch, found, keep_models, progress)
         with progress.task(f"Study {study.name}", 1 + len(study.variants)) as advance:
             runner.measure_original()
             for name, recipe in study.variants.items():
@@ -91,6 +96,18 @@ def run_study(
                 runner.measure(name, recipe)
             runner.describe()
             advance(1)
+        runner.remove_journals()
+
+
+@contextmanager
+def _held(directory: Path) -> Iterator[Path]:
+    """Keep other studies out of `directory`; yields a directory in it for what is temporary."""
+    scratch = directory / ".running"
+    with as_target_error(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        with workspace(scratch, f"a study in {directory}"):
+            empty(scratch)
+            yield scratch
 
 
 class _Runner:
@@ -100,6 +117,7 @@ class _Runner:
         source: Source,
         original: Path,
         directory: Path,
+        scratch: Path,
         data: Data,
         keep_models: bool,
         progress: Progress,
@@ -108,6 +126,7 @@ class _Runner:
         self.source = source
         self.original = original
         self.directory = directory
+        self.scratch = scratch
         self.data = data
         self.keep_models = keep_models
         self.progress = progress
@@ -129,6 +148,7 @@ class _Runner:
     def measure(self, name: str, recipe: Recipe) -> None:
         """Convert the model by one recipe and measure what came of it."""
         home = self.directory / "models" / slug(name)
+        sweep(home)
         opened = Opened(home)
         parts: dict[str, tuple[dict[str, Any], Measurement]] = {
             "convert": ({}, lambda: self._convert(recipe, home)),
@@ -159,6 +179,15 @@ class _Runner:
         )
         save_study(record, self.directory)
 
+    def remove_journals(self) -> None:
+        """Remove what is of use only to a study that is interrupted."""
+        for task in self.study.measure.arc:
+            for protocol in self.study.measure.protocols:
+                self._journal(task, protocol).unlink(missing_ok=True)
+
+    def _journal(self, task: str, protocol: str) -> Path:
+        return self.directory / f"{task}.{protocol}.journal"
+
     def _take(
         self,
         name: str,
@@ -169,12 +198,15 @@ class _Runner:
         """Measure the parts that no result with the same settings holds."""
         shared = {"model_hash": self.reference.hash, "recipe": recipe.to_dict() if recipe else {}}
         shared["device"] = mx.default_device().type.name
+        ready = False
         for part, (own, measurement) in parts.items():
             settings = {**shared, **own}
             if self.done.get((name, part)) == settings:
                 continue
-            if home and recipe and part != "convert" and not home.exists():
-                self._convert(recipe, home)
+            if home and recipe and part != "convert" and not ready:
+                if not self._is_whole(home, recipe):
+                    self._convert(recipe, home)
+            ready = True
             with self.progress.task(f"{name}: {part}"):
                 started = time.perf_counter()
                 values = measurement()
@@ -189,14 +221,23 @@ class _Runner:
             )
             save(result, self.directory)
 
+    def _is_whole(self, home: Path, recipe: Recipe) -> bool:
+        """Tell whether a study that was killed left the model there, as this recipe wants it."""
+        try:
+            manifest = load_manifest(home)
+        except CheckpointError:
+            return False
+        if manifest is None or manifest.recipe != recipe.to_dict():
+            return False
+        return not check_files(home, manifest, self.progress).problems
+
     def _convert(self, recipe: Recipe, home: Path) -> dict[str, Any]:
         """Convert in a process of its own, so that its memory can be told."""
-        with tempfile.TemporaryDirectory(dir=self.directory) as scratch:
-            file = Path(scratch) / "recipe.toml"
-            file.write_text(recipe.to_toml(), encoding="utf-8")
-            command = [*OURS, "convert", "--model", str(self.original), "--recipe", str(file)]
-            command += ["--mlx-path", str(home), "--overwrite"]
-            run = run_program([*command, "--device", mx.default_device().type.name])
+        file = self.scratch / "recipe.toml"
+        file.write_text(recipe.to_toml(), encoding="utf-8")
+        command = [*OURS, "convert", "--model", str(self.original), "--recipe", str(file)]
+        command += ["--mlx-path", str(home), "--overwrite"]
+        run = run_program([*command, "--device", mx.default_device().type.name])
         manifest = load_manifest(home)
         if manifest is None:
             raise CheckpointError(f"{home} was converted without a manifest")
@@ -249,7 +290,7 @@ class _Runner:
     def _arc(
         self, opened: Opened, task: str, protocol: str, questions: list[Question], variant: str
     ) -> dict[str, Any]:
-        journal = self.directory / f"{task}.{protocol}.journal"
+        journal = self._journal(task, protocol)
         shots = self.study.measure.num_shots if protocol == "loglikelihood" else 0
         found = evaluate_arc(
             opened.model,
@@ -263,7 +304,6 @@ class _Runner:
             model_hash=f"{self.reference.hash} {variant}",
             progress=self.progress,
         )
-        journal.unlink()
         values = dataclasses.asdict(found)
         return {name: values[name] for name in values if name not in ("task", "protocol", "ids")}
 
@@ -300,4 +340,4 @@ def _removed(home: Path, keep: bool) -> Iterator[None]:
         yield
     finally:
         if not keep:
-            shutil.rmtree(home, ignore_errors=True)
+            remove(home)

@@ -1,18 +1,13 @@
-"""Put a converted checkpoint in its place: all of it, or nothing.
+"""Write what stands beside the weights of a converted checkpoint: config, tokenizer, licence."""
 
-Everything is written into a directory beside the target, and renamed at the end.
-"""
-
-import errno
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from splitquant_mlx.disk import sha256
 from splitquant_mlx.errors import CheckpointError, TargetError
 from splitquant_mlx.manifest import FILE_NAME, LayerRecord
 
@@ -21,74 +16,7 @@ COPIED = (
     "*.json", "*.txt", "*.jinja", "*.tiktoken", "*.model", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 NOT_COPIED = ("config.json", FILE_NAME)
-
-
-@contextmanager
-def staged(target: Path, *, overwrite: bool = False, source: Path | None = None) -> Iterator[Path]:
-    """Yield an empty directory that becomes `target` when the block ends without an error.
-
-    On an error or an interrupt the directory is removed and `target` is as it was.
-
-    Raises:
-        TargetError: when `target` exists and `overwrite` is not set, when it exists and is not a
-            model directory or holds `source`, or when it cannot be written or the disk is full.
-    """
-    target = _absolute(target)
-    check_target(target, overwrite=overwrite, source=source)
-    with _as_target_error(target):
-        # the nearest directory that exists is on the target's own disk, so that a rename will do
-        home = next(parent for parent in target.parents if os.path.lexists(parent))
-        staging = home / f".{target.name}.partial-{os.getpid()}"
-        staging.mkdir()
-        try:
-            yield staging
-            _sync(staging)
-            check_target(target, overwrite=overwrite, source=source)  # hours may have passed
-            with _made_parents(target):
-                _replace(staging, target)
-        finally:
-            _remove(staging)
-
-
-def check_target(target: Path, *, overwrite: bool = False, source: Path | None = None) -> None:
-    """Raise TargetError when `target` may not be written; see `staged`."""
-    target = _absolute(target)
-    with _as_target_error(target):
-        parent = next((p for p in target.parents if os.path.lexists(p)), target)
-        if not parent.is_dir():
-            raise TargetError(f"cannot write {target}: {parent} is not a directory")
-        try:
-            target.lstat()
-        except FileNotFoundError:
-            return
-        if not overwrite:
-            raise TargetError(
-                f"{target} exists already: choose another --mlx-path, or pass --overwrite to "
-                "replace it"
-            )
-        if target.is_symlink() or not target.is_dir():
-            raise TargetError(
-                f"{target} is not a directory: it is never overwritten, remove it first"
-            )
-        if any(target.iterdir()) and not (target / "config.json").is_file():
-            raise TargetError(
-                f"{target} is not a model directory (it has no config.json): it is never "
-                "overwritten, remove it first or choose another --mlx-path"
-            )
-        if os.path.ismount(target):
-            raise TargetError(f"{target} is a mount point: give a directory inside it")
-        if source is not None and source.resolve().is_relative_to(target.resolve()):
-            raise TargetError(
-                f"{target} holds the model to convert: it is never overwritten, choose another "
-                "--mlx-path"
-            )
-
-
-def _absolute(target: Path) -> Path:
-    try:
-        return Path(os.path.abspath(target.expanduser()))
-    except RuntimeError as exc:
-        raise TargetError(f"cannot write {target}: there is no such user's home") from exc
+TABLES = ("quantization", "quantization_config", "splitquant", "model_file")
 
 
 def require_space(directory: Path, needed_bytes: int) -> None:
@@ -135,13 +63,23 @@ def refuse_link_outside(source: Path, file: Path) -> None:
 
 
 def write_config(config: dict[str, Any], layers: list[LayerRecord], directory: Path) -> None:
-    """Write config.json, and the model file where there are split layers.
+    """Write config.json, and the model file where there are split layers."""
+    config = {**config, **config_tables(layers)}
+    config.pop("_name_or_path", None)
+    if "model_file" in config:
+        code = resources.files("splitquant_mlx").joinpath("model_file.py").read_bytes()
+        (directory / MODEL_FILE).write_bytes(code)
+    text = json.dumps(dict(sorted(config.items())), indent=4)
+    (directory / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def config_tables(layers: Sequence[LayerRecord]) -> dict[str, Any]:
+    """Return the entries of config.json that say how layers are stored, those of TABLES.
 
     Plainly quantized layers are listed in mlx's `quantization` table, split layers in a
     `splitquant` table of their own.
     """
-    config = dict(config)
-    config.pop("_name_or_path", None)
+    tables: dict[str, Any] = {}
     plain = [layer for layer in layers if layer.action == "quantize"]
     split = [layer for layer in layers if layer.action == "split"]
     if plain:
@@ -151,10 +89,10 @@ def write_config(config: dict[str, Any], layers: list[LayerRecord], directory: P
         table.update(
             {layer.path: own for layer, own in zip(plain, settings, strict=True) if own != usual}
         )
-        config["quantization"] = config["quantization_config"] = table
+        tables["quantization"] = tables["quantization_config"] = table
     if split:
-        config["model_file"] = MODEL_FILE
-        config["splitquant"] = {
+        tables["model_file"] = MODEL_FILE
+        tables["splitquant"] = {
             "layers": {
                 layer.path: {
                     "clusters": layer.clusters,
@@ -164,72 +102,13 @@ def write_config(config: dict[str, Any], layers: list[LayerRecord], directory: P
                 for layer in split
             }
         }
-        code = resources.files("splitquant_mlx").joinpath("model_file.py").read_bytes()
-        (directory / MODEL_FILE).write_bytes(code)
-    text = json.dumps(dict(sorted(config.items())), indent=4)
-    (directory / "config.json").write_text(text + "\n", encoding="utf-8")
+    return tables
+
+
+def hash_files(directory: Path, known: dict[str, str]) -> dict[str, str]:
+    """Return the SHA-256 of every file of `directory`; those in `known` are not read again."""
+    return {file.name: known.get(file.name) or sha256(file) for file in sorted(directory.iterdir())}
 
 
 def _settings(layer: LayerRecord) -> dict[str, Any]:
     return {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-
-
-@contextmanager
-def _as_target_error(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as exc:
-        if isinstance(exc, BrokenPipeError):
-            raise
-        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise TargetError(f"disk full while writing {target}: free some space") from exc
-        at = f" ({exc.filename})" if exc.filename else ""
-        raise TargetError(f"cannot write {target}: {exc.strerror or exc}{at}") from exc
-
-
-def _sync(directory: Path) -> None:
-    for path in [*directory.iterdir(), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@contextmanager
-def _made_parents(target: Path) -> Iterator[None]:
-    """Make the directories above `target`; they go again when the block ends with an error."""
-    made = [parent for parent in target.parents if not parent.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException:
-        for parent in made:
-            with suppress(OSError):
-                parent.rmdir()
-        raise
-
-
-def _replace(staging: Path, target: Path) -> None:
-    if not target.exists():
-        staging.rename(target)
-        return
-    old = staging.with_name(staging.name + "-old")
-    try:
-        target.rename(old)
-        staging.rename(target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        raise
-    finally:
-        _remove(old)
-
-
-def _remove(directory: Path) -> None:
-    """Remove a directory, also when the user presses Ctrl-C a second time."""
-    try:
-        shutil.rmtree(directory, ignore_errors=True)
-    except KeyboardInterrupt:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise

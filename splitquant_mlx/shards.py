@@ -6,13 +6,18 @@ padded with spaces, as the format allows (huggingface/safetensors, "Format").
 """
 
 import json
-import os
 import struct
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
 import mlx.core as mx
 import numpy as np
+
+from splitquant_mlx.disk import remove, sha256, sync_descriptor
+from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.headers import read_header
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -42,15 +47,26 @@ class ShardWriter:
         names: every tensor name that may be added; sizes the room left for the headers.
         max_shard_bytes: a shard is closed before it would grow over this many bytes; a single
             larger tensor gets a shard of its own.
+
+    Attributes:
+        missing: the names not written yet.
+        total_bytes: of the tensors written.
+        on_finished: called with the number and the SHA-256 of every shard once it is on the disk;
+            shards are hashed only for it.
+        hashes: the SHA-256 of every file by its name, after `close`.
     """
 
     def __init__(self, directory: Path, names: list[str], max_shard_bytes: int = MAX_SHARD_BYTES):
         self.directory = directory
         self.max_shard_bytes = max_shard_bytes
         self.total_bytes = 0
+        self.on_finished: Callable[[int, str], None] | None = None
+        self.hashes: dict[str, str] = {}
+        self.missing = set(names)
+        self._resumed: set[str] = set()
+        self._digests: list[str] = []
         self._room = 64 + sum(len(json.dumps(name)) + 160 for name in names)
         self._room += -self._room % 8
-        self._allowed = set(names)
         self._shards: list[Path] = []
         self._weight_map: dict[str, int] = {}
         self._file: BinaryIO | None = None
@@ -64,11 +80,44 @@ class ShardWriter:
         if self._file is not None:
             self._file.close()
 
+    def resume(self, digests: Sequence[str]) -> int:
+        """Take over the first shards of an interrupted writer; nothing else in `directory` stays.
+
+        Args:
+            digests: their SHA-256, in order. The first file that is missing or another one, and
+                all after it, are written again; an `add` of what was taken over does nothing.
+
+        Returns:
+            How many were taken over.
+        """
+        for digest in digests:
+            path = self._path(len(self._shards) + 1)
+            if path.is_symlink() or not path.is_file() or sha256(path) != digest:
+                break
+            try:
+                headers = read_header(path)
+            except CheckpointError:
+                break
+            if not headers.keys() <= self.missing:
+                break
+            self._weight_map.update(dict.fromkeys(headers, len(self._shards)))
+            self._shards.append(path)
+            self._digests.append(digest)
+            self._resumed |= headers.keys()
+            self.missing -= headers.keys()
+            self.total_bytes += sum(header.nbytes for header in headers.values())
+        for path in self.directory.iterdir():
+            if path not in self._shards:
+                remove(path)
+        return len(self._shards)
+
     def add(self, name: str, tensor: mx.array) -> None:
         """Write `tensor` under `name`. Raises ValueError for a name not announced or repeated."""
-        if name not in self._allowed:
+        if name in self._resumed:
+            return
+        if name not in self.missing:
             raise ValueError(f"tensor {name!r} was not announced, or was written before")
-        self._allowed.discard(name)
+        self.missing.discard(name)
         if self._file is None or (
             self._offset and self._offset + tensor.nbytes > self.max_shard_bytes
         ):
@@ -101,6 +150,7 @@ class ShardWriter:
             )
             path.rename(self.directory / name)
             final.append(name)
+        self.hashes = dict(zip(final, self._digests, strict=False))
         weight_map = {name: final[shard] for name, shard in sorted(self._weight_map.items())}
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
         path = self.directory / "model.safetensors.index.json"
@@ -108,7 +158,7 @@ class ShardWriter:
         return weight_map
 
     def _start_shard(self) -> None:
-        path = self.directory / f"shard-{len(self._shards) + 1:05d}.partial"
+        path = self._path(len(self._shards) + 1)
         self._shards.append(path)
         self._file = path.open("wb")
         self._file.seek(8 + self._room)
@@ -119,9 +169,18 @@ class ShardWriter:
         if self._file is None:
             return
         header = json.dumps(self._header, separators=(",", ":")).encode()
-        with self._file as file:
+        with self._file as file, ThreadPoolExecutor(1) as pool:
             file.seek(0)
             file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
             file.flush()
-            os.fsync(file.fileno())
+            # the header, which comes first in the hash, was written last: the file is read once
+            # more, while the disk takes it in
+            digest = pool.submit(sha256, self._shards[-1]) if self.on_finished else None
+            sync_descriptor(file.fileno())
         self._file = None
+        if self.on_finished and digest:
+            self._digests.append(digest.result())
+            self.on_finished(len(self._shards), self._digests[-1])
+
+    def _path(self, number: int) -> Path:
+        return self.directory / f"shard-{number:05d}.partial"

@@ -11,8 +11,10 @@ import json
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -26,8 +28,10 @@ ALLOW = (
     "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 IGNORE = ("*/*", "consolidated*")
+WEIGHTS = "*.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pickle", ".pkl")
 T = TypeVar("T")
+ABANDONED_S = 3600  # since a download wrote last
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
@@ -119,12 +123,23 @@ def _from_hub(repo: str, revision: str | None, timeout_s: float | None) -> Sourc
         raise _explain(exc, repo, revision, otherwise=unreachable) from exc
     _check_files(repo, [file.rfilename for file in info.siblings or ()])
     try:
-        source = _snapshot(repo, revision)
+        # the weights last: where they all are, a download that was killed had got all the rest
+        companions = _snapshot(repo, revision, ignore=WEIGHTS)
+        source = _snapshot(repo, companions.revision)
     except Exception as exc:
-        broken = "the download broke off; the same command carries on from there"
+        broken = "the download broke off; the same command carries on with the files it lacks"
         raise _explain(exc, repo, revision, otherwise=broken) from exc
     _check_snapshot(source)
+    _remove_abandoned(source.path.parents[1] / "blobs")
     return source
+
+
+def _remove_abandoned(blobs: Path) -> None:
+    """Remove what killed downloads left: newer clients of the hub never use it again."""
+    for file in blobs.glob("*.incomplete"):
+        with suppress(OSError):
+            if time.time() - file.stat().st_mtime > ABANDONED_S:
+                file.unlink()
 
 
 def answer_within(limit_s: float, request: Callable[[], T]) -> T:
@@ -147,7 +162,9 @@ def answer_within(limit_s: float, request: Callable[[], T]) -> T:
     return answer.result()
 
 
-def _snapshot(repo: str, revision: str | None, *, local_files_only: bool = False) -> Source:
+def _snapshot(
+    repo: str, revision: str | None, *, ignore: str | None = None, local_files_only: bool = False
+) -> Source:
     from huggingface_hub import constants, snapshot_download
 
     path = snapshot_download(
@@ -155,7 +172,7 @@ def _snapshot(repo: str, revision: str | None, *, local_files_only: bool = False
         revision=revision,
         etag_timeout=constants.HF_HUB_ETAG_TIMEOUT,
         allow_patterns=list(ALLOW),
-        ignore_patterns=list(IGNORE),
+        ignore_patterns=[*IGNORE, *([ignore] if ignore else [])],
         local_files_only=local_files_only,
     )
     # The cache's layout is <repo>/snapshots/<commit hash>.

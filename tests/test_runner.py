@@ -1,17 +1,23 @@
 """A study runs to its report, goes on where it stopped, and says what it could not measure."""
 
 import json
+import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
 from splitquant_mlx.cli import run
 from splitquant_mlx.report import load_report
+from splitquant_mlx.results import load_results
 from splitquant_mlx.runner import run_study
 from splitquant_mlx.study import load_study
+from splitquant_mlx.workspace import workspace
 
 STUDY = """
 title = "Stories"
@@ -124,6 +130,92 @@ def test_a_killed_study_goes_on(study, files, tmp_path):
     after = {file.name: file.stat().st_mtime_ns for file in home.glob("*.*.json")}
     assert before.items() <= after.items() and len(after) > len(before)
     assert (home / "report.html").is_file()
+    left = {path.name for path in home.iterdir() if path.suffix not in (".json", ".html", ".md")}
+    assert left == {"models"} and not list((home / "models").iterdir())
+
+
+SMALL = """
+model = "{model}"
+[measure]
+arc = []
+text_tokens = 256
+context_length = 128
+prompt_tokens = 0
+[[variants]]
+name = "split"
+"""
+
+
+@pytest.fixture
+def small(stories, files, tmp_path):
+    """Return the command of a small study, and its directory of results."""
+    file, home = tmp_path / "small.toml", tmp_path / "out"
+    file.write_text(SMALL.format(model=stories))
+    options = ["--data", f"text={files['text']}", "--device", "cpu"]
+    return ["run", str(file), "--output-dir", str(home), *options], home
+
+
+def values_of(home):
+    return {
+        (result.variant, result.part): {
+            name: value
+            for name, value in result.values.items()
+            if name not in ("seconds", "peak_bytes")
+        }
+        for result in load_results(home)
+    }
+
+
+def test_two_studies_in_one_directory(small, capsys):
+    command, home = small
+    home.mkdir()
+    with workspace(home / ".running", "a study"):
+        assert run(command) == 2
+    err = capsys.readouterr().err
+    assert f"a study in {home} is under way already, in process {os.getpid()}" in err
+    assert err.count("\n") == 1 and not list(home.iterdir())
+
+
+@pytest.mark.slow
+def test_a_study_killed_anywhere_goes_on(small, tmp_path):
+    command, home = small
+    assert run(command) == 0
+    wanted, names = values_of(home), {path.name for path in home.iterdir()}
+    shutil.rmtree(home)
+    program = [sys.executable, "-m", "splitquant_mlx", *command]
+    rng, points, began = random.Random(0), 0, time.monotonic()
+    while not (home / "report.md").exists():
+        with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            with suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=rng.uniform(1, 3) + 0.5 * points)
+            process.kill()
+            _, err = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), err
+        if any(home.glob("*.*.json")):
+            assert values_of(home).items() <= wanted.items()
+        points += 1
+        assert time.monotonic() - began < 300
+    assert run(command) == 0
+    assert points > 2 and values_of(home) == wanted
+    assert {path.name for path in home.iterdir()} == names
+    assert not any((home / "models").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [False, True])
+def test_a_model_left_by_a_killed_study_is_used_if_it_is_whole(small, monkeypatch, damage):
+    command, home = small
+    assert run([*command, "--keep-models"]) == 0
+    wanted, model = values_of(home), home / "models" / "split" / "model.safetensors"
+    next(home.glob("split*.kl.json")).unlink()
+    if damage:
+        with model.open("r+b") as file:
+            file.seek(-100, os.SEEK_END)
+            file.write(bytes(100))
+    made = model.stat().st_mtime_ns
+    assert run([*command, "--keep-models"]) == 0
+    assert (model.stat().st_mtime_ns != made) == damage
+    assert values_of(home) == wanted
 
 
 def test_what_the_hub_does_not_give_is_named(study, tmp_path, monkeypatch):

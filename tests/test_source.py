@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,65 @@ def test_broken_download_leaves_no_model_and_is_resumed(hub, monkeypatch):
     assert weights.read_bytes() == WHOLE["model.safetensors"]
 
 
+DOWNLOAD = "import sys, splitquant_mlx.source as s; s.resolve(sys.argv[1])"
+
+
+def environment_of(hub, cache):
+    return os.environ | {
+        "HF_ENDPOINT": hub.endpoint,
+        "HF_HOME": str(cache.parent / "home"),
+        "HF_HUB_CACHE": str(cache),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+
+
+def killed_download(hub, cache, stalled):
+    """Download in a process that is killed in the middle of a file."""
+    hub.stalled = stalled
+    command = [sys.executable, "-c", DOWNLOAD, "org/large"]
+    with subprocess.Popen(command, env=environment_of(hub, cache)) as process:
+        blob, deadline = sha256(hub.repos["org/large"][stalled]).hexdigest(), time.monotonic() + 60
+        while not any(file.stat().st_size for file in cache.rglob(f"{blob}*incomplete")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+    hub.stalled = ""
+
+
+def test_killed_download_goes_on(hub, tmp_path):
+    weights = bytes(range(256)) * 100_000
+    hub.repos["org/large"] = WHOLE | {"model.safetensors": weights}
+    killed_download(hub, tmp_path / "hub", "model.safetensors")
+    assert cached("org/large") is None
+    hub.sent.clear()
+    source = resolve("org/large")
+    assert (source.path / "model.safetensors").read_bytes() == weights
+    assert hub.sent == ["model.safetensors"]  # what was whole is not fetched again
+
+
+def test_what_a_killed_download_left_is_removed_in_time(hub, tmp_path):
+    source = resolve("org/whole")
+    left = [source.path.parents[1] / "blobs" / f"{n}.incomplete" for n in (1, 2)]
+    for file in left:
+        file.write_text("half")
+    os.utime(left[0], (0, 0))
+    resolve("org/whole")
+    assert [file.exists() for file in left] == [False, True]  # the second may be in the making
+
+
+def test_download_killed_before_the_tokenizer_is_no_model(hub, tmp_path):
+    tokenizer = b"pieces" * 4_000_000
+    hub.repos["org/large"] = WHOLE | {"tokenizer.model": tokenizer}
+    killed_download(hub, tmp_path / "hub", "tokenizer.model")
+    assert cached("org/large") is None
+    assert (resolve("org/large").path / "tokenizer.model").read_bytes() == tokenizer
+    assert cached("org/large")
+
+
 def test_full_disk(hub, monkeypatch, tmp_path):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -232,19 +292,14 @@ def test_environment_variables_reach_the_hub_and_its_import_is_late(hub, tmp_pat
         "import sys, splitquant_mlx.source as s; assert 'huggingface_hub' not in sys.modules; "
         "print(s.resolve('org/whole').path)"
     )
-    home = tmp_path / "home"
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(home),
-        "HF_HUB_CACHE": str(home / "hub"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
+    cache = tmp_path / "elsewhere" / "hub"
     run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code],
+        env=environment_of(hub, cache),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert run.returncode == 0, run.stderr
-    assert Path(run.stdout.strip()).is_relative_to(home)
+    assert Path(run.stdout.strip()).is_relative_to(cache)
     assert run.stderr == ""

@@ -1,6 +1,7 @@
 """Run programs as a user starts them, each a fresh process, and sum up repeated runs."""
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -41,16 +42,22 @@ def run_program(command: Sequence[str]) -> Run:
     """
     with tempfile.TemporaryDirectory(prefix="splitquant-mlx-bench-") as scratch:
         report = Path(scratch) / "report.json"
-        launcher = [sys.executable, "-I", "-S", launch.__file__, str(report), *command]
-        process = subprocess.Popen(
-            launcher, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
-        )
+        theirs, ours = os.pipe()
+        launcher = [sys.executable, "-I", "-S", launch.__file__, str(report), str(theirs), *command]
+        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         try:
-            output, error = process.communicate()
-        except BaseException:
-            process.terminate()
-            process.communicate()
-            raise
+            process = subprocess.Popen(
+                launcher, text=True, errors="replace", pass_fds=[theirs], **options
+            )
+            try:
+                output, error = process.communicate()
+            except BaseException:
+                process.terminate()
+                process.communicate()
+                raise
+        finally:
+            os.close(theirs)
+            os.close(ours)
         found: dict[str, Any] = json.loads(report.read_text()) if report.exists() else {}
     if found.pop("exit_code", None) != 0:
         lines = error.strip().splitlines() or [f"exit code {process.returncode}"]

@@ -22,6 +22,7 @@ from splitquant_mlx.cli.report import report
 from splitquant_mlx.cli.run import run as run_study
 from splitquant_mlx.cli.serve import serve
 from splitquant_mlx.cli.upload import upload
+from splitquant_mlx.cli.verify import verify
 from splitquant_mlx.errors import RankError, SplitQuantError
 from splitquant_mlx.source import hide_token
 
@@ -46,6 +47,7 @@ app.command("eval")(evaluate)
 app.command("run")(run_study)
 app.command()(report)
 app.command()(inspect)
+app.command()(verify)
 app.command()(doctor)
 app.command()(demo)
 app.add_typer(bench, name="bench", help="Measure speed and memory of models and conversions.")

@@ -22,10 +22,10 @@ import numpy as np
 
 from splitquant_mlx.distributed import Group, alone, gather
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.evaluate.journal import Journal
 from splitquant_mlx.evaluate.loglikelihood import BATCH_TOKENS, Pair, context_length, score
 from splitquant_mlx.evaluate.protocols import draw_shots, encode_question
 from splitquant_mlx.evaluate.questions import Question
+from splitquant_mlx.journal import Journal
 from splitquant_mlx.progress import Advance, Progress, Silent
 
 

@@ -1,4 +1,4 @@
-"""Keep finished work in a file, so that an interrupted evaluation goes on where it was.
+"""Keep finished work in a file, so that what is interrupted goes on where it was.
 
 The file is JSON lines. The first is the key, everything that the results depend on; then comes one
 record for each finished piece, written at once. A process that is killed loses the
@@ -82,7 +82,7 @@ def _read(content: bytes, opening: bytes) -> tuple[list[dict[str, Any]], int]:
     for line in content[end:].splitlines(keepends=True):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if not line.endswith(b"\n") or not isinstance(record, dict):
             break
