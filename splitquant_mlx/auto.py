@@ -10,10 +10,12 @@ from splitquant_mlx.allocate import allocate
 from splitquant_mlx.calibrate.sensitivity import Option, predict_divergence
 from splitquant_mlx.calibrate.tokens import calibration_tokens
 from splitquant_mlx.checkpoint import open_checkpoint
+from splitquant_mlx.directory import as_directory
 from splitquant_mlx.loader import load_model
 from splitquant_mlx.plan import LayerPlan, make_plan
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.recipe import Calibration, Recipe
+from splitquant_mlx.source import resolve
 
 OPTIONS: tuple[Option, ...] = ((3, 64), (3, 32), (4, 64), (4, 32), (5, 64), (6, 64), (8, 64))
 # what sensitivities are measured on; more made no difference to the choice
@@ -36,6 +38,15 @@ class Forecast:
     bits_per_weight: float
     divergence: Mapping[str, float]
     nbytes: Mapping[str, float]
+
+
+def forecast(
+    model: str, recipe: Recipe, *, revision: str | None = None, progress: Progress | None = None
+) -> Forecast:
+    """Choose for a repo id, directory or .gguf file; see `choose_bits`."""
+    source = resolve(model, revision=revision)
+    with as_directory(source, progress) as directory:
+        return choose_bits(directory, recipe, progress)
 
 
 def choose_bits(directory: Path, recipe: Recipe, progress: Progress | None = None) -> Forecast:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.errors import RecipeError, TargetError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -245,6 +245,14 @@ def load_recipe(path: Path) -> Recipe:
         return Recipe.from_dict(values)
     except RecipeError as exc:
         raise RecipeError(f"recipe {path}: {exc}") from exc
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe that `load_recipe` reads. Raises TargetError when that fails."""
+    try:
+        path.write_text(recipe.to_toml(), encoding="utf-8")
+    except OSError as exc:
+        raise TargetError(f"cannot write {path}: {exc.strerror or exc}") from exc
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Offer `convert`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from splitquant_mlx.cli.options import DEFAULT_MODEL, Device, Revision, start
-from splitquant_mlx.recipe import Recipe, load_recipe
+from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.recipe import Recipe, load_recipe, write_recipe
 
 
 def convert(
@@ -55,6 +56,36 @@ def convert(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Keep layers matching this glob; repeatable.")
     ] = None,
+    embedding_bits: Annotated[
+        int | None,
+        typer.Option(help="Bits of quantized embeddings and lm_head (imatrix, gptq: 6)."),
+    ] = None,
+    target_bpw: Annotated[
+        float | None, typer.Option(help="auto: bits/weight of what is quantized (default 4.5).")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="auto: nats a token to stay below, instead of a target.")
+    ] = None,
+    sweeps: Annotated[
+        int | None, typer.Option(help="gptq, auto: rounds of coordinate descent (default 3).")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="imatrix, gptq, auto: self (default) or a text, JSONL or parquet file."),
+    ] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(help="Texts to calibrate on (default 96).")
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens of each of them (default 256).")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the text that the model writes (default 0).")
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="auto: write what was chosen to this recipe, and convert nothing."),
+    ] = None,
     revision: Revision = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace --mlx-path if it is a model directory.")
@@ -68,7 +99,7 @@ def convert(
     ] = None,
     device: Device = None,
 ) -> None:
-    """Split and quantize a model: k-means splits every linear layer, then plain INT4."""
+    """Quantize a model: by default k-means splits every linear layer, then plain INT4."""
     settings = {
         "method": method,
         "bits": bits,
@@ -82,19 +113,39 @@ def convert(
         "lm_head": lm_head,
         "include": tuple(include or ()) or None,
         "exclude": tuple(exclude or ()) or None,
+        "embedding_bits": embedding_bits,
+        "target_bpw": target_bpw,
+        "max_kl": max_kl,
+        "sweeps": sweeps,
     }
-    given = {name: value for name, value in settings.items() if value is not None}
+    calibrate_on = {
+        "text": calibration,
+        "num_samples": num_samples,
+        "sequence_length": sequence_length,
+        "seed": seed,
+    }
     base = load_recipe(recipe).to_dict() if recipe else {}
-    chosen = Recipe.from_dict({**base, **given})
+    if given := _given(calibrate_on):
+        settings["calibration"] = {**base.get("calibration", {}), **given}
+    chosen = Recipe.from_dict({**base, **_given(settings)})
+    if plan is not None and chosen.method != "auto":
+        raise RecipeError(f"--plan is for method 'auto', got {chosen.method!r}")
     if upload_repo is not None:
         from splitquant_mlx.publish.hub import check_login
 
         check_login(upload_repo)
     start(device)
     from splitquant_mlx.cli.console import Bars
-    from splitquant_mlx.cli.summary import print_summary
+    from splitquant_mlx.cli.summary import print_forecast, print_summary
     from splitquant_mlx.pipeline import convert as convert_model
 
+    if plan is not None:
+        from splitquant_mlx.auto import forecast
+
+        found = forecast(model, chosen, revision=revision, progress=Bars())
+        print_forecast(found)
+        write_recipe(found.recipe, plan)
+        return
     manifest = convert_model(
         model,
         mlx_path,
@@ -102,6 +153,7 @@ def convert(
         revision=revision,
         overwrite=overwrite,
         progress=Bars(),
+        on_forecast=print_forecast,
     )
     print_summary(manifest, mlx_path)
     if upload_repo is not None:
@@ -109,3 +161,7 @@ def convert(
         from splitquant_mlx.publish.upload import prepare_upload
 
         send(prepare_upload(mlx_path, upload_repo))
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}

@@ -2,10 +2,15 @@
 
 import shlex
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from splitquant_mlx.cli.console import size
 from splitquant_mlx.manifest import LayerRecord, Manifest
+
+if TYPE_CHECKING:
+    from splitquant_mlx.auto import Forecast
 
 MOST_NOTES = 8
 
@@ -24,6 +29,36 @@ def print_summary(manifest: Manifest, path: Path) -> None:
         console.print(f"  {text}", markup=False)
     next_command = f"splitquant-mlx chat --model {shlex.quote(str(path))}"
     console.print(f"Saved in {path}. Next: {next_command}", markup=False, soft_wrap=True)
+
+
+def print_forecast(found: "Forecast") -> None:
+    """Print what "auto" chose: for each kind of layer the bits, the size, the expected loss."""
+    from rich.console import Console
+    from rich.table import Table
+
+    kinds: dict[str, list[str]] = {}
+    for path in found.nbytes:
+        kinds.setdefault(path.rpartition(".")[2], []).append(path)
+    whole = sum(found.divergence.values())
+    table = Table("layers", "bits (how many)", "size", "KL, nats", "share")
+    for kind, paths in kinds.items():
+        chosen = Counter(_option(found.recipe.layers[path]) for path in paths)
+        loss = sum(found.divergence[path] for path in paths)
+        table.add_row(
+            kind,
+            ", ".join(f"{option} ({count})" for option, count in sorted(chosen.items())),
+            size(sum(found.nbytes[path] for path in paths)),
+            f"{loss:.4f}",
+            f"{loss / whole:.0%}" if whole else "",
+        )
+    table.add_section()
+    total = size(sum(found.nbytes.values()))
+    table.add_row("all", f"{found.bits_per_weight:.2f} bits/weight", total, f"{whole:.4f}", "100%")
+    Console(highlight=False).print(table)
+
+
+def _option(settings: Mapping[str, int]) -> str:
+    return f"{settings['bits']} g{settings['group_size']}"
 
 
 def _rows(manifest: Manifest) -> list[tuple[str, str]]:
