@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from splitquant_mlx import Recipe, convert, load
+from splitquant_mlx.recipe import Calibration
 
 PROMPT = mx.array([[3, 5, 8, 13, 21, 34, 55, 89]])
 
@@ -39,6 +40,24 @@ def test_an_architecture_converts_and_runs(tmp_path, architecture, method):
     assert similarity(got, wanted) > 0.99
     actions = {layer.action for layer in manifest.layers if layer.kind == "linear"}
     assert actions == {"split" if method == "splitquant" else "quantize"}
+
+
+@pytest.mark.parametrize("method", ["imatrix", "gptq", "auto"])
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_an_architecture_is_calibrated(tmp_path, monkeypatch, architecture, method):
+    """On its own text, to a plain mlx checkpoint."""
+    monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
+    own = {"target_bpw": 5.0} if method == "auto" else {"bits": 4, "embedding_bits": 8}
+    calibration = Calibration(num_samples=24, sequence_length=32)
+    recipe = Recipe(method=method, **own, group_size=32, calibration=calibration)
+    manifest, original, model = converted(tmp_path, architecture, recipe)
+    config = json.loads((tmp_path / "target" / "config.json").read_text())
+    assert "model_file" not in config and config["quantization"]["group_size"] in (32, 64)
+    least = 0.8 if "experts" in str(manifest.layers) else 0.9  # another expert may be chosen
+    assert similarity(logits(model), logits(original)) > least
+    linear = [layer for layer in manifest.layers if layer.kind == "linear"]
+    assert {layer.action for layer in linear} == {"quantize"}
+    assert manifest.recipe["method"] == method
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitquant_mlx import Recipe, RecipeError, load_recipe
-from splitquant_mlx.recipe import BITS, GRANULARITIES, GROUP_SIZES
+from splitquant_mlx.recipe import BITS, GRANULARITIES, GROUP_SIZES, Calibration
 from splitquant_mlx.study import load_study
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -36,12 +36,46 @@ def test_round_trip(recipe, tmp_path_factory):
     assert load_recipe(file) == recipe
 
 
+CALIBRATIONS = st.builds(
+    Calibration,
+    text=st.sampled_from(["self", "my text.jsonl"]),
+    num_samples=st.integers(1, 999),
+    sequence_length=st.integers(2, 999),
+    seed=st.integers(0, 2**40),
+)
+
+
+@given(
+    method=st.sampled_from(["imatrix", "gptq"]),
+    calibration=CALIBRATIONS,
+    embedding_bits=st.sampled_from([None, 4, 8]),
+    layers=st.dictionaries(
+        st.text(max_size=8),
+        st.fixed_dictionaries(
+            {}, optional={"bits": st.sampled_from(BITS), "group_size": st.sampled_from(GROUP_SIZES)}
+        ),
+        max_size=3,
+    ),
+)
+def test_round_trip_with_tables(method, calibration, embedding_bits, layers, tmp_path_factory):
+    recipe = Recipe(
+        method=method, calibration=calibration, embedding_bits=embedding_bits, layers=layers
+    )
+    file = tmp_path_factory.mktemp("recipe") / "recipe.toml"
+    file.write_text(recipe.to_toml(), encoding="utf-8")
+    assert load_recipe(file) == recipe
+
+
 def test_defaults_are_the_paper_for_splitquant_and_mlx_lm_for_rtn():
     paper, plain = Recipe(), Recipe(method="rtn")
     assert (paper.clusters, paper.bits, paper.group_size) == (3, 4, 64)
     assert (paper.embeddings, paper.lm_head) == ("keep", "keep")
     assert (plain.embeddings, plain.lm_head) == ("quantize", "quantize")
     assert Recipe(method="rtn", mode="mxfp8").bits == 8
+    fitted, chosen = Recipe(method="gptq"), Recipe(method="auto")
+    assert (fitted.embeddings, fitted.embedding_bits, fitted.sweeps) == ("quantize", 6, 3)
+    assert fitted.calibration == Calibration()
+    assert (chosen.target_bpw, chosen.max_kl, chosen.embedding_bits) == (4.5, None, None)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +83,26 @@ def test_defaults_are_the_paper_for_splitquant_and_mlx_lm_for_rtn():
     [
         {"method": "awq"},
         {"bits": 7},
+        {"method": "gptq", "granularity": "tensor"},
+        {"method": "gptq", "target_bpw": 4.5},
+        {"method": "imatrix", "sweeps": 2},
+        {"method": "rtn", "calibration": {"seed": 1}},
+        {"method": "gptq", "calibration": {"seed": -1}},
+        {"method": "gptq", "calibration": {"seeds": 1}},
+        {"method": "gptq", "calibration": "self"},
+        {"method": "gptq", "calibration": {"text": ""}},
+        {"method": "gptq", "calibration": {"sequence_length": 1}},
+        {"method": "gptq", "sweeps": -1},
+        {"method": "gptq", "embedding_bits": 7},
+        {"method": "gptq", "layers": {"a": {"bits": 7}}},
+        {"method": "gptq", "layers": {"a": 4}},
+        {"method": "gptq", "layers": ["a"]},
+        {"method": "rtn", "mode": "mxfp4", "layers": {"a": {"bits": 4}}},
+        {"method": "auto", "target_bpw": 4.5, "max_kl": 0.1},
+        {"method": "auto", "target_bpw": 3},
+        {"method": "auto", "max_kl": 0},
+        {"method": "auto", "max_kl": float("nan")},
+        {"method": "auto", "target_bpw": "4.5"},
         {"bits": True},
         {"bits": "4"},
         {"group_size": 48},
