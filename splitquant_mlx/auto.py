@@ -20,8 +20,7 @@ from splitquant_mlx.source import resolve
 OPTIONS: tuple[Option, ...] = (
     (3, 128), (3, 64), (3, 32), (4, 128), (4, 64), (4, 32), (5, 64), (6, 64), (8, 64),
 )  # fmt: skip
-# what sensitivities are measured on; more made no difference to the choice
-TOKENS = 4096
+TOKENS = 4096  # that sensitivities are measured on
 
 
 @dataclass(frozen=True, kw_only=True)

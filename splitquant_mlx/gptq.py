@@ -28,7 +28,8 @@ import numpy as np
 from splitquant_mlx.affine import Quantized, pack
 from splitquant_mlx.fit import fit_scales
 
-# measured on SmolLM2-135M with self-sampled text, cost on other text: 0.1 +7 %, 0.6 +12 %
+# twelve layers of SmolLM2-135M, calibrated on 18,000 tokens of its own: the divergence predicted on
+# WikiText-2 is 13 % higher with 0.1 and 15 % with 0.6 (geometric means)
 DIAGONAL_SHARE = 0.3
 DAMPING = 1e-3  # of the mean of the diagonal
 SWEEPS = 3

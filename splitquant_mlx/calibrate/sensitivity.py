@@ -12,7 +12,8 @@ other, so the terms between rows vanish in the mean, and a sample of rows tells 
 At the output head the distribution itself is at hand, and the sum over rows is weighted by
 p (1 - p) instead. An embedding that is looked up adds what its rows' errors do at the input.
 
-Measured on six blocks of SmolLM2-135M, rtn 4-bit: predicted 0.1186, found 0.1186 nats.
+On SmolLM2-135M and 2,048 tokens of WikiText-2, predicted and found: all layers gptq 4-bit 0.070 and
+0.077 nats, rtn 4-bit 0.30 and 0.38, where the second order is no longer enough.
 """
 
 from collections.abc import Callable, Mapping, Sequence
