@@ -1,5 +1,6 @@
 """Share fixtures: the real tiny checkpoints, and a converted one."""
 
+import os
 import signal
 import time
 from contextlib import contextmanager
@@ -7,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from splitquant_mlx import blas
+# one thread each: tests share the cores with one another, and idle threads wait by computing
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
+from splitquant_mlx import blas  # noqa: E402  after the environment
 
 blas.preload()
 
@@ -17,6 +22,21 @@ import mlx.core as mx  # noqa: E402  after OpenBLAS
 mx.set_default_device(mx.Device(mx.cpu))
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+MOST_WORKERS = 4
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Share a whole default run out between processes; a part of it starts faster in one.
+
+    Slow tests stay in one process: they measure time and memory.
+    """
+    options, whole = config.option, config.args_source is config.ArgsSource.TESTPATHS
+    chosen = options.keyword or "not slow" not in options.markexpr or options.collectonly
+    undecided = getattr(options, "numprocesses", 0) is None and not options.usepdb
+    if whole and undecided and not chosen and not hasattr(config, "workerinput"):
+        options.numprocesses = min(os.cpu_count() or 1, MOST_WORKERS)
+        options.dist = "loadgroup"
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import time
 from functools import partial
 from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
 
 from splitquant_mlx.chat import Conversation, Decoder, Decoding, encode
@@ -247,6 +248,7 @@ def test_an_interrupted_computation_leaves_no_cache(loaded):
 def test_settings_the_model_cannot_take_are_named(loaded):
     with pytest.raises(RecipeError, match=r"cannot run this model with these settings: .*top_k"):
         tokens(loaded, [1], Decoding(temp=1, top_k=100_000))
+    assert 0 <= mx.random.uniform().item() < 1, "the random state is of no use any more"
 
 
 def test_piped_lines_are_answered(split_stories, loaded):
