@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from splitquant_mlx.compatibility import check_names
 from splitquant_mlx.errors import CheckpointError, one_line
 from splitquant_mlx.headers import TensorHeader, read_header
 
@@ -136,7 +137,9 @@ def find_classes(path: Path, config: dict[str, Any]) -> tuple[Any, Any]:
     Raises:
         CheckpointError: when mlx-lm has no such architecture, or it wants a number for something
             else that config.json holds.
+        VersionError: when the installed mlx-lm is too old or too new.
     """
+    check_names("mlx_lm.utils")
     from mlx_lm.utils import _get_classes
 
     try:

@@ -21,6 +21,7 @@ from threading import Thread
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from splitquant_mlx.compatibility import check_names
 from splitquant_mlx.errors import CheckpointError, RecipeError, SplitQuantError
 from splitquant_mlx.loader import load
 from splitquant_mlx.openai_fields import Refusal
@@ -61,6 +62,8 @@ def serve(
     """
     if api_key is not None and not (api_key.isprintable() and api_key == api_key.strip() != ""):
         raise RecipeError("--api-key: wanted printable characters, without spaces around them")
+    check_names("mlx_lm.server")
+    check_names("mlx_lm.models.cache")
     from mlx_lm import server
 
     class Provider(server.ModelProvider):
