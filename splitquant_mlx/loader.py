@@ -12,7 +12,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from splitquant_mlx.checkpoint import check_config, find_classes, read_config, read_headers
+from splitquant_mlx.checkpoint import (
+    check_config,
+    find_classes,
+    read_config,
+    read_headers,
+    settle_random_state,
+)
 from splitquant_mlx.directory import as_directory
 from splitquant_mlx.errors import CheckpointError, one_line
 from splitquant_mlx.save import MODEL_FILE
@@ -83,6 +89,7 @@ def load_model(
             model.update(tree_map(_widen, model.parameters()))
         if not lazy:
             mx.eval(model.parameters())
+        settle_random_state()
     except Exception as exc:  # mlx-lm raises ValueError, KeyError, TypeError, RuntimeError, ...
         raise CheckpointError(
             f"{directory} cannot be loaded: {type(exc).__name__}: {one_line(exc)}"

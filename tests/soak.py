@@ -40,9 +40,10 @@ from splitquant_mlx.evaluate.questions import Question  # noqa: E402
 from splitquant_mlx.evaluate.reference import open_reference  # noqa: E402
 from splitquant_mlx.loader import load  # noqa: E402
 
-WARM_UP = 0.1
 ARCHITECTURES = ("llama", "qwen3", "gemma2")
 RECIPES = (Recipe(), Recipe(method="rtn"), Recipe(bits=3, clusters=2, granularity="channel"))
+ROUND = len(ARCHITECTURES) * len(RECIPES)
+WARM_UP, WARM_UP_ROUNDS, LEAST_ROUNDS = 0.1, 2, 5
 TEMPLATE = "{% for m in messages %}w2 {{ m.content }} {% endfor %}w3"
 WORDS = [f"w{n}" for n in range(2, tiny.VOCAB)]
 QUESTIONS = [
@@ -75,7 +76,7 @@ def take_sample(began: float) -> Sample:
         resident_bytes=resident_bytes(),
         mlx_bytes=mx.get_active_memory(),
         open_files=len(os.listdir("/dev/fd")),
-        threads=threading.active_count(),
+        threads=number_of_threads(),
     )
 
 
@@ -86,6 +87,12 @@ def resident_bytes() -> int:
         return pages * os.sysconf("SC_PAGE_SIZE")
     asked = ["ps", "-o", "rss=", "-p", str(os.getpid())]
     return 1024 * int(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
+
+
+def number_of_threads() -> int:
+    """Return how many threads there are: on Linux all of them, elsewhere Python's own."""
+    tasks = Path("/proc/self/task")
+    return len(list(tasks.iterdir())) if tasks.is_dir() else threading.active_count()
 
 
 def one_loop(source: Path, recipe: Recipe, room: Path) -> None:
@@ -114,23 +121,19 @@ def samples(minutes: float, room: Path) -> Iterator[Sample]:
     """Yield a sample after every loop."""
     sources = [tiny.write_checkpoint(room / name, name) for name in ARCHITECTURES]
     began = time.monotonic()
-    for source, recipe in itertools.cycle(itertools.product(sources, RECIPES)):
+    for number, (source, recipe) in enumerate(itertools.cycle(itertools.product(sources, RECIPES))):
+        if number >= ROUND * LEAST_ROUNDS and time.monotonic() - began > 60 * minutes:
+            return
         one_loop(source, recipe, room)
         gc.collect()  # what waits for the collector is no leak
         yield take_sample(began)
-        if time.monotonic() - began > 60 * minutes:
-            return
 
 
 def summary(found: Sequence[Sample]) -> dict[str, Any]:
-    """Return the figures of what comes after the warm-up, which takes two loops of each kind."""
-    warm = max(
-        sum(sample.seconds < WARM_UP * found[-1].seconds for sample in found),
-        2 * len(ARCHITECTURES) * len(RECIPES),
-    )
+    """Return the figures of what comes after the warm-up."""
+    early = sum(sample.seconds < WARM_UP * found[-1].seconds for sample in found)
+    warm = max(early, WARM_UP_ROUNDS * ROUND)
     kept = found[warm:]
-    if len(kept) < 10:
-        raise SystemExit(f"{len(found)} loops are too few: give it more time")
     tenth = len(kept) // 10 or 1
     figures: dict[str, Any] = {
         "loops": len(found),
