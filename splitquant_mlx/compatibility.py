@@ -13,7 +13,7 @@ from splitquant_mlx._version import __version__
 from splitquant_mlx.errors import VersionError
 
 # as in pyproject.toml
-OLDEST = {"mlx": "0.31.2", "mlx-lm": "0.31.3", "transformers": "5.0"}
+OLDEST = {"mlx": "0.31.2", "mlx-lm": "0.31.3", "transformers": "5.6"}
 # of mlx-lm, what is called, replaced or overridden without being part of its documented API
 NAMES = {
     "mlx_lm.utils": ("_get_classes",),

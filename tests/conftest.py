@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # one thread each: tests share the cores with one another, and idle threads wait by computing
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -20,6 +21,10 @@ import mlx.core as mx  # noqa: E402  after OpenBLAS
 
 # the same numbers everywhere; test_metal.py goes to the GPU
 mx.set_default_device(mx.Device(mx.cpu))
+
+# a machine that does other things, too, says nothing by being slow
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 MOST_WORKERS = 4
@@ -36,7 +41,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     undecided = getattr(options, "numprocesses", 0) is None and not options.usepdb
     if whole and undecided and not chosen and not hasattr(config, "workerinput"):
         options.numprocesses = min(os.cpu_count() or 1, MOST_WORKERS)
-        options.dist = "loadgroup"
+        # file by file, in their order: what tests of a file share is made once
+        options.dist, options.loadscopereorder = "loadfile", False
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ def test_the_oldest_versions_are_those_of_the_package():
 
 @pytest.mark.parametrize(
     ("package", "found"),
-    [("mlx", "0.30.6"), ("mlx-lm", "0.31.2"), ("transformers", "4.57.1"), ("mlx", "0.9")],
+    [("mlx", "0.30.6"), ("mlx-lm", "0.31.2"), ("transformers", "5.5.4"), ("mlx", "0.9")],
 )
 @pytest.mark.parametrize("command", ["convert", "generate", "serve", "eval", "doctor"])
 def test_an_old_version_is_named_before_anything_is_done(

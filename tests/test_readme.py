@@ -17,9 +17,6 @@ from splitquant_mlx.bench.programs import Run
 from splitquant_mlx.cli import run
 from splitquant_mlx.manifest import load_manifest
 
-# its commands build on one another
-pytestmark = pytest.mark.xdist_group("readme")
-
 PROGRAM = (sys.executable, "-m", "splitquant_mlx")
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
