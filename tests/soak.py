@@ -45,7 +45,6 @@ RECIPES = (Recipe(), Recipe(method="rtn"), Recipe(bits=3, clusters=2, granularit
 ROUND = len(ARCHITECTURES) * len(RECIPES)
 WARM_UP, WARM_UP_ROUNDS, LEAST_ROUNDS = 0.1, 2, 5
 TEMPLATE = "{% for m in messages %}w2 {{ m.content }} {% endfor %}w3"
-WORDS = [f"w{n}" for n in range(2, tiny.VOCAB)]
 QUESTIONS = [
     Question(
         id=str(n),
