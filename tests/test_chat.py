@@ -4,12 +4,14 @@ import subprocess
 import sys
 import time
 from functools import partial
+from importlib import import_module
 from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 
 from splitquant_mlx.chat import Conversation, Decoder, Decoding, encode
+from splitquant_mlx.cli import run
 from splitquant_mlx.cli.console import printable
 from splitquant_mlx.errors import CheckpointError, RecipeError
 from splitquant_mlx.loader import load
@@ -340,6 +342,16 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal):
     terminal.read_until("Ctrl-C again")
     terminal.type("\x03")
     assert terminal.process.wait(timeout=10) == 0
+
+
+def test_ctrl_c_before_the_warning_is_out_leaves(split_stories, monkeypatch):
+    def interrupt(text):
+        if "no chat template" not in text:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupt)
+    monkeypatch.setattr(import_module("splitquant_mlx.cli.chat"), "_note", interrupt)
+    assert run(["chat", "--model", str(split_stories)]) == 0
 
 
 def test_ctrl_d_leaves(terminal):
