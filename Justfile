@@ -27,6 +27,19 @@ test-metal:
 fuzz:
     python tests/fuzz.py --inputs 10000 --seed 0
 
+# convert, load, chat and evaluate for twenty minutes in one process: memory and files stay flat
+soak:
+    python tests/soak.py --minutes 20
+
+# the tests with the oldest versions that pyproject.toml allows, then with the newest; needs uv
+versions:
+    .ci/versions lowest-direct
+    .ci/versions highest
+
+# wheel and sdist, checked, and the wheel used as pipx installs it
+package:
+    .ci/package
+
 # every published figure, on a quiet machine
 results:
     splitquant-mlx run recipes/smollm2.toml --output-dir docs/results/smollm2

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         SourceError,
         SplitQuantError,
         TargetError,
+        VersionError,
     )
     from splitquant_mlx.kmeans import Clustering
     from splitquant_mlx.layers import (
@@ -50,6 +51,7 @@ __all__ = [
     "SplitLinear",
     "SplitQuantError",
     "TargetError",
+    "VersionError",
     "__version__",
     "cluster_weight",
     "convert",
@@ -67,7 +69,14 @@ __all__ = [
 # Imported on first use: --help answers without mlx, and OpenBLAS can be loaded before mlx is.
 _MODULES = {
     "affine": ("Quantized", "dequantize", "quantize", "quantize_parts"),
-    "errors": ("CheckpointError", "RecipeError", "SourceError", "SplitQuantError", "TargetError"),
+    "errors": (
+        "CheckpointError",
+        "RecipeError",
+        "SourceError",
+        "SplitQuantError",
+        "TargetError",
+        "VersionError",
+    ),
     "kmeans": ("Clustering",),
     "layers": (
         "QuantizedSplitConv",

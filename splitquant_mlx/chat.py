@@ -5,6 +5,7 @@ start with the same messages would show it. What makes that cheap is the KV cach
 only the part after the longest prefix that is already in the cache is computed.
 """
 
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,6 +98,10 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, NotImplementedError) as exc:
+        import mlx.core as mx
+
+        # one that comes out of mlx-lm's compiled sampling leaves a random state that is of no use
+        mx.random.seed(time.time_ns())
         raise RecipeError(f"mlx-lm cannot run this model with these settings: {exc}") from exc
 
 

@@ -22,6 +22,10 @@ class CheckpointError(SplitQuantError):
     """Report that a checkpoint's content is unusable: truncated, corrupt, incomplete, unknown."""
 
 
+class VersionError(SplitQuantError):
+    """Report an installed package that is too old, or too new, for what is used of it."""
+
+
 class RecipeError(SplitQuantError):
     """Report a setting that is unknown, out of range or does not fit the others."""
 

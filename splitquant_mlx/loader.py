@@ -16,7 +16,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from splitquant_mlx.checkpoint import check_config, find_classes, read_config, read_headers
+from splitquant_mlx.checkpoint import (
+    check_config,
+    find_classes,
+    read_config,
+    read_headers,
+    settle_random_state,
+)
 from splitquant_mlx.directory import as_directory
 from splitquant_mlx.distributed import Group, alone, check_alike
 from splitquant_mlx.errors import CheckpointError, one_line
@@ -107,6 +113,7 @@ def load_model(
             model.update(tree_map(_widen, model.parameters()))
         if not lazy:
             mx.eval(model.parameters())
+        settle_random_state()
     return model
 
 

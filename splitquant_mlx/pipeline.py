@@ -9,10 +9,12 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
+from weakref import WeakSet
 
 import mlx.core as mx
 
@@ -186,7 +188,7 @@ class _Worker:
         large = 0  # norms and biases would fill the queue while a core has nothing to do
         with (
             progress.task(label, total) as advance,
-            _Pool(threads) as pool,
+            _pool(threads) as submit,
         ):
             for name in self._names():
                 nbytes = self.checkpoint.weights[name].nbytes
@@ -197,7 +199,7 @@ class _Worker:
                 w = self._read(name)
                 self.parameters += w.size
                 work = partial(self._convert, name, w, self._moment(name))
-                waiting.append((name, nbytes, pool.submit(work).result if on_cpu else work))
+                waiting.append((name, nbytes, submit(work).result if on_cpu else work))
                 large += self._layer(name) is not None
                 del w, work
                 while large > threads + 1:
@@ -295,11 +297,29 @@ class _Worker:
         self.ledger.seconds[stage] += time.perf_counter() - started
 
 
-class _Pool(ThreadPoolExecutor):
-    """Drop, on an error or Ctrl-C, the work that has not begun."""
+@cache
+def _threads(number: int) -> ThreadPoolExecutor:
+    """Return threads that stay: each in which mlx computes leaves one of mlx's own behind."""
+    return ThreadPoolExecutor(number)
 
-    def __exit__(self, *exc: object) -> None:
-        self.shutdown(cancel_futures=True)
+
+@contextmanager
+def _pool(threads: int) -> Iterator[Callable[[Callable[[], Any]], Future[Any]]]:
+    """Yield a function that has work done; drop, on an error or Ctrl-C, what has not begun."""
+    futures: WeakSet[Future[Any]] = WeakSet()
+
+    def submit(work: Callable[[], Any]) -> Future[Any]:
+        future = _threads(threads).submit(work)
+        futures.add(future)
+        return future
+
+    try:
+        yield submit
+    finally:
+        left = tuple(futures)
+        for future in left:
+            future.cancel()
+        wait(left)
 
 
 def source_weight(checkpoint: Checkpoint, recipe: Recipe, name: str) -> mx.array:

@@ -24,6 +24,7 @@ from threading import Thread
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from splitquant_mlx.compatibility import check_names
 from splitquant_mlx.distributed import Group, connected, join, together
 from splitquant_mlx.errors import CheckpointError, RankError, RecipeError, SplitQuantError
 from splitquant_mlx.loader import load
@@ -63,6 +64,8 @@ def serve(
         SplitQuantError: the model is not usable, an option is unknown or out of range, the port
             is taken, or another rank is gone.
     """
+    check_names("mlx_lm.server")
+    check_names("mlx_lm.models.cache")
     from mlx_lm import server
 
     class Provider(server.ModelProvider):

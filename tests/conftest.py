@@ -1,13 +1,19 @@
 """Share fixtures: the real tiny checkpoints, and a converted one."""
 
+import os
 import signal
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
-from splitquant_mlx import blas
+# one thread each: tests share the cores with one another, and idle threads wait by computing
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
+from splitquant_mlx import blas  # noqa: E402  after the environment
 
 blas.preload()
 
@@ -16,7 +22,27 @@ import mlx.core as mx  # noqa: E402  after OpenBLAS
 # the same numbers everywhere; test_metal.py goes to the GPU
 mx.set_default_device(mx.Device(mx.cpu))
 
+# a machine that does other things, too, says nothing by being slow
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
+
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+MOST_WORKERS = 4
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist's own
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Share a whole default run out between processes; a part of it starts faster in one.
+
+    Slow tests stay in one process: they measure time and memory.
+    """
+    options, whole = config.option, config.args_source is config.ArgsSource.TESTPATHS
+    chosen = options.keyword or "not slow" not in options.markexpr or options.collectonly
+    undecided = getattr(options, "numprocesses", 0) is None and not options.usepdb
+    if whole and undecided and not chosen and not hasattr(config, "workerinput"):
+        options.numprocesses = min(os.cpu_count() or 1, MOST_WORKERS)
+        # file by file, in their order: what tests of a file share is made once
+        options.dist, options.loadscopereorder = "loadfile", False
 
 
 @pytest.fixture(scope="session")

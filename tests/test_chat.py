@@ -4,11 +4,14 @@ import subprocess
 import sys
 import time
 from functools import partial
+from importlib import import_module
 from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
 
 from splitquant_mlx.chat import Conversation, Decoder, Decoding, encode
+from splitquant_mlx.cli import run
 from splitquant_mlx.cli.console import printable
 from splitquant_mlx.errors import CheckpointError, RecipeError
 from splitquant_mlx.loader import load
@@ -247,6 +250,7 @@ def test_an_interrupted_computation_leaves_no_cache(loaded):
 def test_settings_the_model_cannot_take_are_named(loaded):
     with pytest.raises(RecipeError, match=r"cannot run this model with these settings: .*top_k"):
         tokens(loaded, [1], Decoding(temp=1, top_k=100_000))
+    assert 0 <= mx.random.uniform().item() < 1, "the random state is of no use any more"
 
 
 def test_piped_lines_are_answered(split_stories, loaded):
@@ -338,6 +342,16 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal):
     terminal.read_until("Ctrl-C again")
     terminal.type("\x03")
     assert terminal.process.wait(timeout=10) == 0
+
+
+def test_ctrl_c_before_the_warning_is_out_leaves(split_stories, monkeypatch):
+    def interrupt(text):
+        if "no chat template" not in text:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupt)
+    monkeypatch.setattr(import_module("splitquant_mlx.cli.chat"), "_note", interrupt)
+    assert run(["chat", "--model", str(split_stories)]) == 0
 
 
 def test_ctrl_d_leaves(terminal):

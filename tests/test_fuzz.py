@@ -39,7 +39,9 @@ def task(room, number):
     return found["work"](room) or "done"
 
 tasks = json.loads(sys.argv[2])
-results = children.campaign(task, range(len(tasks)), limit_s=3)
+hangs = [number for number, code in enumerate(tasks) if "sleep" in code]
+others = [number for number in range(len(tasks)) if number not in hangs]
+results = children.campaign(task, others, limit_s=30) + children.campaign(task, hangs, limit_s=2)
 print(json.dumps({result.number: result.defect for result in results}))
 """
 

@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "splitquant_mlx"
 ORDER = [
     ["_version", "errors", "blas", "progress", "cache", "environment", "histogram", "disk"],
-    ["workspace", "journal"],
+    ["compatibility", "workspace", "journal"],
     ["recipe", "kmeans", "headers", "shards", "gguf", "gguf_tokenizer", "source", "model_file"],
     ["source_card"],
     ["gguf_import", "demo_model", "affine", "parts", "checkpoint", "plan", "manifest", "study"],

@@ -25,9 +25,16 @@ from splitquant_mlx.loader import load_model
 TEXT = "Once upon a time there was a little girl who loved to play in the park with her dog."
 
 
-def kl_to(original, path, tokens):
-    reference = log_probabilities(load_model(original), tokens)
-    return divergence([reference], [log_probabilities(dequantized(load_model(path)), tokens)])
+def reference_of(original):
+    model, tokenizer = load(original)
+    tokens = tokenizer.encode(TEXT)
+    return log_probabilities(model, tokens), tokens
+
+
+def kl_to(reference, path):
+    wanted, tokens = reference
+    found = log_probabilities(dequantized(load_model(path)), tokens)
+    return divergence([wanted], [found]).kl_mean
 
 
 def test_manifest_says_what_is_in_the_files(stories, split_stories):
@@ -98,22 +105,21 @@ def test_dense_scoring_agrees_with_the_quantized_kernels(split_stories, tmp_path
 @pytest.mark.parametrize("model", ["stories", "babyllama"])
 def test_split_is_closer_to_the_original_than_rtn(model, request, tmp_path):
     original = request.getfixturevalue(model)
-    tokens = load(original)[1].encode(TEXT)
-    kl = {}
+    reference, kl = reference_of(original), {}
     for method in ("rtn", "splitquant"):
         recipe = Recipe(method=method, embeddings="keep")
         convert(original, tmp_path / method, recipe=recipe)
-        kl[method] = kl_to(original, tmp_path / method, tokens).kl_mean
+        kl[method] = kl_to(reference, tmp_path / method)
     assert 0 < kl["splitquant"] < 0.3 * kl["rtn"]
 
 
 def test_more_bits_and_finer_granularity_are_closer(babyllama, tmp_path):
-    tokens = load(babyllama)[1].encode(TEXT)
+    reference = reference_of(babyllama)
 
     def kl(**settings):
         target = tmp_path / "-".join(map(str, settings.values()))
         convert(babyllama, target, recipe=Recipe(**settings))
-        return kl_to(babyllama, target, tokens).kl_mean
+        return kl_to(reference, target)
 
     by_bits = [kl(bits=bits) for bits in (2, 3, 4, 6, 8)]
     assert by_bits == sorted(by_bits, reverse=True)

@@ -1,14 +1,23 @@
 """Every command and every example of the README runs, with tiny models in place of the large."""
 
+import io
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from splitquant_mlx.bench import clustering
+from splitquant_mlx.bench.clustering import bench_kmeans
+from splitquant_mlx.bench.programs import Run
+from splitquant_mlx.cli import run
+from splitquant_mlx.manifest import load_manifest
+
+PROGRAM = (sys.executable, "-m", "splitquant_mlx")
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -60,32 +69,42 @@ def home(stories, data, tmp_path_factory):
     text = (data / "tinystories" / "tinystories_sample.txt").read_text(encoding="utf-8")
     (home / "text.txt").write_text(text[:4000], encoding="utf-8")
     (home / "small.toml").write_text(STUDY)
-    run_line(commands()[0], home)
+    command = [*PROGRAM, *arguments(commands()[0])]
+    done = subprocess.run(command, cwd=home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return home
 
 
 def arguments(line):
     for large, small in SMALL.items():
         line = line.replace(large, small)
-    return [sys.executable, "-m", "splitquant_mlx", *shlex.split(line)[1:]]
+    return shlex.split(line)[1:]
 
 
-def run_line(line, home):
-    done = subprocess.run(
-        arguments(line), cwd=home, input="Once upon a time\n", capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def convert_here(command, target):
+    """Stand in for `run_conversion`, whose processes are test_bench's matter."""
+    seconds = {}
+    if command[:3] == list(PROGRAM):
+        assert run(command[3:]) == 0
+        seconds = load_manifest(target).seconds
+        shutil.rmtree(target)
+    return Run(started=0, seconds=1, peak_bytes=1, output=""), seconds
 
 
 @pytest.mark.parametrize("line", commands()[1:])
-def test_command_runs(line, home):
+def test_command_runs(line, home, monkeypatch, capsys):
+    """In this process, but for the first, and for the one that a signal ends."""
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("SPLITQUANT_CACHE", "cache")
     if line.startswith("splitquant-mlx serve"):
-        with subprocess.Popen(arguments(line), cwd=home, stdout=subprocess.PIPE) as server:
+        with subprocess.Popen([*PROGRAM, *arguments(line)], stdout=subprocess.PIPE) as server:
             assert b"Serving mlx_model at http://127.0.0.1:" in server.stdout.readline()
             server.terminate()
-    else:
-        run_line(line, home)
+        return
+    monkeypatch.setattr("sys.stdin", io.StringIO("Once upon a time\n"))
+    monkeypatch.setattr("splitquant_mlx.bench.conversion.run_conversion", convert_here)
+    monkeypatch.setattr(clustering, "bench_kmeans", partial(bench_kmeans, side=64, trials=1))
+    assert run(arguments(line)) == 0, capsys.readouterr().err
 
 
 def test_first_command_converts_to_the_default_place(home):

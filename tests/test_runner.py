@@ -12,7 +12,10 @@ from contextlib import suppress
 
 import pytest
 
+from splitquant_mlx import runner, study_data
+from splitquant_mlx.bench.programs import Run
 from splitquant_mlx.cli import run
+from splitquant_mlx.errors import SourceError
 from splitquant_mlx.report import load_report
 from splitquant_mlx.results import load_results
 from splitquant_mlx.runner import run_study
@@ -219,12 +222,14 @@ def test_a_model_left_by_a_killed_study_is_used_if_it_is_whole(small, monkeypatc
 
 
 def test_what_the_hub_does_not_give_is_named(study, tmp_path, monkeypatch):
-    import splitquant_mlx.study_data as study_data
-    from splitquant_mlx.errors import SourceError
-
     def unreachable(*args):
         raise SourceError("the hub cannot be reached")
 
+    def run_here(command):
+        assert run(command[3:]) == 0
+        return Run(started=0, seconds=1, peak_bytes=1, output="")
+
+    monkeypatch.setattr(runner, "run_program", run_here)
     monkeypatch.setattr(study_data, "fetch_questions", unreachable)
     monkeypatch.setattr(study_data, "fetch_wikitext", unreachable)
     run_study(load_study(study()), tmp_path / "out")

@@ -131,7 +131,7 @@ def run_trial(model: str, workload: Workload) -> dict[str, Any]:
     imported = time.perf_counter()
     loaded, tokenizer = load(model)
     ready = time.perf_counter()
-    tokenizer._eos_token_ids = set()  # or an answer might end early
+    tokenizer.eos_token_ids = []  # or an answer might end early
     mx.random.seed(0)
     shape = (workload.batch_size, workload.prompt_tokens)
     prompts: Any = mx.random.randint(0, _vocabulary(loaded), shape).tolist()

@@ -117,6 +117,8 @@ def _lines(prompt: str) -> Iterator[str]:
     warned = False
     while True:
         try:
+            if warned:  # in here, for the second may come before the warning is out
+                _note(f"\n{LEAVE}")
             line = input(prompt)
         except EOFError:
             if prompt:
@@ -127,7 +129,6 @@ def _lines(prompt: str) -> Iterator[str]:
                 print()
                 return
             warned = True
-            _note(f"\n{LEAVE}")
             continue
         warned = False
         yield line

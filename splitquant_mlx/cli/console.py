@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from splitquant_mlx.progress import Advance
+from splitquant_mlx.progress import Advance, Silent
 
 
 class Bars:
@@ -24,8 +24,11 @@ class Bars:
             TimeElapsedColumn(),
         )
         console = Console(stderr=True)
-        quiet = not console.is_terminal
-        with Progress(*columns, console=console, transient=True, disable=quiet) as bars:
+        if not console.is_terminal:  # where rich ends its bars with an empty line
+            with Silent().task(label, total) as advance:
+                yield advance
+            return
+        with Progress(*columns, console=console, transient=True) as bars:
             bar = bars.add_task(label, total=total)
 
             def advance(amount: float, note: str = "") -> None:

@@ -9,6 +9,7 @@ import typer
 
 from splitquant_mlx import blas
 from splitquant_mlx.cli.launched import launched_rank
+from splitquant_mlx.compatibility import check_versions
 from splitquant_mlx.errors import RecipeError, SourceError
 
 DEFAULT_MODEL = "mlx_model"
@@ -47,7 +48,9 @@ def start(device: str | None) -> None:
 
     Raises:
         RecipeError: when `device` is unknown or not on this machine.
+        VersionError: when mlx, mlx-lm or transformers is too old.
     """
+    check_versions()
     # transformers looks for deep-learning frameworks it will not need, and says what it misses
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
