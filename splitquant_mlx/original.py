@@ -10,10 +10,10 @@ from splitquant_mlx.affine import Quantized, dequantize
 from splitquant_mlx.checkpoint import open_checkpoint, read_headers
 from splitquant_mlx.errors import CheckpointError, RecipeError, one_line
 from splitquant_mlx.manifest import LayerRecord, Manifest
-from splitquant_mlx.pipeline import source_weight
 from splitquant_mlx.progress import Progress
 from splitquant_mlx.recipe import Recipe
 from splitquant_mlx.weight import BLOCK, SAMPLE
+from splitquant_mlx.worker import source_weight
 
 TOLERANCE_DB = 0.05
 # a sample of rows has another ratio than the whole weight, but not by far

@@ -1,51 +1,30 @@
-"""Convert a checkpoint: the one place that knows the order of the steps.
-
-Reading, converting and writing overlap. Only a few weights are in memory at a time, so its peak
-depends on the largest tensors and the number of cores, not on the number of layers.
-"""
+"""Convert a checkpoint: the one place that knows the order of the steps."""
 
 import math
-import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from functools import cache, partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from weakref import WeakSet
 
 import mlx.core as mx
 
 from splitquant_mlx.auto import Forecast, choose_bits
 from splitquant_mlx.calibrate.moments import Moments, gram, mean_square
 from splitquant_mlx.calibrate.tokens import calibration_tokens
-from splitquant_mlx.checkpoint import (
-    FLOATS,
-    Checkpoint,
-    check_unchanged,
-    open_checkpoint,
-    parameters,
-    stamp,
-)
+from splitquant_mlx.checkpoint import Checkpoint, check_unchanged, open_checkpoint, stamp
 from splitquant_mlx.directory import as_directory
 from splitquant_mlx.environment import versions
-from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.loader import load_model
 from splitquant_mlx.manifest import LayerRecord, Manifest
-from splitquant_mlx.plan import LayerPlan, Plan, make_plan, parameter_names
+from splitquant_mlx.plan import Plan, make_plan, parameter_names
 from splitquant_mlx.progress import Progress, Silent
-from splitquant_mlx.recipe import DTYPES, Calibration, Recipe
+from splitquant_mlx.recipe import Calibration, Recipe
 from splitquant_mlx.resume import Ledger, conversion_key, open_journal
 from splitquant_mlx.save import copy_companions, hash_files, require_space, write_config
 from splitquant_mlx.shards import MAX_SHARD_BYTES, ShardWriter
 from splitquant_mlx.source import Source, resolve
 from splitquant_mlx.source_card import read_source_card
 from splitquant_mlx.staging import JOURNAL, MODEL, check_target, staged, sweep
-from splitquant_mlx.weight import Converted, convert_weight, require_finite
-
-FLOAT_TYPES = tuple(FLOATS.values())
+from splitquant_mlx.worker import Worker
 
 
 def convert(
@@ -114,12 +93,11 @@ def convert(
                 ShardWriter(staging / MODEL, names, max_shard_bytes) as writer,
             ):
                 ledger = Ledger(journal, writer)
-                worker = _Worker(
-                    checkpoint, plan, writer, ledger, _moments(directory, plan, progress)
-                )
                 needed_bytes = _estimated_bytes(plan, checkpoint) - writer.total_bytes
                 require_space(staging, needed_bytes)
                 copy_companions(directory, staging / MODEL)
+                moments = _moments(directory, plan, progress)
+                worker = Worker(checkpoint, plan, writer, ledger, moments)
                 records = worker.run(progress)
             check_unchanged(checkpoint)
             write_config(checkpoint.config, records, staging / MODEL)
@@ -150,213 +128,6 @@ def _moments(directory: Path, plan: Plan, progress: Progress) -> Moments | None:
     tokens = calibration_tokens(directory, plan.recipe.calibration or Calibration(), progress)
     moment = gram if plan.recipe.method == "gptq" else mean_square
     return Moments(load_model(directory, lazy=True), tokens, paths, moment)
-
-
-class _Worker:
-    """Take every parameter of the model through its planned steps, in model order.
-
-    This thread reads and writes. On the CPU, threads of a pool convert weights in between, one a
-    core; a GPU does one weight at a time, in this thread. Either way there are at most two more
-    large weights in memory than are being worked on.
-
-    What the ledger holds already is not done again.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        plan: Plan,
-        writer: ShardWriter,
-        ledger: Ledger,
-        moments: Moments | None,
-    ):
-        self.checkpoint = checkpoint
-        self.plan = plan
-        self.writer = writer
-        self.ledger = ledger
-        self.moments = moments
-        self.parameters = 0
-
-    def run(self, progress: Progress) -> list[LayerRecord]:
-        """Write all tensors; returns a record for each planned layer."""
-        splits = self.plan.recipe.method == "splitquant"
-        label = "Splitting and quantizing" if splits else "Quantizing"
-        on_cpu = mx.default_device() == mx.cpu
-        threads = os.cpu_count() or 1 if on_cpu else 1
-        total = sum(array.nbytes for array in self.checkpoint.weights.values())
-        waiting: deque[tuple[str, float, Callable[[], Converted | mx.array]]] = deque()
-        large = 0  # norms and biases would fill the queue while a core has nothing to do
-        with (
-            progress.task(label, total) as advance,
-            _pool(threads) as submit,
-        ):
-            for name in self._names():
-                nbytes = self.checkpoint.weights[name].nbytes
-                if self.ledger.has(name, self._layer(name)):
-                    self.parameters += self.checkpoint.weights.pop(name).size
-                    advance(nbytes)
-                    continue
-                w = self._read(name)
-                self.parameters += w.size
-                work = partial(self._convert, name, w, self._moment(name))
-                waiting.append((name, nbytes, submit(work).result if on_cpu else work))
-                large += self._layer(name) is not None
-                del w, work
-                while large > threads + 1:
-                    large -= self._layer(waiting[0][0]) is not None
-                    advance(self._finish(*waiting.popleft()))
-            while waiting:
-                advance(self._finish(*waiting.popleft()))
-        with self._timed("write"):
-            self.writer.close()
-        return [self.ledger.records[path] for path in self.plan.layers]
-
-    def _read(self, name: str) -> mx.array:
-        with self._timed("read"):
-            w = source_weight(self.checkpoint, self.plan.recipe, name)
-            try:
-                mx.eval(w)
-            except Exception as exc:  # a file that changed or became unreadable under us
-                raise CheckpointError(
-                    f"{self.checkpoint.path}: tensor {name!r} cannot be read: {exc}"
-                ) from exc
-        return w
-
-    def _layer(self, name: str) -> LayerPlan | None:
-        path, _, leaf = name.rpartition(".")
-        return self.plan.layers.get(path) if leaf == "weight" else None
-
-    def _names(self) -> list[str]:
-        """Return the parameters in model order, but those last that are fed by the last block."""
-        last = self.moments.after_blocks if self.moments else ()
-        return sorted(
-            parameters(self.checkpoint.model), key=lambda name: name.rpartition(".")[0] in last
-        )
-
-    def _moment(self, name: str) -> mx.array | None:
-        layer = self._layer(name)
-        if self.moments is None or layer is None or layer.fit == "rtn":
-            return None
-        self.ledger.seconds.setdefault("calibrate", 0.0)
-        with self._timed("calibrate"):
-            return self.moments[layer.path]
-
-    def _convert(self, name: str, w: mx.array, moment: mx.array | None) -> Converted | mx.array:
-        layer = self._layer(name)
-        try:
-            if layer is not None and layer.action != "keep":
-                return convert_weight(w, layer, self.plan.recipe, moment)
-            if w.dtype in FLOAT_TYPES:
-                require_finite(w)
-            return w
-        except ValueError as exc:
-            check_unchanged(self.checkpoint)
-            raise CheckpointError(
-                f"{self.checkpoint.path}: tensor {name!r} {exc} as "
-                f"{str(w.dtype).rpartition('.')[2]}: the checkpoint is damaged, or needs --dtype "
-                "bfloat16 or float32, or this layer is to be kept (--exclude)"
-            ) from exc
-
-    def _finish(
-        self, name: str, nbytes: float, result: Callable[[], Converted | mx.array]
-    ) -> float:
-        """Wait for a weight and write it; returns the size of its source."""
-        layer, found = self._layer(name), result()
-        if isinstance(found, mx.array):
-            self._write({name: found})
-            if layer is not None:
-                self.ledger.add(_record(layer, found.nbytes))
-            return nbytes
-        assert layer is not None
-        for stage, seconds in found.seconds.items():
-            self.ledger.seconds[stage] += seconds
-        weight, scales, biases = found.quantized
-        path = layer.path
-        tensors = {name: weight, f"{path}.scales": scales}
-        self._write(tensors if biases is None else {**tensors, f"{path}.biases": biases})
-        self.ledger.add(
-            _record(
-                layer,
-                found.quantized.nbytes,
-                self.plan.recipe.clusters,
-                found.cut_points,
-                found.snr_db,
-            )
-        )
-        return nbytes
-
-    def _write(self, tensors: dict[str, mx.array]) -> None:
-        with self._timed("write"):
-            for name, tensor in tensors.items():
-                self.writer.add(name, tensor)
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.ledger.seconds[stage] += time.perf_counter() - started
-
-
-@cache
-def _threads(number: int) -> ThreadPoolExecutor:
-    """Return threads that stay: each in which mlx computes leaves one of mlx's own behind."""
-    return ThreadPoolExecutor(number)
-
-
-@contextmanager
-def _pool(threads: int) -> Iterator[Callable[[Callable[[], Any]], Future[Any]]]:
-    """Yield a function that has work done; drop, on an error or Ctrl-C, what has not begun."""
-    futures: WeakSet[Future[Any]] = WeakSet()
-
-    def submit(work: Callable[[], Any]) -> Future[Any]:
-        future = _threads(threads).submit(work)
-        futures.add(future)
-        return future
-
-    try:
-        yield submit
-    finally:
-        left = tuple(futures)
-        for future in left:
-            future.cancel()
-        wait(left)
-
-
-def source_weight(checkpoint: Checkpoint, recipe: Recipe, name: str) -> mx.array:
-    """Take a parameter out of a checkpoint, in the type that it is converted or stored in."""
-    w, config = checkpoint.weights.pop(name), checkpoint.config
-    text_config = config.get("text_config") or {}
-    dtype = (
-        recipe.dtype or config.get("torch_dtype") or config.get("dtype") or text_config.get("dtype")
-    )
-    casts = getattr(checkpoint.model, "cast_predicate", lambda name: True)
-    if dtype in DTYPES and w.dtype in FLOAT_TYPES and casts(name):
-        return w.astype(getattr(mx, dtype))
-    return w
-
-
-def _record(
-    layer: LayerPlan,
-    nbytes: int,
-    clusters: int | None = None,
-    cut_points: tuple[float, ...] = (),
-    snr_db: float | None = None,
-) -> LayerRecord:
-    return LayerRecord(
-        path=layer.path,
-        kind=layer.kind,
-        action=layer.action,
-        shape=layer.shape,
-        nbytes=nbytes,
-        bits_per_weight=8 * nbytes / math.prod(layer.shape),
-        bits=layer.bits,
-        group_size=layer.group_size,
-        mode=None if layer.action == "keep" else layer.mode,
-        clusters=clusters if layer.action == "split" else None,
-        cut_points=cut_points,
-        snr_db=snr_db,
-        note=layer.note,
-    )
 
 
 def _linear_bits_per_weight(records: list[LayerRecord]) -> float:

@@ -17,7 +17,7 @@ ORDER = [
     ["fit", "allocate"],
     ["gptq", "loader", "evaluate"],
     ["weight", "calibrate"],
-    ["auto"],
+    ["auto", "worker"],
     ["pipeline", "random_checkpoint", "evaluation", "report"],
     ["original"],
     ["inspection", "verify", "bench", "doctor", "chat", "openai_fields"],
