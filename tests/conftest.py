@@ -14,7 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, "1")
 
-from splitquant_mlx import blas  # noqa: E402  after the environment
+from splitquant_mlx import blas
 
 blas.preload()
 
