@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# one thread each: tests share the cores with one another, and idle threads wait by computing
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(name, "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # one thread each: processes share the cores with one another, and idle threads compute to wait
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
 
-from splitquant_mlx import blas  # noqa: E402  after the environment
+from splitquant_mlx import blas
 
 blas.preload()
 
