@@ -5,6 +5,8 @@
     splitquant-mlx bench convert --model llama-3.2-1b --json docs/bench.json
     splitquant-mlx run recipes/smollm2.toml --output-dir docs/results/smollm2
     splitquant-mlx run recipes/tiny.toml --model <directory> --output-dir docs/results/<its name>
+    python tests/offgrid.py <cache>/SmolLM2-135M-Instruct.Q4_1.gguf smollm2-135m-offgrid
+    splitquant-mlx run recipes/sizes.toml --model smollm2-135m-offgrid --output-dir docs/results/sizes
     python docs/figures.py
 
 With --check nothing is written; the exit code says whether both are up to date.
@@ -16,6 +18,7 @@ import sys
 from pathlib import Path
 
 from splitquant_mlx.report import load_report, markdown
+from splitquant_mlx.results import load_results
 
 DOCS = Path(__file__).resolve().parent
 INTRODUCTION = """\
@@ -63,6 +66,36 @@ def bench_table(bench: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def sizes_table(study: Path) -> str:
+    """Return what each method keeps, by size; divergences also as a ratio to rtn of 4 bits."""
+    found: dict[str, dict] = {}
+    for result in load_results(study):
+        found.setdefault(result.variant, {})[result.part] = result
+    plain = found["rtn 4-bit"]["kl"].values["kl_mean"]
+    lines = [
+        "| method | bits/weight | KL, nats | to rtn 4-bit | top-1 agreement | perplexity |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = []
+    for variant, parts in found.items():
+        if "kl" not in parts:
+            continue
+        bits = parts["convert"].values["linear_bits_per_weight"]
+        kl = parts["kl"].values
+        perplexity = parts["perplexity"].values["perplexity"]
+        cells = (
+            variant,
+            f"{bits:.2f}",
+            f"{kl['kl_mean']:.3f}",
+            f"{kl['kl_mean'] / plain:.2f}",
+            f"{kl['top1_agreement']:.0%}",
+            f"{perplexity:.1f}",
+        )
+        rows.append((round(bits, 1), kl["kl_mean"], f"| {' | '.join(cells)} |"))
+    lines += [line for _, _, line in sorted(rows, key=lambda row: (row[0], -row[1]))]
+    return "\n".join(lines) + "\n"
+
+
 def results() -> str:
     """Return the reports of all published studies, one after the other, as Markdown."""
     studies = sorted(file.parent for file in DOCS.glob("results/*/study.json"))
@@ -74,8 +107,12 @@ def main() -> None:
     readme = DOCS.parent / "README.md"
     text = readme.read_text(encoding="utf-8")
     wanted = text
-    for name, table in (("demo", demo_table), ("bench", bench_table)):
-        rows = table(json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8")))
+    tables = {
+        "demo": demo_table(json.loads((DOCS / "demo.json").read_text(encoding="utf-8"))),
+        "bench": bench_table(json.loads((DOCS / "bench.json").read_text(encoding="utf-8"))),
+        "sizes": sizes_table(DOCS / "results" / "sizes"),
+    }
+    for name, rows in tables.items():
         marks = re.compile(MARKS.format(name), re.DOTALL)
         wanted = marks.sub(lambda found, rows=rows: found[1] + rows + found[2], wanted)
     files = {readme: wanted, DOCS.parent / "RESULTS.md": results()}

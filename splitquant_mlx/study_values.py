@@ -42,7 +42,7 @@ def convert_values(manifest: Manifest, recipe: Recipe, peak_bytes: int) -> dict[
         "source_bytes": manifest.source_bytes,
         "seconds": manifest.seconds,
         "peak_bytes": peak_bytes,
-        "bits": recipe.bits,
+        "bits": None if recipe.method == "auto" else recipe.bits,
         "granularity": recipe.granularity,
         "clusters": recipe.clusters if recipe.method == "splitquant" else None,
     }

@@ -20,7 +20,7 @@ from splitquant_mlx import TargetError, convert
         (["--q-mode", "mxfp4"], "mode 'mxfp4' is for method 'rtn'"),
         (["--q-mode", "mxfp4", "--method", "rtn", "--bits", "8"], "leave both out"),
         (["--q-mode", "nosuch"], "mode: wanted one of affine, mxfp4"),
-        (["--method", "gptq"], "method: wanted one of splitquant, rtn"),
+        (["--method", "awq"], "method: wanted one of splitquant, rtn, imatrix, gptq, auto"),
         (["--method", "rtn", "--lm-head", "split"], "lm_head 'split' is for method 'splitquant'"),
         (["--dtype", "int8"], "dtype: wanted one of float16, bfloat16, float32"),
         (["--include", "nothing.*"], "include and exclude leave no layer to convert"),

@@ -17,6 +17,7 @@ from splitquant_mlx.publish.card import is_own, make_card
 from splitquant_mlx.publish.files import check_converted
 from splitquant_mlx.publish.measurements import find_measurements
 from splitquant_mlx.publish.upload import prepare_upload
+from splitquant_mlx.recipe import Calibration
 from splitquant_mlx.source import Source
 
 README = """---
@@ -182,3 +183,22 @@ def test_the_user_is_told_what_to_look_at(home, tmp_path):
     notes = " ".join(prepare_upload(model, "user/name").notes)
     for wanted in ("diary.txt", "--base-model", "names its path: /home/me/x", "no licence"):
         assert wanted in notes
+
+
+@pytest.mark.parametrize("method", ["imatrix", "gptq", "auto"])
+def test_a_calibrated_model_says_what_it_was_calibrated_on(home, tmp_path, monkeypatch, method):
+    monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
+    calibration = Calibration(num_samples=2, sequence_length=16)
+    recipe = Recipe(method=method, calibration=calibration)
+    convert(home / "source", tmp_path / "own", recipe=recipe)
+    text = card(tmp_path / "own")
+    assert "calibrated on text that the original wrote itself" in text
+    assert "trust-remote-code" not in text
+    assert ("of each layer its own" in text) == (method == "auto")
+    file = tmp_path / "text.txt"
+    file.write_text("w3 w5 w8 " * 40)
+    calibration = Calibration(text=str(file), num_samples=2, sequence_length=16)
+    recipe = Recipe(method=method, calibration=calibration)
+    convert(home / "source", tmp_path / "file", recipe=recipe)
+    text = card(tmp_path / "file")
+    assert "calibrated on a text" in text and str(tmp_path) not in text

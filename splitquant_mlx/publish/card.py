@@ -20,6 +20,7 @@ from splitquant_mlx.publish.figures import figures_table
 from splitquant_mlx.publish.files import CARD, Converted
 from splitquant_mlx.publish.markdown import code, table
 from splitquant_mlx.publish.measurements import Measurement
+from splitquant_mlx.recipe import SELF
 from splitquant_mlx.report.numbers import decimals, megabytes
 from splitquant_mlx.save import MODEL_FILE
 from splitquant_mlx.source_card import check_source_card
@@ -127,9 +128,20 @@ def _origin(converted: Converted, base: str | None, revision: str | None) -> str
         "splitquant": f"every linear layer is split by k-means into {recipe.clusters} layers that "
         f"sum to it, whose narrower ranges quantize better ({PAPER})",
         "rtn": "weights are rounded to the nearest code, as `mlx_lm.convert -q` does",
+        "imatrix": "scales and biases are fitted to the mean squared input of every channel",
+        "gptq": "roundings of a layer make up for each other (GPTQ and coordinate descent)",
+        "auto": "bits and group size are chosen for every layer from its predicted divergence, and "
+        "roundings of a layer make up for each other (GPTQ and coordinate descent)",
     }
     how = methods.get(recipe.method, f"method {code(recipe.method)}")
-    text = f"{origin} quantized by splitquant-mlx, without calibration data: {how}."
+    calibration = recipe.calibration
+    if calibration is None:
+        data = "without calibration data"
+    elif calibration.text == SELF:
+        data = "calibrated on text that the original wrote itself"
+    else:
+        data = "calibrated on a text"
+    text = f"{origin} quantized by splitquant-mlx, {data}: {how}."
     if converted.is_split:
         text += (
             f" It stores {recipe.clusters} codes for every weight: where splitquant-mlx measured "
@@ -142,10 +154,12 @@ def _sizes(converted: Converted) -> str:
     manifest, recipe = converted.manifest, converted.recipe
     done = Counter(layer.action for layer in manifest.layers)
     words = {"split": "split", "quantize": "quantized", "keep": "kept"}
+    chosen = "of each layer its own"
+    bits, size = (chosen,) * 2 if recipe.method == "auto" else (recipe.bits, recipe.group_size)
     rows = [
         ("method", code(recipe.method)),
-        ("bits of a code, mode", f"{recipe.bits}, {code(recipe.mode)}"),
-        ("one scale for each", f"{recipe.granularity} (group size {recipe.group_size})"),
+        ("bits of a code, mode", f"{bits}, {code(recipe.mode)}"),
+        ("one scale for each", f"{recipe.granularity} (group size {size})"),
         ("layers", ", ".join(f"{done[key]} {word}" for key, word in words.items() if done[key])),
         ("bits/weight, converted linear layers", decimals(manifest.linear_bits_per_weight, 2)),
         ("bits/weight, whole model", decimals(manifest.bits_per_weight, 2)),
