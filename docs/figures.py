@@ -1,4 +1,4 @@
-"""Write the README's tables and RESULTS.md from JSON that the program wrote.
+r"""Write the README's tables and RESULTS.md from JSON that the program wrote.
 
     splitquant-mlx demo && cp <cache>/demo/demo.json docs/
     splitquant-mlx bench make-checkpoint llama-3.2-1b llama-3.2-1b
@@ -6,7 +6,8 @@
     splitquant-mlx run recipes/smollm2.toml --output-dir docs/results/smollm2
     splitquant-mlx run recipes/tiny.toml --model <directory> --output-dir docs/results/<its name>
     python tests/offgrid.py <cache>/SmolLM2-135M-Instruct.Q4_1.gguf smollm2-135m-offgrid
-    splitquant-mlx run recipes/sizes.toml --model smollm2-135m-offgrid --output-dir docs/results/sizes
+    splitquant-mlx run recipes/sizes.toml --model smollm2-135m-offgrid \
+        --output-dir docs/results/sizes
     python docs/figures.py
 
 With --check nothing is written; the exit code says whether both are up to date.

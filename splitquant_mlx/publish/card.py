@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -229,8 +230,12 @@ def _licence(converted: Converted) -> str:
 
 
 def _recipe(converted: Converted) -> str:
-    manifest = converted.manifest
-    toml = "".join(c if c.isprintable() or c == "\n" else " " for c in converted.recipe.to_toml())
+    manifest, recipe = converted.manifest, converted.recipe
+    if recipe.calibration is not None:
+        # where the text lies on this machine is nobody's business
+        own = replace(recipe.calibration, text=Path(recipe.calibration.text).name)
+        recipe = replace(recipe, calibration=own)
+    toml = "".join(c if c.isprintable() or c == "\n" else " " for c in recipe.to_toml())
     versions = ", ".join(code(f"{name} {v}") for name, v in list(manifest.versions.items())[:12])
     return f"""`splitquant-mlx convert --recipe recipe.toml` with this recipe.toml, on
 {code(manifest.device)}, with {versions}. Every layer's record is in `splitquant.json`.
