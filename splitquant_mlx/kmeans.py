@@ -29,7 +29,7 @@ from splitquant_mlx.histogram import Runs
 SMALL = 1 << 16  # float32 entries; below this, sorting them is faster than the histogram
 STRETCHES = 32  # tested in one round for each cut
 CROWD = 512  # stretches for one cut that end the rounds: tests rule out too little
-FEW = 64  # boundaries between runs that the exact recursion takes without further tests
+FEW = 512  # boundaries between runs that the exact recursion takes without further tests
 BRANCH = 4  # fewer levels than 2: numpy's call overhead outweighs the extra costs evaluated
 SLACK = 2.0**-60  # bounds the rounding error of an inertia, as a fraction of the sum of squares
 ROUNDING = 2.0**-46  # bounds that of a short float64 sum, as a fraction of its terms

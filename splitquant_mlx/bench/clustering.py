@@ -14,7 +14,7 @@ from splitquant_mlx.progress import Progress, Silent
 
 def bench_kmeans(
     *,
-    side: int = 2048,
+    side: int = 4096,
     trials: int = 5,
     sklearn_trials: int = 3,
     dtype: str = "bfloat16",
@@ -70,7 +70,7 @@ def bench_all_kmeans(
     dtypes: Sequence[str],
     clusters: Sequence[int],
     *,
-    side: int = 2048,
+    side: int = 4096,
     trials: int = 5,
     progress: Progress | None = None,
 ) -> dict[str, Any]:

@@ -7,6 +7,7 @@ lower temperatures and fewer kinds of beginnings gave calibrations that carry ov
 other text.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -23,12 +24,13 @@ OPENINGS = (
     "Les ", "The species", "Theorem. ", "SELECT ", "{\"", "I think", "The army", "Copyright (c)",
 )  # fmt: skip
 MARK = "\x01"
+BATCH_TEXTS = 64  # bounds the memory of keys and values: 0.5 GB for 1B, 2.1 GB for 8B
 
 
 def sample_tokens(
     model: nn.Module, tokenizer: Any, *, texts: int, length: int, seed: int, progress: Progress
 ) -> np.ndarray:
-    """Return tokens (texts, length) int32 that `model` wrote, all texts side by side.
+    """Return tokens (texts, length) int32 that `model` wrote, `BATCH_TEXTS` side by side.
 
     Args:
         model: one of mlx-lm's, unquantized.
@@ -36,25 +38,42 @@ def sample_tokens(
         texts: how many.
         length: tokens of each, its beginning among them.
         seed: of the beginnings and of the sampling.
-        progress: told of every token.
+        progress: told of every token of a batch.
     """
+    prompts = beginnings(tokenizer, texts, np.random.default_rng(seed))
+    batches = [prompts[start : start + BATCH_TEXTS] for start in range(0, texts, BATCH_TEXTS)]
+    keys = mx.random.split(mx.random.key(seed), len(batches))
+    with progress.task("Sampling text", len(batches) * (length - 1)) as advance:
+        return np.concatenate(
+            [
+                _continue(model, batch, length, key, advance)
+                for batch, key in zip(batches, keys, strict=True)
+            ]
+        )
+
+
+def _continue(
+    model: nn.Module,
+    prompts: list[list[int]],
+    length: int,
+    key: mx.array,
+    advance: Callable[[float], None],
+) -> np.ndarray:
+    """Return tokens (texts, length): `prompts`, cut or carried on by the model, side by side."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    prompts = beginnings(tokenizer, texts, np.random.default_rng(seed))
-    tokens = np.zeros((texts, length), np.int32)
+    tokens = np.zeros((len(prompts), length), np.int32)
     given = np.array([min(len(prompt), length) for prompt in prompts])
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt[:length]
     cache = make_prompt_cache(model)
-    key = mx.random.key(seed)
-    with progress.task("Sampling text", length - 1) as advance:
-        for position in range(1, length):
-            inputs = mx.array(tokens[:, position - 1 : position])
-            key, own = mx.random.split(key)
-            drawn = mx.random.categorical(model(inputs, cache=cache)[:, -1], key=own)
-            free = given <= position
-            tokens[free, position] = np.array(drawn)[free]
-            advance(1)
+    for position in range(1, length):
+        inputs = mx.array(tokens[:, position - 1 : position])
+        key, own = mx.random.split(key)
+        drawn = mx.random.categorical(model(inputs, cache=cache)[:, -1], key=own)
+        free = given <= position
+        tokens[free, position] = np.array(drawn)[free]
+        advance(1)
     return tokens
 
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from splitquant_mlx.cache import cache_directory
-from splitquant_mlx.calibrate.text import OPENINGS, sample_tokens
+from splitquant_mlx.calibrate.text import BATCH_TEXTS, OPENINGS, sample_tokens
 from splitquant_mlx.evaluate.opened import Opened
 from splitquant_mlx.evaluate.text import cut_windows, encode, load_text
 from splitquant_mlx.progress import Progress
@@ -34,7 +34,7 @@ def calibration_tokens(directory: Path, calibration: Calibration, progress: Prog
         # evenly over the file, which may begin with a table of contents
         windows = cut_windows(encode(opened.tokenizer, text), length)
         return windows[:: max(1, len(windows) // texts)][:texts]
-    parts = (opened.hash, texts, length, calibration.seed, OPENINGS, version("mlx"))
+    parts = (opened.hash, texts, length, calibration.seed, OPENINGS, BATCH_TEXTS, version("mlx"))
     key = hashlib.sha256(repr((*parts, mx.default_device().type.name)).encode()).hexdigest()
     file = cache_directory() / "calibration" / f"{key}.npy"
     with suppress(OSError, ValueError):

@@ -74,7 +74,7 @@ def convert(
         typer.Option(help="imatrix, gptq, auto: self (default) or a text, JSONL or parquet file."),
     ] = None,
     num_samples: Annotated[
-        int | None, typer.Option(help="Texts to calibrate on (default 96).")
+        int | None, typer.Option(help="Texts to calibrate on (default 192).")
     ] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens of each of them (default 256).")

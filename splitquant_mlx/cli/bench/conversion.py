@@ -106,7 +106,7 @@ def convert(
 def kmeans(
     dtype: Annotated[list[str], typer.Option(help="Of the matrix; repeatable.")] = list(DTYPES),  # noqa: B006
     clusters: Annotated[list[int], typer.Option(help="2 to 8; repeatable.")] = [3],  # noqa: B006
-    side: Annotated[int, typer.Option(help="Of the square matrix.")] = 2048,
+    side: Annotated[int, typer.Option(help="Of the square matrix.")] = 4096,
     trials: Annotated[int, typer.Option(help="Counted runs; of scikit-learn 3.")] = 5,
     json_file: JsonFile = None,
 ) -> None:
