@@ -9,11 +9,16 @@ for one output row (llama.cpp's "importance matrix"). For given codes q the best
 a weighted linear regression; for given scale and bias the best codes are the nearest ones. Here
 ranges of several widths are tried, each followed by a regression, and the best of all is kept. The
 range of round to nearest is one of them, so the result is never worse than it.
+
+`code_parts_weighted` does the like for a part of a split weight, where only entries of the part
+count, and the scale alone is free: the zeros that stand for entries of other parts stay exact.
 """
+
+from collections.abc import Sequence
 
 import mlx.core as mx
 
-from splitquant_mlx.affine import Quantized, pack
+from splitquant_mlx.affine import Quantized, code_parts, concatenate, dequantize, pack
 
 SHRINKS = (1.0, 0.9, 0.8)
 REFITS = 4
@@ -46,6 +51,67 @@ def quantize_weighted(
         pieces.append(piece)
     weight, scales, biases = (mx.concatenate(list(arrays)) for arrays in zip(*pieces, strict=True))
     return Quantized(weight, scales, biases)
+
+
+def code_parts_weighted(
+    parts: Sequence[mx.array], importance: mx.array, *, bits: int, group_size: int
+) -> Quantized:
+    """Do as `affine.code_parts`, with scales fitted under `importance`; to be rounded alike.
+
+    Args:
+        parts: k arrays (out, in) float32, zero where the weight belongs to another part.
+        importance: (in,), as for `quantize_weighted`.
+        bits: bits of a code.
+        group_size: inputs of a part that share a scale.
+    """
+    return concatenate([_fit_part(part, importance, bits, group_size) for part in parts], axis=-1)
+
+
+def _fit_part(part: mx.array, importance: mx.array, bits: int, group_size: int) -> Quantized:
+    top = 2**bits - 1
+    plain = code_parts([part], bits=bits, group_size=group_size, granularity="group")
+    grouped = part.reshape(part.shape[0], -1, group_size)
+    h = mx.where(grouped == 0, 0, _positive(importance.reshape(-1, group_size)))
+    low, high = mx.minimum(grouped.min(-1), 0), mx.maximum(grouped.max(-1), 0)
+    width = mx.where(high > low, high - low, 1)
+    # zero at code 0 wherever it is at an end
+    sign = mx.where(high > -low, 1, -1)
+    zero = mx.round(mx.minimum(-low, high) / width * top)
+    best = [_part_error(grouped, h, dequantize(plain, bits=bits, group_size=group_size)), *plain]
+    for shrink in SHRINKS:
+        scale = sign * width * (shrink / top)
+        for _ in range(REFITS):
+            steps = _steps(grouped, scale, zero, top)
+            weighted = steps * h
+            square = (weighted * steps).sum(-1)
+            fitted = (weighted * grouped).sum(-1) / mx.where(square > 0, square, 1)
+            scale = mx.where(fitted * sign > 0, fitted, scale)
+        steps = _steps(grouped, scale, zero, top)
+        codes = pack((steps + zero[..., None]).reshape(part.shape), bits)
+        found = _part_error(grouped, h, steps * scale[..., None]), codes, scale, -zero * scale
+        best = _better(found, best)
+    return Quantized(*best[1:])
+
+
+def _steps(grouped: mx.array, scale: mx.array, zero: mx.array, top: int) -> mx.array:
+    """Return codes less the code of zero, as floats."""
+    nearest = mx.floor(grouped / scale[..., None] + 0.5)
+    return mx.clip(nearest, -zero[..., None], top - zero[..., None])
+
+
+def _part_error(grouped: mx.array, h: mx.array, values: mx.array) -> mx.array:
+    return (mx.square(grouped - values.reshape(grouped.shape)) * h).sum(-1)
+
+
+def _better(found: Sequence[mx.array], best: Sequence[mx.array]) -> list[mx.array]:
+    """Choose between two of (error, codes, scales, biases), group by group."""
+    better = found[0] < best[0]
+    chosen = []
+    for new, old in zip(found, best, strict=True):
+        shape = (*better.shape, -1)  # codes are several words a group
+        picked = mx.where(better[..., None], new.reshape(shape), old.reshape(shape))
+        chosen.append(picked.reshape(old.shape))
+    return chosen
 
 
 def fit_scales(

@@ -24,7 +24,7 @@ class LayerPlan:
         bits: bits of a code; None when kept.
         group_size: inputs that share a scale; None when kept.
         mode: mlx's quantization mode.
-        fit: how codes and scales are found: "rtn", "imatrix" or "gptq"; of split layers "rtn".
+        fit: how codes and scales are found: "rtn", "imatrix" or "gptq".
         note: why this layer is not treated as the recipe says for its kind; empty if it is.
     """
 
@@ -167,9 +167,10 @@ def _wanted_action(recipe: Recipe, path: str, kind: str) -> tuple[str, str]:
 
 def _fit(recipe: Recipe, kind: str, action: str, tied: bool) -> str:
     """Return how a layer is fitted: only layers that are fed hidden states have moments."""
-    calibrated = recipe.method in CALIBRATED and action == "quantize"
     fed = kind in ("linear", "lm_head") or (kind == "embedding" and tied)
-    return recipe.method if calibrated and fed else "rtn"
+    if recipe.calibration is None or action == "keep" or not fed:
+        return "rtn"
+    return "gptq" if recipe.method == "gptq" else "imatrix"
 
 
 def _require_fit(plan: Plan) -> None:

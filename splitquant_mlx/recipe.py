@@ -78,7 +78,8 @@ class Recipe:
         embedding_bits: bits of embeddings and lm_head where they are quantized; None is 6 for
             imatrix and gptq, as in mlx_lm.gptq, and else `bits`.
         layers: settings of single layers, by path: {"bits": ..., "group_size": ...}.
-        calibration: what imatrix, gptq and auto are calibrated on.
+        calibration: what imatrix, gptq and auto are calibrated on; with splitquant, that the
+            scales of its parts are to be fitted as imatrix's are, which the paper does not do.
         sweeps: rounds of coordinate descent of gptq and auto; None is 3.
         target_bpw: bits/weight of what auto quantizes, embeddings and lm_head among it.
         max_kl: or the KL divergence, nats a token, that auto is to stay below.
@@ -159,7 +160,7 @@ class Recipe:
     def _check_calibration(self) -> None:
         calibrated = self.method in CALIBRATED
         allowed = {
-            "calibration": calibrated,
+            "calibration": calibrated or self.method == "splitquant",
             "sweeps": calibrated and self.method != "imatrix",
             "target_bpw": self.method == "auto",
             "max_kl": self.method == "auto",
@@ -167,7 +168,7 @@ class Recipe:
         for name, may_be in allowed.items():
             if getattr(self, name) is not None and not may_be:
                 raise RecipeError(f"{name} is not for method {self.method!r}")
-        if not calibrated:
+        if not calibrated and self.calibration is None:
             return
         if self.mode != "affine" or self.granularity != "group":
             raise RecipeError(f"method {self.method!r} has mode 'affine', granularity 'group' only")
@@ -181,7 +182,7 @@ class Recipe:
             _require_whole("sweeps", self.sweeps, 0)
         if self.method == "auto":
             self._check_target()
-        else:
+        elif calibrated:
             self._fill(embedding_bits=6)
 
     def _check_target(self) -> None:

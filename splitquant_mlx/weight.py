@@ -18,7 +18,7 @@ from splitquant_mlx.affine import (
     quantize,
     round_scales,
 )
-from splitquant_mlx.fit import quantize_weighted
+from splitquant_mlx.fit import code_parts_weighted, quantize_weighted
 from splitquant_mlx.gptq import quantize_compensated
 from splitquant_mlx.kmeans import Clustering
 from splitquant_mlx.layers import scale_dtype
@@ -76,7 +76,7 @@ def convert_weight(
             require_finite(w)
             raise
         clustered = time.perf_counter()
-        quantized = _quantize_split(w, clustering, layer, recipe)
+        quantized = _quantize_split(w, clustering, layer, recipe, moment)
     else:
         clustering = None
         require_finite(w)
@@ -113,19 +113,24 @@ def _quantize_whole(
 
 
 def _quantize_split(
-    w: mx.array, clustering: Clustering, layer: LayerPlan, recipe: Recipe
+    w: mx.array,
+    clustering: Clustering,
+    layer: LayerPlan,
+    recipe: Recipe,
+    moment: mx.array | None,
 ) -> Quantized:
     bits, group_size = layer.bits or 0, layer.group_size or 0
     # one scale a tensor has to see the whole tensor
     rows = w.shape[0] if recipe.granularity == "tensor" else max(1, BLOCK // w.shape[1])
     blocks = []
     for start in range(0, w.shape[0], rows):
-        block = code_parts(
-            parts_of(w[start : start + rows].astype(mx.float32), clustering, recipe.clusters),
-            bits=bits,
-            group_size=group_size,
-            granularity=recipe.granularity,
-        )
+        full = w[start : start + rows].astype(mx.float32)
+        parts = parts_of(full, clustering, recipe.clusters)
+        if moment is None:
+            granularity = recipe.granularity
+            block = code_parts(parts, bits=bits, group_size=group_size, granularity=granularity)
+        else:
+            block = code_parts_weighted(parts, moment, bits=bits, group_size=group_size)
         mx.eval(block)
         blocks.append(block)
     return round_scales(concatenate(blocks, axis=0), bits, scale_dtype(w.dtype))

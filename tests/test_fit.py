@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitquant_mlx import Quantized, dequantize
-from splitquant_mlx.fit import quantize_weighted
+from splitquant_mlx import Quantized, dequantize, split
+from splitquant_mlx.affine import code_parts, round_scales
+from splitquant_mlx.fit import code_parts_weighted, quantize_weighted
 
 DTYPES = [mx.float16, mx.bfloat16, mx.float32]
 
@@ -78,3 +79,50 @@ def test_constant_and_tiny_groups(dtype):
     fitted = quantize_weighted(w.astype(dtype), mx.ones(64))
     error = mx.abs(w - dequantize(fitted)).max().item()
     assert np.isfinite(error) and error < 1e-2
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
+    group_size=st.sampled_from([32, 64, 128]),
+    clusters=st.integers(2, 4),
+    shift=st.sampled_from([0.0, 0.5, 3.0]),
+)
+def test_no_group_of_a_part_is_worse_and_its_zeros_stay_exact(
+    seed, bits, group_size, clusters, shift
+):
+    rng = np.random.default_rng(seed)
+    w = mx.array(0.1 * rng.standard_t(4, (8, 256)) + 0.1 * shift, mx.float32)
+    importance = np.exp(2 * rng.standard_normal(256)).astype(np.float32)
+    sizes = {"bits": bits, "group_size": group_size}
+    parts = split(w, clusters)
+    fitted = code_parts_weighted(parts, mx.array(importance), **sizes)
+    plain = code_parts(parts, **sizes, granularity="group")
+    inside = np.concatenate([np.array(part) for part in parts], axis=-1) != 0
+    weights = np.tile(importance, clusters) * inside
+    whole = mx.concatenate(parts, axis=-1)
+    ours, theirs = (weighted_errors(whole, q, weights, bits, group_size) for q in (fitted, plain))
+    assert np.all(ours <= theirs * 1.01 + 1e-9)
+
+    rounded = round_scales(fitted, bits, mx.float32)
+    values = np.array(dequantize(rounded, **sizes))
+    one_sided = np.array(rounded.biases) == 0
+    zeros = ~inside & np.repeat(one_sided, group_size, axis=-1)
+    assert np.all(values[zeros] == 0)
+    assert np.abs(values[~inside]).max(initial=0) <= 1e-6 * np.abs(np.array(w)).max()
+
+
+def test_parts_gain_by_it():
+    rng = np.random.default_rng(3)
+    w = mx.array(rng.standard_normal((64, 512)), mx.float32)
+    importance = np.exp(2 * rng.standard_normal(512)).astype(np.float32)
+    parts = split(w)
+    fitted = code_parts_weighted(parts, mx.array(importance), bits=4, group_size=64)
+    plain = code_parts(parts, bits=4, group_size=64, granularity="group")
+
+    def error(quantized):
+        w_hat = dequantize(round_scales(quantized, 4, mx.float16)).reshape(64, 3, 512).sum(1)
+        return (np.array(w - w_hat, np.float64) ** 2 * importance).sum()
+
+    assert error(fitted) < 0.7 * error(plain)

@@ -71,7 +71,10 @@ def convert(
     ] = None,
     calibration: Annotated[
         str | None,
-        typer.Option(help="imatrix, gptq, auto: self (default) or a text, JSONL or parquet file."),
+        typer.Option(
+            help="self (imatrix, gptq, auto: default) or a text, JSONL or parquet file; with "
+            "splitquant, fits the parts' scales, which the paper does not do."
+        ),
     ] = None,
     num_samples: Annotated[
         int | None, typer.Option(help="Texts to calibrate on (default 192).")

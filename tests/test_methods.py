@@ -1,0 +1,58 @@
+"""What the calibrated methods are for: a real checkpoint stays closer to itself, on unseen text."""
+
+import numpy as np
+import pytest
+
+from splitquant_mlx import Recipe, convert, load
+from splitquant_mlx.evaluate.divergence import divergence, log_probabilities
+from splitquant_mlx.recipe import Calibration
+
+CALIBRATION = Calibration(num_samples=64, sequence_length=128)
+SIZES = {"group_size": 32, "dtype": "float16"}
+CALIBRATED = {**SIZES, "embedding_bits": 4, "calibration": CALIBRATION}
+RECIPES = {
+    "rtn": Recipe(method="rtn", **SIZES),
+    "imatrix": Recipe(method="imatrix", **CALIBRATED),
+    "gptq": Recipe(method="gptq", **CALIBRATED),
+    "auto": Recipe(method="auto", target_bpw=5.0, dtype="float16", calibration=CALIBRATION),
+    "splitquant": Recipe(bits=3, **SIZES),
+    "splitquant, calibrated": Recipe(bits=3, **SIZES, calibration=CALIBRATION),
+}
+
+
+@pytest.fixture(scope="module")
+def found(data, stories, tmp_path_factory):
+    """Convert with every method; returns KL divergences and manifests by name."""
+    original, tokenizer = load(stories)
+    text = (data / "tinystories" / "tinystories_sample.txt").read_text(encoding="utf-8")[:20_000]
+    tokens = np.array(tokenizer.encode(text)[: 16 * 256]).reshape(16, 256).tolist()
+    wanted = [log_probabilities(original, row) for row in tokens]
+    directory = tmp_path_factory.mktemp("methods")
+    results = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPLITQUANT_CACHE", str(directory / "cache"))
+        for name, recipe in RECIPES.items():
+            manifest = convert(stories, directory / name, recipe=recipe)
+            model = load(directory / name)[0]
+            got = (log_probabilities(model, row) for row in tokens)
+            results[name] = divergence(wanted, got).kl_mean, manifest
+    return results
+
+
+def test_each_method_stays_closer_than_the_one_before(found):
+    kl = {name: value for name, (value, _) in found.items()}
+    assert kl["imatrix"] < 0.8 * kl["rtn"]
+    assert kl["gptq"] < 0.9 * kl["imatrix"]
+    assert kl["auto"] < kl["gptq"]
+
+
+def test_sizes_are_alike(found):
+    bits = {name: manifest.bits_per_weight for name, (_, manifest) in found.items()}
+    assert bits["imatrix"] == bits["gptq"] == pytest.approx(bits["rtn"])
+    assert bits["auto"] <= bits["rtn"]
+    assert bits["splitquant, calibrated"] == bits["splitquant"]
+
+
+def test_calibration_helps_the_parts_of_a_split(found):
+    plain, fitted = (found[name][0] for name in ("splitquant", "splitquant, calibrated"))
+    assert fitted < 0.8 * plain
