@@ -6,6 +6,8 @@ first and globally, it answers mlx's calls (measured: 280 against 5 GFLOP/s in f
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 LIBRARIES = ("libopenblas.so.0", "libopenblas.so")
 ADVICE = "install OpenBLAS (Debian, Ubuntu: apt install libopenblas0) for much faster CPU runs"
@@ -26,3 +28,16 @@ def preload() -> bool | None:
             continue
         return True
     return False
+
+
+@contextmanager
+def one_thread_for_numpy() -> Iterator[None]:
+    """Let numpy's own OpenBLAS compute in the threads that call it, and in no others.
+
+    Where they are as many as cores already, its threads take turns with them and with mlx's, and
+    keep a core busy while they wait. Does nothing where numpy has another BLAS.
+    """
+    from threadpoolctl import ThreadpoolController
+
+    with ThreadpoolController().select(prefix="libscipy_openblas").limit(limits=1):
+        yield

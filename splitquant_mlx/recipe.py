@@ -43,7 +43,7 @@ class Calibration:
     """
 
     text: str = SELF
-    num_samples: int = 192
+    num_samples: int = 96
     sequence_length: int = 256
     seed: int = 0
 

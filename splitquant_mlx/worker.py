@@ -17,6 +17,7 @@ from weakref import WeakSet
 
 import mlx.core as mx
 
+from splitquant_mlx.blas import one_thread_for_numpy
 from splitquant_mlx.calibrate.moments import Moments
 from splitquant_mlx.checkpoint import FLOATS, Checkpoint, check_unchanged, parameters
 from splitquant_mlx.errors import CheckpointError
@@ -67,6 +68,7 @@ class Worker:
         large = 0  # norms and biases would fill the queue while a core has nothing to do
         with (
             progress.task(label, total) as advance,
+            one_thread_for_numpy(),
             _pool(threads) as submit,
         ):
             for name in self._names():

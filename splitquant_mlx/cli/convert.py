@@ -77,7 +77,7 @@ def convert(
         ),
     ] = None,
     num_samples: Annotated[
-        int | None, typer.Option(help="Texts to calibrate on (default 192).")
+        int | None, typer.Option(help="Texts to calibrate on (default 96).")
     ] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens of each of them (default 256).")
