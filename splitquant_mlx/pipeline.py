@@ -3,9 +3,11 @@
 import math
 import time
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from splitquant_mlx.auto import Forecast, choose_bits
 from splitquant_mlx.calibrate.moments import Moments, gram, mean_square
@@ -77,11 +79,13 @@ def convert(
                     on_forecast(forecast)
                 chosen = forecast.recipe
             plan = make_plan(chosen, checkpoint.model, checkpoint.config.get("vocab_size"))
+            tokens = _tokens(directory, plan, progress)
             key = conversion_key(
                 settings={
                     "recipe": chosen.to_dict(),
                     "device": str(mx.default_device()),
                     "max_shard_bytes": max_shard_bytes,
+                    "calibration": None if tokens is None else sha256(tokens.tobytes()).hexdigest(),
                 },
                 config=checkpoint.config,
                 stamps=own or checkpoint.stamps,
@@ -96,7 +100,7 @@ def convert(
                 needed_bytes = _estimated_bytes(plan, checkpoint) - writer.total_bytes
                 require_space(staging, needed_bytes)
                 copy_companions(directory, staging / MODEL)
-                moments = _moments(directory, plan, progress)
+                moments = None if tokens is None else _moments(directory, plan, tokens)
                 worker = Worker(checkpoint, plan, writer, ledger, moments)
                 records = worker.run(progress)
             check_unchanged(checkpoint)
@@ -120,12 +124,16 @@ def convert(
     return manifest
 
 
-def _moments(directory: Path, plan: Plan, progress: Progress) -> Moments | None:
-    """Prepare to measure what the planned layers are fed; None where none of them asks for it."""
-    paths = [path for path, layer in plan.layers.items() if layer.fit != "rtn"]
-    if not paths:
+def _tokens(directory: Path, plan: Plan, progress: Progress) -> np.ndarray | None:
+    """Return the tokens to calibrate on; None where no planned layer asks for it."""
+    if all(layer.fit == "rtn" for layer in plan.layers.values()):
         return None
-    tokens = calibration_tokens(directory, plan.recipe.calibration or Calibration(), progress)
+    return calibration_tokens(directory, plan.recipe.calibration or Calibration(), progress)
+
+
+def _moments(directory: Path, plan: Plan, tokens: np.ndarray) -> Moments:
+    """Prepare to measure what the planned layers are fed."""
+    paths = [path for path, layer in plan.layers.items() if layer.fit != "rtn"]
     moment = gram if plan.recipe.method == "gptq" else mean_square
     return Moments(load_model(directory, lazy=True), tokens, paths, moment)
 

@@ -13,6 +13,7 @@ from killing import content
 
 from splitquant_mlx import Recipe, TargetError, convert, staging, workspace
 from splitquant_mlx.cli import run
+from splitquant_mlx.recipe import Calibration
 from splitquant_mlx.shards import ShardWriter
 
 SHARD_BYTES = 16_000
@@ -41,7 +42,7 @@ def common(tmp_path_factory):
     return source, half_converted(source, room / "target"), content(room / "whole")
 
 
-def half_converted(source, target):
+def half_converted(source, target, recipe=None):
     """Return what a conversion leaves that is killed after five shards and a half."""
 
     def add(writer, name, tensor):
@@ -54,7 +55,7 @@ def half_converted(source, target):
         patch.setattr(ShardWriter, "add", add)
         patch.setattr(workspace, "_clear", lambda directory: None)
         with pytest.raises(Killed):
-            convert(source, target, max_shard_bytes=SHARD_BYTES)
+            convert(source, target, recipe=recipe, max_shard_bytes=SHARD_BYTES)
     return target.with_name(f".{target.name}.partial")
 
 
@@ -204,6 +205,21 @@ def test_another_conversion_begins_afresh(source, half, taken, tmp_path, what):
     convert(source, tmp_path / "again", **options)
     assert content(tmp_path / "target") == content(tmp_path / "again")
     assert taken == [0, 0]
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_another_calibration_text_begins_afresh(source, taken, tmp_path, changed):
+    text = tmp_path / "text.txt"
+    text.write_text("w2 w3 w4 w5 w6 w7 w8 " * 50)
+    calibration = Calibration(text=str(text), num_samples=4, sequence_length=16)
+    recipe = Recipe(calibration=calibration)
+    half_converted(source, tmp_path / "target", recipe)
+    if changed:
+        text.write_text("w12 w3 w14 w5 w16 w7 w18 " * 50)
+    convert(source, tmp_path / "target", recipe=recipe, max_shard_bytes=SHARD_BYTES)
+    assert (taken[-1] > 0) == (not changed)
+    convert(source, tmp_path / "again", recipe=recipe, max_shard_bytes=SHARD_BYTES)
+    assert content(tmp_path / "target") == content(tmp_path / "again")
 
 
 def test_source_that_changes_while_it_is_read(source, tmp_path, monkeypatch):
