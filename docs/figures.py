@@ -68,32 +68,35 @@ def bench_table(bench: dict) -> str:
 
 
 def sizes_table(study: Path) -> str:
-    """Return what each method keeps, by size; divergences also as a ratio to rtn of 4 bits."""
+    """Return what each method keeps, by size; the closest of each size is in bold.
+
+    Divergences are also given as a ratio to that of rtn at the same size, where there is one.
+    """
     found: dict[str, dict] = {}
     for result in load_results(study):
         found.setdefault(result.variant, {})[result.part] = result
-    plain = found["rtn 4-bit"]["kl"].values["kl_mean"]
+    sizes: dict[float, list[tuple[float, str]]] = {}
+    for variant, parts in found.items():
+        if "kl" in parts:
+            bits = parts["convert"].values["linear_bits_per_weight"]
+            kl = parts["kl"].values["kl_mean"]
+            sizes.setdefault(round(bits, 1), []).append((kl, variant))
     lines = [
-        "| method | bits/weight | KL, nats | to rtn 4-bit | top-1 agreement | perplexity |",
+        "| bits/weight | method | KL, nats | to rtn | top-1 agreement | perplexity |",
         "|---|---|---|---|---|---|",
     ]
-    rows = []
-    for variant, parts in found.items():
-        if "kl" not in parts:
-            continue
-        bits = parts["convert"].values["linear_bits_per_weight"]
-        kl = parts["kl"].values
-        perplexity = parts["perplexity"].values["perplexity"]
-        cells = (
-            variant,
-            f"{bits:.2f}",
-            f"{kl['kl_mean']:.3f}",
-            f"{kl['kl_mean'] / plain:.2f}",
-            f"{kl['top1_agreement']:.0%}",
-            f"{perplexity:.1f}",
-        )
-        rows.append((round(bits, 1), kl["kl_mean"], f"| {' | '.join(cells)} |"))
-    lines += [line for _, _, line in sorted(rows, key=lambda row: (row[0], -row[1]))]
+    for bits, rows in sorted(sizes.items()):
+        plain = [kl for kl, variant in rows if variant.startswith("rtn")]
+        for kl, variant in sorted(rows, reverse=True):
+            cells = (
+                f"{bits:.1f}",
+                f"**{variant}**" if kl == min(rows)[0] else variant,
+                f"{kl:.3f}",
+                f"{kl / plain[0]:.2f}" if plain else "",
+                f"{found[variant]['kl'].values['top1_agreement']:.0%}",
+                f"{found[variant]['perplexity'].values['perplexity']:.1f}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

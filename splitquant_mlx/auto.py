@@ -30,8 +30,8 @@ class Forecast:
     Attributes:
         recipe: a "gptq" recipe with the bits and group size of every layer.
         bits_per_weight: stored bits over entries of the layers that are quantized.
-        divergence: predicted KL divergence of each layer alone, nats a token. The sum predicts the
-            model's, for scales fitted under the importance; gptq's compensation is not in it.
+        divergence: predicted KL divergence of each layer alone, on text that the model writes, nats
+            a token; the sum predicts the model's.
         nbytes: stored size of each layer, bytes.
     """
 

@@ -7,13 +7,15 @@ import pytest
 import tiny
 from mlx.utils import tree_unflatten
 
-from splitquant_mlx import RecipeError, load
+from splitquant_mlx import RecipeError, dequantize, load
 from splitquant_mlx.calibrate.moments import Moments, gram, mean_square
 from splitquant_mlx.calibrate.sensitivity import predict_divergence
 from splitquant_mlx.calibrate.text import beginnings, sample_tokens
 from splitquant_mlx.calibrate.tokens import calibration_tokens
 from splitquant_mlx.checkpoint import parameters
 from splitquant_mlx.evaluate.divergence import divergence, log_probabilities
+from splitquant_mlx.fit import quantize_weighted
+from splitquant_mlx.gptq import quantize_compensated
 from splitquant_mlx.progress import Silent
 from splitquant_mlx.recipe import Calibration
 
@@ -136,22 +138,28 @@ def test_text_from_a_file_is_taken_evenly(stories, tmp_path):
 
 
 def test_predicted_divergence_is_the_measured_one(stories):
-    """Each layer alone, and two of them together, on the text the prediction was made on."""
+    """Each layer alone, quantized by gptq, on other text than the prediction was made on."""
     model, tokenizer = load(stories)
-    tokens = sample_tokens(model, tokenizer, texts=24, length=64, seed=0, progress=Silent())
+    tokens, other = (
+        sample_tokens(model, tokenizer, texts=24, length=64, seed=seed, progress=Silent())
+        for seed in (0, 1)
+    )
     paths = [path for path in linear_paths(model) if model_weight(model, path).shape[1] == 64]
     options = {path: [(3, 32), (4, 32)] for path in [*paths, "model.embed_tokens"]}
     found = predict_divergence(model, tokens, options, seed=0, progress=Silent())
-    wanted = [log_probabilities(model, text) for text in tokens.tolist()]
+    wanted = [log_probabilities(model, text) for text in other.tolist()]
+    moments = Moments(load(stories)[0], tokens, paths, gram)
     ratios = {}
     for path in [paths[0], paths[3], paths[4], paths[-1]]:
         assert found[path][3, 32] > 2 * found[path][4, 32] > 0
-        measured = with_rounded(model, path, 3, wanted, tokens)
+        weight = model_weight(model, path)
+        quantized = quantize_compensated(weight, np.array(moments[path]), bits=3, group_size=32)
+        measured = with_quantized(model, path, quantized, wanted, other)
         ratios[path] = found[path][3, 32] / measured
     assert all(0.5 < ratio < 2 for ratio in ratios.values()), ratios
-    head = found["model.embed_tokens"][3, 32] / with_rounded(
-        model, "model.embed_tokens", 3, wanted, tokens
-    )
+    path = "model.embed_tokens"
+    quantized = quantize_weighted(model_weight(model, path), mx.ones(64), bits=3, group_size=32)
+    head = found[path][3, 32] / with_quantized(model, path, quantized, wanted, other)
     assert 0.4 < head < 2.5
 
 
@@ -159,16 +167,11 @@ def model_weight(model, path):
     return dict(model.named_modules())[path].weight
 
 
-def with_rounded(model, path, bits, wanted, tokens):
-    """Measure the divergence with one layer quantized as the prediction has it."""
-    from splitquant_mlx import dequantize
-    from splitquant_mlx.fit import quantize_weighted
-
+def with_quantized(model, path, quantized, wanted, tokens):
+    """Measure the divergence with one layer quantized, to 3 bits in groups of 32."""
     module = dict(model.named_modules())[path]
     original = module.weight
-    importance = mx.ones(original.shape[1])
-    quantized = quantize_weighted(original, importance, bits=bits, group_size=32)
-    module.weight = dequantize(quantized, bits=bits, group_size=32)
+    module.weight = dequantize(quantized, bits=3, group_size=32)
     try:
         return divergence(
             wanted, (log_probabilities(model, text) for text in tokens.tolist())

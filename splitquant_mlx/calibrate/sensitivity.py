@@ -9,6 +9,10 @@ other, so the terms between rows vanish in the mean, and a sample of rows tells 
 
     KL ~ 1/2 sum_r mean_t (g_tr (D x_t)_r)^2     nats a token
 
+gptq has the roundings of a row make up for each other, which some layers gain more by than others: a
+fifth of the divergence is left in SmolLM2-135M's o_proj, two fifths in its down_proj. The gain is
+measured for one option of each layer, on other tokens than those it is compensated on.
+
 At the output head the distribution itself is at hand, and the sum over rows is weighted by
 p (1 - p) instead. An embedding that is looked up adds what its rows' errors do at the input.
 
@@ -23,9 +27,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from splitquant_mlx.affine import dequantize
+from splitquant_mlx.affine import Quantized, dequantize
 from splitquant_mlx.calibrate.blocks import Pass, start_pass, tapped
 from splitquant_mlx.fit import quantize_weighted
+from splitquant_mlx.gptq import quantize_compensated
 from splitquant_mlx.progress import Progress
 
 Option = tuple[int, int]  # bits, group_size
@@ -136,7 +141,24 @@ def _of_a_layer(
     def divergence(error: mx.array) -> mx.array:
         return share * mx.square((x @ error.T) * g).sum() / len(x) / 2
 
-    return _each(rows, mx.square(x).mean(0), options, divergence)
+    found = _each(rows, mx.square(x).mean(0), options, divergence)
+    left = _left_by_gptq(rows, x, g, options[len(options) // 2])
+    return {option: left * value for option, value in found.items()}
+
+
+def _left_by_gptq(rows: mx.array, x: mx.array, g: mx.array, option: Option) -> float:
+    """Return the share of the divergence of fitted scales that compensation leaves, at most 1."""
+    seen = 3 * len(x) // 4
+    settings = {"bits": option[0], "group_size": option[1]}
+    h = x[:seen].T @ x[:seen] / seen
+
+    def divergence(quantized: Quantized) -> float:
+        error = rows - dequantize(quantized, **settings)
+        return mx.square((x[seen:] @ error.T) * g[seen:]).sum().item()  # type: ignore[return-value]
+
+    plain = divergence(quantize_weighted(rows, mx.diag(h), **settings))
+    compensated = divergence(quantize_compensated(rows, np.array(h), **settings))
+    return min(1.0, compensated / plain) if plain else 1.0
 
 
 def _at_the_head(
