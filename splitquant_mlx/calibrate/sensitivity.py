@@ -9,8 +9,8 @@ other, so the terms between rows vanish in the mean, and a sample of rows tells 
 
     KL ~ 1/2 sum_r mean_t (g_tr (D x_t)_r)^2     nats a token
 
-gptq has the roundings of a row make up for each other, which some layers gain more by than others: a
-fifth of the divergence is left in SmolLM2-135M's o_proj, two fifths in its down_proj. The gain is
+gptq has the roundings of a row make up for each other, which some layers gain more by than others:
+a fifth of the divergence is left in SmolLM2-135M's o_proj, two fifths in its down_proj. The gain is
 measured for one option of each layer, on other tokens than those it is compensated on.
 
 At the output head the distribution itself is at hand, and the sum over rows is weighted by
