@@ -43,8 +43,8 @@ class Calibration:
     """
 
     text: str = SELF
-    num_samples: int = 96
-    sequence_length: int = 256
+    num_samples: int = 256
+    sequence_length: int = 128
     seed: int = 0
 
     def __post_init__(self):

@@ -77,10 +77,10 @@ def convert(
         ),
     ] = None,
     num_samples: Annotated[
-        int | None, typer.Option(help="Texts to calibrate on (default 96).")
+        int | None, typer.Option(help="Texts to calibrate on (default 256).")
     ] = None,
     sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens of each of them (default 256).")
+        int | None, typer.Option(help="Tokens of each of them (default 128).")
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the text that the model writes (default 0).")
