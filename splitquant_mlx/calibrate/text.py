@@ -24,7 +24,7 @@ OPENINGS = (
     "Les ", "The species", "Theorem. ", "SELECT ", "{\"", "I think", "The army", "Copyright (c)",
 )  # fmt: skip
 MARK = "\x01"
-BATCH_TEXTS = 64  # bounds the memory of keys and values: 0.5 GB for 1B, 2.1 GB for 8B
+BATCH_TEXTS = 128  # 128 tokens of each have 0.5 GB of keys and values for 1B, 2.1 GB for 8B
 
 
 def sample_tokens(
