@@ -3,6 +3,12 @@ r"""Write the README's tables and RESULTS.md from JSON that the program wrote.
     splitquant-mlx demo && cp <cache>/demo/demo.json docs/
     splitquant-mlx bench make-checkpoint llama-3.2-1b llama-3.2-1b
     splitquant-mlx bench convert --model llama-3.2-1b --json docs/bench.json
+    splitquant-mlx bench kmeans --json docs/kmeans.json
+    splitquant-mlx bench memory --json docs/memory.json
+    splitquant-mlx bench cost --json docs/cost.json
+    splitquant-mlx convert --model <gguf file> --mlx-path split --dtype float32
+    splitquant-mlx convert --model <gguf file> --mlx-path rtn --dtype float32 --method rtn
+    splitquant-mlx bench --model split --against rtn --device cpu --json docs/speed.json
     splitquant-mlx run recipes/smollm2.toml --output-dir docs/results/smollm2
     splitquant-mlx run recipes/tiny.toml --model <directory> --output-dir docs/results/<its name>
     python tests/offgrid.py <cache>/SmolLM2-135M-Instruct.Q4_1.gguf smollm2-135m-offgrid
@@ -55,16 +61,68 @@ def demo_table(demo: dict) -> str:
 
 
 def bench_table(bench: dict) -> str:
-    """Return the conversion times as a Markdown table of ratios, and the clustering's."""
+    """Return the conversion times as a Markdown table of ratios."""
     lines = ["| | time | peak memory, GB |", "|---|---|---|"]
     for name, program in bench["programs"].items():
         lines.append(f"| {name} | {program['ratio']:.2f} x | {program['peak_bytes'] / 1e9:.2f} |")
-    kmeans = bench["kmeans"]
-    lines.append(
-        f"\nClustering: {kmeans['exact_ns_per_weight']:.1f} ns a weight, scikit-learn's KMeans "
-        f"{kmeans['ratio']:.0f} times as much."
-    )
     return "\n".join(lines) + "\n"
+
+
+def kmeans_table(kmeans: dict) -> str:
+    """Return the times of both ways to cluster as a Markdown table."""
+    lines = ["| matrix | exact, ns a weight | scikit-learn's KMeans |", "|---|---|---|"]
+    for run in kmeans["runs"]:
+        shape = " x ".join(map(str, run["shape"]))
+        lines.append(
+            f"| {run['dtype']}, {shape} | {run['exact_ns_per_weight']:.1f} | {run['ratio']:.0f} x |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def memory_table(memory: dict) -> str:
+    """Return the peak memory by depth as a Markdown table."""
+    lines = ["| layers | checkpoint, MB | peak memory, MB |", "|---|---|---|"]
+    for run in memory["runs"]:
+        cells = run["source_bytes"] / 1e6, run["peak_bytes"] / 1e6
+        lines.append(f"| {run['layers']} | {cells[0]:.0f} | {cells[1]:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def speed_table(speed: dict) -> str:
+    """Return the split model's times over plain INT4's as a Markdown table."""
+    names = {
+        "decode_time": "a token of the answer",
+        "prefill_time": "a token of the prompt",
+        "load_s": "load",
+        "first_token_s": "first token, from the start of the program",
+        "peak_bytes": "peak memory",
+    }
+    (ratios,) = speed["ratios"]
+    lines = ["| split over plain INT4 | median | least | most |", "|---|---|---|---|"]
+    for name, told in names.items():
+        cells = " | ".join(f"{ratios[name][of]:.2f} x" for of in ("median", "min", "max"))
+        lines.append(f"| {told} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def cost_table(cost: dict) -> str:
+    """Return the predicted conversion times of well-known shapes as a Markdown table."""
+    other = cost["other_machine"]["name"]
+    lines = [
+        f"| predicted, not measured | reads, GB | writes, GB | here, s | {other}, s |",
+        "|---|---|---|---|---|",
+    ]
+    for row in cost["predictions"]:
+        cells = (
+            f"{row['shape']}, {row['method']}",
+            f"{row['bytes_in'] / 1e9:.1f}",
+            f"{row['bytes_out'] / 1e9:.1f}",
+            f"{row['here_s']:.0f}",
+            f"{row['other_machine_s']:.0f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    error = cost["fit"]["largest_relative_error"]
+    return "\n".join(lines) + f"\n\nLargest error of the fit: {error:.0%} of a measured time.\n"
 
 
 def sizes_table(study: Path) -> str:
@@ -111,11 +169,19 @@ def main() -> None:
     readme = DOCS.parent / "README.md"
     text = readme.read_text(encoding="utf-8")
     wanted = text
-    tables = {
-        "demo": demo_table(json.loads((DOCS / "demo.json").read_text(encoding="utf-8"))),
-        "bench": bench_table(json.loads((DOCS / "bench.json").read_text(encoding="utf-8"))),
-        "sizes": sizes_table(DOCS / "results" / "sizes"),
+    writers = {
+        "demo": demo_table,
+        "bench": bench_table,
+        "kmeans": kmeans_table,
+        "memory": memory_table,
+        "speed": speed_table,
+        "cost": cost_table,
     }
+    tables = {
+        name: write(json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8")))
+        for name, write in writers.items()
+    }
+    tables["sizes"] = sizes_table(DOCS / "results" / "sizes")
     for name, rows in tables.items():
         marks = re.compile(MARKS.format(name), re.DOTALL)
         wanted = marks.sub(lambda found, rows=rows: found[1] + rows + found[2], wanted)

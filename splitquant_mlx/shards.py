@@ -6,9 +6,10 @@ padded with spaces, as the format allows (huggingface/safetensors, "Format").
 """
 
 import json
+import os
 import struct
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +21,7 @@ from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.headers import read_header
 
 MAX_SHARD_BYTES = 5 * 10**9
+FLUSH_BYTES = 1 << 27  # written before the disk is told to take them in
 
 SAFETENSORS_NAMES = {
     mx.bool_: "BOOL",
@@ -70,6 +72,9 @@ class ShardWriter:
         self._shards: list[Path] = []
         self._weight_map: dict[str, int] = {}
         self._file: BinaryIO | None = None
+        self._pool = ThreadPoolExecutor(1)
+        self._flush: Future[None] | None = None
+        self._flushed = 0
         self._header: dict[str, object] = {}
         self._offset = 0
 
@@ -77,6 +82,7 @@ class ShardWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown()
         if self._file is not None:
             self._file.close()
 
@@ -134,8 +140,23 @@ class ShardWriter:
             "data_offsets": [self._offset, end],
         }
         self._offset = end
+        self._flush_behind()
         self.total_bytes += tensor.nbytes
         self._weight_map[name] = len(self._shards) - 1
+
+    def _flush_behind(self) -> None:
+        """Have the disk take in what is written while more is computed."""
+        idle = self._flush is None or self._flush.done()
+        if self._file is not None and idle and self._offset - self._flushed >= FLUSH_BYTES:
+            self._await_flush()
+            self._flushed = self._offset
+            self._file.flush()
+            self._flush = self._pool.submit(os.fsync, self._file.fileno())
+
+    def _await_flush(self) -> None:
+        if self._flush is not None:
+            self._flush.result()
+            self._flush = None
 
     def close(self) -> dict[str, str]:
         """Finish the last shard, name the files, write the index; returns tensor name -> file."""
@@ -163,19 +184,20 @@ class ShardWriter:
         self._file = path.open("wb")
         self._file.seek(8 + self._room)
         self._header = {"__metadata__": {"format": "mlx"}}
-        self._offset = 0
+        self._offset = self._flushed = 0
 
     def _finish_shard(self) -> None:
         if self._file is None:
             return
         header = json.dumps(self._header, separators=(",", ":")).encode()
-        with self._file as file, ThreadPoolExecutor(1) as pool:
+        with self._file as file:
+            self._await_flush()
             file.seek(0)
             file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
             file.flush()
             # the header, which comes first in the hash, was written last: the file is read once
             # more, while the disk takes it in
-            digest = pool.submit(sha256, self._shards[-1]) if self.on_finished else None
+            digest = self._pool.submit(sha256, self._shards[-1]) if self.on_finished else None
             sync_descriptor(file.fileno())
         self._file = None
         if self.on_finished and digest:

@@ -149,15 +149,17 @@ def _of_a_layer(
 def _left_by_gptq(rows: mx.array, x: mx.array, g: mx.array, option: Option) -> float:
     """Return the share of the divergence of fitted scales that compensation leaves, at most 1."""
     seen = 3 * len(x) // 4
-    settings = {"bits": option[0], "group_size": option[1]}
+    bits, group_size = option
     h = x[:seen].T @ x[:seen] / seen
 
     def divergence(quantized: Quantized) -> float:
-        error = rows - dequantize(quantized, **settings)
+        error = rows - dequantize(quantized, bits=bits, group_size=group_size)
         return mx.square((x[seen:] @ error.T) * g[seen:]).sum().item()  # type: ignore[return-value]
 
-    plain = divergence(quantize_weighted(rows, mx.diag(h), **settings))
-    compensated = divergence(quantize_compensated(rows, np.array(h), **settings))
+    plain = divergence(quantize_weighted(rows, mx.diag(h), bits=bits, group_size=group_size))
+    compensated = divergence(
+        quantize_compensated(rows, np.array(h), bits=bits, group_size=group_size)
+    )
     return min(1.0, compensated / plain) if plain else 1.0
 
 
