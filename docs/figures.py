@@ -5,10 +5,7 @@ r"""Write the README's tables and RESULTS.md from JSON that the program wrote.
     splitquant-mlx bench convert --model llama-3.2-1b --json docs/bench.json
     splitquant-mlx bench kmeans --json docs/kmeans.json
     splitquant-mlx bench memory --json docs/memory.json
-    splitquant-mlx bench cost --json docs/cost.json
-    splitquant-mlx convert --model <gguf file> --mlx-path split --dtype float32
-    splitquant-mlx convert --model <gguf file> --mlx-path rtn --dtype float32 --method rtn
-    splitquant-mlx bench --model split --against rtn --device cpu --json docs/speed.json
+    splitquant-mlx bench cost --trials 1 --json docs/cost.json
     splitquant-mlx run recipes/smollm2.toml --output-dir docs/results/smollm2
     splitquant-mlx run recipes/tiny.toml --model <directory> --output-dir docs/results/<its name>
     python tests/offgrid.py <cache>/SmolLM2-135M-Instruct.Q4_1.gguf smollm2-135m-offgrid
@@ -88,23 +85,6 @@ def memory_table(memory: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def speed_table(speed: dict) -> str:
-    """Return the split model's times over plain INT4's as a Markdown table."""
-    names = {
-        "decode_time": "a token of the answer",
-        "prefill_time": "a token of the prompt",
-        "load_s": "load",
-        "first_token_s": "first token, from the start of the program",
-        "peak_bytes": "peak memory",
-    }
-    (ratios,) = speed["ratios"]
-    lines = ["| split over plain INT4 | median | least | most |", "|---|---|---|---|"]
-    for name, told in names.items():
-        cells = " | ".join(f"{ratios[name][of]:.2f} x" for of in ("median", "min", "max"))
-        lines.append(f"| {told} | {cells} |")
-    return "\n".join(lines) + "\n"
-
-
 def cost_table(cost: dict) -> str:
     """Return the predicted conversion times of well-known shapes as a Markdown table."""
     other = cost["other_machine"]["name"]
@@ -174,7 +154,6 @@ def main() -> None:
         "bench": bench_table,
         "kmeans": kmeans_table,
         "memory": memory_table,
-        "speed": speed_table,
         "cost": cost_table,
     }
     tables = {
