@@ -104,7 +104,7 @@ def _part_error(grouped: mx.array, h: mx.array, values: mx.array) -> mx.array:
 
 
 def _better(found: Sequence[mx.array], best: Sequence[mx.array]) -> list[mx.array]:
-    """Choose between two of (error, codes, scales, biases), group by group."""
+    """Choose between two of (error, arrays of each group, ...), group by group."""
     better = found[0] < best[0]
     chosen = []
     for new, old in zip(found, best, strict=True):
@@ -128,11 +128,7 @@ def fit_scales(
         scales, biases = (found.astype(dtype) for found in fitted)
         error = _error(grouped, h, scales, biases, top)
         # a scale that vanishes or overflows in 16 bits has an error of NaN or infinity
-        better = error < best[0]
-        best = [
-            mx.where(better, new, old)
-            for new, old in zip((error, scales, biases), best, strict=True)
-        ]
+        best = _better((error, scales, biases), best)
         _, *fitted = _regress(grouped, h, best[1], best[2], top)
     return best[1], best[2]
 

@@ -75,6 +75,16 @@ def split_stories(stories, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def split_32(stories, tmp_path_factory) -> Path:
+    """Return stories260K split in groups of 32, which two ranks can divide."""
+    from splitquant_mlx import Recipe, convert
+
+    target = tmp_path_factory.mktemp("converted") / "split"
+    convert(stories, target, recipe=Recipe(method="splitquant", group_size=32))
+    return target
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Return SmolLM2-135M-Instruct as a GGUF file, downloaded once."""
     from splitquant_mlx.demo_model import fetch_demo_model

@@ -18,14 +18,6 @@ SCRIPT = Path(rank_work.__file__)
 
 
 @pytest.fixture(scope="module")
-def split_32(stories, tmp_path_factory):
-    """Return stories260K split in groups of 32, which two ranks can divide."""
-    target = tmp_path_factory.mktemp("converted") / "split"
-    convert(stories, target, recipe=Recipe(method="splitquant", group_size=32))
-    return target
-
-
-@pytest.fixture(scope="module")
 def worked(split_32, stories, data, tmp_path_factory):
     """Return what rank_work.py says alone, and as each of two ranks."""
     home = tmp_path_factory.mktemp("home")

@@ -14,7 +14,6 @@ import tiny
 from ranks import COMMAND, finish, free_ports, running
 from serving import CHAT, TEXT, Process
 
-from splitquant_mlx import Recipe, convert
 from splitquant_mlx.cli import run
 
 pytestmark = pytest.mark.slow
@@ -23,12 +22,9 @@ STORY = "Once upon a time"
 LIMIT_S = 30
 
 
-@pytest.fixture(scope="module")
-def model(stories, tmp_path_factory):
-    """Return stories260K split in groups of 32, which two ranks can divide."""
-    target = tmp_path_factory.mktemp("converted") / "split"
-    convert(stories, target, recipe=Recipe(method="splitquant", group_size=32))
-    return target
+@pytest.fixture
+def model(split_32):
+    return split_32
 
 
 @pytest.fixture(scope="module")

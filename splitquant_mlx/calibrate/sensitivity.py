@@ -29,6 +29,7 @@ import numpy as np
 
 from splitquant_mlx.affine import Quantized, dequantize
 from splitquant_mlx.calibrate.blocks import Pass, start_pass, tapped
+from splitquant_mlx.calibrate.moments import gram
 from splitquant_mlx.fit import quantize_weighted
 from splitquant_mlx.gptq import quantize_compensated
 from splitquant_mlx.progress import Progress
@@ -150,7 +151,7 @@ def _left_by_gptq(rows: mx.array, x: mx.array, g: mx.array, option: Option) -> f
     """Return the share of the divergence of fitted scales that compensation leaves, at most 1."""
     seen = 3 * len(x) // 4
     bits, group_size = option
-    h = x[:seen].T @ x[:seen] / seen
+    h = gram(x[:seen]) / seen
 
     def divergence(quantized: Quantized) -> float:
         error = rows - dequantize(quantized, bits=bits, group_size=group_size)
