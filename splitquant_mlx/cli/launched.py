@@ -2,6 +2,9 @@
 
 import os
 import signal
+import socket
+import stat
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +16,7 @@ from splitquant_mlx.errors import RankError
 RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_S = 3.0
+IDLE_S = 5.0  # without any work, once another rank is gone
 
 
 def launched_rank() -> int:
@@ -34,11 +38,12 @@ def only_rank_0_prints() -> Iterator[None]:
 def join() -> Any:
     """Return the group of ranks, of one if this process was not launched; see `distributed.join`.
 
-    From here on a signal ends the process even where mlx waits for another rank. While it joins,
-    Python cannot react to one at all.
+    From here on a signal ends the process even where mlx waits for another rank, and so does the
+    end of another rank. While it joins, Python cannot react to a signal at all.
     """
     from splitquant_mlx import distributed
 
+    before = _sockets()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in handlers.items():
         if handler != signal.SIG_IGN:  # as nohup makes it
@@ -50,6 +55,7 @@ def join() -> Any:
             signal.signal(number, handler)
     if not distributed.alone(group):
         _end_on_signal()
+        _end_with_the_others(_sockets() - before)
     elif launched_rank():
         raise RankError("mlx finds no other rank: start all of them with mlx.launch")
     return group
@@ -67,3 +73,47 @@ def _end_on_signal() -> None:
         os._exit(2)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _end_with_the_others(descriptors: set[int]) -> None:
+    """End the process when a connection is closed at the other end and nothing is done any more.
+
+    mlx's ring mostly raises an error then, but waits for ever for what is sent after it has given
+    a connection up.
+    """
+    connections = [socket.socket(fileno=os.dup(descriptor)) for descriptor in descriptors]
+
+    def watch() -> None:
+        while not any(map(_closed, connections)):
+            time.sleep(1)
+        while True:
+            worked = time.process_time()
+            time.sleep(IDLE_S)
+            if time.process_time() - worked < IDLE_S / 100:
+                sys.stdout.flush()
+                lost = "splitquant-mlx: error: the connection to another rank was lost"
+                print(f"{lost}: it has ended, start all of them again", file=sys.stderr, flush=True)
+                os._exit(2)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _sockets() -> set[int]:
+    """Return the file descriptors that are sockets."""
+    found = set()
+    for name in os.listdir("/dev/fd"):
+        try:
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                found.add(int(name))
+        except OSError:  # that of the listing itself
+            continue
+    return found
+
+
+def _closed(connection: socket.socket) -> bool:
+    try:
+        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except ConnectionError:
+        return True
+    except OSError:  # nothing to read, or no connection
+        return False
