@@ -135,11 +135,11 @@ def round_scales(quantized: Quantized, bits: int, dtype: mx.Dtype | None) -> Qua
 
 
 def concatenate(pieces: Sequence[Quantized], axis: int) -> Quantized:
-    """Join affine-quantized pieces along the input (-1) or the output (-2) axis."""
-    weight, scales, biases = (
-        mx.concatenate(list(arrays), axis=axis) for arrays in zip(*pieces, strict=True)
-    )
-    return Quantized(weight, scales, biases)
+    """Join pieces along the input (-1) or the output (-2) axis."""
+    weight = mx.concatenate([piece.weight for piece in pieces], axis=axis)
+    scales = mx.concatenate([piece.scales for piece in pieces], axis=axis)
+    biases = [piece.biases for piece in pieces if piece.biases is not None]
+    return Quantized(weight, scales, mx.concatenate(biases, axis=axis) if biases else None)
 
 
 def _zero_at_code_0(quantized: Quantized, bits: int) -> Quantized:

@@ -4,8 +4,11 @@ Large weights go through in blocks of rows, whose intermediate arrays fit in the
 and do not add to the peak of memory.
 """
 
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +21,7 @@ from splitquant_mlx.affine import (
     quantize,
     round_scales,
 )
+from splitquant_mlx.coding import code_split
 from splitquant_mlx.fit import code_parts_weighted, quantize_weighted
 from splitquant_mlx.gptq import quantize_compensated
 from splitquant_mlx.kmeans import Clustering
@@ -27,6 +31,7 @@ from splitquant_mlx.plan import LayerPlan
 from splitquant_mlx.recipe import Recipe
 
 BLOCK = 1 << 19  # entries
+LARGE = 1 << 24  # entries that a core is not left alone with
 SAMPLE = 1 << 18  # entries that the signal-to-noise ratio is taken over
 # bits of the exponent, all of which are set in NaN and infinite values alone
 EXPONENT = {
@@ -106,10 +111,40 @@ def _quantize_whole(
 ) -> Quantized:
     settings = {"bits": layer.bits or 0, "group_size": layer.group_size or 0}
     if layer.fit == "rtn" or moment is None:
-        return quantize(w, **settings, granularity=recipe.granularity, mode=layer.mode)
+        return _quantize_plainly(w, layer, recipe)
     if layer.fit == "imatrix":
         return quantize_weighted(w, moment, **settings)
     return quantize_compensated(w, np.array(moment), **settings, sweeps=recipe.sweeps or 0)
+
+
+def _quantize_plainly(w: mx.array, layer: LayerPlan, recipe: Recipe) -> Quantized:
+    """Round to nearest, on all cores where one would be at it when all other layers are done."""
+
+    def quantized(rows: mx.array) -> Quantized:
+        found = quantize(
+            rows,
+            bits=layer.bits or 0,
+            group_size=layer.group_size or 0,
+            granularity=recipe.granularity,
+            mode=layer.mode,
+        )
+        mx.eval([array for array in found if array is not None])
+        return found
+
+    apart = w.ndim == 2 and recipe.granularity != "tensor" and mx.default_device() == mx.cpu
+    if not apart or w.size <= LARGE:
+        return quantized(w)
+    rows = max(1, LARGE // w.shape[1])
+    pieces = _helpers().map(
+        lambda start: quantized(w[start : start + rows]), range(0, len(w), rows)
+    )
+    return concatenate(list(pieces), axis=0)
+
+
+@cache
+def _helpers() -> ThreadPoolExecutor:
+    """Return threads that stay, as mlx keeps something for each in which it computes."""
+    return ThreadPoolExecutor(os.cpu_count())
 
 
 def _quantize_split(
@@ -120,6 +155,11 @@ def _quantize_split(
     moment: mx.array | None,
 ) -> Quantized:
     bits, group_size = layer.bits or 0, layer.group_size or 0
+    dtype = scale_dtype(w.dtype)
+    if moment is None and recipe.granularity == "group" and mx.default_device() == mx.cpu:
+        bounds = clustering.upper_bounds
+        coded = code_split(w, bounds, recipe.clusters, bits=bits, group_size=group_size)
+        return round_scales(coded, bits, dtype)
     # one scale a tensor has to see the whole tensor
     rows = w.shape[0] if recipe.granularity == "tensor" else max(1, BLOCK // w.shape[1])
     blocks = []
@@ -133,7 +173,7 @@ def _quantize_split(
             block = code_parts_weighted(parts, moment, bits=bits, group_size=group_size)
         mx.eval(block)
         blocks.append(block)
-    return round_scales(concatenate(blocks, axis=0), bits, scale_dtype(w.dtype))
+    return round_scales(concatenate(blocks, axis=0), bits, dtype)
 
 
 def _snr_db(w: mx.array, quantized: Quantized, layer: LayerPlan, parts: int) -> float | None:

@@ -17,6 +17,7 @@ from splitquant_mlx import (
     load,
     load_manifest,
     split_model,
+    weight,
 )
 from splitquant_mlx.evaluate.divergence import divergence, log_probabilities
 from splitquant_mlx.evaluate.scoring import dense_weight, dequantized
@@ -61,6 +62,18 @@ def test_manifest_says_what_is_in_the_files(stories, split_stories):
     assert {"read", "cluster", "quantize", "write", "total"} == manifest.seconds.keys()
     assert manifest.recipe == Recipe().to_dict()
     assert "mlx" in manifest.versions
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4"])
+def test_a_large_weight_is_quantized_in_pieces_to_the_same_bytes(
+    stories, tmp_path, monkeypatch, mode
+):
+    recipe = Recipe(method="rtn", mode=mode)
+    hashes = []
+    for target, large in (("whole", 1 << 24), ("pieces", 1 << 12)):
+        monkeypatch.setattr(weight, "LARGE", large)
+        hashes.append(convert(stories, tmp_path / target, recipe=recipe).files)
+    assert hashes[0] == hashes[1]
 
 
 def test_signal_to_noise_ratio_is_that_of_the_stored_weights(stories, split_stories):
