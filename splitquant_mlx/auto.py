@@ -1,16 +1,26 @@
 """Choose bits and group size of every layer, for a target of bits/weight or of KL divergence."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
+
 from splitquant_mlx.allocate import allocate
+from splitquant_mlx.cache import cache_directory
 from splitquant_mlx.calibrate.sensitivity import Option, predict_divergence
 from splitquant_mlx.calibrate.tokens import calibration_tokens
 from splitquant_mlx.checkpoint import open_checkpoint
 from splitquant_mlx.directory import as_directory
+from splitquant_mlx.disk import write_whole
+from splitquant_mlx.evaluate.reference import model_hash
 from splitquant_mlx.loader import load_model
 from splitquant_mlx.plan import LayerPlan, make_plan
 from splitquant_mlx.progress import Progress, Silent
@@ -18,7 +28,8 @@ from splitquant_mlx.recipe import Calibration, Recipe
 from splitquant_mlx.source import resolve
 
 OPTIONS: tuple[Option, ...] = (
-    (3, 128), (3, 64), (3, 32), (4, 128), (4, 64), (4, 32), (5, 64), (6, 64), (8, 64),
+    (2, 64), (2, 32), (3, 128), (3, 64), (3, 32), (4, 128), (4, 64), (4, 32),
+    (5, 128), (5, 64), (6, 128), (6, 64), (8, 64),
 )  # fmt: skip
 TOKENS = 4096  # that sensitivities are measured on
 
@@ -70,13 +81,7 @@ def choose_bits(directory: Path, recipe: Recipe, progress: Progress | None = Non
     calibration = chosen.calibration or Calibration()
     tokens = calibration_tokens(directory, calibration, progress)
     texts = max(1, TOKENS // tokens.shape[1])
-    divergence = predict_divergence(
-        load_model(directory, lazy=True),
-        tokens[:texts],
-        options,
-        seed=calibration.seed,
-        progress=progress,
-    )
+    divergence = _sensitivities(directory, tokens[:texts], options, calibration.seed, progress)
     overhead = _scale_bits(chosen, checkpoint.config)
     stored = {
         path: {
@@ -101,6 +106,29 @@ def choose_bits(directory: Path, recipe: Recipe, progress: Progress | None = Non
         divergence={path: divergence[path][option] for path, option in found.items()},
         nbytes={path: stored[path][option] / 8 for path, option in found.items()},
     )
+
+
+def _sensitivities(
+    directory: Path,
+    tokens: np.ndarray,
+    options: Mapping[str, list[Option]],
+    seed: int,
+    progress: Progress,
+) -> dict[str, dict[Option, float]]:
+    """Predict divergences, or find them as they were for another target."""
+    settings = (model_hash(directory, progress), seed, sorted(options.items()), version("mlx"))
+    key = repr((*settings, mx.default_device().type.name, tokens.shape)).encode()
+    file = cache_directory() / "sensitivity" / f"{sha256(key + tokens.tobytes()).hexdigest()}.json"
+    with suppress(OSError, ValueError, TypeError, LookupError):
+        kept = json.loads(file.read_bytes())
+        return {path: {(bits, size): kl for bits, size, kl in kept[path]} for path in options}
+    model = load_model(directory, lazy=True)
+    found = predict_divergence(model, tokens, options, seed=seed, progress=progress)
+    listed = {path: [[*option, kl] for option, kl in of.items()] for path, of in found.items()}
+    with suppress(OSError):  # a full or read-only disk costs time, not the result
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(listed).encode())
+    return found
 
 
 def _options(layer: LayerPlan, recipe: Recipe) -> list[Option]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 from mlx.utils import tree_unflatten
+from tokenizers import processors
 
 from splitquant_mlx import RecipeError, dequantize, load
 from splitquant_mlx.calibrate.moments import Moments, gram, mean_square
@@ -89,17 +90,30 @@ def test_a_model_without_blocks_is_refused():
 
 def test_text_is_seeded_and_begins_in_three_ways(stories):
     model, tokenizer = load(stories)
-    settings = {"texts": 6, "length": 40, "progress": Silent()}
-    first = sample_tokens(model, tokenizer, seed=1, **settings)
+    prompts = beginnings(tokenizer, 6, np.random.default_rng(1))
+    settings = {"length": 40, "progress": Silent()}
+    first = sample_tokens(model, prompts, seed=1, **settings)
     assert first.shape == (6, 40) and first.dtype == np.int32
-    np.testing.assert_array_equal(first, sample_tokens(model, tokenizer, seed=1, **settings))
-    other = sample_tokens(model, tokenizer, seed=2, **settings)
+    np.testing.assert_array_equal(first, sample_tokens(model, prompts, seed=1, **settings))
+    other = sample_tokens(model, prompts, seed=2, **settings)
     assert (first != other).mean() > 0.5
-    assert (first[:, 0] == tokenizer.bos_token_id).all()
+    for tokens, prompt in zip(first.tolist(), prompts, strict=True):
+        assert tokens[: len(prompt)] == prompt
     # what the model writes is far likelier under it than chance
     log_p = log_probabilities(model, first[0].tolist())
     chosen = mx.take_along_axis(log_p[:-1], mx.array(first[0, 1:, None]), axis=-1)
     assert chosen.mean().item() > -4
+
+
+def test_texts_begin_as_the_tokenizer_has_them_begin(stories):
+    _, tokenizer = load(stories)
+    rng = np.random.default_rng(0)
+    bos = tokenizer.bos_token_id
+    assert tokenizer.encode("")[0] == bos
+    assert all(prompt[0] == bos for prompt in beginnings(tokenizer, 6, rng))
+    tokenizer._tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    assert bos not in tokenizer.encode("")
+    assert not any(bos in prompt for prompt in beginnings(tokenizer, 6, rng))
 
 
 def test_a_chat_template_gives_beginnings_of_its_own(stories):
@@ -141,7 +155,13 @@ def test_predicted_divergence_is_the_measured_one(stories):
     """Each layer alone, quantized by gptq, on other text than the prediction was made on."""
     model, tokenizer = load(stories)
     tokens, other = (
-        sample_tokens(model, tokenizer, texts=24, length=64, seed=seed, progress=Silent())
+        sample_tokens(
+            model,
+            beginnings(tokenizer, 24, np.random.default_rng(seed)),
+            length=64,
+            seed=seed,
+            progress=Silent(),
+        )
         for seed in (0, 1)
     )
     paths = [path for path in linear_paths(model) if model_weight(model, path).shape[1] == 64]

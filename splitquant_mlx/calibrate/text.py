@@ -28,20 +28,20 @@ BATCH_TEXTS = 128  # 128 tokens of each have 0.5 GB of keys and values for 1B, 2
 
 
 def sample_tokens(
-    model: nn.Module, tokenizer: Any, *, texts: int, length: int, seed: int, progress: Progress
+    model: nn.Module, prompts: list[list[int]], *, length: int, seed: int, progress: Progress
 ) -> np.ndarray:
     """Return tokens (texts, length) int32 that `model` wrote, `BATCH_TEXTS` side by side.
 
     Args:
         model: one of mlx-lm's, unquantized.
-        tokenizer: its TokenizerWrapper.
-        texts: how many.
+        prompts: the beginning of each text, at least one token.
         length: tokens of each, its beginning among them.
-        seed: of the beginnings and of the sampling.
+        seed: of the sampling.
         progress: told of every token of a batch.
     """
-    prompts = beginnings(tokenizer, texts, np.random.default_rng(seed))
-    batches = [prompts[start : start + BATCH_TEXTS] for start in range(0, texts, BATCH_TEXTS)]
+    batches = [
+        prompts[start : start + BATCH_TEXTS] for start in range(0, len(prompts), BATCH_TEXTS)
+    ]
     keys = mx.random.split(mx.random.key(seed), len(batches))
     with progress.task("Sampling text", len(batches) * (length - 1)) as advance:
         return np.concatenate(
@@ -78,8 +78,15 @@ def _continue(
 
 
 def beginnings(tokenizer: Any, texts: int, rng: np.random.Generator) -> list[list[int]]:
-    """Return the tokens that each of `texts` texts begins with, at least one."""
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    """Return the tokens that each of `texts` texts begins with, at least one.
+
+    A token that begins all texts is there only if the tokenizer puts it there by itself. In
+    SmolLM2-Instruct it is the one that opens a turn of a chat: sensitivities on plain texts behind
+    it agree less with those on WikiText-2 (correlation of their logarithms 0.89, without 0.95).
+    """
+    start = tokenizer.encode("")[:1]
+    if start != [tokenizer.bos_token_id]:
+        start = []
     special = set(tokenizer.all_special_ids)
     usual = [token for token in sorted(tokenizer.get_vocab().values()) if token not in special]
     kinds = [

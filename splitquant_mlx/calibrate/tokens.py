@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from splitquant_mlx.cache import cache_directory
-from splitquant_mlx.calibrate.text import BATCH_TEXTS, OPENINGS, sample_tokens
+from splitquant_mlx.calibrate.text import BATCH_TEXTS, beginnings, sample_tokens
 from splitquant_mlx.evaluate.opened import Opened
 from splitquant_mlx.evaluate.text import cut_windows, encode, load_text
 from splitquant_mlx.progress import Progress
@@ -34,21 +34,16 @@ def calibration_tokens(directory: Path, calibration: Calibration, progress: Prog
         # evenly over the file, which may begin with a table of contents
         windows = cut_windows(encode(opened.tokenizer, text), length)
         return windows[:: max(1, len(windows) // texts)][:texts]
-    parts = (opened.hash, texts, length, calibration.seed, OPENINGS, BATCH_TEXTS, version("mlx"))
+    seed = calibration.seed
+    prompts = beginnings(opened.tokenizer, texts, np.random.default_rng(seed))
+    parts = (opened.hash, prompts, length, seed, BATCH_TEXTS, version("mlx"))
     key = hashlib.sha256(repr((*parts, mx.default_device().type.name)).encode()).hexdigest()
     file = cache_directory() / "calibration" / f"{key}.npy"
     with suppress(OSError, ValueError):
         kept = np.load(file, allow_pickle=False)
         if kept.shape == (texts, length) and kept.dtype == np.int32:
             return kept
-    tokens = sample_tokens(
-        opened.load(),
-        opened.tokenizer,
-        texts=texts,
-        length=length,
-        seed=calibration.seed,
-        progress=progress,
-    )
+    tokens = sample_tokens(opened.load(), prompts, length=length, seed=seed, progress=progress)
     _keep(tokens, file)
     return tokens
 
