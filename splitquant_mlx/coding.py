@@ -13,7 +13,7 @@ import numpy as np
 
 from splitquant_mlx.affine import EPS, Quantized, pack
 
-BLOCK = 1 << 16  # entries that fit in the processor's cache, with what is made of them
+BLOCK = 1 << 17  # entries that fit in the processor's cache, with what is made of them
 
 
 def code_split(
@@ -39,9 +39,10 @@ def code_split(
     columns = np.empty((group_size, rows * groups), np.float32)
     split = np.empty((group_size, parts, rows * groups), np.float32)
     code = np.empty_like(split, np.uint8)
+    values = np.array(w.view(mx.uint16) if w.dtype == mx.bfloat16 else w, copy=False)
     for start in range(0, out, rows):
         own = slice(start, start + rows)
-        block = np.array(w[own].astype(mx.float32), copy=False).reshape(-1, group_size)
+        block = _as_float32(values[own]).reshape(-1, group_size)
         if len(block) < columns.shape[1]:
             columns, split, code = (x[..., : len(block)] for x in (columns, split, code))
         columns[...] = block.T
@@ -51,6 +52,13 @@ def code_split(
         biases[own] = bias.reshape(parts, -1, groups).swapaxes(0, 1)
         codes[own] = _packed(code, bits).reshape(parts, -1, codes.shape[-1]).swapaxes(0, 1)
     return Quantized(*(mx.array(array.reshape(out, -1)) for array in (codes, scales, biases)))
+
+
+def _as_float32(values: np.ndarray) -> np.ndarray:
+    """Return floats; uint16 are the bits of bfloat16, which are the high ones of float32."""
+    if values.dtype == np.uint16:
+        return np.left_shift(values, 16, dtype=np.uint32).view(np.float32)
+    return values.astype(np.float32, copy=False)
 
 
 def _split(w: np.ndarray, bounds: Sequence[float], split: np.ndarray) -> None:

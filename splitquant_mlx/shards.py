@@ -72,7 +72,9 @@ class ShardWriter:
         self._shards: list[Path] = []
         self._weight_map: dict[str, int] = {}
         self._file: BinaryIO | None = None
-        self._pool = ThreadPoolExecutor(1)
+        self._writer = ThreadPoolExecutor(1)
+        self._write: Future[None] | None = None
+        self._flusher = ThreadPoolExecutor(1)
         self._flush: Future[None] | None = None
         self._flushed = 0
         self._header: dict[str, object] = {}
@@ -82,7 +84,8 @@ class ShardWriter:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._pool.shutdown()
+        self._writer.shutdown()
+        self._flusher.shutdown()
         if self._file is not None:
             self._file.close()
 
@@ -118,7 +121,12 @@ class ShardWriter:
         return len(self._shards)
 
     def add(self, name: str, tensor: mx.array) -> None:
-        """Write `tensor` under `name`. Raises ValueError for a name not announced or repeated."""
+        """Write `tensor` under `name`, behind the caller's back; waits for the one before it.
+
+        Raises:
+            ValueError: for a name not announced or repeated.
+            OSError: when it, or the one before it, cannot be written.
+        """
         if name in self._resumed:
             return
         if name not in self.missing:
@@ -132,7 +140,9 @@ class ShardWriter:
         file = self._file
         assert file is not None
         raw = tensor.view(mx.uint16) if tensor.dtype == mx.bfloat16 else tensor
-        file.write(np.ascontiguousarray(np.array(raw, copy=False)).data)
+        content = np.ascontiguousarray(np.array(raw, copy=False)).data
+        self._await_write()
+        self._write = self._writer.submit(self._append, file, content)
         end = self._offset + tensor.nbytes
         self._header[name] = {
             "dtype": SAFETENSORS_NAMES[tensor.dtype],
@@ -140,18 +150,23 @@ class ShardWriter:
             "data_offsets": [self._offset, end],
         }
         self._offset = end
-        self._flush_behind()
         self.total_bytes += tensor.nbytes
         self._weight_map[name] = len(self._shards) - 1
 
-    def _flush_behind(self) -> None:
-        """Have the disk take in what is written while more is computed."""
-        idle = self._flush is None or self._flush.done()
-        if self._file is not None and idle and self._offset - self._flushed >= FLUSH_BYTES:
+    def _append(self, file: BinaryIO, content: memoryview) -> None:
+        """Write, and have the disk take in what is written while more is computed."""
+        file.write(content)
+        written = file.tell()
+        if written - self._flushed >= FLUSH_BYTES and (not self._flush or self._flush.done()):
             self._await_flush()
-            self._flushed = self._offset
-            self._file.flush()
-            self._flush = self._pool.submit(os.fsync, self._file.fileno())
+            self._flushed = written
+            file.flush()
+            self._flush = self._flusher.submit(os.fsync, file.fileno())
+
+    def _await_write(self) -> None:
+        if self._write is not None:
+            self._write.result()
+            self._write = None
 
     def _await_flush(self) -> None:
         if self._flush is not None:
@@ -191,13 +206,14 @@ class ShardWriter:
             return
         header = json.dumps(self._header, separators=(",", ":")).encode()
         with self._file as file:
+            self._await_write()
             self._await_flush()
             file.seek(0)
             file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
             file.flush()
             # the header, which comes first in the hash, was written last: the file is read once
             # more, while the disk takes it in
-            digest = self._pool.submit(sha256, self._shards[-1]) if self.on_finished else None
+            digest = self._flusher.submit(sha256, self._shards[-1]) if self.on_finished else None
             sync_descriptor(file.fileno())
         self._file = None
         if self.on_finished and digest:
