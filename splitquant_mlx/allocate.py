@@ -4,7 +4,6 @@ from collections.abc import Hashable, Mapping
 from typing import TypeVar
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from splitquant_mlx.errors import RecipeError
 
@@ -30,6 +29,8 @@ def allocate(
     Raises:
         RecipeError: when even the lightest options exceed the budget.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp  # a second that others need not wait
+
     choices = [(item, option) for item in loss for option in loss[item]]
     losses = np.array([loss[item][option] for item, option in choices])
     weights = np.array([weight[item][option] for item, option in choices])

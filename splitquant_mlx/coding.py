@@ -66,8 +66,7 @@ def _split(w: np.ndarray, bounds: Sequence[float], split: np.ndarray) -> None:
     above = [np.ones_like(w, bool), *(w > np.float32(bound) for bound in bounds)]
     above += [np.zeros_like(above[0])] * (split.shape[1] + 1 - len(above))
     for part, (low, high) in zip(split.swapaxes(0, 1), pairwise(above), strict=True):
-        np.copyto(part, low ^ high)
-    split *= w[:, None]
+        np.multiply(w, low ^ high, out=part)
 
 
 def _quantize(split: np.ndarray, bits: int, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -105,5 +104,7 @@ def _packed(codes: np.ndarray, bits: int) -> np.ndarray:
     """Return codes (group_size, parts, n) as words (parts, n, group_size * bits / 32)."""
     if bits != 4:
         return np.array(pack(mx.array(codes.transpose(1, 2, 0)), bits))
-    pairs = codes[::2] | codes[1::2] << 4
-    return np.ascontiguousarray(pairs.transpose(1, 2, 0)).view(np.uint32)
+    words = codes
+    for bits, dtype in ((4, np.uint8), (8, np.uint16), (16, np.uint32)):
+        words = words[::2] | np.left_shift(words[1::2], bits, dtype=dtype)
+    return np.ascontiguousarray(words.transpose(1, 2, 0))

@@ -8,6 +8,7 @@ padded with spaces, as the format allows (huggingface/safetensors, "Format").
 import json
 import os
 import struct
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from splitquant_mlx.headers import read_header
 
 MAX_SHARD_BYTES = 5 * 10**9
 FLUSH_BYTES = 1 << 27  # written before the disk is told to take them in
+WAITING_BYTES = 1 << 27  # that may wait behind a tensor that is being written
 
 SAFETENSORS_NAMES = {
     mx.bool_: "BOOL",
@@ -73,7 +75,7 @@ class ShardWriter:
         self._weight_map: dict[str, int] = {}
         self._file: BinaryIO | None = None
         self._writer = ThreadPoolExecutor(1)
-        self._write: Future[None] | None = None
+        self._writes: deque[tuple[Future[None], int]] = deque()
         self._flusher = ThreadPoolExecutor(1)
         self._flush: Future[None] | None = None
         self._flushed = 0
@@ -121,11 +123,11 @@ class ShardWriter:
         return len(self._shards)
 
     def add(self, name: str, tensor: mx.array) -> None:
-        """Write `tensor` under `name`, behind the caller's back; waits for the one before it.
+        """Have `tensor` written under `name`; waits where much has been added and not written.
 
         Raises:
             ValueError: for a name not announced or repeated.
-            OSError: when it, or the one before it, cannot be written.
+            OSError: when something added before cannot be written.
         """
         if name in self._resumed:
             return
@@ -141,8 +143,8 @@ class ShardWriter:
         assert file is not None
         raw = tensor.view(mx.uint16) if tensor.dtype == mx.bfloat16 else tensor
         content = np.ascontiguousarray(np.array(raw, copy=False)).data
-        self._await_write()
-        self._write = self._writer.submit(self._append, file, content)
+        self._writes.append((self._writer.submit(self._append, file, content), tensor.nbytes))
+        self._await_writes(WAITING_BYTES)
         end = self._offset + tensor.nbytes
         self._header[name] = {
             "dtype": SAFETENSORS_NAMES[tensor.dtype],
@@ -163,10 +165,14 @@ class ShardWriter:
             file.flush()
             self._flush = self._flusher.submit(os.fsync, file.fileno())
 
-    def _await_write(self) -> None:
-        if self._write is not None:
-            self._write.result()
-            self._write = None
+    def _await_writes(self, waiting_bytes: int = -1) -> None:
+        """Wait until no more than so much waits behind what is being written; -1: for all."""
+        writes = self._writes
+        while writes and (
+            writes[0][0].done()
+            or sum(nbytes for _, nbytes in writes) - writes[0][1] > waiting_bytes
+        ):
+            writes.popleft()[0].result()
 
     def _await_flush(self) -> None:
         if self._flush is not None:
@@ -206,7 +212,7 @@ class ShardWriter:
             return
         header = json.dumps(self._header, separators=(",", ":")).encode()
         with self._file as file:
-            self._await_write()
+            self._await_writes()
             self._await_flush()
             file.seek(0)
             file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
