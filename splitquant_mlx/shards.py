@@ -23,7 +23,7 @@ from splitquant_mlx.headers import read_header
 
 MAX_SHARD_BYTES = 5 * 10**9
 FLUSH_BYTES = 1 << 27  # written before the disk is told to take them in
-WAITING_BYTES = 1 << 27  # that may wait behind a tensor that is being written
+WAITING_BYTES = 1 << 26  # that may wait behind a tensor that is being written
 
 SAFETENSORS_NAMES = {
     mx.bool_: "BOOL",
