@@ -2,8 +2,8 @@
 
 What `parts.parts_of` and `affine.code_parts` do one after the other, in about half the time (12 to
 17 against 24 to 27 ns a weight in one thread; two threads wait for each other at numpy's many calls
-and gain less). Scales and biases are the same; a code may be another one where an entry lies halfway
-between two.
+and gain less). Scales and biases are the same; a code may be another one where an entry lies
+halfway between two.
 """
 
 from collections.abc import Sequence
