@@ -6,6 +6,11 @@ r"""Write the README's tables and RESULTS.md from JSON that the program wrote.
     splitquant-mlx bench kmeans --json docs/kmeans.json
     splitquant-mlx bench memory --json docs/memory.json
     splitquant-mlx bench cost --trials 1 --json docs/cost.json
+    splitquant-mlx convert --model <cache>/SmolLM2-135M-Instruct.Q4_1.gguf --mlx-path split
+    splitquant-mlx convert --model <cache>/SmolLM2-135M-Instruct.Q4_1.gguf --mlx-path rtn \
+        --method rtn --embeddings keep
+    splitquant-mlx bench --model split --against rtn -p 32 -g 8 -n 3 --device cpu \
+        --json docs/speed.json
     splitquant-mlx run recipes/smollm2.toml --output-dir docs/results/smollm2
     splitquant-mlx run recipes/tiny.toml --model <directory> --output-dir docs/results/<its name>
     python tests/offgrid.py <cache>/SmolLM2-135M-Instruct.Q4_1.gguf smollm2-135m-offgrid
@@ -85,6 +90,26 @@ def memory_table(memory: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def speed_table(speed: dict) -> str:
+    """Return the times of one model over another's as a Markdown table."""
+    found = speed["ratios"][0]
+    lines = [
+        f"| {found['model']} over {found['against']} | median | least | most |",
+        "|---|---|---|---|",
+    ]
+    names = {
+        "prefill_time": "time to read a prompt",
+        "decode_time": "time a token",
+        "load_s": "time to load",
+        "first_token_s": "time from start to first token",
+        "peak_bytes": "peak memory",
+    }
+    for key, name in names.items():
+        cells = " | ".join(f"{found[key][of]:.2f} x" for of in ("median", "min", "max"))
+        lines.append(f"| {name} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
 def cost_table(cost: dict) -> str:
     """Return the predicted conversion times of well-known shapes as a Markdown table."""
     other = cost["other_machine"]["name"]
@@ -154,6 +179,7 @@ def main() -> None:
         "bench": bench_table,
         "kmeans": kmeans_table,
         "memory": memory_table,
+        "speed": speed_table,
         "cost": cost_table,
     }
     tables = {
