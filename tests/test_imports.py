@@ -14,7 +14,7 @@ ORDER = [
     ["gguf_import", "demo_model", "affine", "parts", "checkpoint", "plan", "manifest", "study"],
     ["distributed", "sharding"],
     ["directory", "layers", "resume", "save", "staging", "result_parts", "results"],
-    ["fit", "allocate"],
+    ["fit", "coding", "allocate"],
     ["gptq", "loader", "evaluate"],
     ["weight", "calibrate"],
     ["auto", "worker"],
