@@ -26,7 +26,7 @@ def check(w, clusters, bits, group_size):
     assert mx.all(error <= allowed + slack)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     shape=st.sampled_from([(1, 128), (7, 384), (32, 128)]),
