@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from splitquant_mlx.affine import EPS, Quantized, pack
+from splitquant_mlx.parts import host_values
 
 BLOCK = 1 << 17  # entries that fit in the processor's cache, with what is made of them
 
@@ -40,7 +41,7 @@ def code_split(
     columns = np.empty((group_size, rows * groups), np.float32)
     split = np.empty((group_size, parts, rows * groups), np.float32)
     code = np.empty_like(split, np.uint8)
-    values = np.array(w.view(mx.uint16) if w.dtype == mx.bfloat16 else w, copy=False)
+    values = host_values(w)
     for start in range(0, out, rows):
         own = slice(start, start + rows)
         block = _as_float32(values[own]).reshape(-1, group_size)

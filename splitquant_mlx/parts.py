@@ -16,14 +16,18 @@ import numpy as np
 from splitquant_mlx.kmeans import Clustering, cluster, cluster_sklearn
 
 
+def host_values(w: mx.array) -> np.ndarray:
+    """Return `w` without a copy; bfloat16, which numpy lacks, as its bit patterns in uint16."""
+    return np.array(w.view(mx.uint16) if w.dtype == mx.bfloat16 else w, copy=False)
+
+
 def cluster_weight(w: mx.array, clusters: int = 3, kmeans: str = "exact") -> Clustering:
     """Cluster all entries of `w` (any shape; float16, bfloat16 or float32) into `clusters` groups.
 
     Raises:
         ValueError: when `w` holds NaN or infinite values, is empty, or `clusters` is not 2 to 8.
     """
-    # numpy has no bfloat16: its bit patterns stand for it
-    values = np.array(w.view(mx.uint16) if w.dtype == mx.bfloat16 else w, copy=False)
+    values = host_values(w)
     if kmeans == "sklearn":
         return cluster_sklearn(values, clusters, n_init=1)  # scikit-learn's own default
     return cluster(values, clusters)

@@ -111,27 +111,23 @@ def _quantize_whole(
 ) -> Quantized:
     settings = {"bits": layer.bits or 0, "group_size": layer.group_size or 0}
     if layer.fit == "rtn" or moment is None:
-        return _quantize_plainly(w, layer, recipe)
+        return _quantize_plainly(w, **settings, granularity=recipe.granularity, mode=layer.mode)
     if layer.fit == "imatrix":
         return quantize_weighted(w, moment, **settings)
     return quantize_compensated(w, np.array(moment), **settings, sweeps=recipe.sweeps or 0)
 
 
-def _quantize_plainly(w: mx.array, layer: LayerPlan, recipe: Recipe) -> Quantized:
+def _quantize_plainly(
+    w: mx.array, *, bits: int, group_size: int, granularity: str, mode: str
+) -> Quantized:
     """Round to nearest, on all cores where one would be at it when all other layers are done."""
 
     def quantized(rows: mx.array) -> Quantized:
-        found = quantize(
-            rows,
-            bits=layer.bits or 0,
-            group_size=layer.group_size or 0,
-            granularity=recipe.granularity,
-            mode=layer.mode,
-        )
+        found = quantize(rows, bits=bits, group_size=group_size, granularity=granularity, mode=mode)
         mx.eval([array for array in found if array is not None])
         return found
 
-    apart = w.ndim == 2 and recipe.granularity != "tensor" and mx.default_device() == mx.cpu
+    apart = w.ndim == 2 and granularity != "tensor" and mx.default_device() == mx.cpu
     if not apart or w.size <= LARGE:
         return quantized(w)
     rows = max(1, LARGE // w.shape[1])
