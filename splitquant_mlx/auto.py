@@ -4,28 +4,23 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from splitquant_mlx.allocate import allocate
-from splitquant_mlx.cache import cache_directory
+from splitquant_mlx.cache import kept
 from splitquant_mlx.calibrate.sensitivity import Option, predict_divergence
 from splitquant_mlx.calibrate.tokens import calibration_tokens
 from splitquant_mlx.checkpoint import open_checkpoint
-from splitquant_mlx.directory import as_directory
-from splitquant_mlx.disk import write_whole
-from splitquant_mlx.evaluate.reference import model_hash
+from splitquant_mlx.evaluate.opened import Opened, open_model
 from splitquant_mlx.loader import load_model
 from splitquant_mlx.plan import LayerPlan, make_plan
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.recipe import Calibration, Recipe
-from splitquant_mlx.source import resolve
 
 OPTIONS: tuple[Option, ...] = (
     (2, 64), (2, 32), (3, 128), (3, 64), (3, 32), (4, 128), (4, 64), (4, 32),
@@ -56,20 +51,19 @@ def forecast(
     model: str, recipe: Recipe, *, revision: str | None = None, progress: Progress | None = None
 ) -> Forecast:
     """Choose for a repo id, directory or .gguf file; see `choose_bits`."""
-    source = resolve(model, revision=revision)
-    with as_directory(source, progress) as directory:
-        return choose_bits(directory, recipe, progress)
+    progress = progress or Silent()
+    with open_model(model, revision=revision, trust_remote_code=False, progress=progress) as opened:
+        return choose_bits(opened, recipe, progress)
 
 
-def choose_bits(directory: Path, recipe: Recipe, progress: Progress | None = None) -> Forecast:
-    """Choose for the model in `directory` what an "auto" recipe asks for.
+def choose_bits(opened: Opened, recipe: Recipe, progress: Progress) -> Forecast:
+    """Choose for a model what an "auto" recipe asks for.
 
     Raises:
         RecipeError: when the target is out of reach, or the model cannot be calibrated.
         SplitQuantError: when the model or the calibration text cannot be used.
     """
-    progress = progress or Silent()
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_checkpoint(opened.path)
     chosen = dataclasses.replace(recipe, method="gptq", target_bpw=None, max_kl=None)
     plan = make_plan(chosen, checkpoint.model, checkpoint.config.get("vocab_size"))
     layers = {
@@ -79,9 +73,9 @@ def choose_bits(directory: Path, recipe: Recipe, progress: Progress | None = Non
     }
     options = {path: _options(layer, recipe) for path, layer in layers.items()}
     calibration = chosen.calibration or Calibration()
-    tokens = calibration_tokens(directory, calibration, progress)
+    tokens = calibration_tokens(opened, calibration, progress)
     texts = max(1, TOKENS // tokens.shape[1])
-    divergence = _sensitivities(directory, tokens[:texts], options, calibration.seed, progress)
+    divergence = _sensitivities(opened, tokens[:texts], options, calibration.seed, progress)
     overhead = _scale_bits(chosen, checkpoint.config)
     stored = {
         path: {
@@ -109,26 +103,30 @@ def choose_bits(directory: Path, recipe: Recipe, progress: Progress | None = Non
 
 
 def _sensitivities(
-    directory: Path,
+    opened: Opened,
     tokens: np.ndarray,
     options: Mapping[str, list[Option]],
     seed: int,
     progress: Progress,
 ) -> dict[str, dict[Option, float]]:
     """Predict divergences, or find them as they were for another target."""
-    settings = (model_hash(directory, progress), seed, sorted(options.items()), version("mlx"))
+    settings = (opened.hash, seed, sorted(options.items()), version("mlx"))
     key = repr((*settings, mx.default_device().type.name, tokens.shape)).encode()
-    file = cache_directory() / "sensitivity" / f"{sha256(key + tokens.tobytes()).hexdigest()}.json"
-    with suppress(OSError, ValueError, TypeError, LookupError):
-        kept = json.loads(file.read_bytes())
-        return {path: {(bits, size): kl for bits, size, kl in kept[path]} for path in options}
-    model = load_model(directory, lazy=True)
-    found = predict_divergence(model, tokens, options, seed=seed, progress=progress)
-    listed = {path: [[*option, kl] for option, kl in of.items()] for path, of in found.items()}
-    with suppress(OSError):  # a full or read-only disk costs time, not the result
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(listed).encode())
-    return found
+    name = sha256(key + tokens.tobytes()).hexdigest()
+
+    def unpack(content: bytes) -> dict[str, dict[Option, float]]:
+        listed = json.loads(content)
+        return {path: {(bits, size): kl for bits, size, kl in listed[path]} for path in options}
+
+    def pack(found: Mapping[str, Mapping[Option, float]]) -> bytes:
+        listed = {path: [[*option, kl] for option, kl in of.items()] for path, of in found.items()}
+        return json.dumps(listed).encode()
+
+    def compute() -> dict[str, dict[Option, float]]:
+        model = load_model(opened.path, lazy=True)
+        return predict_divergence(model, tokens, options, seed=seed, progress=progress)
+
+    return kept(f"sensitivity/{name}.json", compute, pack=pack, unpack=unpack)
 
 
 def _options(layer: LayerPlan, recipe: Recipe) -> list[Option]:

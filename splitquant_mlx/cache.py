@@ -1,8 +1,15 @@
-"""Say where this package keeps the files it fetched."""
+"""Say where this package keeps what it fetched, and keep what took it long to compute."""
 
 import os
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
+
+from splitquant_mlx.disk import write_whole
+
+Value = TypeVar("Value")
 
 
 def cache_directory() -> Path:
@@ -17,3 +24,31 @@ def cache_directory() -> Path:
         return Path(shared).expanduser() / "splitquant-mlx"
     caches = "Library/Caches" if sys.platform == "darwin" else ".cache"
     return Path.home() / caches / "splitquant-mlx"
+
+
+def kept(
+    name: str,
+    compute: Callable[[], Value],
+    *,
+    pack: Callable[[Value], bytes],
+    unpack: Callable[[bytes], Value],
+) -> Value:
+    """Return what was computed before and kept as `name`, else compute and keep it.
+
+    What cannot be unpacked, because a file is damaged or another version's, is computed anew. A
+    disk that is full or read-only costs time, not the result.
+
+    Args:
+        name: path in the cache directory; it has to tell all that the value depends on.
+        compute: called when there is no usable file.
+        pack: makes the file's content.
+        unpack: undoes it; raises ValueError, TypeError or LookupError for what it cannot use.
+    """
+    file = cache_directory() / name
+    with suppress(OSError, ValueError, TypeError, LookupError):
+        return unpack(file.read_bytes())
+    value = compute()
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, pack(value))
+    return value

@@ -15,6 +15,7 @@ from splitquant_mlx.calibrate.tokens import calibration_tokens
 from splitquant_mlx.checkpoint import Checkpoint, check_unchanged, open_checkpoint, stamp
 from splitquant_mlx.directory import as_directory
 from splitquant_mlx.environment import versions
+from splitquant_mlx.evaluate.opened import Opened
 from splitquant_mlx.loader import load_model
 from splitquant_mlx.manifest import LayerRecord, Manifest
 from splitquant_mlx.plan import Plan, make_plan, parameter_names
@@ -72,14 +73,15 @@ def convert(
         own = {source.path: stamp(source.path)} if source.path.is_file() else {}
         with as_directory(source, progress, scratch=staging) as directory:
             checkpoint = open_checkpoint(directory)
+            opened = Opened(directory, progress=progress)
             chosen = recipe
             if recipe.method == "auto":
-                forecast = choose_bits(directory, recipe, progress)
+                forecast = choose_bits(opened, recipe, progress)
                 if on_forecast:
                     on_forecast(forecast)
                 chosen = forecast.recipe
             plan = make_plan(chosen, checkpoint.model, checkpoint.config.get("vocab_size"))
-            tokens = _tokens(directory, plan, progress)
+            tokens = _tokens(opened, plan, progress)
             key = conversion_key(
                 settings={
                     "recipe": chosen.to_dict(),
@@ -124,11 +126,11 @@ def convert(
     return manifest
 
 
-def _tokens(directory: Path, plan: Plan, progress: Progress) -> np.ndarray | None:
+def _tokens(opened: Opened, plan: Plan, progress: Progress) -> np.ndarray | None:
     """Return the tokens to calibrate on; None where no planned layer asks for it."""
     if all(layer.fit == "rtn" for layer in plan.layers.values()):
         return None
-    return calibration_tokens(directory, plan.recipe.calibration or Calibration(), progress)
+    return calibration_tokens(opened, plan.recipe.calibration or Calibration(), progress)
 
 
 def _moments(directory: Path, plan: Plan, tokens: np.ndarray) -> Moments:

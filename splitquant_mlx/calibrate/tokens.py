@@ -1,16 +1,13 @@
 """Find the tokens to calibrate a model on: sampled and kept, or read from a file."""
 
-import hashlib
-import os
-import tempfile
-from contextlib import suppress
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from splitquant_mlx.cache import cache_directory
+from splitquant_mlx.cache import kept
 from splitquant_mlx.calibrate.text import BATCH_TEXTS, beginnings, sample_tokens
 from splitquant_mlx.evaluate.opened import Opened
 from splitquant_mlx.evaluate.text import cut_windows, encode, load_text
@@ -18,8 +15,8 @@ from splitquant_mlx.progress import Progress
 from splitquant_mlx.recipe import SELF, Calibration
 
 
-def calibration_tokens(directory: Path, calibration: Calibration, progress: Progress) -> np.ndarray:
-    """Return tokens (texts, length) int32 to calibrate the model in `directory` on.
+def calibration_tokens(opened: Opened, calibration: Calibration, progress: Progress) -> np.ndarray:
+    """Return tokens (texts, length) int32 to calibrate a model on.
 
     What the model writes is kept in the cache directory, by a hash of the model, the settings and
     what else it depends on, so that it writes it once.
@@ -27,7 +24,6 @@ def calibration_tokens(directory: Path, calibration: Calibration, progress: Prog
     Raises:
         SplitQuantError: when the text file or the model cannot be read, or the text is too short.
     """
-    opened = Opened(directory, progress=progress)
     texts, length = calibration.num_samples, calibration.sequence_length
     if calibration.text != SELF:
         text = load_text(Path(calibration.text))
@@ -37,21 +33,10 @@ def calibration_tokens(directory: Path, calibration: Calibration, progress: Prog
     seed = calibration.seed
     prompts = beginnings(opened.tokenizer, texts, np.random.default_rng(seed))
     parts = (opened.hash, prompts, length, seed, BATCH_TEXTS, version("mlx"))
-    key = hashlib.sha256(repr((*parts, mx.default_device().type.name)).encode()).hexdigest()
-    file = cache_directory() / "calibration" / f"{key}.npy"
-    with suppress(OSError, ValueError):
-        kept = np.load(file, allow_pickle=False)
-        if kept.shape == (texts, length) and kept.dtype == np.int32:
-            return kept
-    tokens = sample_tokens(opened.load(), prompts, length=length, seed=seed, progress=progress)
-    _keep(tokens, file)
-    return tokens
-
-
-def _keep(tokens: np.ndarray, file: Path) -> None:
-    """Write beside and rename; a full or read-only disk costs time, not the result."""
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".partial", delete=False) as kept:
-            np.save(kept, tokens)
-        os.replace(kept.name, file)
+    key = sha256(repr((*parts, mx.default_device().type.name)).encode()).hexdigest()
+    return kept(
+        f"calibration/{key}.bin",
+        lambda: sample_tokens(opened.load(), prompts, length=length, seed=seed, progress=progress),
+        pack=lambda tokens: tokens.astype("<i4").tobytes(),
+        unpack=lambda content: np.frombuffer(content, "<i4").reshape(texts, length),
+    )
