@@ -22,12 +22,17 @@ DTYPE_BYTES = {
 
 @dataclass(frozen=True, kw_only=True)
 class TensorHeader:
-    """Describe one stored tensor: its file, dtype (safetensors' name), shape and size."""
+    """Describe one stored tensor: its file, dtype (safetensors' name), shape, size and place.
+
+    Attributes:
+        offset: of its first byte in the file.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    offset: int
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
@@ -61,7 +66,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
         raise CheckpointError(f"{path}: corrupt safetensors header (metadata is no text): {_AGAIN}")
     tensors, spans = {}, []
     for name, entry in header.items():
-        tensors[name], span = _check_entry(path, name, entry)
+        tensors[name], span = _check_entry(path, name, entry, 8 + length)
         spans.append((*span, name))
     end = 0
     for start, stop, name in sorted(spans):
@@ -82,7 +87,9 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
 _AGAIN = "download the file again"
 
 
-def _check_entry(path: Path, name: str, entry: object) -> tuple[TensorHeader, tuple[int, int]]:
+def _check_entry(
+    path: Path, name: str, entry: object, data: int
+) -> tuple[TensorHeader, tuple[int, int]]:
     try:
         if not isinstance(entry, dict):
             raise ValueError("it is no table")
@@ -109,4 +116,7 @@ def _check_entry(path: Path, name: str, entry: object) -> tuple[TensorHeader, tu
             f"{path}: tensor {name!r} of dtype {dtype} and shape {list(shape)} needs {nbytes} "
             f"bytes, its header gives it {stop - start}: {_AGAIN}"
         )
-    return TensorHeader(file=path, dtype=dtype, shape=tuple(shape), nbytes=nbytes), (start, stop)
+    found = TensorHeader(
+        file=path, dtype=dtype, shape=tuple(shape), nbytes=nbytes, offset=data + start
+    )
+    return found, (start, stop)

@@ -71,6 +71,9 @@ class Manifest:
         stored_bytes: size of the converted model's tensors.
         seconds: of each stage, added up over threads, and wall time in "total", s; of a conversion
             that was interrupted, without the work that was lost.
+        refinement: mean KL divergence from the original on held-out calibration text "before" and
+            "after" scales and biases were trained, nats a token; empty where they were not. The
+            layers' snr_db is that before it.
         source_card: licence, languages and the like from the source's README.
         files: SHA-256 of every other file of the checkpoint by its name; `verify` wants it.
     """
@@ -86,6 +89,7 @@ class Manifest:
     source_bytes: int
     stored_bytes: int
     seconds: dict[str, float] = field(default_factory=dict)
+    refinement: dict[str, float] = field(default_factory=dict)
     source_card: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 

@@ -16,11 +16,14 @@ from splitquant_mlx.checkpoint import Checkpoint, check_unchanged, open_checkpoi
 from splitquant_mlx.directory import as_directory
 from splitquant_mlx.environment import versions
 from splitquant_mlx.evaluate.opened import Opened
+from splitquant_mlx.evaluate.scoring import for_scoring
 from splitquant_mlx.loader import load_model
 from splitquant_mlx.manifest import LayerRecord, Manifest
+from splitquant_mlx.patch import replace_tensors
 from splitquant_mlx.plan import Plan, make_plan, parameter_names
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.recipe import Calibration, Recipe
+from splitquant_mlx.refine import Refined, refine
 from splitquant_mlx.resume import Ledger, conversion_key, open_journal
 from splitquant_mlx.save import copy_companions, hash_files, require_space, write_config
 from splitquant_mlx.shards import MAX_SHARD_BYTES, ShardWriter
@@ -102,11 +105,17 @@ def convert(
                 needed_bytes = _estimated_bytes(plan, checkpoint) - writer.total_bytes
                 require_space(staging, needed_bytes)
                 copy_companions(directory, staging / MODEL)
-                moments = None if tokens is None else _moments(directory, plan, tokens)
+                moments = _moments(directory, plan, tokens)
                 worker = Worker(checkpoint, plan, writer, ledger, moments)
                 records = worker.run(progress)
             check_unchanged(checkpoint)
             write_config(checkpoint.config, records, staging / MODEL)
+            hashes, refinement = writer.hashes, {}
+            if tokens is not None and chosen.refine:
+                with ledger.timed("refine"):
+                    refined = _refine(staging / MODEL, directory, tokens, chosen, progress)
+                    hashes |= replace_tensors(staging / MODEL, refined.tensors)
+                refinement = {"before": refined.before, "after": refined.after}
             manifest = Manifest(
                 source=source.name,
                 revision=source.revision,
@@ -118,9 +127,10 @@ def convert(
                 bits_per_weight=8 * writer.total_bytes / worker.parameters,
                 source_bytes=checkpoint.source_bytes,
                 stored_bytes=writer.total_bytes,
+                refinement=refinement,
                 source_card=read_source_card(directory),
                 seconds=ledger.seconds_since(started),
-                files=hash_files(staging / MODEL, writer.hashes),
+                files=hash_files(staging / MODEL, hashes),
             )
             manifest.save(staging / MODEL)
     return manifest
@@ -128,16 +138,28 @@ def convert(
 
 def _tokens(opened: Opened, plan: Plan, progress: Progress) -> np.ndarray | None:
     """Return the tokens to calibrate on; None where no planned layer asks for it."""
-    if all(layer.fit == "rtn" for layer in plan.layers.values()):
+    if not plan.recipe.refine and all(layer.fit == "rtn" for layer in plan.layers.values()):
         return None
     return calibration_tokens(opened, plan.recipe.calibration or Calibration(), progress)
 
 
-def _moments(directory: Path, plan: Plan, tokens: np.ndarray) -> Moments:
-    """Prepare to measure what the planned layers are fed."""
+def _moments(directory: Path, plan: Plan, tokens: np.ndarray | None) -> Moments | None:
+    """Prepare to measure what the planned layers are fed; None where none asks for it."""
     paths = [path for path, layer in plan.layers.items() if layer.fit != "rtn"]
+    if tokens is None or not paths:
+        return None
     moment = gram if plan.recipe.method == "gptq" else mean_square
     return Moments(load_model(directory, lazy=True), tokens, paths, moment)
+
+
+def _refine(
+    model: Path, original: Path, tokens: np.ndarray, recipe: Recipe, progress: Progress
+) -> Refined:
+    """Refine the model of a directory against the one it was made of."""
+    seed = (recipe.calibration or Calibration()).seed
+    return refine(
+        load_model(model), for_scoring(load_model(original)), tokens, seed=seed, progress=progress
+    )
 
 
 def _linear_bits_per_weight(records: list[LayerRecord]) -> float:

@@ -168,7 +168,8 @@ def _wanted_action(recipe: Recipe, path: str, kind: str) -> tuple[str, str]:
 def _fit(recipe: Recipe, kind: str, action: str, tied: bool) -> str:
     """Return how a layer is fitted: only layers that are fed hidden states have moments."""
     fed = kind in ("linear", "lm_head") or (kind == "embedding" and tied)
-    if recipe.calibration is None or action == "keep" or not fed:
+    unfitted = recipe.calibration is None or recipe.method == "rtn"  # which refine may calibrate
+    if unfitted or action == "keep" or not fed:
         return "rtn"
     return "gptq" if recipe.method == "gptq" else "imatrix"
 

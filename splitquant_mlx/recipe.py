@@ -82,6 +82,8 @@ class Recipe:
             scales of its parts are to be fitted as imatrix's are, which the paper does not do.
         sweeps: rounds of coordinate descent of gptq and auto; None is 3.
         target_bpw: bits/weight of what auto quantizes, embeddings and lm_head among it.
+        refine: train scales and biases, codes fixed, to predict what the original does on the
+            text it was calibrated on; see `refine`. Not for splitquant.
         max_kl: or the KL divergence, nats a token, that auto is to stay below.
     """
 
@@ -103,6 +105,7 @@ class Recipe:
     sweeps: int | None = None
     target_bpw: float | None = None
     max_kl: float | None = None
+    refine: bool | None = None
 
     def __post_init__(self):
         _require_choice("method", self.method, METHODS)
@@ -158,10 +161,13 @@ class Recipe:
                 _require_choice(f"layers.{path}.{name}", value, choices[name])
 
     def _check_calibration(self) -> None:
-        calibrated = self.method in CALIBRATED
+        _require_choice("refine", self.refine, (None, True, False))
+        object.__setattr__(self, "refine", self.refine or None)
+        calibrated = self.method in CALIBRATED or bool(self.refine)
         allowed = {
+            "refine": self.method != "splitquant",
             "calibration": calibrated or self.method == "splitquant",
-            "sweeps": calibrated and self.method != "imatrix",
+            "sweeps": self.method in ("gptq", "auto"),
             "target_bpw": self.method == "auto",
             "max_kl": self.method == "auto",
         }
@@ -171,7 +177,8 @@ class Recipe:
         if not calibrated and self.calibration is None:
             return
         if self.mode != "affine" or self.granularity != "group":
-            raise RecipeError(f"method {self.method!r} has mode 'affine', granularity 'group' only")
+            subject = "refine" if self.method == "rtn" else f"method {self.method!r}"
+            raise RecipeError(f"{subject} has mode 'affine', granularity 'group' only")
         self._fill(calibration=Calibration())
         if isinstance(self.calibration, Mapping):
             object.__setattr__(self, "calibration", _build(Calibration, self.calibration))
@@ -182,7 +189,7 @@ class Recipe:
             _require_whole("sweeps", self.sweeps, 0)
         if self.method == "auto":
             self._check_target()
-        elif calibrated:
+        elif self.method != "rtn":
             self._fill(embedding_bits=6)
 
     def _check_target(self) -> None:

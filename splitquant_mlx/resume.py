@@ -9,7 +9,8 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,13 @@ class Ledger:
     def seconds_since(self, started: float) -> dict[str, float]:
         """Return the seconds of each stage and in all, where this process began at `started`."""
         return {**self.seconds, "total": self._earlier_s + time.perf_counter() - started}
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds of the block to those of `stage`."""
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
     def _keep(self, number: int, sha256: str) -> None:
         layers = tuple(self.records.values())

@@ -7,6 +7,7 @@ padded with spaces, as the format allows (huggingface/safetensors, "Format").
 
 import json
 import os
+import re
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ MAX_SHARD_BYTES = 5 * 10**9
 FLUSH_BYTES = 1 << 27  # written before the disk is told to take them in
 WAITING_BYTES = 1 << 26  # that may wait behind a tensor that is being written
 
+FINAL_NAME = re.compile(r"model(?:-(\d{5,})-of-\d{5,})?\.safetensors")
+
 SAFETENSORS_NAMES = {
     mx.bool_: "BOOL",
     mx.uint8: "U8",
@@ -39,6 +42,12 @@ SAFETENSORS_NAMES = {
     mx.bfloat16: "BF16",
     mx.float32: "F32",
 }
+
+
+def tensor_bytes(tensor: mx.array) -> memoryview:
+    """Return the bytes of a tensor in row-major order; numpy does not know bfloat16."""
+    raw = tensor.view(mx.uint16) if tensor.dtype == mx.bfloat16 else tensor
+    return np.ascontiguousarray(np.array(raw, copy=False)).data
 
 
 class ShardWriter:
@@ -101,6 +110,7 @@ class ShardWriter:
         Returns:
             How many were taken over.
         """
+        self._take_names_back()
         for digest in digests:
             path = self._path(len(self._shards) + 1)
             if path.is_symlink() or not path.is_file() or sha256(path) != digest:
@@ -122,6 +132,12 @@ class ShardWriter:
                 remove(path)
         return len(self._shards)
 
+    def _take_names_back(self) -> None:
+        """Undo the renaming of `close`."""
+        for path in sorted(self.directory.glob("model*.safetensors")):
+            if numbered := FINAL_NAME.fullmatch(path.name):
+                path.rename(self._path(int(numbered[1] or 1)))
+
     def add(self, name: str, tensor: mx.array) -> None:
         """Have `tensor` written under `name`; waits where much has been added and not written.
 
@@ -141,8 +157,7 @@ class ShardWriter:
             self._start_shard()
         file = self._file
         assert file is not None
-        raw = tensor.view(mx.uint16) if tensor.dtype == mx.bfloat16 else tensor
-        content = np.ascontiguousarray(np.array(raw, copy=False)).data
+        content = tensor_bytes(tensor)
         self._writes.append((self._writer.submit(self._append, file, content), tensor.nbytes))
         self._await_writes(WAITING_BYTES)
         end = self._offset + tensor.nbytes

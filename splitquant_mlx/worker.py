@@ -6,7 +6,6 @@ depends on the largest tensors and the number of cores, not on the number of lay
 
 import math
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -88,12 +87,12 @@ class Worker:
                     advance(self._finish(*waiting.popleft()))
             while waiting:
                 advance(self._finish(*waiting.popleft()))
-        with self._timed("write"):
+        with self.ledger.timed("write"):
             self.writer.close()
         return [self.ledger.records[path] for path in self.plan.layers]
 
     def _read(self, name: str) -> mx.array:
-        with self._timed("read"):
+        with self.ledger.timed("read"):
             w = source_weight(self.checkpoint, self.plan.recipe, name)
             try:
                 mx.eval(w)
@@ -118,8 +117,7 @@ class Worker:
         layer = self._layer(name)
         if self.moments is None or layer is None or layer.fit == "rtn":
             return None
-        self.ledger.seconds.setdefault("calibrate", 0.0)
-        with self._timed("calibrate"):
+        with self.ledger.timed("calibrate"):
             return self.moments[layer.path]
 
     def _convert(self, name: str, w: mx.array, moment: mx.array | None) -> Converted | mx.array:
@@ -167,15 +165,9 @@ class Worker:
         return nbytes
 
     def _write(self, tensors: dict[str, mx.array]) -> None:
-        with self._timed("write"):
+        with self.ledger.timed("write"):
             for name, tensor in tensors.items():
                 self.writer.add(name, tensor)
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.ledger.seconds[stage] += time.perf_counter() - started
 
 
 @cache

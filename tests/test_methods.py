@@ -14,6 +14,7 @@ RECIPES = {
     "rtn": Recipe(method="rtn", **SIZES),
     "imatrix": Recipe(method="imatrix", **CALIBRATED),
     "gptq": Recipe(method="gptq", **CALIBRATED),
+    "gptq, refined": Recipe(method="gptq", refine=True, **CALIBRATED),
     "auto": Recipe(method="auto", target_bpw=5.0, dtype="float16", calibration=CALIBRATION),
     "splitquant": Recipe(bits=3, **SIZES),
     "splitquant, calibrated": Recipe(bits=3, **SIZES, calibration=CALIBRATION),
@@ -44,6 +45,12 @@ def test_each_method_stays_closer_than_the_one_before(found):
     assert kl["imatrix"] < 0.8 * kl["rtn"]
     assert kl["gptq"] < 0.9 * kl["imatrix"]
     assert kl["auto"] < kl["gptq"]
+
+
+def test_refinement_brings_it_closer_at_the_same_size(found):
+    (plain, before), (refined, after) = found["gptq"], found["gptq, refined"]
+    assert refined < 0.95 * plain
+    assert after.stored_bytes == before.stored_bytes
 
 
 def test_sizes_are_alike(found):

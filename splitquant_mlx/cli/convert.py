@@ -20,7 +20,7 @@ def convert(
         Path | None, typer.Option(help="TOML file of settings; options given here win.")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="splitquant (default), rtn, imatrix or gptq.")
+        str | None, typer.Option(help="splitquant (default), rtn, imatrix, gptq or auto.")
     ] = None,
     bits: Annotated[
         int | None, typer.Option("--bits", "--q-bits", help="2, 3, 4 (default), 5, 6 or 8.")
@@ -68,6 +68,14 @@ def convert(
     ] = None,
     sweeps: Annotated[
         int | None, typer.Option(help="gptq, auto: rounds of coordinate descent (default 3).")
+    ] = None,
+    refine: Annotated[
+        bool | None,
+        typer.Option(
+            "--refine",
+            help="Then train scales and biases to predict what the original does; not for "
+            "splitquant.",
+        ),
     ] = None,
     calibration: Annotated[
         str | None,
@@ -120,6 +128,7 @@ def convert(
         "target_bpw": target_bpw,
         "max_kl": max_kl,
         "sweeps": sweeps,
+        "refine": refine,
     }
     calibrate_on = {
         "text": calibration,

@@ -78,6 +78,9 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("Size", f"{size(manifest.stored_bytes)}, the original has {size(manifest.source_bytes)}"),
         ("Time", f"{seconds['total']:.1f} s ({stages} in all threads)"),
     ]
+    if refined := manifest.refinement:
+        loss = f"{refined['before']:.4f} nats to {refined['after']:.4f} on held-out own text"
+        rows.insert(3, ("Refined", f"from {loss}"))
     ratios = sorted(layer.snr_db for layer in layers if layer.snr_db is not None)
     if ratios:
         median = ratios[len(ratios) // 2]
