@@ -41,12 +41,3 @@ def one_thread_for_numpy() -> Iterator[None]:
 
     with ThreadpoolController().select(prefix="libscipy_openblas").limit(limits=1):
         yield
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let every BLAS, mlx's too, compute in the threads that call it, and in no others."""
-    from threadpoolctl import ThreadpoolController
-
-    with ThreadpoolController().limit(limits=1, user_api="blas"):
-        yield

@@ -1,32 +1,27 @@
 """Train the scales and biases of a quantized model to predict what the original predicts.
 
-Codes q stay as they are. A group's weights s q + b are moved by s (v + u (q - c) / c), where c is
-the middle of all codes: v shifts them by steps of the grid, u stretches the grid by as many at
-its ends, whatever the number of bits. u and v begin at zero and are trained by Adam (Kingma and Ba,
+Codes q stay as they are. A group's weights s q + b are moved by s (v + u (q - c) / c), where c is the
+middle of all codes: v shifts them by steps of the grid, u stretches the grid by as many at its
+ends, whatever the number of bits. u and v begin at zero and are trained by Adam (Kingma and Ba,
 2015) to lower the Kullback-Leibler divergence from the original's predictions. mlx-lm's DWQ, too,
 trains scales and biases against them, on the texts of a data set; here they are texts that the
 original wrote itself. Some are held out, to tell whether it helped.
 """
 
-import math
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from threading import Lock
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_unflatten
 
-from splitquant_mlx.blas import one_thread
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluate.scoring import for_scoring
 from splitquant_mlx.progress import Progress
-from splitquant_mlx.threads import helpers
 
 BATCH_TEXTS = 4
 HELD_OUT = 16  # one text in so many
@@ -78,45 +73,30 @@ def refine(
     if not layers:
         raise RecipeError("there is no quantized linear layer to refine")
     every = min(HELD_OUT, len(tokens))
-    held_out = tokens[::every]
-    rest = np.random.default_rng(seed).permutation(np.delete(tokens, np.s_[::every], axis=0))
-    steps = math.ceil(len(rest) / BATCH_TEXTS)
-    optimizer = optim.Adam(_schedule(steps), betas=[0.9, 0.99], eps=1e-12)
-    on_cpu = mx.default_device() == mx.cpu
-    share_out: Any = helpers().map if on_cpu else map
-    share = max(1, BATCH_TEXTS // (os.cpu_count() or 1)) if on_cpu else BATCH_TEXTS
-    # a thread cannot evaluate what another one left unevaluated, such as frequencies of rotations
-    mx.eval(model.parameters(), *(m(mx.zeros((1, 1), mx.int32)) for m in (model, original)))
-    tracing = Lock()  # while gradients are traced, the model holds other arrays
+    held_out = _batches(tokens[::every])
+    rest = np.delete(tokens, np.s_[::every], axis=0)
+    batches = _batches(np.random.default_rng(seed).permutation(rest))
+    optimizer = optim.Adam(_schedule(len(batches)), betas=[0.9, 0.99], eps=1e-12)
+    step = nn.value_and_grad(model, lambda batch, log_p: _divergence(log_p, model(batch)))
+    with progress.task("Refining", len(batches) + 2 * len(held_out)) as advance:
 
-    def divergence(texts: np.ndarray) -> mx.array:
-        batch = mx.array(texts)
-        log_p = _log_p(original(batch))
-        return (mx.exp(log_p) * (log_p - _log_p(model(batch)))).sum()
+        def measured() -> float:
+            found = []
+            for batch in held_out:
+                found.append(_divergence(_log_p(original(batch)), model(batch)).item())
+                advance(1)
+            return float(np.mean(found))
 
-    def measured(texts: np.ndarray) -> float:
-        total = np.array(divergence(texts))
-        advance(len(texts))
-        return float(total) / held_out.size
-
-    def gradients(texts: np.ndarray) -> Any:
-        with tracing:
-            held = model.trainable_parameters()
-            _, found = nn.value_and_grad(model, divergence)(texts)
-            model.update(held)  # which holds what was traced, not evaluated, in this thread
-        mx.eval(found)
-        return found
-
-    def mean(found: Iterable[Any], count: int) -> Any:
-        return tree_map(lambda *parts: sum(parts) / count, *found)
-
-    with progress.task("Refining", len(rest) + 2 * len(held_out)) as advance, one_thread():
-        before = sum(share_out(measured, _parts(held_out, share)))
-        for batch in _parts(rest, BATCH_TEXTS):
-            optimizer.update(model, mean(share_out(gradients, _parts(batch, share)), batch.size))
-            mx.eval(model.trainable_parameters(), optimizer.state)
-            advance(len(batch))
-        after = sum(share_out(measured, _parts(held_out, share)))
+        before = measured()
+        for batch in batches:
+            log_p = _log_p(original(batch))
+            mx.eval(log_p)
+            loss, gradients = step(batch, log_p)
+            optimizer.update(model, gradients)
+            del log_p, gradients
+            mx.eval(loss, model.trainable_parameters(), optimizer.state)
+            advance(1)
+        after = measured()
     if not after < before:
         return Refined(before=before, after=before)
     tensors = {}
@@ -199,8 +179,8 @@ def _make_trainable(model: nn.Module) -> dict[str, TrainableLinear]:
     return layers
 
 
-def _parts(texts: np.ndarray, size: int) -> list[np.ndarray]:
-    return [texts[start : start + size] for start in range(0, len(texts), size)]
+def _batches(tokens: np.ndarray) -> list[mx.array]:
+    return [mx.array(tokens[i : i + BATCH_TEXTS]) for i in range(0, len(tokens), BATCH_TEXTS)]
 
 
 def _schedule(steps: int) -> Callable[[mx.array], mx.array]:
@@ -218,3 +198,8 @@ def _schedule(steps: int) -> Callable[[mx.array], mx.array]:
 def _log_p(logits: mx.array) -> mx.array:
     logits = logits.astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _divergence(log_p: mx.array, logits: mx.array) -> mx.array:
+    """Return the mean KL divergence of predictions from `log_p` (..., vocabulary), nats."""
+    return (mx.exp(log_p) * (log_p - _log_p(logits))).sum(-1).mean()

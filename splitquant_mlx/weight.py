@@ -4,8 +4,11 @@ Large weights go through in blocks of rows, whose intermediate arrays fit in the
 and do not add to the peak of memory.
 """
 
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -26,7 +29,6 @@ from splitquant_mlx.layers import scale_dtype
 from splitquant_mlx.parts import cluster_weight, parts_of
 from splitquant_mlx.plan import LayerPlan
 from splitquant_mlx.recipe import Recipe
-from splitquant_mlx.threads import helpers
 
 BLOCK = 1 << 19  # entries
 LARGE = 1 << 24  # entries that a core is not left alone with
@@ -129,8 +131,16 @@ def _quantize_plainly(
     if not apart or w.size <= LARGE:
         return quantized(w)
     rows = max(1, LARGE // w.shape[1])
-    pieces = helpers().map(lambda start: quantized(w[start : start + rows]), range(0, len(w), rows))
+    pieces = _helpers().map(
+        lambda start: quantized(w[start : start + rows]), range(0, len(w), rows)
+    )
     return concatenate(list(pieces), axis=0)
+
+
+@cache
+def _helpers() -> ThreadPoolExecutor:
+    """Return threads that stay, as mlx keeps something for each in which it computes."""
+    return ThreadPoolExecutor(os.cpu_count())
 
 
 def _quantize_split(
