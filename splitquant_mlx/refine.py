@@ -1,8 +1,8 @@
 """Train the scales and biases of a quantized model to predict what the original predicts.
 
-Codes q stay as they are. A group's weights s q + b are moved by s (v + u (q - c) / c), where c is the
-middle of all codes: v shifts them by steps of the grid, u stretches the grid by as many at its
-ends, whatever the number of bits. u and v begin at zero and are trained by Adam (Kingma and Ba,
+Codes q stay as they are. A group's weights s q + b are moved by s (v + u (q - c) / c), where c is
+the middle of all codes: v shifts them by steps of the grid, u stretches the grid by as many at
+its ends, whatever the number of bits. u and v begin at zero and are trained by Adam (Kingma and Ba,
 2015) to lower the Kullback-Leibler divergence from the original's predictions. mlx-lm's DWQ, too,
 trains scales and biases against them, on the texts of a data set; here they are texts that the
 original wrote itself. Some are held out, to tell whether it helped.
