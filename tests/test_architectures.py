@@ -45,11 +45,12 @@ def test_an_architecture_converts_and_runs(tmp_path, architecture, method):
 @pytest.mark.parametrize("method", ["imatrix", "gptq", "auto"])
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_an_architecture_is_calibrated(tmp_path, monkeypatch, architecture, method):
-    """On its own text, to a plain mlx checkpoint."""
+    """On its own text, to a plain mlx checkpoint, which can be refined."""
     monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
     own = {"target_bpw": 5.0} if method == "auto" else {"bits": 4, "embedding_bits": 8}
     calibration = Calibration(num_samples=24, sequence_length=32)
-    recipe = Recipe(method=method, **own, group_size=32, calibration=calibration)
+    refine = method == "imatrix"
+    recipe = Recipe(method=method, **own, group_size=32, calibration=calibration, refine=refine)
     manifest, original, model = converted(tmp_path, architecture, recipe)
     config = json.loads((tmp_path / "target" / "config.json").read_text())
     assert "model_file" not in config and config["quantization"]["group_size"] in (32, 64)
@@ -58,6 +59,7 @@ def test_an_architecture_is_calibrated(tmp_path, monkeypatch, architecture, meth
     linear = [layer for layer in manifest.layers if layer.kind == "linear"]
     assert {layer.action for layer in linear} == {"quantize"}
     assert manifest.recipe["method"] == method
+    assert not refine or 0 < manifest.refinement["after"] <= manifest.refinement["before"]
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
