@@ -34,7 +34,7 @@ class Refined:
 
     Attributes:
         tensors: scales and biases by their names, float32; none where training did not help.
-        before: mean KL divergence from the original over the held-out texts, nats a token.
+        before: mean KL divergence from the original over texts not trained on, nats a token.
         after: the same behind training.
     """
 
@@ -81,11 +81,11 @@ def refine(
     with progress.task("Refining", len(batches) + 2 * len(held_out)) as advance:
 
         def measured() -> float:
-            found = []
+            total = 0.0
             for batch in held_out:
-                found.append(_divergence(_log_p(original(batch)), model(batch)).item())
+                total += np.array(_divergence(_log_p(original(batch)), model(batch))) * len(batch)
                 advance(1)
-            return float(np.mean(found))
+            return float(total / sum(map(len, held_out)))
 
         before = measured()
         for batch in batches:
