@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 from splitquant_mlx.openai_request import Limits
@@ -135,7 +135,11 @@ class Process(Client):
         super().__init__(found[1])
         # Whatever is logged has to go somewhere, or the server waits for a reader.
         self.log: list[str] = []
-        threading.Thread(target=self.log.extend, args=(process.stderr,), daemon=True).start()
+        threading.Thread(target=self._read, args=(process.stderr,), daemon=True).start()
+
+    def _read(self, stream: IO[str]) -> None:
+        with suppress(ValueError):  # it is closed while it is read
+            self.log.extend(stream)
 
 
 @contextmanager
