@@ -6,6 +6,12 @@ its ends, whatever the number of bits. u and v begin at zero and are trained by 
 2015) to lower the Kullback-Leibler divergence from the original's predictions. mlx-lm's DWQ, too,
 trains scales and biases against them, on the texts of a data set; here they are texts that the
 original wrote itself. Some are held out, to tell whether it helped.
+
+On SmolLM2-135M, 240 texts of 128 tokens lower the divergence of gptq 4-bit by 15 % on held-out
+texts of its own and by 5 % on WikiText-2; 192 of them that of gptq 3-bit by 23 and 11 %. Worse
+were, at 3 bits, three times the learning rate, half of it with the norms trained as well, a seventh
+of the tokens replaced at random, and codes trained with straight-through gradients. Two threads
+with a stream each are no faster than one: their operations wait for each other.
 """
 
 from collections.abc import Callable, Mapping
