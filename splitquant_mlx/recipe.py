@@ -82,9 +82,9 @@ class Recipe:
             scales of its parts are to be fitted as imatrix's are, which the paper does not do.
         sweeps: rounds of coordinate descent of gptq and auto; None is 3.
         target_bpw: bits/weight of what auto quantizes, embeddings and lm_head among it.
+        max_kl: or the KL divergence, nats a token, that auto is to stay below.
         refine: train scales and biases, codes fixed, to predict what the original does on the
             text it was calibrated on; see `refine`. Not for splitquant.
-        max_kl: or the KL divergence, nats a token, that auto is to stay below.
     """
 
     method: str = "splitquant"
@@ -189,7 +189,7 @@ class Recipe:
             _require_whole("sweeps", self.sweeps, 0)
         if self.method == "auto":
             self._check_target()
-        elif self.method != "rtn":
+        elif self.method in CALIBRATED:
             self._fill(embedding_bits=6)
 
     def _check_target(self) -> None:
