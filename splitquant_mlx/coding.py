@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from splitquant_mlx.affine import EPS, Quantized, pack
-from splitquant_mlx.parts import host_values
+from splitquant_mlx.host import host_values
 
 BLOCK = 1 << 17  # entries that fit in the processor's cache, with what is made of them
 

@@ -11,14 +11,9 @@ bit, also where the weight is -0.0, since only -0.0 + -0.0 is -0.0.
 from itertools import pairwise
 
 import mlx.core as mx
-import numpy as np
 
+from splitquant_mlx.host import host_values
 from splitquant_mlx.kmeans import Clustering, cluster, cluster_sklearn
-
-
-def host_values(w: mx.array) -> np.ndarray:
-    """Return `w` without a copy; bfloat16, which numpy lacks, as its bit patterns in uint16."""
-    return np.array(w.view(mx.uint16) if w.dtype == mx.bfloat16 else w, copy=False)
 
 
 def cluster_weight(w: mx.array, clusters: int = 3, kmeans: str = "exact") -> Clustering:

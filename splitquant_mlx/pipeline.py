@@ -16,7 +16,6 @@ from splitquant_mlx.checkpoint import Checkpoint, check_unchanged, open_checkpoi
 from splitquant_mlx.directory import as_directory
 from splitquant_mlx.environment import versions
 from splitquant_mlx.evaluate.opened import Opened
-from splitquant_mlx.evaluate.scoring import for_scoring
 from splitquant_mlx.loader import load_model
 from splitquant_mlx.manifest import LayerRecord, Manifest
 from splitquant_mlx.patch import replace_tensors
@@ -113,7 +112,7 @@ def convert(
             hashes, refinement = writer.hashes, {}
             if tokens is not None and chosen.refine:
                 with ledger.timed("refine"):
-                    refined = _refine(staging / MODEL, directory, tokens, chosen, progress)
+                    refined = _refine(staging / MODEL, opened, tokens, chosen, progress)
                     hashes |= replace_tensors(staging / MODEL, refined.tensors)
                 refinement = {"before": refined.before, "after": refined.after}
             manifest = Manifest(
@@ -153,13 +152,11 @@ def _moments(directory: Path, plan: Plan, tokens: np.ndarray | None) -> Moments 
 
 
 def _refine(
-    model: Path, original: Path, tokens: np.ndarray, recipe: Recipe, progress: Progress
+    model: Path, original: Opened, tokens: np.ndarray, recipe: Recipe, progress: Progress
 ) -> Refined:
     """Refine the model of a directory against the one it was made of."""
     seed = (recipe.calibration or Calibration()).seed
-    return refine(
-        load_model(model), for_scoring(load_model(original)), tokens, seed=seed, progress=progress
-    )
+    return refine(load_model(model), original.load(), tokens, seed=seed, progress=progress)
 
 
 def _linear_bits_per_weight(records: list[LayerRecord]) -> float:

@@ -26,7 +26,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.evaluate.scoring import for_scoring
+from splitquant_mlx.evaluate.scoring import for_scoring, log_probabilities_of
 from splitquant_mlx.progress import Progress
 
 BATCH_TEXTS = 4
@@ -78,28 +78,33 @@ def refine(
     layers = _make_trainable(model)
     if not layers:
         raise RecipeError("there is no quantized linear layer to refine")
-    every = min(HELD_OUT, len(tokens))
-    held_out = _batches(tokens[::every])
-    rest = np.delete(tokens, np.s_[::every], axis=0)
+    held_out = _batches(tokens[::HELD_OUT])
+    rest = np.delete(tokens, np.s_[::HELD_OUT], axis=0)
     batches = _batches(np.random.default_rng(seed).permutation(rest))
     optimizer = optim.Adam(_schedule(len(batches)), betas=[0.9, 0.99], eps=1e-12)
-    step = nn.value_and_grad(model, lambda batch, log_p: _divergence(log_p, model(batch)))
+
+    def divergence(batch: mx.array, log_p: mx.array) -> mx.array:
+        log_q = nn.log_softmax(model(batch).astype(mx.float32))
+        return nn.losses.kl_div_loss(log_q, log_p, reduction="mean")
+
+    step = nn.value_and_grad(model, divergence)
     with progress.task("Refining", len(batches) + 2 * len(held_out)) as advance:
+
+        def predicted(batch: mx.array) -> mx.array:
+            return log_probabilities_of(original(batch).astype(mx.float32))
 
         def measured() -> float:
             total = 0.0
             for batch in held_out:
-                total += np.array(_divergence(_log_p(original(batch)), model(batch))) * len(batch)
+                total += np.array(divergence(batch, predicted(batch))) * len(batch)
                 advance(1)
             return float(total / sum(map(len, held_out)))
 
         before = measured()
         for batch in batches:
-            log_p = _log_p(original(batch))
-            mx.eval(log_p)
-            loss, gradients = step(batch, log_p)
+            loss, gradients = step(batch, predicted(batch))
             optimizer.update(model, gradients)
-            del log_p, gradients
+            del gradients
             mx.eval(loss, model.trainable_parameters(), optimizer.state)
             advance(1)
         after = measured()
@@ -199,13 +204,3 @@ def _schedule(steps: int) -> Callable[[mx.array], mx.array]:
         ],
         [rise],
     )
-
-
-def _log_p(logits: mx.array) -> mx.array:
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-
-
-def _divergence(log_p: mx.array, logits: mx.array) -> mx.array:
-    """Return the mean KL divergence of predictions from `log_p` (..., vocabulary), nats."""
-    return (mx.exp(log_p) * (log_p - _log_p(logits))).sum(-1).mean()

@@ -21,6 +21,7 @@ import numpy as np
 from splitquant_mlx.disk import remove, sha256, sync_descriptor
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.headers import read_header
+from splitquant_mlx.host import host_values
 
 MAX_SHARD_BYTES = 5 * 10**9
 FLUSH_BYTES = 1 << 27  # written before the disk is told to take them in
@@ -45,9 +46,8 @@ SAFETENSORS_NAMES = {
 
 
 def tensor_bytes(tensor: mx.array) -> memoryview:
-    """Return the bytes of a tensor in row-major order; numpy does not know bfloat16."""
-    raw = tensor.view(mx.uint16) if tensor.dtype == mx.bfloat16 else tensor
-    return np.ascontiguousarray(np.array(raw, copy=False)).data
+    """Return the bytes of a tensor in row-major order."""
+    return np.ascontiguousarray(host_values(tensor)).data
 
 
 class ShardWriter:

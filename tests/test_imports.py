@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "splitquant_mlx"
 ORDER = [
-    ["_version", "errors", "blas", "progress", "cache", "environment", "histogram", "disk"],
+    ["_version", "errors", "blas", "progress", "cache", "environment", "histogram", "disk", "host"],
     ["compatibility", "workspace", "journal"],
     ["recipe", "kmeans", "headers", "shards", "gguf", "gguf_tokenizer", "source", "model_file"],
     ["source_card"],
