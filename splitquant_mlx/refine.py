@@ -26,12 +26,13 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.evaluate.scoring import for_scoring, log_probabilities_of
+from splitquant_mlx.evaluate.scoring import for_scoring
 from splitquant_mlx.progress import Progress
 
 BATCH_TEXTS = 4
 HELD_OUT = 16  # one text in so many
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 1.5e-3
+PASSES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ def refine(
         model: one of mlx-lm's, with layers in affine quantization.
         original: what it was made of.
         tokens: (texts, length), int32. One text in `HELD_OUT` is for the measurement alone, the
-            others are gone through once.
+            others are gone through `PASSES` times.
         seed: of their order.
         progress: told of every batch.
 
@@ -80,32 +81,31 @@ def refine(
         raise RecipeError("there is no quantized linear layer to refine")
     held_out = _batches(tokens[::HELD_OUT])
     rest = np.delete(tokens, np.s_[::HELD_OUT], axis=0)
-    batches = _batches(np.random.default_rng(seed).permutation(rest))
+    rng = np.random.default_rng(seed)
+    batches = [batch for _ in range(PASSES) for batch in _batches(rng.permutation(rest))]
     optimizer = optim.Adam(_schedule(len(batches)), betas=[0.9, 0.99], eps=1e-12)
 
-    def divergence(batch: mx.array, log_p: mx.array) -> mx.array:
-        log_q = nn.log_softmax(model(batch).astype(mx.float32))
-        return nn.losses.kl_div_loss(log_q, log_p, reduction="mean")
+    def divergence(batch: mx.array) -> mx.array:
+        wanted = original(batch)
+        mx.eval(wanted)
+        return kl_divergence(model(batch), wanted)
 
     step = nn.value_and_grad(model, divergence)
     with progress.task("Refining", len(batches) + 2 * len(held_out)) as advance:
 
-        def predicted(batch: mx.array) -> mx.array:
-            return log_probabilities_of(original(batch).astype(mx.float32))
-
         def measured() -> float:
             total = 0.0
             for batch in held_out:
-                total += np.array(divergence(batch, predicted(batch))) * len(batch)
+                total += np.array(divergence(batch)) * len(batch)
                 advance(1)
             return float(total / sum(map(len, held_out)))
 
         before = measured()
         for batch in batches:
-            loss, gradients = step(batch, predicted(batch))
+            _, gradients = step(batch)
             optimizer.update(model, gradients)
             del gradients
-            mx.eval(loss, model.trainable_parameters(), optimizer.state)
+            mx.eval(model.trainable_parameters(), optimizer.state)
             advance(1)
         after = measured()
     if not after < before:
@@ -115,6 +115,24 @@ def refine(
         tensors[f"{path}.scales"], tensors[f"{path}.biases"] = layer.trained()
     mx.eval(tensors)
     return Refined(before=before, after=after, tensors=tensors)
+
+
+@mx.custom_function
+def kl_divergence(logits: mx.array, wanted: mx.array) -> mx.array:
+    """Return the mean KL divergence of `logits` (..., vocabulary) from `wanted`, nats, float32.
+
+    The gradient is for `logits` alone, and is the difference of the probabilities: it needs
+    nothing that the divergence itself does, which is computed only where it is asked for.
+    """
+    log_q, log_p = (nn.log_softmax(x.astype(mx.float32)) for x in (logits, wanted))
+    return nn.losses.kl_div_loss(log_q, log_p, reduction="mean")
+
+
+@kl_divergence.vjp
+def _gradient(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+    q, p = (mx.softmax(x.astype(mx.float32), axis=-1) for x in primals)
+    of_logits = (q - p) * (cotangent * p.shape[-1] / p.size)
+    return of_logits.astype(primals[0].dtype), mx.zeros_like(primals[1])
 
 
 class TrainableLinear(nn.Module):
