@@ -85,7 +85,7 @@ def refine(
     batches = [batch for _ in range(PASSES) for batch in _batches(rng.permutation(rest))]
     optimizer = optim.Adam(_schedule(len(batches)), betas=[0.9, 0.99], eps=1e-12)
 
-    def divergence(batch: mx.array) -> mx.array:
+    def divergence(batch: mx.array) -> Any:
         wanted = original(batch)
         mx.eval(wanted)
         return kl_divergence(model(batch), wanted)

@@ -7,7 +7,7 @@ from splitquant_mlx import Recipe, convert, load
 from splitquant_mlx.evaluate.divergence import divergence, log_probabilities
 from splitquant_mlx.recipe import Calibration
 
-CALIBRATION = Calibration(num_samples=64, sequence_length=128)
+CALIBRATION = Calibration(num_samples=32, sequence_length=64)
 SIZES = {"group_size": 32, "dtype": "float16"}
 CALIBRATED = {**SIZES, "embedding_bits": 4, "calibration": CALIBRATION}
 RECIPES = {
@@ -26,7 +26,7 @@ def found(data, stories, tmp_path_factory):
     """Convert with every method; returns KL divergences and manifests by name."""
     original, tokenizer = load(stories)
     text = (data / "tinystories" / "tinystories_sample.txt").read_text(encoding="utf-8")[:20_000]
-    tokens = np.array(tokenizer.encode(text)[: 16 * 256]).reshape(16, 256).tolist()
+    tokens = np.array(tokenizer.encode(text)[: 8 * 256]).reshape(8, 256).tolist()
     wanted = [log_probabilities(original, row) for row in tokens]
     directory = tmp_path_factory.mktemp("methods")
     results = {}

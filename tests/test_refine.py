@@ -5,12 +5,13 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from safetensors import safe_open
+from scipy.special import rel_entr, softmax
 
 from splitquant_mlx import Recipe, convert, load, pipeline, refine, workspace
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.patch import replace_tensors
 from splitquant_mlx.recipe import Calibration
-from splitquant_mlx.refine import TrainableLinear
+from splitquant_mlx.refine import TrainableLinear, kl_divergence
 from splitquant_mlx.shards import ShardWriter
 
 CALIBRATION = Calibration(num_samples=16, sequence_length=32)
@@ -57,6 +58,18 @@ def test_gradients_are_those_of_the_plain_formula(bits, bias):
         mx.grad(ours, (0, 1, 2))(*arguments), mx.grad(plain, (0, 1, 2))(*arguments), strict=True
     ):
         np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_divergence_and_its_gradient(dtype):
+    logits, wanted = (3 * mx.random.normal((2, 5, 11), key=mx.random.key(k)) for k in (0, 1))
+    logits, wanted = logits.astype(dtype), wanted.astype(dtype)
+    q, p = (softmax(np.array(x, np.float64), axis=-1) for x in (logits, wanted))
+    value, gradient = mx.value_and_grad(lambda x: 2 * kl_divergence(x, wanted))(logits)
+    np.testing.assert_allclose(value, 2 * rel_entr(p, q).sum(-1).mean(), rtol=1e-5)
+    assert gradient.dtype == dtype
+    atol = 1e-6 if dtype == mx.float32 else 1e-4
+    np.testing.assert_allclose(gradient, 2 * (q - p) / 10, rtol=1e-3, atol=atol)
 
 
 def test_only_scales_and_biases_change(stories, tmp_path):
