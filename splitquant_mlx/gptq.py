@@ -63,11 +63,11 @@ def quantize_compensated(
 
 
 def regularized(gram: np.ndarray) -> np.ndarray:
-    """Return `gram` with the entries off its diagonal scaled down, and no zero on it."""
-    diagonal = np.diagonal(gram).astype(np.float32)
-    mean = float(diagonal.mean()) or 1.0
-    h = gram.astype(np.float32) * np.float32(1 - DIAGONAL_SHARE)
-    np.fill_diagonal(h, diagonal + np.float32(DAMPING * mean))
+    """Return `gram` in units of its mean diagonal, less of it off the diagonal, no zero on that."""
+    diagonal = np.diagonal(gram)
+    unit = float(diagonal.mean()) or 1.0
+    h = (gram * ((1 - DIAGONAL_SHARE) / unit)).astype(np.float32)
+    np.fill_diagonal(h, diagonal / unit + DAMPING)
     return h
 
 
@@ -145,13 +145,13 @@ class Grid:
             gq, g1 = (codes * gradient).sum(0), gradient.sum(0)
             determinant = qq * one - q1 * q1
             flat = determinant <= 1e-5 * qq * one
-            determinant[flat] = 1
+            determinant[flat] = np.inf  # stays as it is
             scale, bias = self.scales[group], self.biases[group]
             new_scale = self._stored(scale + (one * gq - q1 * g1) / determinant)
             new_bias = self._stored(bias + (qq * g1 - q1 * gq) / determinant)
             ds, db = new_scale - scale, new_bias - bias
             gain = 2 * (ds * gq + db * g1) - (ds * ds * qq + 2 * ds * db * q1 + db * db * one)
-            keep = flat | ~(gain > 0) | (new_scale == 0)
+            keep = ~(gain > 0) | (new_scale == 0)
             ds[keep] = db[keep] = 0
             self.scales[group] += ds
             self.biases[group] += db

@@ -120,3 +120,16 @@ def test_degenerate_inputs(spoil):
     error = np.abs(w - np.array(dequantize(quantized)))
     assert np.isfinite(error).all()
     assert error.max() < 3
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("size", [1e2, 1e6])
+def test_groups_of_equal_weights_under_large_inputs(size, dtype):
+    rng = np.random.default_rng(0)
+    x = size * (1 + rng.normal(size=(256, 128)))
+    w = rng.normal(size=(16, 128))
+    w[:, :64] = w[:, :1]
+    w[3, 64:] = 0.5 + 1e-6 * w[3, 64:]
+    quantized = quantize_compensated(mx.array(w).astype(dtype), (x.T @ x / 256).astype(np.float32))
+    error = np.abs(w - np.array(dequantize(quantized).astype(mx.float32)))
+    assert error.max() < 0.5
