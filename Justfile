@@ -19,9 +19,9 @@ test:
 test-slow:
     pytest -m slow
 
-# what only an Apple GPU can show
-test-metal:
-    pytest -m metal
+# what only a GPU can show, Apple's or another
+test-gpu:
+    pytest -m gpu
 
 # mutated checkpoints, GGUF files and recipes, a quarter of an hour: no crash, no hang, no escape
 fuzz:

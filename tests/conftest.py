@@ -20,7 +20,7 @@ blas.preload()
 
 import mlx.core as mx  # noqa: E402  after OpenBLAS
 
-# the same numbers everywhere; test_metal.py goes to the GPU
+# the same numbers everywhere; test_gpu.py goes to the GPU
 mx.set_default_device(mx.Device(mx.cpu))
 
 # a machine that does other things, too, says nothing by being slow
