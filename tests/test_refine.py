@@ -1,5 +1,7 @@
 """Scales and biases trained against the original: the gradients, what is written, what is kept."""
 
+from contextlib import contextmanager
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -10,6 +12,7 @@ from scipy.special import rel_entr, softmax
 from splitquant_mlx import Recipe, convert, load, pipeline, refine, workspace
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.patch import replace_tensors
+from splitquant_mlx.progress import Silent
 from splitquant_mlx.recipe import Calibration
 from splitquant_mlx.refine import TrainableLinear, kl_divergence
 from splitquant_mlx.shards import ShardWriter
@@ -97,6 +100,22 @@ def test_what_does_not_help_is_not_kept(stories, tmp_path, monkeypatch):
     convert(stories, tmp_path / "plain", recipe=Recipe(method="rtn", **SIZES))
     plain, refined = tensors(tmp_path / "plain"), tensors(tmp_path / "refined")
     assert all(np.array_equal(plain[name], refined[name]) for name in plain)
+
+
+@pytest.mark.parametrize(("most", "passes"), [(8, 1), (44, 2), (1024, 4)])
+def test_many_texts_are_gone_through_less_often(stories, tmp_path, monkeypatch, most, passes):
+    steps = {}
+
+    class Counting(Silent):
+        @contextmanager
+        def task(self, label, total=None):
+            yield lambda amount, note="": steps.update({label: steps.get(label, 0) + amount})
+            assert total in (None, steps.get(label, total))
+
+    monkeypatch.setattr(refine, "TRAINED_TEXTS", most)
+    recipe = Recipe(**PLAIN, refine=True)
+    convert(stories, tmp_path / "refined", recipe=recipe, progress=Counting())
+    assert steps["Refining"] == 4 * passes + 2  # 15 texts in batches of 4; one held out, twice
 
 
 def test_a_kill_while_refining_costs_the_refinement_only(stories, tmp_path, monkeypatch):
