@@ -66,7 +66,7 @@ def regularized(gram: np.ndarray) -> np.ndarray:
     """Return `gram` in units of its mean diagonal, less of it off the diagonal, no zero on that."""
     diagonal = np.diagonal(gram)
     unit = float(diagonal.mean()) or 1.0
-    h = (gram * ((1 - DIAGONAL_SHARE) / unit)).astype(np.float32)
+    h = (gram * ((1 - DIAGONAL_SHARE) / unit)).astype(np.float32, copy=False)
     np.fill_diagonal(h, diagonal / unit + DAMPING)
     return h
 
