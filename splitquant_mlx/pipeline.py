@@ -22,7 +22,7 @@ from splitquant_mlx.patch import replace_tensors
 from splitquant_mlx.plan import Plan, make_plan, parameter_names
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.recipe import Calibration, Recipe
-from splitquant_mlx.refine import Refined, refine
+from splitquant_mlx.refine import Refined, refine, training_texts
 from splitquant_mlx.resume import Ledger, conversion_key, open_journal
 from splitquant_mlx.save import copy_companions, hash_files, require_space, write_config
 from splitquant_mlx.shards import MAX_SHARD_BYTES, ShardWriter
@@ -110,9 +110,9 @@ def convert(
             check_unchanged(checkpoint)
             write_config(checkpoint.config, records, staging / MODEL)
             hashes, refinement = writer.hashes, {}
-            if tokens is not None and chosen.refine:
+            if chosen.refine:
                 with ledger.timed("refine"):
-                    refined = _refine(staging / MODEL, opened, tokens, chosen, progress)
+                    refined = _refine(staging / MODEL, opened, chosen, progress)
                     hashes |= replace_tensors(staging / MODEL, refined.tensors)
                 refinement = {"before": refined.before, "after": refined.after}
             manifest = Manifest(
@@ -137,7 +137,7 @@ def convert(
 
 def _tokens(opened: Opened, plan: Plan, progress: Progress) -> np.ndarray | None:
     """Return the tokens to calibrate on; None where no planned layer asks for it."""
-    if not plan.recipe.refine and all(layer.fit == "rtn" for layer in plan.layers.values()):
+    if all(layer.fit == "rtn" for layer in plan.layers.values()):
         return None
     return calibration_tokens(opened, plan.recipe.calibration or Calibration(), progress)
 
@@ -151,11 +151,11 @@ def _moments(directory: Path, plan: Plan, tokens: np.ndarray | None) -> Moments 
     return Moments(load_model(directory, lazy=True), tokens, paths, moment)
 
 
-def _refine(
-    model: Path, original: Opened, tokens: np.ndarray, recipe: Recipe, progress: Progress
-) -> Refined:
+def _refine(model: Path, original: Opened, recipe: Recipe, progress: Progress) -> Refined:
     """Refine the model of a directory against the one it was made of."""
-    seed = (recipe.calibration or Calibration()).seed
+    calibration = recipe.calibration or Calibration()
+    tokens = calibration_tokens(original, training_texts(calibration), progress)
+    seed = calibration.seed
     return refine(load_model(model), original.load(), tokens, seed=seed, progress=progress)
 
 

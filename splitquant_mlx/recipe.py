@@ -83,8 +83,8 @@ class Recipe:
         sweeps: rounds of coordinate descent of gptq and auto; None is 3.
         target_bpw: bits/weight of what auto quantizes, embeddings and lm_head among it.
         max_kl: or the KL divergence, nats a token, that auto is to stay below.
-        refine: train scales and biases, codes fixed, to predict what the original does on the
-            text it was calibrated on; see `refine`. Not for splitquant.
+        refine: train scales and biases, codes fixed, to predict what the original does, on four
+            times as many texts; see `refine`. Not for splitquant.
     """
 
     method: str = "splitquant"

@@ -5,7 +5,8 @@ the middle of all codes: v shifts them by steps of the grid, u stretches the gri
 its ends, whatever the number of bits. u and v begin at zero and are trained by Adam (Kingma and Ba,
 2015) to lower the Kullback-Leibler divergence from the original's predictions. mlx-lm's DWQ, too,
 trains scales and biases against them, on the texts of a data set; here they are texts that the
-original wrote itself. Some are held out, to tell whether it helped.
+original wrote itself, other ones than the layers were calibrated on. Some are held out, to tell
+whether it helped.
 
 On SmolLM2-135M, auto at 3.5, 4.5 and 5.5 bits/weight, what is left of the divergence:
 
@@ -15,14 +16,15 @@ On SmolLM2-135M, auto at 3.5, 4.5 and 5.5 bits/weight, what is left of the diver
     1,024 x 1, 2e-3 (5.5: 5e-4)      0.73  0.82  0.86      0.82  0.93  0.97
     256 x 4, 1e-3 (4.5) or 1.5e-3          0.85                0.86  0.94
 
-So further passes help, and at few bits as many other texts help more: what is trained on is as much
-for any number of them. Batches of 16 texts, at 5.5 bits, leave 0.87 and 0.97 after a quarter of the
-steps. Worse were, at 3 bits and on fewer texts, half the learning rate with the norms trained as
-well, a seventh of the tokens replaced at random, and codes trained with straight-through gradients.
+So other texts help more than further passes. Batches of 16 texts, at 5.5 bits, leave 0.87 and 0.97
+after a quarter of the steps. Worse were, at 3 bits and on fewer texts, half the learning rate with
+the norms trained as well, a seventh of the tokens replaced at random, and codes trained with
+straight-through gradients.
 On a CPU, two threads with a stream each are no faster than one: their operations wait for each
 other.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -37,12 +39,12 @@ from mlx.utils import tree_unflatten
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluate.scoring import for_scoring
 from splitquant_mlx.progress import Progress
+from splitquant_mlx.recipe import Calibration
 
 BATCH_TEXTS = 4
 HELD_OUT = 16  # one text in so many
-TRAINED_TEXTS = 1024  # in all passes
-MOST_PASSES = 4
-LEARNING_RATE = 1.5e-3
+TEXTS_PER_SAMPLE = 4  # for each one that layers are calibrated on
+LEARNING_RATE = 2e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,12 @@ class Refined:
     tensors: Mapping[str, mx.array] = field(default_factory=dict)
 
 
+def training_texts(calibration: Calibration) -> Calibration:
+    """Return the settings of the texts to train on: more, and others, than to calibrate on."""
+    texts = TEXTS_PER_SAMPLE * calibration.num_samples
+    return dataclasses.replace(calibration, num_samples=texts, seed=calibration.seed + 1)
+
+
 def refine(
     model: nn.Module,
     original: nn.Module,
@@ -74,8 +82,7 @@ def refine(
         model: one of mlx-lm's, with layers in affine quantization.
         original: what it was made of.
         tokens: (texts, length), int32. One text in `HELD_OUT` is for the measurement alone, the
-            others are gone through until `TRAINED_TEXTS` were seen, but at least once and at most
-            `MOST_PASSES` times.
+            others are gone through once.
         seed: of their order.
         progress: told of every batch.
 
@@ -93,8 +100,7 @@ def refine(
     held_out = _batches(tokens[::HELD_OUT])
     rest = np.delete(tokens, np.s_[::HELD_OUT], axis=0)
     rng = np.random.default_rng(seed)
-    passes = max(1, min(MOST_PASSES, TRAINED_TEXTS // len(rest)))
-    batches = [batch for _ in range(passes) for batch in _batches(rng.permutation(rest))]
+    batches = _batches(rng.permutation(rest))
     optimizer = optim.Adam(_schedule(len(batches)), betas=[0.9, 0.99], eps=1e-12)
 
     def divergence(batch: mx.array) -> Any:

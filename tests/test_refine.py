@@ -1,7 +1,5 @@
 """Scales and biases trained against the original: the gradients, what is written, what is kept."""
 
-from contextlib import contextmanager
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -12,7 +10,6 @@ from scipy.special import rel_entr, softmax
 from splitquant_mlx import Recipe, convert, load, pipeline, refine, workspace
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.patch import replace_tensors
-from splitquant_mlx.progress import Silent
 from splitquant_mlx.recipe import Calibration
 from splitquant_mlx.refine import TrainableLinear, kl_divergence
 from splitquant_mlx.shards import ShardWriter
@@ -102,20 +99,20 @@ def test_what_does_not_help_is_not_kept(stories, tmp_path, monkeypatch):
     assert all(np.array_equal(plain[name], refined[name]) for name in plain)
 
 
-@pytest.mark.parametrize(("most", "passes"), [(8, 1), (44, 2), (1024, 4)])
-def test_many_texts_are_gone_through_less_often(stories, tmp_path, monkeypatch, most, passes):
-    steps = {}
-
-    class Counting(Silent):
-        @contextmanager
-        def task(self, label, total=None):
-            yield lambda amount, note="": steps.update({label: steps.get(label, 0) + amount})
-            assert total in (None, steps.get(label, total))
-
-    monkeypatch.setattr(refine, "TRAINED_TEXTS", most)
-    recipe = Recipe(**PLAIN, refine=True)
-    convert(stories, tmp_path / "refined", recipe=recipe, progress=Counting())
-    assert steps["Refining"] == 4 * passes + 2  # 15 texts in batches of 4; one held out, twice
+def test_four_times_as_many_other_texts_are_trained_on(stories, tmp_path, monkeypatch):
+    asked, trained = [], []
+    find, train = pipeline.calibration_tokens, pipeline.refine
+    monkeypatch.setattr(
+        pipeline, "calibration_tokens", lambda *args: asked.append(find(*args)) or asked[-1]
+    )
+    monkeypatch.setattr(
+        pipeline, "refine", lambda *args, **kw: trained.append(args[2]) or train(*args, **kw)
+    )
+    recipe = Recipe(**{**PLAIN, "method": "imatrix"}, refine=True)
+    convert(stories, tmp_path / "refined", recipe=recipe)
+    calibrated, others = (set(map(bytes, tokens)) for tokens in (asked[0], trained[0]))
+    assert (len(asked[0]), len(trained[0])) == (16, 64)
+    assert len(others) > 60 and not calibrated & others
 
 
 def test_a_kill_while_refining_costs_the_refinement_only(stories, tmp_path, monkeypatch):
@@ -178,7 +175,7 @@ def test_recipes_that_cannot_be_refined(settings, message):
 
 
 def test_few_texts_are_refused(stories, tmp_path):
-    few = Calibration(num_samples=4, sequence_length=32)
+    few = Calibration(num_samples=1, sequence_length=32)
     with pytest.raises(RecipeError, match="8 texts or more"):
         convert(
             stories, tmp_path / "x", recipe=Recipe(**{**PLAIN, "calibration": few}, refine=True)

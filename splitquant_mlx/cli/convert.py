@@ -85,7 +85,8 @@ def convert(
         ),
     ] = None,
     num_samples: Annotated[
-        int | None, typer.Option(help="Texts to calibrate on (default 256).")
+        int | None,
+        typer.Option(help="Texts to calibrate on (default 256); --refine has four times as many."),
     ] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens of each of them (default 128).")
