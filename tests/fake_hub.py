@@ -112,6 +112,8 @@ class FakeHub:
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", file_url)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        # There hf_xet notes what it sent where; an earlier hub may have had this one's port.
+        monkeypatch.setenv("HF_XET_CACHE", str(cache / "xet"))
         # Some releases ask for a list of agents first, once a process, and keep it in HF_HOME.
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
         yield
