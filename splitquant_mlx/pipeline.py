@@ -22,7 +22,7 @@ from splitquant_mlx.patch import replace_tensors
 from splitquant_mlx.plan import Plan, make_plan, parameter_names
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.recipe import Calibration, Recipe
-from splitquant_mlx.refine import Refined, refine, training_texts
+from splitquant_mlx.refine import refine, training_texts
 from splitquant_mlx.resume import Ledger, conversion_key, open_journal
 from splitquant_mlx.save import copy_companions, hash_files, require_space, write_config
 from splitquant_mlx.shards import MAX_SHARD_BYTES, ShardWriter
@@ -83,7 +83,12 @@ def convert(
                     on_forecast(forecast)
                 chosen = forecast.recipe
             plan = make_plan(chosen, checkpoint.model, checkpoint.config.get("vocab_size"))
-            tokens = _tokens(opened, plan, progress)
+            calibration = chosen.calibration or Calibration()
+            tokens = training = None
+            if any(layer.fit != "rtn" for layer in plan.layers.values()):
+                tokens = calibration_tokens(opened, calibration, progress)
+            if chosen.refine:
+                training = calibration_tokens(opened, training_texts(calibration), progress)
             key = conversion_key(
                 settings={
                     "recipe": chosen.to_dict(),
@@ -110,9 +115,11 @@ def convert(
             check_unchanged(checkpoint)
             write_config(checkpoint.config, records, staging / MODEL)
             hashes, refinement = writer.hashes, {}
-            if chosen.refine:
+            if training is not None:
                 with ledger.timed("refine"):
-                    refined = _refine(staging / MODEL, opened, chosen, progress)
+                    quantized, original = load_model(staging / MODEL), opened.load()
+                    seed = calibration.seed
+                    refined = refine(quantized, original, training, seed=seed, progress=progress)
                     hashes |= replace_tensors(staging / MODEL, refined.tensors)
                 refinement = {"before": refined.before, "after": refined.after}
             manifest = Manifest(
@@ -135,13 +142,6 @@ def convert(
     return manifest
 
 
-def _tokens(opened: Opened, plan: Plan, progress: Progress) -> np.ndarray | None:
-    """Return the tokens to calibrate on; None where no planned layer asks for it."""
-    if all(layer.fit == "rtn" for layer in plan.layers.values()):
-        return None
-    return calibration_tokens(opened, plan.recipe.calibration or Calibration(), progress)
-
-
 def _moments(directory: Path, plan: Plan, tokens: np.ndarray | None) -> Moments | None:
     """Prepare to measure what the planned layers are fed; None where none asks for it."""
     paths = [path for path, layer in plan.layers.items() if layer.fit != "rtn"]
@@ -149,14 +149,6 @@ def _moments(directory: Path, plan: Plan, tokens: np.ndarray | None) -> Moments 
         return None
     moment = gram if plan.recipe.method == "gptq" else mean_square
     return Moments(load_model(directory, lazy=True), tokens, paths, moment)
-
-
-def _refine(model: Path, original: Opened, recipe: Recipe, progress: Progress) -> Refined:
-    """Refine the model of a directory against the one it was made of."""
-    calibration = recipe.calibration or Calibration()
-    tokens = calibration_tokens(original, training_texts(calibration), progress)
-    seed = calibration.seed
-    return refine(load_model(model), original.load(), tokens, seed=seed, progress=progress)
 
 
 def _linear_bits_per_weight(records: list[LayerRecord]) -> float:

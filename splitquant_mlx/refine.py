@@ -19,14 +19,12 @@ On SmolLM2-135M, auto at 3.5, 4.5 and 5.5 bits/weight, what is left of the diver
 So other texts help more than further passes; at 5.5 bits, too, 2e-3 leaves 0.96 on WikiText-2.
 Batches of 16 texts, there, leave 0.87 and 0.97 after a quarter of the steps. Worse were, at 3 bits
 and on fewer texts, half the learning rate with the norms trained as well, a seventh of the tokens
-replaced at random, and codes trained with straight-through gradients.
-On a CPU, two threads with a stream each are no faster than one: their operations wait for each
-other.
+replaced at random, and codes trained with straight-through gradients. On a CPU, two threads with a
+stream each are no faster than one: their operations wait for each other.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -65,7 +63,7 @@ class Refined:
 def training_texts(calibration: Calibration) -> Calibration:
     """Return the settings of the texts to train on: more, and others, than to calibrate on."""
     texts = TEXTS_PER_SAMPLE * calibration.num_samples
-    return dataclasses.replace(calibration, num_samples=texts, seed=calibration.seed + 1)
+    return replace(calibration, num_samples=texts, seed=calibration.seed + 1)
 
 
 def refine(
