@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 
 from splitquant_mlx.report import load_report, markdown
-from splitquant_mlx.results import load_results
+from splitquant_mlx.study.results import load_results
 
 DOCS = Path(__file__).resolve().parent
 INTRODUCTION = """\

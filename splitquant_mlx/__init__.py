@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from splitquant_mlx._version import __version__
 
 if TYPE_CHECKING:
-    from splitquant_mlx.affine import Quantized, dequantize, quantize, quantize_parts
+    from splitquant_mlx.quantization.affine import Quantized, dequantize, quantize, quantize_parts
     from splitquant_mlx.errors import (
         CheckpointError,
         RecipeError,
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
         TargetError,
         VersionError,
     )
-    from splitquant_mlx.kmeans import Clustering
-    from splitquant_mlx.layers import (
+    from splitquant_mlx.quantization.kmeans import Clustering
+    from splitquant_mlx.nn.split_layers import (
         QuantizedSplitConv,
         SplitConv,
         SplitLinear,
         quantize_split_layers,
         split_model,
     )
-    from splitquant_mlx.loader import load
-    from splitquant_mlx.manifest import LayerRecord, Manifest, load_manifest
-    from splitquant_mlx.model_file import QuantizedSplitLinear
-    from splitquant_mlx.parts import cluster_weight, split
-    from splitquant_mlx.pipeline import convert
+    from splitquant_mlx.models.loader import load
+    from splitquant_mlx.formats.manifest import LayerRecord, Manifest, load_manifest
+    from splitquant_mlx.nn.model_file import QuantizedSplitLinear
+    from splitquant_mlx.quantization.split import cluster_weight, split
+    from splitquant_mlx.conversion.pipeline import convert
     from splitquant_mlx.recipe import Recipe, load_recipe
 
 __all__ = [
@@ -68,7 +68,7 @@ __all__ = [
 
 # Imported on first use: --help answers without mlx, and OpenBLAS can be loaded before mlx is.
 _MODULES = {
-    "affine": ("Quantized", "dequantize", "quantize", "quantize_parts"),
+    "quantization.affine": ("Quantized", "dequantize", "quantize", "quantize_parts"),
     "errors": (
         "CheckpointError",
         "RecipeError",
@@ -77,19 +77,19 @@ _MODULES = {
         "TargetError",
         "VersionError",
     ),
-    "kmeans": ("Clustering",),
-    "layers": (
+    "quantization.kmeans": ("Clustering",),
+    "nn.split_layers": (
         "QuantizedSplitConv",
         "SplitConv",
         "SplitLinear",
         "quantize_split_layers",
         "split_model",
     ),
-    "loader": ("load",),
-    "manifest": ("LayerRecord", "Manifest", "load_manifest"),
-    "model_file": ("QuantizedSplitLinear",),
-    "parts": ("cluster_weight", "split"),
-    "pipeline": ("convert",),
+    "models.loader": ("load",),
+    "formats.manifest": ("LayerRecord", "Manifest", "load_manifest"),
+    "nn.model_file": ("QuantizedSplitLinear",),
+    "quantization.split": ("cluster_weight", "split"),
+    "conversion.pipeline": ("convert",),
     "recipe": ("Recipe", "load_recipe"),
 }
 

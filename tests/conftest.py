@@ -14,7 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, "1")
 
-from splitquant_mlx import blas
+from splitquant_mlx.runtime import blas
 
 blas.preload()
 
@@ -87,7 +87,7 @@ def split_32(stories, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Return SmolLM2-135M-Instruct as a GGUF file, downloaded once."""
-    from splitquant_mlx.demo_model import fetch_demo_model
+    from splitquant_mlx.demo.model import fetch_demo_model
 
     path = fetch_demo_model().path
     if path.suffix != ".gguf":

@@ -30,7 +30,9 @@ import mutate
 import tiny
 from children import CONTROL, LIMIT_S, Defect, Result, campaign
 
-from splitquant_mlx import Recipe, SplitQuantError, blas, gguf_tokenizer
+from splitquant_mlx import Recipe, SplitQuantError
+from splitquant_mlx.runtime import blas
+from splitquant_mlx.formats import gguf_tokenizer
 
 MAX_MESSAGE = 2000
 SECRET = "the-secret-outside"
@@ -172,8 +174,8 @@ def rearrange(rng: Random, model: Path, linked: Path) -> None:
 def use(rng: Random, parser: str, base: str, model: Path, room: Path) -> str:
     """Do one of the things a user does with a model; return the outcome."""
     from splitquant_mlx import convert, load, load_recipe
-    from splitquant_mlx.chat import encode
-    from splitquant_mlx.inspection import inspect_model, layer_histogram
+    from splitquant_mlx.inference.chat import encode
+    from splitquant_mlx.inspection.layers import inspect_model, layer_histogram
 
     recipe = load_recipe(model / "../recipe.toml") if parser == "recipe" else Recipe()
     actions = [

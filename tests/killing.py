@@ -22,9 +22,11 @@ import mlx.core as mx
 import mlx_lm.models.llama
 import mlx_lm.utils  # noqa: F401  all that a conversion imports is to be imported before the fork
 
-from splitquant_mlx import TargetError, convert, gguf_import, gguf_tokenizer  # noqa: F401
-from splitquant_mlx.journal import Journal
-from splitquant_mlx.shards import ShardWriter
+from splitquant_mlx import TargetError, convert
+from splitquant_mlx.formats import gguf_import
+from splitquant_mlx.formats import gguf_tokenizer
+from splitquant_mlx.runtime.journal import Journal
+from splitquant_mlx.formats.shard_writer import ShardWriter
 
 EVENTS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "fcntl.flock")
 SHARD_BYTES = 16_000

@@ -2,7 +2,7 @@
 
 import random
 
-from splitquant_mlx.results import Claim, Paper, Result, StudyRecord, save, save_study
+from splitquant_mlx.study.results import Claim, Paper, Result, StudyRecord, save, save_study
 
 QUESTIONS = 240
 # name, method, bits, granularity, clusters, linear bits/weight, KL, share of right answers

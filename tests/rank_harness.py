@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from splitquant_mlx import blas
+from splitquant_mlx.runtime import blas
 
 blas.preload()
 
@@ -15,9 +15,10 @@ mx.set_default_device(mx.Device(mx.cpu))
 from lm_eval.api.instance import Instance  # noqa: E402
 from local_harness import arc_task, responses  # noqa: E402
 
-from splitquant_mlx import distributed, load  # noqa: E402
-from splitquant_mlx.evaluate.harness import SplitQuantLM, run_task  # noqa: E402
-from splitquant_mlx.evaluate.questions import load_questions  # noqa: E402
+from splitquant_mlx import load
+from splitquant_mlx.runtime import ranks as distributed
+from splitquant_mlx.evaluation.harness import SplitQuantLM, run_task  # noqa: E402
+from splitquant_mlx.data.questions import load_questions  # noqa: E402
 
 
 def work(model, questions, group):

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from splitquant_mlx import blas
+from splitquant_mlx.runtime import blas
 
 blas.preload()
 
@@ -19,11 +19,11 @@ mx.set_default_device(mx.Device(mx.cpu))
 from mlx_lm.generate import generation_stream, stream_generate  # noqa: E402  after the device
 from mlx_lm.utils import sharded_load  # noqa: E402
 
-from splitquant_mlx import distributed  # noqa: E402
-from splitquant_mlx.chat import Decoding  # noqa: E402
+from splitquant_mlx.runtime import ranks as distributed
+from splitquant_mlx.inference.chat import Decoding  # noqa: E402
 from splitquant_mlx.errors import RecipeError, SplitQuantError  # noqa: E402
-from splitquant_mlx.evaluation import Task, evaluate  # noqa: E402
-from splitquant_mlx.loader import load, load_model  # noqa: E402
+from splitquant_mlx.evaluation.task import Task, evaluate  # noqa: E402
+from splitquant_mlx.models.loader import load, load_model  # noqa: E402
 
 PROMPT = [3, 5, 8, 13, 21, 34, 55, 89]
 

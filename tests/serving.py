@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from splitquant_mlx.openai_request import Limits
-from splitquant_mlx.serve import serve
+from splitquant_mlx.inference.request import Limits
+from splitquant_mlx.inference.server import serve
 
 COMMAND = [sys.executable, "-m", "splitquant_mlx", "serve", "--device", "cpu", "--port", "0"]
 STORY = "Once upon a time"

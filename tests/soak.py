@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from splitquant_mlx import blas
+from splitquant_mlx.runtime import blas
 
 blas.preload()
 
@@ -30,15 +30,15 @@ import mlx.core as mx  # noqa: E402  after OpenBLAS
 import tiny  # noqa: E402  imports mlx
 
 from splitquant_mlx import Recipe, convert  # noqa: E402
-from splitquant_mlx.chat import Conversation, Decoder, Decoding  # noqa: E402
-from splitquant_mlx.environment import describe_machine, versions  # noqa: E402
-from splitquant_mlx.evaluate.arc import evaluate_arc  # noqa: E402
-from splitquant_mlx.evaluate.divergence import measure_divergence  # noqa: E402
-from splitquant_mlx.evaluate.opened import Opened  # noqa: E402
-from splitquant_mlx.evaluate.perplexity import measure_perplexity  # noqa: E402
-from splitquant_mlx.evaluate.questions import Question  # noqa: E402
-from splitquant_mlx.evaluate.reference import open_reference  # noqa: E402
-from splitquant_mlx.loader import load  # noqa: E402
+from splitquant_mlx.inference.chat import Conversation, Decoder, Decoding  # noqa: E402
+from splitquant_mlx.runtime.environment import describe_machine, versions  # noqa: E402
+from splitquant_mlx.evaluation.arc import evaluate_arc  # noqa: E402
+from splitquant_mlx.evaluation.divergence import measure_divergence  # noqa: E402
+from splitquant_mlx.models.lazy import Opened  # noqa: E402
+from splitquant_mlx.evaluation.perplexity import measure_perplexity  # noqa: E402
+from splitquant_mlx.data.questions import Question  # noqa: E402
+from splitquant_mlx.evaluation.reference import open_reference  # noqa: E402
+from splitquant_mlx.models.loader import load  # noqa: E402
 
 ARCHITECTURES = ("llama", "qwen3", "gemma2")
 RECIPES = (Recipe(), Recipe(method="rtn"), Recipe(bits=3, clusters=2, granularity="channel"))

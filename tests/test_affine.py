@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitquant_mlx import RecipeError, dequantize, quantize, quantize_parts, split
-from splitquant_mlx.affine import pack
+from splitquant_mlx.quantization.affine import pack
 
 BITS = (2, 3, 4, 5, 6, 8)
 

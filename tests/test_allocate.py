@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitquant_mlx import RecipeError
-from splitquant_mlx.allocate import allocate
+from splitquant_mlx.quantization.allocate import allocate
 
 
 def problem(seed, items=5, options=4):

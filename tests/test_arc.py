@@ -13,9 +13,9 @@ from local_harness import PlainLM, answers, arc_task, responses
 
 from splitquant_mlx import CheckpointError, RecipeError, load
 from splitquant_mlx.evaluate import arc, protocols
-from splitquant_mlx.evaluate.arc import evaluate_arc
-from splitquant_mlx.evaluate.protocols import draw_shots, encode_question
-from splitquant_mlx.evaluate.questions import Question, load_questions
+from splitquant_mlx.evaluation.arc import evaluate_arc
+from splitquant_mlx.evaluation.protocols import draw_shots, encode_question
+from splitquant_mlx.data.questions import Question, load_questions
 
 CHATML = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>"
@@ -289,7 +289,7 @@ def test_refusals(options, expected, small):
 
 @pytest.mark.slow
 def test_a_real_model_knows_something(smollm2, data):
-    from splitquant_mlx.evaluate.scoring import for_scoring
+    from splitquant_mlx.evaluation.scoring import for_scoring
 
     model, tokenizer = load(smollm2)
     questions = load_questions(data / "arc" / "ARC-Easy-validation.jsonl")[:120]

@@ -3,8 +3,8 @@
 import pytest
 
 from splitquant_mlx import Recipe
-from splitquant_mlx.auto import choose_bits
-from splitquant_mlx.evaluate.opened import Opened
+from splitquant_mlx.conversion.bits import choose_bits
+from splitquant_mlx.models.lazy import Opened
 from splitquant_mlx.progress import Silent
 from splitquant_mlx.recipe import Calibration
 
@@ -24,7 +24,7 @@ def cache(tmp_path, monkeypatch):
 def test_targets_are_kept_and_what_was_measured_is_kept_for_the_next(stories, cache, monkeypatch):
     small = choose_bits(Opened(stories), auto(target_bpw=4.5), Silent())
     assert small.bits_per_weight <= 4.5
-    monkeypatch.setattr("splitquant_mlx.auto.predict_divergence", None)
+    monkeypatch.setattr("splitquant_mlx.conversion.bits.predict_divergence", None)
     large = choose_bits(Opened(stories), auto(target_bpw=6.5), Silent())
     assert 4.5 < large.bits_per_weight <= 6.5
     lost = [sum(found.divergence.values()) for found in (small, large)]

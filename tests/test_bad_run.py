@@ -19,7 +19,7 @@ from splitquant_mlx.cli import run
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO], ids=errno.errorcode.get)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_write_that_fails(refusal, tmp_path, monkeypatch, number, overwrite):
-    from splitquant_mlx.shards import ShardWriter
+    from splitquant_mlx.formats.shard_writer import ShardWriter
 
     add, count = ShardWriter.add, []
 
@@ -40,7 +40,7 @@ def test_write_that_fails(refusal, tmp_path, monkeypatch, number, overwrite):
 
 
 def test_too_little_space_is_found_before_the_work(refusal, tmp_path, monkeypatch):
-    from splitquant_mlx import save
+    from splitquant_mlx.conversion import save
 
     class Usage:
         free = 1000
@@ -175,7 +175,7 @@ def test_names_cannot_drive_the_terminal(refusal, tmp_path):
 SLOW = """
 import sys, time
 from splitquant_mlx.cli import run
-from splitquant_mlx import worker
+from splitquant_mlx.conversion import worker
 read = worker.Worker._read
 def slow_read(self, name):
     w = read(self, name)

@@ -149,7 +149,7 @@ def test_target_may_lie_in_the_source(tmp_path):
 
 
 def test_target_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
-    from splitquant_mlx import pipeline
+    from splitquant_mlx.conversion import pipeline
 
     source, target = tiny.write_checkpoint(tmp_path / "source"), tmp_path / "target"
     write_config = pipeline.write_config

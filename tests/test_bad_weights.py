@@ -121,7 +121,7 @@ def empty(file):
 
 @pytest.mark.parametrize("change", [vanish, shrink, empty])
 def test_source_that_changes_after_the_headers_were_read(refusal, tmp_path, monkeypatch, change):
-    from splitquant_mlx import checkpoint
+    from splitquant_mlx.models import checkpoint
 
     source = tiny.write_checkpoint(tmp_path / "source")
     file = source / "model.safetensors"
@@ -136,7 +136,7 @@ def test_source_that_changes_after_the_headers_were_read(refusal, tmp_path, monk
 
 
 def test_source_that_shrinks_after_it_was_opened(refusal, tmp_path, monkeypatch):
-    from splitquant_mlx import pipeline
+    from splitquant_mlx.conversion import pipeline
 
     source = tiny.write_checkpoint(tmp_path / "source")
     file = source / "model.safetensors"

@@ -16,8 +16,8 @@ from splitquant_mlx.bench.clustering import bench_kmeans
 from splitquant_mlx.bench.conversion import PUBLISHED, YARDSTICK, bench_convert, run_conversion
 from splitquant_mlx.bench.memory import bench_memory
 from splitquant_mlx.bench.programs import OURS, Run, run_program, spread
-from splitquant_mlx.manifest import load_manifest
-from splitquant_mlx.random_checkpoint import SHAPES, write_random_checkpoint
+from splitquant_mlx.formats.manifest import load_manifest
+from splitquant_mlx.bench.random_checkpoint import SHAPES, write_random_checkpoint
 
 TINY = SHAPES["tiny"]
 

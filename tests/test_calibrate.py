@@ -9,15 +9,15 @@ from mlx.utils import tree_unflatten
 from tokenizers import processors
 
 from splitquant_mlx import RecipeError, dequantize, load
-from splitquant_mlx.calibrate.moments import Moments, gram, mean_square
-from splitquant_mlx.calibrate.sensitivity import predict_divergence
-from splitquant_mlx.calibrate.text import beginnings, sample_tokens
-from splitquant_mlx.calibrate.tokens import calibration_tokens
-from splitquant_mlx.checkpoint import parameters
-from splitquant_mlx.evaluate.divergence import divergence, log_probabilities
-from splitquant_mlx.evaluate.opened import Opened
-from splitquant_mlx.fit import quantize_weighted
-from splitquant_mlx.gptq import quantize_compensated
+from splitquant_mlx.calibration.statistics import Moments, gram, mean_square
+from splitquant_mlx.calibration.sensitivity import predict_divergence
+from splitquant_mlx.calibration.self_text import beginnings, sample_tokens
+from splitquant_mlx.calibration.tokens import calibration_tokens
+from splitquant_mlx.models.checkpoint import parameters
+from splitquant_mlx.evaluation.divergence import divergence, log_probabilities
+from splitquant_mlx.models.lazy import Opened
+from splitquant_mlx.quantization.imatrix import quantize_weighted
+from splitquant_mlx.quantization.gptq import quantize_compensated
 from splitquant_mlx.progress import Silent
 from splitquant_mlx.recipe import Calibration
 
@@ -133,7 +133,7 @@ def test_text_is_written_once(stories, tmp_path, monkeypatch):
     monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path))
     settings = Calibration(num_samples=3, sequence_length=16)
     first = calibration_tokens(Opened(stories), settings, Silent())
-    monkeypatch.setattr("splitquant_mlx.calibrate.tokens.sample_tokens", None)
+    monkeypatch.setattr("splitquant_mlx.calibration.tokens.sample_tokens", None)
     np.testing.assert_array_equal(calibration_tokens(Opened(stories), settings, Silent()), first)
     (kept,) = (tmp_path / "calibration").iterdir()
     kept.write_bytes(b"damaged")

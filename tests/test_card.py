@@ -11,14 +11,14 @@ import yaml
 from fake_hub import COMMIT
 
 from splitquant_mlx import Recipe, SplitQuantError, convert
-from splitquant_mlx.checkpoint import read_headers
+from splitquant_mlx.models.checkpoint import read_headers
 from splitquant_mlx.progress import Silent
 from splitquant_mlx.publish.card import is_own, make_card
 from splitquant_mlx.publish.files import check_converted
 from splitquant_mlx.publish.measurements import find_measurements
 from splitquant_mlx.publish.upload import prepare_upload
 from splitquant_mlx.recipe import Calibration
-from splitquant_mlx.source import Source
+from splitquant_mlx.models.source import Source
 
 README = """---
 license: llama3.2

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import mlx.core as mx
 import pytest
 
-from splitquant_mlx.chat import Conversation, Decoder, Decoding, encode
+from splitquant_mlx.inference.chat import Conversation, Decoder, Decoding, encode
 from splitquant_mlx.cli import run
 from splitquant_mlx.cli.console import printable
 from splitquant_mlx.errors import CheckpointError, RecipeError
-from splitquant_mlx.loader import load
+from splitquant_mlx.models.loader import load
 
 COMMAND = [sys.executable, "-m", "splitquant_mlx", "chat", "--device", "cpu"]
 STORY = "Once upon a time"

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitquant_mlx import dequantize
-from splitquant_mlx.affine import code_parts
-from splitquant_mlx.coding import BLOCK, code_split
-from splitquant_mlx.parts import cluster_weight, parts_of
+from splitquant_mlx.quantization.affine import code_parts
+from splitquant_mlx.quantization.split_cpu import BLOCK, code_split
+from splitquant_mlx.quantization.split import cluster_weight, parts_of
 
 
 def check(w, clusters, bits, group_size):

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from splitquant_mlx import cli
-from splitquant_mlx.doctor import Check, self_check
+from splitquant_mlx.inspection.doctor import Check, self_check
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_doctor_reports_and_passes(command):
 
 
 def test_doctor_fails_when_a_device_computes_wrongly(capsys, monkeypatch):
-    from splitquant_mlx import doctor
+    from splitquant_mlx.inspection import doctor
 
     monkeypatch.setattr(doctor, "self_check", lambda: [Check(name="x", difference=1, limit=0.1)])
     assert cli.run(["doctor"]) == 2

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from splitquant_mlx import VersionError, compatibility, convert, load
+from splitquant_mlx import VersionError, convert, load
+from splitquant_mlx.runtime import compatibility
 from splitquant_mlx.cli import run
-from splitquant_mlx.compatibility import NAMES, OLDEST, check_names, check_versions
+from splitquant_mlx.runtime.compatibility import NAMES, OLDEST, check_names, check_versions
 
 try:
     import tomllib

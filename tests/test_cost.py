@@ -23,8 +23,8 @@ from splitquant_mlx.bench.cost import (
     summarize_fit,
 )
 from splitquant_mlx.bench.programs import Run
-from splitquant_mlx.manifest import load_manifest
-from splitquant_mlx.random_checkpoint import SHAPES, write_random_checkpoint
+from splitquant_mlx.formats.manifest import load_manifest
+from splitquant_mlx.bench.random_checkpoint import SHAPES, write_random_checkpoint
 
 TINY = SHAPES["tiny"]
 ODD = dataclasses.replace(TINY, hidden_size=192, intermediate_size=224, tie_word_embeddings=True)

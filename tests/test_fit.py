@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitquant_mlx import Quantized, dequantize, split
-from splitquant_mlx.affine import code_parts, round_scales
-from splitquant_mlx.fit import code_parts_weighted, quantize_weighted
+from splitquant_mlx.quantization.affine import code_parts, round_scales
+from splitquant_mlx.quantization.imatrix import code_parts_weighted, quantize_weighted
 
 DTYPES = [mx.float16, mx.bfloat16, mx.float32]
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from splitquant_mlx.cli import run
-from splitquant_mlx.loader import load
+from splitquant_mlx.models.loader import load
 
 STORY = "Once upon a time"
 TEMPLATE = (

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitquant_mlx.errors import CheckpointError, SourceError
-from splitquant_mlx.gguf import DEFAULT_ALIGNMENT, TYPES, open_gguf, read_tensor
+from splitquant_mlx.formats.gguf import DEFAULT_ALIGNMENT, TYPES, open_gguf, read_tensor
 
 U32, F32_VALUE, STRING, ARRAY = 4, 6, 8, 9
 F32, Q8_0, Q6_K = 0, 8, 14

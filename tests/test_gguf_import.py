@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitquant_mlx.errors import CheckpointError, SourceError
-from splitquant_mlx.gguf import open_gguf, read_tensor
-from splitquant_mlx.gguf_import import import_gguf
-from splitquant_mlx.source_card import read_source_card
+from splitquant_mlx.formats.gguf import open_gguf, read_tensor
+from splitquant_mlx.formats.gguf_import import import_gguf
+from splitquant_mlx.formats.model_card import read_source_card
 
 gguf = pytest.importorskip("gguf")
 

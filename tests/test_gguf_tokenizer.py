@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from splitquant_mlx.errors import CheckpointError
-from splitquant_mlx.gguf_tokenizer import build_tokenizer, write_tokenizer
+from splitquant_mlx.formats.gguf_tokenizer import build_tokenizer, write_tokenizer
 
 STORIES = Path(__file__).resolve().parents[2] / "shared" / "data" / "models" / "stories260K"
 TEXTS = [

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitquant_mlx import Quantized, dequantize
-from splitquant_mlx.fit import quantize_weighted
-from splitquant_mlx.gptq import compensate, cost, quantize_compensated, regularized
+from splitquant_mlx.quantization.imatrix import quantize_weighted
+from splitquant_mlx.quantization.gptq import compensate, cost, quantize_compensated, regularized
 
 
 def problem(seed, out=24, channels=128, tokens=400, rank=12):

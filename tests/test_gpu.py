@@ -4,9 +4,9 @@ import mlx.core as mx
 import pytest
 
 from splitquant_mlx import Recipe, convert
-from splitquant_mlx.doctor import self_check
-from splitquant_mlx.evaluate.divergence import divergence, log_probabilities
-from splitquant_mlx.loader import load_model
+from splitquant_mlx.inspection.doctor import self_check
+from splitquant_mlx.evaluation.divergence import divergence, log_probabilities
+from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.recipe import Calibration
 
 METHODS = (

@@ -10,8 +10,8 @@ from lm_eval.api.instance import Instance
 from local_harness import PlainLM, answers, arc_task, responses
 
 from splitquant_mlx import RecipeError, load
-from splitquant_mlx.evaluate.harness import SplitQuantLM, run_task
-from splitquant_mlx.evaluate.questions import load_questions
+from splitquant_mlx.evaluation.harness import SplitQuantLM, run_task
+from splitquant_mlx.data.questions import load_questions
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +182,6 @@ def test_without_lm_evaluation_harness(monkeypatch):
         return original(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    monkeypatch.delitem(sys.modules, "splitquant_mlx.evaluate.harness")
+    monkeypatch.delitem(sys.modules, "splitquant_mlx.evaluation.harness")
     with pytest.raises(RecipeError, match=r'pip install "splitquant-mlx\[lm-eval\]"'):
-        importlib.import_module("splitquant_mlx.evaluate.harness")
+        importlib.import_module("splitquant_mlx.evaluation.harness")

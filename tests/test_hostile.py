@@ -12,11 +12,11 @@ from damage import UP, edit_config, tensor, write
 from fake_hub import COMMIT, FakeHub
 
 from splitquant_mlx import CheckpointError, convert, load
-from splitquant_mlx.chat import encode
+from splitquant_mlx.inference.chat import encode
 from splitquant_mlx.cli import run
-from splitquant_mlx.gguf_tokenizer import build_tokenizer
-from splitquant_mlx.inspection import inspect_model, layer_histogram
-from splitquant_mlx.source import cached
+from splitquant_mlx.formats.gguf_tokenizer import build_tokenizer
+from splitquant_mlx.inspection.layers import inspect_model, layer_histogram
+from splitquant_mlx.models.source import cached
 
 ESCAPE = "\x1b]0;owned\x07"
 MESSAGES = [{"role": "user", "content": "w3 w4"}]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitquant_mlx.errors import TargetError
-from splitquant_mlx.journal import Journal
+from splitquant_mlx.runtime.journal import Journal
 
 KEY = {"model": "a", "versions": ["1", "2"], "shots": 0}
 RECORDS = [{"id": "é\n\u2028", "values": [-1.5, float("-inf")]}, {"id": "b", "values": []}]
@@ -67,7 +67,7 @@ def test_a_damaged_line_ends_what_is_read(tmp_path, torn):
 def test_a_killed_process_loses_nothing_that_it_finished(tmp_path):
     code = (
         "import os, sys; from pathlib import Path\n"
-        "from splitquant_mlx.journal import Journal\n"
+        "from splitquant_mlx.runtime.journal import Journal\n"
         "journal = Journal(Path(sys.argv[1]), {'model': 'a'})\n"
         "for i in range(3): journal.append({'id': i})\n"
         "os.kill(os.getpid(), 9)\n"

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from splitquant_mlx import histogram
-from splitquant_mlx.kmeans import Clustering, _cluster, cluster, cluster_sklearn
+from splitquant_mlx.quantization import histogram
+from splitquant_mlx.quantization.kmeans import Clustering, _cluster, cluster, cluster_sklearn
 
 ENDLESS = 1 << 62
 

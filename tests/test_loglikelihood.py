@@ -12,8 +12,8 @@ from numpy_llama import NumpyLlama
 
 from splitquant_mlx import RecipeError, load
 from splitquant_mlx.evaluate import scoring
-from splitquant_mlx.evaluate.loglikelihood import context_length, fit, score
-from splitquant_mlx.loader import load_model
+from splitquant_mlx.evaluation.loglikelihood import context_length, fit, score
+from splitquant_mlx.models.loader import load_model
 
 TOLERANCE = 1e-5  # nats a token: float32 sums in another order
 DENSE = ("llama", "qwen3", "gemma")

@@ -9,13 +9,14 @@ import pytest
 import tiny
 from test_card import card
 
-from splitquant_mlx import Recipe, SplitQuantError, convert, runner
+from splitquant_mlx import Recipe, SplitQuantError, convert
+from splitquant_mlx.study import runner
 from splitquant_mlx.cli import run
 from splitquant_mlx.progress import Silent
 from splitquant_mlx.publish.files import check_converted
 from splitquant_mlx.publish.measurements import find_measurements
-from splitquant_mlx.runner import run_study
-from splitquant_mlx.study import load_study
+from splitquant_mlx.study.runner import run_study
+from splitquant_mlx.study.spec import load_study
 
 STUDY = """
 model = "{model}"

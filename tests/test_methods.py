@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from splitquant_mlx import Recipe, convert, load
-from splitquant_mlx.evaluate.divergence import divergence, log_probabilities
+from splitquant_mlx.evaluation.divergence import divergence, log_probabilities
 from splitquant_mlx.recipe import Calibration
 
 CALIBRATION = Calibration(num_samples=32, sequence_length=64)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from splitquant_mlx import RecipeError
-from splitquant_mlx.evaluate.paired import compare
+from splitquant_mlx.evaluation.paired import compare
 
 answers = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=300)
 

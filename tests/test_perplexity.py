@@ -12,9 +12,9 @@ from numpy_llama import NumpyLlama, window_nlls
 from splitquant_mlx import Recipe, RecipeError, convert, load
 from splitquant_mlx.evaluate import perplexity as module
 from splitquant_mlx.evaluate import scoring
-from splitquant_mlx.evaluate.perplexity import measure_perplexity
-from splitquant_mlx.evaluate.text import encode
-from splitquant_mlx.loader import load_model
+from splitquant_mlx.evaluation.perplexity import measure_perplexity
+from splitquant_mlx.data.text import encode
+from splitquant_mlx.models.loader import load_model
 
 TOLERANCE = 1e-4
 STRIDES = [(64, None), (64, 32), (64, 1), (50, 33), (128, 128)]

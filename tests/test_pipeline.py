@@ -8,20 +8,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from splitquant_mlx import (
-    QuantizedSplitLinear,
-    Recipe,
-    RecipeError,
-    TargetError,
-    convert,
-    load,
-    load_manifest,
-    split_model,
-    weight,
-)
-from splitquant_mlx.evaluate.divergence import divergence, log_probabilities
-from splitquant_mlx.evaluate.scoring import dense_weight, dequantized
-from splitquant_mlx.loader import load_model
+from splitquant_mlx import QuantizedSplitLinear, Recipe, RecipeError, TargetError, convert, load, load_manifest, split_model
+from splitquant_mlx.conversion import weight
+from splitquant_mlx.evaluation.divergence import divergence, log_probabilities
+from splitquant_mlx.evaluation.scoring import dense_weight, dequantized
+from splitquant_mlx.models.loader import load_model
 
 TEXT = "Once upon a time there was a little girl who loved to play in the park with her dog."
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from splitquant_mlx import RecipeError, SourceError
-from splitquant_mlx.evaluate.questions import Question, fetch_questions, load_questions
+from splitquant_mlx.data.questions import Question, fetch_questions, load_questions
 
 ROW = {
     "id": "Mercury_1",

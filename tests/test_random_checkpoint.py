@@ -7,8 +7,8 @@ import mlx.core as mx
 import pytest
 
 from splitquant_mlx import RecipeError, cli, load
-from splitquant_mlx.checkpoint import open_checkpoint
-from splitquant_mlx.random_checkpoint import SHAPES, Shape, write_random_checkpoint
+from splitquant_mlx.models.checkpoint import open_checkpoint
+from splitquant_mlx.bench.random_checkpoint import SHAPES, Shape, write_random_checkpoint
 
 TINY = SHAPES["tiny"]
 

@@ -15,7 +15,7 @@ from splitquant_mlx.bench import clustering
 from splitquant_mlx.bench.clustering import bench_kmeans
 from splitquant_mlx.bench.programs import Run
 from splitquant_mlx.cli import run
-from splitquant_mlx.manifest import load_manifest
+from splitquant_mlx.formats.manifest import load_manifest
 
 PROGRAM = (sys.executable, "-m", "splitquant_mlx")
 ROOT = Path(__file__).resolve().parents[1]

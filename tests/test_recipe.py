@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from splitquant_mlx import Recipe, RecipeError, load_recipe
 from splitquant_mlx.recipe import BITS, GRANULARITIES, GROUP_SIZES, Calibration
-from splitquant_mlx.study import load_study
+from splitquant_mlx.study.spec import load_study
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 PATTERNS = st.lists(st.text(max_size=8), max_size=3).map(tuple)

@@ -7,12 +7,15 @@ import pytest
 from safetensors import safe_open
 from scipy.special import rel_entr, softmax
 
-from splitquant_mlx import Recipe, convert, load, pipeline, refine, workspace
+from splitquant_mlx import Recipe, convert, load
+from splitquant_mlx.conversion import pipeline
+from splitquant_mlx.conversion import refine
+from splitquant_mlx.runtime import workspace
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.patch import replace_tensors
+from splitquant_mlx.formats.patch import replace_tensors
 from splitquant_mlx.recipe import Calibration
-from splitquant_mlx.refine import TrainableLinear, kl_divergence
-from splitquant_mlx.shards import ShardWriter
+from splitquant_mlx.conversion.refine import TrainableLinear, kl_divergence
+from splitquant_mlx.formats.shard_writer import ShardWriter
 
 CALIBRATION = Calibration(num_samples=16, sequence_length=32)
 SIZES = {"group_size": 32, "dtype": "float16"}

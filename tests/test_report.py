@@ -19,7 +19,7 @@ from splitquant_mlx.report import build_report, finding, load_report, markdown, 
 from splitquant_mlx.report.numbers import significant
 from splitquant_mlx.report.pareto import pareto_front
 from splitquant_mlx.report.scatter import spread
-from splitquant_mlx.results import Claim, Paper
+from splitquant_mlx.study.results import Claim, Paper
 
 NAMES = [variant[0] for variant in VARIANTS]
 

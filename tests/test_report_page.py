@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from splitquant_mlx.cli.report import report as report_command
 from splitquant_mlx.errors import RecipeError, SplitQuantError, TargetError
 from splitquant_mlx.report import build_report, html, load_report, markdown
-from splitquant_mlx.results import Claim, Paper
+from splitquant_mlx.study.results import Claim, Paper
 
 pytest.importorskip("matplotlib", reason="plots need matplotlib")
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from made_up_study import result, results, study, write_study
 
 from splitquant_mlx.errors import SplitQuantError, TargetError
-from splitquant_mlx.results import Result, load_results, load_study, result_file, save, save_study
+from splitquant_mlx.study.results import Result, load_results, load_study, result_file, save, save_study
 
 KL = {"kl_mean": 0.25, "top1_agreement": 0.8, "positions": 10}
 names = st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1)

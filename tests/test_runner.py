@@ -12,15 +12,16 @@ from contextlib import suppress
 
 import pytest
 
-from splitquant_mlx import runner, study_data
+from splitquant_mlx.study import runner
+from splitquant_mlx.study import data as study_data
 from splitquant_mlx.bench.programs import Run
 from splitquant_mlx.cli import run
 from splitquant_mlx.errors import SourceError
 from splitquant_mlx.report import load_report
-from splitquant_mlx.results import load_results
-from splitquant_mlx.runner import run_study
-from splitquant_mlx.study import load_study
-from splitquant_mlx.workspace import workspace
+from splitquant_mlx.study.results import load_results
+from splitquant_mlx.study.runner import run_study
+from splitquant_mlx.study.spec import load_study
+from splitquant_mlx.runtime.workspace import workspace
 
 STUDY = """
 title = "Stories"

@@ -10,7 +10,7 @@ from tiny import VOCAB, write_checkpoint
 
 from splitquant_mlx import QuantizedSplitLinear, Recipe, RecipeError, convert
 from splitquant_mlx.evaluate import scoring
-from splitquant_mlx.loader import load_model
+from splitquant_mlx.models.loader import load_model
 
 # of the largest logit: both compute in float32, in another order
 TOLERANCE = 1e-5

@@ -12,7 +12,7 @@ from serving import CHAT, STORY, TEXT, serving
 
 from splitquant_mlx.cli import run
 from splitquant_mlx.cli.serve import _warning
-from splitquant_mlx.loader import load
+from splitquant_mlx.models.loader import load
 
 
 @pytest.fixture(scope="module")

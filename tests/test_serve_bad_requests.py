@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from serving import CHAT, STORY, TEXT, check_error, message, serve_to
 from tiny import write_checkpoint
 
-from splitquant_mlx.openai_fields import CHAT as CHAT_FIELDS
-from splitquant_mlx.openai_fields import COMMON, Refusal
-from splitquant_mlx.openai_fields import TEXT as TEXT_FIELDS
-from splitquant_mlx.openai_request import Limits, Served, check_request
+from splitquant_mlx.inference.fields import CHAT as CHAT_FIELDS
+from splitquant_mlx.inference.fields import COMMON, Refusal
+from splitquant_mlx.inference.fields import TEXT as TEXT_FIELDS
+from splitquant_mlx.inference.request import Limits, Served, check_request
 
 SERVED = Served(
     name="m",

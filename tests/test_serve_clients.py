@@ -8,7 +8,7 @@ import pytest
 from mlx_lm import server as mlx_lm_server
 from serving import STORY, TEXT, check_error, serve_to
 
-from splitquant_mlx.serve import CONNECTIONS
+from splitquant_mlx.inference.server import CONNECTIONS
 
 LONG = {"max_tokens": 100_000, "temperature": 0}
 STOP_TOKENS = 12  # TURN_S of tokens, at 10 ms each, and some for a busy machine

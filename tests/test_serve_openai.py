@@ -86,7 +86,7 @@ def test_settings_of_sampling(talk, split_stories):
 
 
 def _token(model, text):
-    from splitquant_mlx.loader import load
+    from splitquant_mlx.models.loader import load
 
     return load(model)[1].encode(text, add_special_tokens=False)[-1]
 

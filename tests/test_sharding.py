@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitquant_mlx import QuantizedSplitLinear, Recipe, RecipeError, SplitLinear, convert
-from splitquant_mlx.loader import load_model
-from splitquant_mlx.model_file import Sharded
-from splitquant_mlx.sharding import divide
+from splitquant_mlx.models.loader import load_model
+from splitquant_mlx.nn.model_file import Sharded
+from splitquant_mlx.models.sharding import divide
 
 
 class Rank:

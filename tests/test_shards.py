@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from splitquant_mlx.headers import read_header
-from splitquant_mlx.shards import SAFETENSORS_NAMES, ShardWriter
+from splitquant_mlx.formats.safetensors import read_header
+from splitquant_mlx.formats.shard_writer import SAFETENSORS_NAMES, ShardWriter
 
 
 def tensors():

@@ -5,9 +5,9 @@ import pytest
 from offgrid import make_offgrid
 
 from splitquant_mlx import Recipe, convert, load
-from splitquant_mlx.evaluate.divergence import divergence, log_probabilities
-from splitquant_mlx.evaluate.scoring import dequantized
-from splitquant_mlx.loader import load_model
+from splitquant_mlx.evaluation.divergence import divergence, log_probabilities
+from splitquant_mlx.evaluation.scoring import dequantized
+from splitquant_mlx.models.loader import load_model
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ import pytest
 from fake_hub import COMMIT, SHARDED, WHOLE, Failure, FakeHub
 
 from splitquant_mlx.errors import SourceError
-from splitquant_mlx.source import Source, cached, resolve
+from splitquant_mlx.models.source import Source, cached, resolve
 
 MODELS = Path(__file__).resolve().parents[2] / "shared" / "data" / "models"
 TOKEN = "hf_doNotShowThisToken"
@@ -202,7 +202,7 @@ def test_broken_download_leaves_no_model_and_is_resumed(hub, monkeypatch):
     assert weights.read_bytes() == WHOLE["model.safetensors"]
 
 
-DOWNLOAD = "import sys, splitquant_mlx.source as s; s.resolve(sys.argv[1])"
+DOWNLOAD = "import sys, splitquant_mlx.models.source as s; s.resolve(sys.argv[1])"
 
 
 def environment_of(hub, cache):
@@ -289,7 +289,7 @@ def test_password_in_the_endpoint_is_not_quoted(hub, monkeypatch):
 
 def test_environment_variables_reach_the_hub_and_its_import_is_late(hub, tmp_path):
     code = (
-        "import sys, splitquant_mlx.source as s; assert 'huggingface_hub' not in sys.modules; "
+        "import sys, splitquant_mlx.models.source as s; assert 'huggingface_hub' not in sys.modules; "
         "print(s.resolve('org/whole').path)"
     )
     cache = tmp_path / "elsewhere" / "hub"

@@ -9,7 +9,7 @@ import tiny
 from fake_hub import COMMIT, FakeHub
 
 from splitquant_mlx import convert
-from splitquant_mlx.source_card import read_source_card, write_source_card
+from splitquant_mlx.formats.model_card import read_source_card, write_source_card
 
 BOMB = "a: &a [x, y]\n" + "\n".join(f"b{n}: &b{n} {{<<: [*c, *c]}}" for n in range(3))
 MERGES = "k0: &k0 {license: mit}\n" + "\n".join(

@@ -11,10 +11,12 @@ import tiny
 from damage import model_at, tree
 from killing import content
 
-from splitquant_mlx import Recipe, TargetError, convert, staging, workspace
+from splitquant_mlx import Recipe, TargetError, convert
+from splitquant_mlx.conversion import staging
+from splitquant_mlx.runtime import workspace
 from splitquant_mlx.cli import run
 from splitquant_mlx.recipe import Calibration
-from splitquant_mlx.shards import ShardWriter
+from splitquant_mlx.formats.shard_writer import ShardWriter
 
 SHARD_BYTES = 16_000
 
@@ -288,7 +290,7 @@ def test_directory_of_another_user_is_not_trusted(source, half, tmp_path, monkey
 HOLD = """
 import sys, time
 from pathlib import Path
-from splitquant_mlx.workspace import workspace
+from splitquant_mlx.runtime.workspace import workspace
 with workspace(Path(sys.argv[1]), "x"):
     print("held", flush=True)
     sys.stdin.read()
@@ -368,7 +370,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(source, tmp_path, mon
 
 
 def test_conversion_that_goes_on_wants_only_the_space_it_lacks(source, half, tmp_path, monkeypatch):
-    from splitquant_mlx import pipeline
+    from splitquant_mlx.conversion import pipeline
 
     asked = []
     monkeypatch.setattr(pipeline, "require_space", lambda path, nbytes: asked.append(nbytes))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from splitquant_mlx import RecipeError
-from splitquant_mlx.study import load_study, slug
+from splitquant_mlx.study.spec import load_study, slug
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 STUDY = """

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from splitquant_mlx import RecipeError, SourceError, load
-from splitquant_mlx.evaluate.text import cut_windows, encode, fetch_wikitext, load_text, text_hash
+from splitquant_mlx.data.text import cut_windows, encode, fetch_wikitext, load_text, text_hash
 
 ROWS = ["", " = Title = \n", " A “quoted” line \n", "x\u2028y\r\nz\n"]
 JOINED = "\n\n".join(ROWS)

@@ -198,7 +198,8 @@ def test_rows_outside_of_the_sample_are_looked_at(verify, tmp_path):
     """The recorded ratio of a large weight is that of every second row."""
     wide = {"model.layers.0.mlp.up_proj.weight": mx.random.normal((128, 64))}
     source = tiny.write_checkpoint(tmp_path / "source", replace=wide)
-    from splitquant_mlx import original, weight
+    from splitquant_mlx.conversion import original
+    from splitquant_mlx.conversion import weight
 
     patch = pytest.MonkeyPatch()
     patch.setattr(weight, "SAMPLE", 4096), patch.setattr(original, "SAMPLE", 4096)

@@ -19,10 +19,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from splitquant_mlx.bench.programs import OURS, check_trials, run_program, spread
-from splitquant_mlx.environment import describe_machine, versions
+from splitquant_mlx.runtime.environment import describe_machine, versions
 from splitquant_mlx.errors import RecipeError, SplitQuantError
 from splitquant_mlx.progress import Progress, Silent
-from splitquant_mlx.source import Source, resolve
+from splitquant_mlx.models.source import Source, resolve
 
 WARM_UP_TOKENS = 4
 RATES = ("prompt_tps", "generation_tps")
@@ -126,7 +126,7 @@ def run_trial(model: str, workload: Workload) -> dict[str, Any]:
     """
     from mlx_lm.generate import batch_generate, stream_generate
 
-    from splitquant_mlx.loader import load
+    from splitquant_mlx.models.loader import load
 
     imported = time.perf_counter()
     loaded, tokenizer = load(model)

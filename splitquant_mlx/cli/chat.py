@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 
-from splitquant_mlx.chat import Conversation, Decoder, Decoding
+from splitquant_mlx.inference.chat import Conversation, Decoder, Decoding
 from splitquant_mlx.cli.console import printable
 from splitquant_mlx.cli.options import (
     DEFAULT_MODEL,
@@ -74,7 +74,7 @@ def chat(
     start(device)
     import mlx.core as mx
 
-    from splitquant_mlx.loader import load
+    from splitquant_mlx.models.loader import load
 
     loaded, tokenizer = load(model, revision=revision, trust_remote_code=trust_remote_code)
     mx.random.seed(seed)

@@ -150,10 +150,10 @@ def convert(
     start(device)
     from splitquant_mlx.cli.console import Bars
     from splitquant_mlx.cli.summary import print_forecast, print_summary
-    from splitquant_mlx.pipeline import convert as convert_model
+    from splitquant_mlx.conversion.pipeline import convert as convert_model
 
     if plan is not None:
-        from splitquant_mlx.auto import forecast
+        from splitquant_mlx.conversion.bits import forecast
 
         found = forecast(model, chosen, revision=revision, progress=Bars())
         print_forecast(found)

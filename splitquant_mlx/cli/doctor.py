@@ -11,10 +11,10 @@ def doctor(device: Device = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from splitquant_mlx import blas
+    from splitquant_mlx.runtime import blas
     from splitquant_mlx.cli.console import size
-    from splitquant_mlx.doctor import devices, dispatch_ratio, self_check
-    from splitquant_mlx.environment import describe_machine, versions
+    from splitquant_mlx.inspection.doctor import devices, dispatch_ratio, self_check
+    from splitquant_mlx.runtime.environment import describe_machine, versions
 
     console = Console(highlight=False)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

@@ -41,7 +41,7 @@ def join() -> Any:
     From here on a signal ends the process even where mlx waits for another rank, and so does the
     end of another rank. While it joins, Python cannot react to a signal at all.
     """
-    from splitquant_mlx import distributed
+    from splitquant_mlx.runtime import ranks as distributed
 
     before = _sockets()
     handlers = {number: signal.getsignal(number) for number in SIGNALS}

@@ -42,7 +42,7 @@ def report(
 
 
 def _write(file: Path, text: str) -> None:
-    from splitquant_mlx.disk import write_whole
+    from splitquant_mlx.runtime.disk import write_whole
 
     try:
         if file.exists() and not file.is_file():  # such as /dev/stdout

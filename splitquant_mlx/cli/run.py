@@ -9,7 +9,7 @@ import typer
 from splitquant_mlx.cli.options import Device, start
 from splitquant_mlx.cli.report import report
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.study import load_study
+from splitquant_mlx.study.spec import load_study
 
 DATA = ("arc_challenge", "arc_easy", "text")
 
@@ -42,7 +42,7 @@ def run(
     files = dict(_data(entry) for entry in data or [])
     start(device)
     from splitquant_mlx.cli.console import Bars
-    from splitquant_mlx.runner import run_study
+    from splitquant_mlx.study.runner import run_study
 
     directory = output_dir or Path("results") / chosen.name
     run_study(chosen, directory, data=files, keep_models=keep_models, progress=Bars())

@@ -16,7 +16,7 @@ from splitquant_mlx.cli.options import (
     check_model,
     start,
 )
-from splitquant_mlx.openai_request import Limits
+from splitquant_mlx.inference.request import Limits
 
 
 def serve(
@@ -59,8 +59,8 @@ def serve(
         request_timeout_s=request_timeout,
     )
     start(device)
-    from splitquant_mlx.distributed import together
-    from splitquant_mlx.serve import serve as serve_model
+    from splitquant_mlx.runtime.ranks import together
+    from splitquant_mlx.inference.server import serve as serve_model
 
     with together(join()):
         check_model(model)

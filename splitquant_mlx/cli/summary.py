@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from splitquant_mlx.cli.console import size
-from splitquant_mlx.manifest import LayerRecord, Manifest
+from splitquant_mlx.formats.manifest import LayerRecord, Manifest
 
 if TYPE_CHECKING:
-    from splitquant_mlx.auto import Forecast
+    from splitquant_mlx.conversion.bits import Forecast
 
 MOST_NOTES = 8
 

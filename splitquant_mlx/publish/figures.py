@@ -7,7 +7,7 @@ from typing import Any
 from splitquant_mlx.publish.markdown import code, table
 from splitquant_mlx.publish.measurements import Measurement
 from splitquant_mlx.report.numbers import MISSING, percent, perplexity, plus_minus, significant
-from splitquant_mlx.result_parts import PARTS, number
+from splitquant_mlx.study.schema import PARTS, number
 
 ARC = {"arc_challenge": "ARC-Challenge", "arc_easy": "ARC-Easy"}
 ASKED = {

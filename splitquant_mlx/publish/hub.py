@@ -6,9 +6,9 @@ from glob import escape
 from pathlib import Path
 
 from splitquant_mlx.errors import UploadError, one_line
-from splitquant_mlx.manifest import FILE_NAME
-from splitquant_mlx.save import MODEL_FILE
-from splitquant_mlx.source import LOG_IN, answer_within, detail, endpoint, hide_token
+from splitquant_mlx.formats.manifest import FILE_NAME
+from splitquant_mlx.conversion.save import MODEL_FILE
+from splitquant_mlx.models.source import LOG_IN, answer_within, detail, endpoint, hide_token
 
 AGAIN = "`splitquant-mlx upload` goes on from there"
 

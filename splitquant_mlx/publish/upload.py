@@ -10,7 +10,7 @@ from splitquant_mlx.publish.card import REPO, find_base, is_own, make_card, writ
 from splitquant_mlx.publish.files import CARD, Converted, check_converted
 from splitquant_mlx.publish.hub import check_login, check_name, send
 from splitquant_mlx.publish.measurements import find_measurements
-from splitquant_mlx.save import refuse_link_outside
+from splitquant_mlx.conversion.save import refuse_link_outside
 
 CARDS = ("keep", "replace")
 MAX_CARD_BYTES = 1 << 22

@@ -10,7 +10,7 @@ from splitquant_mlx.report.numbers import significant
 from splitquant_mlx.report.rows import ARC, Report, Row
 from splitquant_mlx.report.scatter import Point, draw_scatter
 from splitquant_mlx.report.svg import PLAIN, REFERENCE, SPLIT, house_style, svg
-from splitquant_mlx.results import Result
+from splitquant_mlx.study.results import Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,7 +14,7 @@ from splitquant_mlx.report.numbers import (
     times,
 )
 from splitquant_mlx.report.rows import ARC, Report, Row, p_value, points
-from splitquant_mlx.results import Claim
+from splitquant_mlx.study.results import Claim
 
 FEW_BITS = 5.0
 USUAL_BITS = 4  # what the method was published for

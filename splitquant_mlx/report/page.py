@@ -10,7 +10,7 @@ from splitquant_mlx.report.finding import finding
 from splitquant_mlx.report.grids import STAR
 from splitquant_mlx.report.rows import Report
 from splitquant_mlx.report.table import all_grids
-from splitquant_mlx.results import Result
+from splitquant_mlx.study.results import Result
 
 LONGEST_LIST = 12
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from splitquant_mlx.report.pareto import dominates, pareto_front
-from splitquant_mlx.results import Result, StudyRecord, load_results, load_study
+from splitquant_mlx.study.results import Result, StudyRecord, load_results, load_study
 
 # heading, part, ending of the entries' names
 ARC = (
@@ -168,7 +168,7 @@ def build_report(study: StudyRecord, results: Iterable[Result]) -> Report:
 
 def p_value(first: Accuracy | None, second: Accuracy | None) -> float | None:
     """Return McNemar's exact two-sided p; None unless both were asked the same."""
-    from splitquant_mlx.evaluate.paired import compare
+    from splitquant_mlx.evaluation.paired import compare
 
     if first is None or second is None:
         return None

@@ -36,7 +36,7 @@ def make_checkpoint(
     """Write a checkpoint of a well-known shape with random weights."""
     start(None)
     from splitquant_mlx.cli.console import Bars
-    from splitquant_mlx.random_checkpoint import write_random_checkpoint
+    from splitquant_mlx.bench.random_checkpoint import write_random_checkpoint
 
     sizes = {
         "num_hidden_layers": layers,
@@ -71,8 +71,8 @@ def convert(
     from splitquant_mlx.bench.clustering import bench_kmeans
     from splitquant_mlx.bench.conversion import bench_convert
     from splitquant_mlx.cli.console import Bars, plain, size
-    from splitquant_mlx.directory import as_directory
-    from splitquant_mlx.source import resolve
+    from splitquant_mlx.models.directory import as_directory
+    from splitquant_mlx.models.source import resolve
 
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as scratch:
         with as_directory(resolve(str(model)), Bars(), scratch=Path(scratch)) as directory:

@@ -11,7 +11,7 @@ from splitquant_mlx.errors import RecipeError, TargetError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from splitquant_mlx.random_checkpoint import Shape
+    from splitquant_mlx.bench.random_checkpoint import Shape
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")]
 
@@ -45,7 +45,7 @@ def new_table(title: str, *columns: str) -> "Table":
 
 def named_shape(shape: str) -> "Shape":
     """Return a well-known shape. Raises RecipeError for a name that is none."""
-    from splitquant_mlx.random_checkpoint import SHAPES
+    from splitquant_mlx.bench.random_checkpoint import SHAPES
 
     if shape not in SHAPES:
         raise RecipeError(f"shape: wanted one of {', '.join(SHAPES)}, got {shape!r}")

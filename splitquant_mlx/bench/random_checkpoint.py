@@ -1,0 +1,176 @@
+"""Write checkpoints of well-known shapes with random weights, to time and measure on."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.formats.shard_writer import MAX_SHARD_BYTES, ShardWriter
+
+STANDARD_DEVIATION = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Hold the sizes of a Llama model, named as in config.json.
+
+    Raises:
+        RecipeError: when a size is below 1, or the heads do not divide what they share.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int = 128256
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no Llama model has."""
+        for name, value in vars(self).items():
+            if name != "tie_word_embeddings" and value < 1:
+                raise RecipeError(f"{name}: wanted 1 or more, got {value}")
+        # rotary position embeddings turn pairs of a head's entries
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise RecipeError(
+                f"hidden_size: wanted a multiple of {2 * self.num_attention_heads}, twice the "
+                f"attention heads, got {self.hidden_size}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise RecipeError(
+                f"num_key_value_heads: wanted a divisor of the {self.num_attention_heads} "
+                f"attention heads, got {self.num_key_value_heads}"
+            )
+
+    def config(self, dtype: str) -> dict:
+        """Return config.json."""
+        return {
+            **vars(self),
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+            "max_position_embeddings": 8192,
+            "torch_dtype": dtype,
+        }
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor, by its name in the checkpoint."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        head = hidden // self.num_attention_heads
+        keys = self.num_key_value_heads * head
+        layer = {
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+        }
+        outer: dict[str, tuple[int, ...]] = {
+            "model.embed_tokens": (self.vocab_size, hidden),
+            "model.norm": (hidden,),
+        }
+        if not self.tie_word_embeddings:
+            outer["lm_head"] = (self.vocab_size, hidden)
+        layers = {
+            f"model.layers.{i}.{name}": shape
+            for i in range(self.num_hidden_layers)
+            for name, shape in layer.items()
+        }
+        return {f"{name}.weight": shape for name, shape in (outer | layers).items()}
+
+
+def _llama(hidden: int, inner: int, layers: int, heads: int, tied: bool = False) -> Shape:
+    return Shape(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        tie_word_embeddings=tied,
+    )
+
+
+SHAPES = {
+    "tiny": Shape(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+    ),
+    # wide MLPs between narrow layers: many layers of large tensors in few parameters
+    "deep": Shape(
+        hidden_size=512,
+        intermediate_size=16384,
+        num_hidden_layers=16,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=256,
+    ),
+    "llama-3.2-1b": _llama(2048, 8192, 16, 32, tied=True),
+    "llama-3.2-3b": _llama(3072, 8192, 28, 24, tied=True),
+    "llama-3.1-8b": _llama(4096, 14336, 32, 32),
+    "llama-3.1-70b": _llama(8192, 28672, 80, 64),
+}
+
+
+def write_random_checkpoint(
+    directory: Path,
+    shape: Shape,
+    *,
+    dtype: str = "bfloat16",
+    seed: int = 0,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> None:
+    """Write a checkpoint: normal weights of std 0.02, norms of 1, a tokenizer of one token.
+
+    Args:
+        directory: to be made; must not exist.
+        shape: of the model.
+        dtype: "float16", "bfloat16" or "float32".
+        seed: of the random weights.
+        max_shard_bytes: largest file, bytes.
+        progress: told how far the work is.
+
+    Raises:
+        RecipeError: when `directory` exists.
+    """
+    try:
+        directory.mkdir(parents=True)
+    except FileExistsError as exc:
+        raise RecipeError(f"{directory} exists already: give a new directory") from exc
+    config = json.dumps(shape.config(dtype), indent=2)
+    (directory / "config.json").write_text(config + "\n", encoding="utf-8")
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"<unk>": 0}, "<unk>")).save(str(directory / "tokenizer.json"))
+    settings = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"})
+    (directory / "tokenizer_config.json").write_text(settings + "\n", encoding="utf-8")
+    tensors = shape.tensors()
+    stored = getattr(mx, dtype)
+    rng = np.random.default_rng(seed)
+    with (
+        (progress or Silent()).task("Writing random weights", len(tensors)) as advance,
+        ShardWriter(directory, list(tensors), max_shard_bytes) as writer,
+    ):
+        for name, size in tensors.items():
+            if len(size) == 1:
+                w = mx.ones(size, stored)
+            else:
+                values = rng.standard_normal(size, np.float32)
+                w = (mx.array(values) * STANDARD_DEVIATION).astype(stored)
+            writer.add(name, w)
+            advance(1)
+        writer.close()

@@ -1,0 +1,1 @@
+"""What a model tells about its own layers: sampled text, input statistics, sensitivities."""

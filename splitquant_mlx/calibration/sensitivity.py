@@ -1,0 +1,243 @@
+"""Predict how far a model moves from itself when one of its layers is quantized.
+
+A small error D = W - W_hat of one layer changes its output by D x, and the model's log-probability
+of a token drawn from the model by about g . D x, with g the gradient of that log-probability with
+respect to the output. The KL divergence, to second order, is half the mean square of that change:
+the Fisher information, for which the token has to be drawn from the model's own distribution
+(Martens, arXiv:1412.1193, section 9.2). Roundings of different output rows are independent of each
+other, so the terms between rows vanish in the mean, and a sample of rows tells the rest:
+
+    KL ~ 1/2 sum_r mean_t (g_tr (D x_t)_r)^2     nats a token
+
+gptq has the roundings of a row make up for each other, which some layers gain more by than others:
+a fifth of the divergence is left in SmolLM2-135M's o_proj, two fifths in its down_proj. The gain is
+measured for one option of each layer, on other tokens than those it is compensated on.
+
+At the output head the distribution itself is at hand, and the sum over rows is weighted by
+p (1 - p) instead. An embedding that is looked up adds what its rows' errors do at the input.
+
+On SmolLM2-135M and 2,048 tokens of WikiText-2, predicted and found: all layers gptq 4-bit 0.070 and
+0.077 nats, rtn 4-bit 0.30 and 0.38, where the second order is no longer enough.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from splitquant_mlx.quantization.affine import Quantized, dequantize
+from splitquant_mlx.calibration.blocks import Pass, start_pass, tapped
+from splitquant_mlx.calibration.statistics import gram
+from splitquant_mlx.quantization.imatrix import quantize_weighted
+from splitquant_mlx.quantization.gptq import quantize_compensated
+from splitquant_mlx.progress import Progress
+
+Option = tuple[int, int]  # bits, group_size
+Options = Mapping[str, Sequence[Option]]
+ROWS = 256
+HEAD_ROWS = 2048
+
+
+def predict_divergence(
+    model: nn.Module,
+    tokens: np.ndarray,
+    options: Options,
+    *,
+    seed: int,
+    progress: Progress,
+) -> dict[str, dict[Option, float]]:
+    """Return the predicted KL divergence, nats a token, of each layer alone at each option.
+
+    Args:
+        model: one of mlx-lm's, unquantized, with its own weights.
+        tokens: (texts, length) to predict on.
+        options: by the path of a linear layer, head or embedding.
+        seed: of the tokens drawn for the gradients.
+        progress: told of every block.
+
+    Raises:
+        RecipeError: when the model is not built of blocks that can be called one by one.
+    """
+    run = start_pass(model, tokens)
+    names = {id(module): path for path, module in model.named_modules()}
+    prefixes = [f"{names[id(block)]}." for block in run.blocks]
+    outer = [path for path in options if not path.startswith(tuple(prefixes))]
+    with progress.task("Measuring sensitivities", 2 * len(prefixes) + 1) as advance:
+        entered = []
+        for index in range(len(prefixes)):
+            entered.append(list(run.states))
+            run.advance(index)
+            advance(1)
+        found, gradients = _at_the_head(run, outer, options, seed)
+        advance(1)
+        for index in reversed(range(len(prefixes))):
+            run.states = entered.pop()
+            prefix = prefixes[index]
+            own = {
+                path.removeprefix(prefix): options[path]
+                for path in options
+                if path.startswith(prefix)
+            }
+            predicted, gradients = _in_a_block(run, index, own, gradients)
+            found.update({prefix + path: values for path, values in predicted.items()})
+            advance(1)
+        for path in outer:
+            if isinstance(dict(model.named_modules())[path], nn.Embedding):
+                looked_up = _at_the_input(model, path, options[path], gradients)
+                for option, value in looked_up.items():
+                    found[path][option] = found[path].get(option, 0.0) + value
+    return {path: found[path] for path in options}
+
+
+def _in_a_block(
+    run: Pass, index: int, options: Options, gradients: list[mx.array]
+) -> tuple[dict[str, dict[Option, float]], list[mx.array]]:
+    """Go back through a block: its layers' divergences, and the gradients at its input."""
+    block = run.blocks[index]
+    weights = {path: block_weight(block, path) for path in options}
+    fed: dict[str, list[mx.array]] = {path: [] for path in options}
+    back: dict[str, list[mx.array]] = {path: [] for path in options}
+    before = []
+    with tapped(block, list(options)) as taps:
+        for batch, gradient in enumerate(gradients):
+
+            def forward(state: mx.array, *shifts: mx.array, batch: int = batch) -> list[Any]:
+                for tap, shift in zip(taps.values(), shifts, strict=True):
+                    tap.shift = shift
+                output = run.run(index, batch, state)
+                return [output, *(tap.inputs for tap in taps.values())]
+
+            state = run.states[batch]
+            # the shifts are asked for their gradients; the inputs come out, but are not asked for
+            shifts, unasked = (
+                [mx.zeros((*state.shape[:2], w.shape[axis]), state.dtype) for w in weights.values()]
+                for axis in (0, 1)
+            )
+            outputs, (into, *shifted) = mx.vjp(forward, [state, *shifts], [gradient, *unasked])
+            mx.eval(outputs, into, shifted)
+            before.append(into)
+            for path, x, g in zip(options, outputs[1:], shifted, strict=True):
+                fed[path].append(_rows(x))
+                back[path].append(_rows(g))
+    found = {
+        path: _of_a_layer(
+            weights[path], mx.concatenate(fed[path]), mx.concatenate(back[path]), options[path]
+        )
+        for path in options
+    }
+    return found, before
+
+
+def _of_a_layer(
+    w: mx.array, x: mx.array, g: mx.array, options: Sequence[Option]
+) -> dict[Option, float]:
+    """Return the divergences of a layer w (out, in) from its inputs and the gradients behind it."""
+    step = max(1, w.shape[0] // ROWS)
+    rows = w[::step]
+    g = g[:, ::step]
+    share = w.shape[0] / len(rows)
+
+    def divergence(error: mx.array) -> mx.array:
+        return share * mx.square((x @ error.T) * g).sum() / len(x) / 2
+
+    found = _each(rows, mx.square(x).mean(0), options, divergence)
+    left = _left_by_gptq(rows, x, g, options[len(options) // 2])
+    return {option: left * value for option, value in found.items()}
+
+
+def _left_by_gptq(rows: mx.array, x: mx.array, g: mx.array, option: Option) -> float:
+    """Return the share of the divergence of fitted scales that compensation leaves, at most 1."""
+    seen = 3 * len(x) // 4
+    bits, group_size = option
+    h = gram(x[:seen]) / seen
+
+    def divergence(quantized: Quantized) -> float:
+        error = rows - dequantize(quantized, bits=bits, group_size=group_size)
+        return mx.square((x[seen:] @ error.T) * g[seen:]).sum().item()  # type: ignore[return-value]
+
+    plain = divergence(quantize_weighted(rows, mx.diag(h), bits=bits, group_size=group_size))
+    compensated = divergence(
+        quantize_compensated(rows, np.array(h), bits=bits, group_size=group_size)
+    )
+    return min(1.0, compensated / plain) if plain else 1.0
+
+
+def _at_the_head(
+    run: Pass, outer: list[str], options: Options, seed: int
+) -> tuple[dict[str, dict[Option, float]], list[mx.array]]:
+    """Draw tokens; return the divergences of the head's layer and the gradients before the head."""
+    keys = mx.random.split(mx.random.key(seed), len(run.states))
+    gradients, fed, spread = [], [], []
+    modules = dict(run.model.named_modules())
+    linear = [path for path in outer if isinstance(modules[path], nn.Linear)]
+    heads = (linear or outer)[:1]  # an embedding is the head where there is no other
+    with tapped(run.model, heads) as taps:
+
+        def log_probability(state: mx.array, batch: int) -> tuple[mx.array, mx.array, Any]:
+            logits = run.finish(state).astype(mx.float32)
+            drawn = mx.random.categorical(mx.stop_gradient(logits), key=keys[batch])
+            log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            chosen = mx.take_along_axis(log_p, drawn[..., None], axis=-1).sum()
+            p = mx.exp(mx.stop_gradient(log_p))
+            return chosen, (1 - mx.square(p).sum(-1)).mean(), [tap.inputs for tap in taps.values()]
+
+        for batch, state in enumerate(run.states):
+            found, gradient = mx.value_and_grad(log_probability)(state, batch)
+            mx.eval(found, gradient)
+            gradients.append(gradient)
+            spread.append(found[1].item())
+            fed += [_rows(x) for x in found[2]]
+    predicted: dict[str, dict[Option, float]] = {path: {} for path in outer}
+    for path in heads:
+        x, weight = mx.concatenate(fed), sum(spread) / len(spread) / 2
+        rows = _some_rows(block_weight(run.model, path))
+        predicted[path] = _each(
+            rows,
+            mx.square(x).mean(0),
+            options[path],
+            lambda error, x=x, weight=weight: weight * mx.square(x @ error.T).mean(),
+        )
+    return predicted, gradients
+
+
+def _at_the_input(
+    model: nn.Module, path: str, options: Sequence[Option], gradients: list[mx.array]
+) -> dict[Option, float]:
+    """Return what the errors of looked-up rows do, all rows' errors taken to be alike."""
+    square = mx.square(mx.concatenate([_rows(gradient) for gradient in gradients])).mean(0)
+    rows = _some_rows(block_weight(model, path))
+
+    def divergence(error: mx.array) -> mx.array:
+        return (mx.square(error).mean(0) * square).sum() / 2
+
+    return _each(rows, mx.ones(rows.shape[1]), options, divergence)
+
+
+def _each(
+    w: mx.array,
+    importance: mx.array,
+    options: Sequence[Option],
+    divergence: Callable[[mx.array], mx.array],
+) -> dict[Option, float]:
+    """Return the divergence of the error that each option makes in `w`."""
+    found = {}
+    for bits, group_size in options:
+        quantized = quantize_weighted(w, importance, bits=bits, group_size=group_size)
+        error = w - dequantize(quantized, bits=bits, group_size=group_size)
+        found[bits, group_size] = float(divergence(error).item())  # type: ignore[arg-type]
+    return found
+
+
+def _some_rows(w: mx.array) -> mx.array:
+    return w[:: max(1, len(w) // HEAD_ROWS)]
+
+
+def block_weight(module: nn.Module, path: str) -> mx.array:
+    """Return the weight of a layer in float32."""
+    return dict(module.named_modules())[path]["weight"].astype(mx.float32)
+
+
+def _rows(x: mx.array) -> mx.array:
+    return x.reshape(-1, x.shape[-1]).astype(mx.float32)

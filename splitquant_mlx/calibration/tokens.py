@@ -1,0 +1,42 @@
+"""Find the tokens to calibrate a model on: sampled and kept, or read from a file."""
+
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from splitquant_mlx.runtime.cache import kept
+from splitquant_mlx.calibration.self_text import BATCH_TEXTS, beginnings, sample_tokens
+from splitquant_mlx.models.lazy import Opened
+from splitquant_mlx.data.text import cut_windows, encode, load_text
+from splitquant_mlx.progress import Progress
+from splitquant_mlx.recipe import SELF, Calibration
+
+
+def calibration_tokens(opened: Opened, calibration: Calibration, progress: Progress) -> np.ndarray:
+    """Return tokens (texts, length) int32 to calibrate a model on.
+
+    What the model writes is kept in the cache directory, by a hash of the model, the settings and
+    what else it depends on, so that it writes it once.
+
+    Raises:
+        SplitQuantError: when the text file or the model cannot be read, or the text is too short.
+    """
+    texts, length = calibration.num_samples, calibration.sequence_length
+    if calibration.text != SELF:
+        text = load_text(Path(calibration.text))
+        # evenly over the file, which may begin with a table of contents
+        windows = cut_windows(encode(opened.tokenizer, text), length)
+        return windows[:: max(1, len(windows) // texts)][:texts]
+    seed = calibration.seed
+    prompts = beginnings(opened.tokenizer, texts, np.random.default_rng(seed))
+    parts = (opened.hash, prompts, length, seed, BATCH_TEXTS, version("mlx"))
+    key = sha256(repr((*parts, mx.default_device().type.name)).encode()).hexdigest()
+    return kept(
+        f"calibration/{key}.bin",
+        lambda: sample_tokens(opened.load(), prompts, length=length, seed=seed, progress=progress),
+        pack=lambda tokens: tokens.astype("<i4").tobytes(),
+        unpack=lambda content: np.frombuffer(content, "<i4").reshape(texts, length),
+    )

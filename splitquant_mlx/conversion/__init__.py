@@ -1,0 +1,1 @@
+"""The main road: from a checkpoint to a quantized one."""

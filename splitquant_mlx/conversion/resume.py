@@ -1,0 +1,150 @@
+"""Remember what is finished of a conversion, and take it up when the conversion was interrupted.
+
+A journal beside the shards has one record for every finished one. It is gone on with only by a
+conversion of the same source with the same settings and versions, and a shard only where its hash
+is still the recorded one.
+"""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from splitquant_mlx.runtime.environment import versions
+from splitquant_mlx.errors import TargetError
+from splitquant_mlx.runtime.journal import Journal
+from splitquant_mlx.formats.manifest import MALFORMED, LayerRecord, check_types, parse_layers
+from splitquant_mlx.conversion.plan import LayerPlan
+from splitquant_mlx.formats.shard_writer import ShardWriter
+
+STAGES = ("read", "cluster", "quantize", "write")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedShard:
+    """Record a shard that is on the disk.
+
+    Attributes:
+        number: of the shard, from 1.
+        sha256: of its file.
+        layers: records of the layers that it completed.
+        seconds: of each stage up to its end, and wall time in "total", s.
+    """
+
+    number: int
+    sha256: str
+    layers: tuple[LayerRecord, ...]
+    seconds: dict[str, float]
+
+
+def conversion_key(
+    *,
+    settings: Mapping[str, Any],
+    config: Mapping[str, Any],
+    stamps: Mapping[Path, Iterable[int]],
+) -> dict[str, Any]:
+    """Return all that the bytes of a conversion depend on, for the first line of its journal.
+
+    Args:
+        settings: of the conversion.
+        config: the source's config.json.
+        stamps: of the source's files; see `checkpoint.stamp`.
+    """
+    text = json.dumps(config, sort_keys=True)
+    return {
+        **settings,
+        "versions": versions(),
+        "config": hashlib.sha256(text.encode()).hexdigest(),
+        "files": {file.name: list(stamp) for file, stamp in stamps.items()},
+    }
+
+
+def open_journal(path: Path, key: Mapping[str, Any]) -> Journal:
+    """Open a conversion's journal; what is no journal makes place for one. Raises TargetError."""
+    try:
+        return Journal(path, key)
+    except TargetError:
+        path.unlink(missing_ok=True)
+        return Journal(path, key)
+
+
+class Ledger:
+    """Keep the account of a conversion, beginning with what an interrupted one had finished.
+
+    Attributes:
+        records: of the layers done, by path, in model order.
+        seconds: of each stage, to be added to.
+    """
+
+    def __init__(self, journal: Journal, writer: ShardWriter) -> None:
+        self.records: dict[str, LayerRecord] = {}
+        self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
+        self._journal = journal
+        self._writer = writer
+        self._earlier_s = 0.0
+        shards = _finished_shards(journal.done)
+        taken = writer.resume([shard.sha256 for shard in shards])
+        for shard in shards[:taken]:
+            self.records.update({layer.path: layer for layer in shard.layers})
+            self.seconds.update(shard.seconds)
+            self._earlier_s = self.seconds.pop("total", 0.0)
+        self._journaled = len(self.records)
+        self._started = time.perf_counter()
+        writer.on_finished = self._keep
+
+    def add(self, record: LayerRecord) -> None:
+        """Add a layer all of whose tensors were given to the writer."""
+        self.records[record.path] = record
+
+    def has(self, name: str, layer: LayerPlan | None) -> bool:
+        """Tell whether all that comes of parameter `name`, the weight of `layer`, was taken up."""
+        if layer is None:
+            return name not in self._writer.missing
+        names = {name, f"{layer.path}.scales", f"{layer.path}.biases"}
+        return layer.path in self.records and not names & self._writer.missing
+
+    def seconds_since(self, started: float) -> dict[str, float]:
+        """Return the seconds of each stage and in all, where this process began at `started`."""
+        return {**self.seconds, "total": self._earlier_s + time.perf_counter() - started}
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds of the block to those of `stage`."""
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+    def _keep(self, number: int, sha256: str) -> None:
+        layers = tuple(self.records.values())
+        shard = FinishedShard(
+            number=number,
+            sha256=sha256,
+            layers=layers[self._journaled :],
+            seconds=self.seconds_since(self._started),
+        )
+        self._journal.append(dataclasses.asdict(shard))
+        self._journaled = len(layers)
+
+
+def _finished_shards(records: Iterable[Mapping[str, Any]]) -> list[FinishedShard]:
+    """Return the shards of a journal in order, up to the first that it does not tell of properly.
+
+    A shard that was written a second time has two records, of which the later one holds.
+    """
+    found: dict[int, FinishedShard] = {}
+    for record in records:
+        try:
+            shard = FinishedShard(**{**record, "layers": parse_layers(record["layers"])})
+            check_types(shard)
+        except MALFORMED:
+            break
+        found[shard.number] = shard
+    shards = []
+    while len(shards) + 1 in found:
+        shards.append(found[len(shards) + 1])
+    return shards

@@ -1,0 +1,161 @@
+"""Put a converted checkpoint in its place: all of it, or nothing.
+
+Everything that a conversion writes lies in one hidden directory beside the target, which is held
+with a lock: the `model` to be, the journal of what is finished, an unpacked source. At the end the
+model is synchronized and renamed to the target. A process that is killed leaves that directory, and
+the next conversion into the same target takes it over.
+"""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from splitquant_mlx.runtime.disk import remove, sync
+from splitquant_mlx.errors import TargetError
+from splitquant_mlx.runtime.workspace import empty, workspace
+
+MODEL = "model"
+JOURNAL = "journal"
+OLD = "replaced"  # the former target while it is replaced
+MAX_JOURNAL_BYTES = 1 << 28
+
+
+@contextmanager
+def staged(target: Path, *, overwrite: bool = False, source: Path | None = None) -> Iterator[Path]:
+    """Yield a directory to work in, whose `model` becomes `target` when the block ends well.
+
+    Of a conversion that was killed, the directory holds the JOURNAL and the `model` as they were
+    left. On an error or an interrupt it is removed and `target` is as it was.
+
+    Raises:
+        TargetError: when `target` exists and `overwrite` is not set, when it exists and is not a
+            model directory or holds `source`, when another process writes it, or when it cannot
+            be written or the disk is full.
+    """
+    target = _absolute(target)
+    check_target(target, overwrite=overwrite, source=source)
+    staging = _staging(target)
+    with (
+        as_target_error(target),
+        _made_parents(target),
+        workspace(staging, f"a conversion into {target}"),
+    ):
+        try:
+            _tidy(staging)
+            (staging / MODEL).mkdir(exist_ok=True)
+            yield staging
+            for path in (staging / MODEL).iterdir():
+                sync(path)
+            sync(staging / MODEL)
+            check_target(target, overwrite=overwrite, source=source)  # hours may have passed
+            _put(staging, target)
+        finally:
+            if os.path.lexists(staging / OLD) and not os.path.lexists(target):
+                (staging / OLD).rename(target)
+
+
+def sweep(target: Path) -> None:
+    """Remove what a conversion leaves that was killed when `target` was in its place already."""
+    target = _absolute(target)
+    staging = _staging(target)
+    with suppress(TargetError, OSError):
+        if os.path.lexists(target) and staging.is_dir() and not (staging / MODEL).exists():
+            with workspace(staging, ""):
+                pass  # its end removes it
+
+
+def check_target(target: Path, *, overwrite: bool = False, source: Path | None = None) -> None:
+    """Raise TargetError when `target` may not be written; see `staged`."""
+    target = _absolute(target)
+    with as_target_error(target):
+        parent = next((p for p in target.parents if os.path.lexists(p)), target)
+        if not parent.is_dir():
+            raise TargetError(f"cannot write {target}: {parent} is not a directory")
+        try:
+            target.lstat()
+        except FileNotFoundError:
+            return
+        if not overwrite:
+            raise TargetError(
+                f"{target} exists already: choose another --mlx-path, or pass --overwrite to "
+                "replace it"
+            )
+        if target.is_symlink() or not target.is_dir():
+            raise TargetError(
+                f"{target} is not a directory: it is never overwritten, remove it first"
+            )
+        if any(target.iterdir()) and not (target / "config.json").is_file():
+            raise TargetError(
+                f"{target} is not a model directory (it has no config.json): it is never "
+                "overwritten, remove it first or choose another --mlx-path"
+            )
+        if os.path.ismount(target):
+            raise TargetError(f"{target} is a mount point: give a directory inside it")
+        if source is not None and source.resolve().is_relative_to(target.resolve()):
+            raise TargetError(
+                f"{target} holds the model to convert: it is never overwritten, choose another "
+                "--mlx-path"
+            )
+
+
+def _absolute(target: Path) -> Path:
+    try:
+        return Path(os.path.abspath(target.expanduser()))
+    except RuntimeError as exc:
+        raise TargetError(f"cannot write {target}: there is no such user's home") from exc
+
+
+def _staging(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
+
+
+def _tidy(staging: Path) -> None:
+    """Leave only what can be gone on with; somebody may have put the rest there."""
+    empty(staging, keep=(MODEL, JOURNAL, OLD))
+    for name in (MODEL, JOURNAL, OLD):
+        path = staging / name
+        if path.is_symlink() or not (path.is_file() if name == JOURNAL else path.is_dir()):
+            remove(path)
+        elif name == JOURNAL and path.stat().st_size > MAX_JOURNAL_BYTES:
+            remove(path)
+
+
+@contextmanager
+def _made_parents(target: Path) -> Iterator[None]:
+    """Make the directories above `target`; they go again when the block ends with an error."""
+    made = [parent for parent in target.parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for parent in made:
+            sync(parent.parent)
+        yield
+    except BaseException:
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def _put(staging: Path, target: Path) -> None:
+    """Rename the model to the target; a former one is moved aside first."""
+    if os.path.lexists(target):
+        remove(staging / OLD)
+        target.rename(staging / OLD)
+    (staging / MODEL).rename(target)
+    sync(target.parent)
+
+
+@contextmanager
+def as_target_error(target: Path) -> Iterator[None]:
+    """Say of an OSError in the block that `target` cannot be written. Raises TargetError."""
+    try:
+        yield
+    except OSError as exc:
+        if isinstance(exc, BrokenPipeError):
+            raise
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TargetError(f"disk full while writing {target}: free some space") from exc
+        at = f" ({exc.filename})" if exc.filename else ""
+        raise TargetError(f"cannot write {target}: {exc.strerror or exc}{at}") from exc

@@ -1,0 +1,206 @@
+"""Check a converted checkpoint: against its manifest, by running it, and against its original.
+
+A manifest is a claim like any other. Whoever can change a weight file can change the hash of it
+too; that the weights are those of the original is known only by comparing them with it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from splitquant_mlx.models.checkpoint import read_config, read_headers
+from splitquant_mlx.models.directory import as_directory
+from splitquant_mlx.runtime.disk import sha256
+from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.formats.safetensors import TensorHeader
+from splitquant_mlx.models.loader import load_model
+from splitquant_mlx.formats.manifest import FILE_NAME, LayerRecord, Manifest, load_manifest
+from splitquant_mlx.conversion.original import compare
+from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.conversion.save import TABLES, config_tables
+from splitquant_mlx.models.source import Source
+
+Headers = dict[str, TensorHeader]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Hold what one check found.
+
+    Attributes:
+        name: what was checked.
+        detail: what it was checked for.
+        problems: one line each; empty when all is well.
+    """
+
+    name: str
+    detail: str
+    problems: tuple[str, ...]
+
+
+def verify(
+    directory: Path, *, source: Source | None = None, progress: Progress | None = None
+) -> list[Check]:
+    """Check a checkpoint that `convert` wrote.
+
+    Args:
+        directory: of the checkpoint.
+        source: the model it was made from, to compare the weights with.
+        progress: told how far the work is.
+
+    Returns:
+        The checks, each with the problems it found.
+
+    Raises:
+        SplitQuantError: when there is no manifest, or the source cannot be read.
+    """
+    progress = progress or Silent()
+    manifest = load_manifest(directory)
+    if manifest is None:
+        raise CheckpointError(
+            f"{directory} has no {FILE_NAME}: verify checks what `splitquant-mlx convert` wrote"
+        )
+    checks = [
+        check_files(directory, manifest, progress),
+        _check("tensors", "shapes, bytes and bits/weight", lambda: _tensors(directory, manifest)),
+        _check("config.json", "layers and their bits", lambda: _config(directory, manifest)),
+        _check("forward pass", "finite logits", lambda: _forward(directory, progress)),
+    ]
+    if source is not None:
+        with as_directory(source, progress) as original:
+            detail = f"every weight against {source.name}"
+            checks.append(
+                _check("original", detail, lambda: compare(directory, manifest, original, progress))
+            )
+    return checks
+
+
+def check_files(directory: Path, manifest: Manifest, progress: Progress) -> Check:
+    """Compare the SHA-256 of every file with the manifest's."""
+    problems = []
+    with progress.task("Hashing", len(manifest.files)) as advance:
+        for name, digest in manifest.files.items():
+            file = directory / name
+            try:
+                if Path(name).name != name or not file.is_file():
+                    problems.append(
+                        f"{name!r} is in the manifest, and is no file of this directory"
+                    )
+                elif sha256(file) != digest:
+                    problems.append(f"{name} is not the file that was written")
+            except (OSError, ValueError) as exc:
+                problems.append(f"{name!r} cannot be read: {exc}")
+            advance(1)
+    weights = {file.name for file in directory.glob("*.safetensors")} | {"config.json"}
+    problems += [
+        f"{name} has no hash in the manifest" for name in sorted(weights - {*manifest.files})
+    ]
+    detail = f"SHA-256 of {len(manifest.files)} files"
+    return Check(name="files", detail=detail, problems=tuple(problems))
+
+
+def _check(name: str, detail: str, find: Callable[[], list[str]]) -> Check:
+    try:
+        problems = find()
+    except CheckpointError as exc:
+        problems = [str(exc)]
+    return Check(name=name, detail=detail, problems=tuple(problems))
+
+
+def _tensors(directory: Path, manifest: Manifest) -> list[str]:
+    headers = read_headers(directory)
+    problems, bits, entries, recorded = [], 0, 0, set()
+    for layer in manifest.layers:
+        found = {
+            leaf: headers[f"{layer.path}.{leaf}"]
+            for leaf in ("weight", "scales", "biases")
+            if f"{layer.path}.{leaf}" in headers
+        }
+        if layer.path in recorded:
+            problems.append(f"{layer.path} is in the manifest twice")
+        elif wrong := _layer_problem(layer, found):
+            problems.append(f"{layer.path}: {wrong}")
+        elif layer.kind in ("linear", "experts") and layer.action != "keep":
+            bits, entries = bits + 8 * layer.nbytes, entries + math.prod(layer.shape)
+        recorded.add(layer.path)
+    if problems:
+        return problems
+    stored_bytes = sum(header.nbytes for header in headers.values())
+    if stored_bytes != manifest.stored_bytes:
+        problems.append(f"stored_bytes is {manifest.stored_bytes}, the files hold {stored_bytes}")
+    if not _equal(manifest.linear_bits_per_weight * entries, bits):
+        problems.append(f"linear_bits_per_weight is {manifest.linear_bits_per_weight}")
+    parameters = sum(math.prod(layer.shape) for layer in manifest.layers)
+    for name, header in headers.items():
+        path, _, leaf = name.rpartition(".")
+        if path not in recorded or leaf not in ("weight", "scales", "biases"):
+            parameters += math.prod(header.shape)
+            if leaf == "scales" or (leaf == "weight" and len(header.shape) > 1):
+                problems.append(f"tensor {name} is of no layer in the manifest")
+    if not _equal(manifest.bits_per_weight * parameters, 8 * stored_bytes):
+        problems.append(
+            f"bits_per_weight is {manifest.bits_per_weight:.4f}, {stored_bytes} bytes for "
+            f"{parameters} parameters are {8 * stored_bytes / max(parameters, 1):.4f}"
+        )
+    return problems
+
+
+def _layer_problem(layer: LayerRecord, found: Headers) -> str:
+    """Tell what of a layer's record does not fit its tensors; "" when all does."""
+    leaves = {"weight"}
+    if layer.action != "keep":
+        leaves |= {"scales", "biases"} if layer.mode == "affine" else {"scales"}
+    if found.keys() != leaves:
+        return f"it has {', '.join(found) or 'no tensor'}, wanted {', '.join(sorted(leaves))}"
+    shapes = {leaf: header.shape for leaf, header in found.items()}
+    if layer.action == "keep":
+        fits = shapes["weight"] == layer.shape and len(layer.shape) > 1
+    else:
+        *rows, width = layer.shape or (0,)
+        width *= layer.clusters or 1 if layer.action == "split" else 1
+        fits = (
+            bool(rows and layer.bits and layer.group_size)
+            and found["weight"].dtype == "U32"
+            and all(shape[:-1] == tuple(rows) for shape in shapes.values())
+            and shapes["weight"][-1] * 32 == width * (layer.bits or 0)
+            and all(
+                shapes[leaf][-1] * (layer.group_size or 0) == width
+                for leaf in shapes.keys() - {"weight"}
+            )
+        )
+    if not fits:
+        shown = ", ".join(f"{leaf} {list(shape)}" for leaf, shape in shapes.items())
+        return f"{shown} do not fit {layer.action}, shape {list(layer.shape)}, bits {layer.bits}"
+    nbytes = sum(header.nbytes for header in found.values())
+    if nbytes != layer.nbytes:
+        return f"it has {nbytes} bytes, the manifest says {layer.nbytes}"
+    if not _equal(layer.bits_per_weight * math.prod(layer.shape), 8 * nbytes):
+        return f"it has not the {layer.bits_per_weight} bits/weight of the manifest"
+    return ""
+
+
+def _equal(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-6)
+
+
+def _config(directory: Path, manifest: Manifest) -> list[str]:
+    config, wanted = read_config(directory), config_tables(manifest.layers)
+    return [
+        f"its {table} is not that of the manifest"
+        for table in TABLES
+        if config.get(table) != wanted.get(table)
+    ]
+
+
+def _forward(directory: Path, progress: Progress) -> list[str]:
+    with progress.task("Running"):
+        model = load_model(directory)
+        try:
+            logits = model(mx.array([[0, 1, 2, 3]]))
+            finite = mx.all(mx.isfinite(logits)).item()
+        except Exception as exc:  # mlx-lm's models raise whatever their arithmetic meets
+            raise CheckpointError(f"the model does not run: {type(exc).__name__}: {exc}") from exc
+    return [] if finite else ["the logits hold NaN or infinite values"]

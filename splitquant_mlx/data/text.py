@@ -1,0 +1,175 @@
+"""Read the text that perplexity and KL divergence are measured on, and cut it in windows.
+
+A data set of many rows becomes one text by joining its rows, unchanged, with a blank line: on
+WikiText-2 that is what GPTQ and the documentation of transformers do, so that figures compare.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from splitquant_mlx.errors import RecipeError, SourceError, one_line
+from splitquant_mlx.models.source import _explain, answer_within
+
+SEPARATOR = "\n\n"
+WIKITEXT = "Salesforce/wikitext"
+WIKITEXT_SPLITS = ("test", "validation")
+
+
+def load_text(path: Path) -> str:
+    """Read a text from a file.
+
+    Args:
+        path: .jsonl (an object with a "text" a line), .parquet (a column "text"), or any other
+            file, which is read as UTF-8 text. Rows are joined with a blank line.
+
+    Raises:
+        SourceError: when the file cannot be read, holds no text, or anything but text.
+    """
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    try:
+        text = readers.get(path.suffix.lower(), _read_utf8)(path)
+    except OSError as exc:
+        raise SourceError(f"cannot read {path}: {exc.strerror or one_line(exc)}") from exc
+    if not text.strip():
+        raise SourceError(f"{path} holds no text: give a file with some")
+    return text
+
+
+def fetch_wikitext(split: str = "test") -> str:
+    """Return WikiText-2 (raw) from the hub, or from the hub's cache on this machine.
+
+    Args:
+        split: "test" or "validation".
+
+    Raises:
+        RecipeError: when there is no such split.
+        SourceError: when it cannot be fetched.
+    """
+    if split not in WIKITEXT_SPLITS:
+        raise RecipeError(f"WikiText-2: wanted {' or '.join(WIKITEXT_SPLITS)}, got {split!r}")
+    return load_text(_fetch(WIKITEXT, f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet"))
+
+
+def _fetch(repo: str, name: str) -> Path:
+    """Return a file of a data set from the hub's cache, without any network, else from the hub."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    with suppress(OSError):
+        return Path(hf_hub_download(repo, name, repo_type="dataset", local_files_only=True))
+    limit_s = constants.HF_HUB_ETAG_TIMEOUT
+    try:
+        # one request, not repeated: the download would try for half a minute
+        url = hf_hub_url(repo, name, repo_type="dataset")
+        answer_within(limit_s, lambda: get_hf_file_metadata(url, timeout=limit_s))
+        return Path(hf_hub_download(repo, name, repo_type="dataset"))
+    except Exception as exc:  # see source.py: the hub's exceptions share no root
+        missing = "is not in the cache, and the hub cannot be reached"
+        raise _explain(exc, repo, None, otherwise=missing) from exc
+
+
+def text_hash(text: str) -> str:
+    """Return the SHA-256 of a text in UTF-8, which names the data that a figure was measured on."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a text, with the special tokens that the tokenizer adds by default.
+
+    For most models that is a beginning-of-text token, once, at the start of the whole text: not
+    at the start of every window. It is what transformers and most published figures do.
+    """
+    # the warning that the text is longer than the model's context is not for who cuts it up
+    return tokenizer.encode(text, verbose=False)
+
+
+def cut_windows(tokens: Sequence[int], context_length: int, limit: int | None = None) -> np.ndarray:
+    """Cut tokens into windows side by side, (windows, context_length) int32; a rest is dropped.
+
+    Args:
+        tokens: of a text.
+        context_length: tokens of a window.
+        limit: number of windows to keep, from the start; None keeps all.
+
+    Raises:
+        RecipeError: when there are too few tokens for one window.
+    """
+    if context_length < 1 or (limit is not None and limit < 1):
+        raise RecipeError(f"wanted a window of 1 token or more, got {limit} of {context_length}")
+    count = min(len(tokens) // context_length, limit or len(tokens))
+    if not count:
+        raise RecipeError(
+            f"the text has {len(tokens)} tokens, wanted at least context_length "
+            f"({context_length}): give a longer text or a smaller context_length"
+        )
+    return np.array(tokens[: count * context_length], np.int32).reshape(count, context_length)
+
+
+def _read_utf8(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as exc:
+        line = content.count(b"\n", 0, exc.start) + 1
+        raise SourceError(
+            f"{path}, line {line}: not UTF-8 text (byte 0x{content[exc.start]:02x}): convert the "
+            "file to UTF-8"
+        ) from exc
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise SourceError(f"{path}, line {line}: not text: it holds a NUL character")
+    return text
+
+
+def _read_jsonl(path: Path) -> str:
+    rows = []
+    for number, line in enumerate(_read_utf8(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as exc:
+            raise SourceError(f"{path}, line {number}: not JSON ({one_line(exc)})") from exc
+        rows.append((f"line {number}", row.get("text") if isinstance(row, dict) else None))
+    return _join(path, rows)
+
+
+def _read_parquet(path: Path) -> str:
+    from pyarrow import ArrowException, parquet
+
+    path.open("rb").close()  # pyarrow's own message for a file that cannot be opened is long
+    try:
+        table = parquet.ParquetFile(path)
+        if "text" not in table.schema_arrow.names:
+            names = ", ".join(table.schema_arrow.names)
+            raise SourceError(f'{path}: wanted a column "text", got {names}')
+        values = table.read(columns=["text"]).column("text").to_pylist()
+    except (ArrowException, ValueError, KeyError, OSError) as exc:
+        raise SourceError(f"{path}: not a sound parquet file ({one_line(exc)})") from exc
+    return _join(path, ((f"row {number}", value) for number, value in enumerate(values, start=1)))
+
+
+def _join(path: Path, rows: Iterable[tuple[str, object]]) -> str:
+    """Join the texts of numbered rows. Raises SourceError naming a row that is no text."""
+    texts = []
+    for where, value in rows:
+        if not isinstance(value, str):
+            raise SourceError(f'{path}, {where}: wanted a "text" that is a string')
+        if "\0" in value or not _encodes(value):
+            raise SourceError(f"{path}, {where}: not text: it holds a NUL or half a character")
+        texts.append(value)
+    return SEPARATOR.join(texts)
+
+
+def _encodes(value: str) -> bool:
+    """Say whether a string has a form in UTF-8; escapes in JSON can write one that has none."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

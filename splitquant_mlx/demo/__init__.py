@@ -1,0 +1,1 @@
+"""A first conversion of a small real chat model."""

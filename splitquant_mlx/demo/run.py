@@ -1,0 +1,188 @@
+"""Show on a small real chat model what the split does: convert it plain and split, compare, ask.
+
+Only the linear layers are quantized, in both, so that the comparison is of the methods alone. The
+distance from the original is measured on a short text of our own.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from splitquant_mlx.models.checkpoint import read_headers
+from splitquant_mlx.models.directory import as_directory
+from splitquant_mlx.runtime.environment import describe_machine, versions
+from splitquant_mlx.evaluation.divergence import Divergence, divergence, log_probabilities
+from splitquant_mlx.evaluation.scoring import for_scoring
+from splitquant_mlx.models.loader import load_model, load_tokenizer
+from splitquant_mlx.formats.manifest import Manifest
+from splitquant_mlx.conversion.pipeline import convert
+from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.recipe import Recipe
+from splitquant_mlx.models.source import Source
+
+QUESTION = "Why is the sky blue?"
+MAX_TOKENS = 48
+# 8 bits are there for honesty: fewer bytes than three parts of 4 bits, and closer to the original
+RECIPES = {
+    "rtn 4-bit": Recipe(method="rtn", bits=4, embeddings="keep", lm_head="keep"),
+    "rtn 8-bit": Recipe(method="rtn", bits=8, embeddings="keep", lm_head="keep"),
+    "split 4-bit": Recipe(method="splitquant", bits=4),
+}
+TEXT = """\
+The harbour town wakes before the sun does. By four in the morning the first boats have \
+already left the quay, their lamps swinging over black water, and the bakers two streets \
+uphill have pulled the second batch of rolls from the oven. An hour later the fish market \
+opens. It is loud, wet and quick: a crate of mackerel changes hands in less time than it \
+takes to describe it, and prices are shouted in a shorthand that only the buyers \
+understand. By eight it is over, the floor is hosed down, and the gulls argue about \
+whatever is left.
+
+Engineers came here in the last century to build the long breakwater. They had learned, \
+from two failures, that a wall which stands straight against the sea is a wall that falls. \
+The third design was a slope of loose stone. Each wave that runs up the slope loses its \
+strength in the gaps between the blocks, and what comes back is too weak to carry anything \
+away. The method is slow and needs far more rock, but it has held for ninety years. When \
+asked why they had not thought of it sooner, the chief engineer answered that the numbers \
+had been right from the beginning; it was the assumptions that had to be replaced.
+
+There is a lesson in this for anyone who measures things. A single figure, such as the \
+height of the largest wave, tells you little about what will happen on an ordinary day. \
+You need to know how often waves of every size arrive, how they are grouped, and how much \
+of their energy is spent before they reach the wall. Most of the water does no harm at \
+all. A few rare waves do most of the damage, and a structure that spreads its effort \
+evenly over all of them is strong in the wrong places. The same is true of rounding \
+numbers, insuring houses and planning hospitals.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """Hold the demo's findings for one form of the model.
+
+    Attributes:
+        method: "original", or the name of a recipe.
+        bits_per_weight: of the linear layers.
+        nbytes: of the whole model's weights as stored.
+        divergence: from the original; None for the original itself.
+        tokens_per_s: generation speed.
+        answer: to the question.
+        path: where the converted model is; None for the original.
+        seconds: the conversion took, s; None for the original.
+    """
+
+    method: str
+    bits_per_weight: float
+    nbytes: int
+    divergence: Divergence | None
+    tokens_per_s: float
+    answer: str
+    path: Path | None = None
+    seconds: float | None = None
+
+
+def run_demo(source: Source, directory: Path, progress: Progress | None = None) -> list[Result]:
+    """Convert `source` with every recipe of the demo and compare the outcomes.
+
+    Args:
+        source: a small chat model.
+        directory: where to put the converted models, replacing those of an earlier demo.
+        progress: told how far the work is.
+
+    Raises:
+        SplitQuantError: see `convert` and `load`.
+    """
+    progress = progress or Silent()
+    with as_directory(source, progress) as original:
+        tokenizer = load_tokenizer(original, {})
+        tokens = tokenizer.encode(TEXT)
+        model = load_model(original)
+        with progress.task("Asking the original"):
+            reference = log_probabilities(model, tokens)
+            answer, tokens_per_s = _ask(model, tokenizer)
+        results = [_original_result(original, answer, tokens_per_s)]
+        del model
+        for method, recipe in RECIPES.items():
+            path = directory / method.replace(" ", "-")
+            # named by its source, not by the directory a GGUF file was unpacked to
+            unpacked = Source(name=source.name, path=original, revision=source.revision)
+            manifest = convert(unpacked, path, recipe=recipe, overwrite=True, progress=progress)
+            with progress.task(f"Asking the {method} model"):
+                results.append(
+                    _converted_result(method, manifest, path, tokenizer, reference, tokens)
+                )
+    return results
+
+
+def _original_result(directory: Path, answer: str, tokens_per_s: float) -> Result:
+    headers = read_headers(directory).values()
+    nbytes = sum(header.nbytes for header in headers)
+    entries = sum(math.prod(header.shape) for header in headers)
+    return Result(
+        method="original",
+        bits_per_weight=8 * nbytes / entries,
+        nbytes=nbytes,
+        divergence=None,
+        tokens_per_s=tokens_per_s,
+        answer=answer,
+    )
+
+
+def _converted_result(
+    method: str,
+    manifest: Manifest,
+    path: Path,
+    tokenizer: Any,
+    reference: mx.array,
+    tokens: list[int],
+) -> Result:
+    model = load_model(path)
+    answer, tokens_per_s = _ask(model, tokenizer)
+    found = divergence([reference], [log_probabilities(for_scoring(model), tokens)])
+    return Result(
+        method=method,
+        bits_per_weight=manifest.linear_bits_per_weight,
+        nbytes=manifest.stored_bytes,
+        divergence=found,
+        tokens_per_s=tokens_per_s,
+        answer=answer,
+        path=path,
+        seconds=manifest.seconds["total"],
+    )
+
+
+def _ask(model: nn.Module, tokenizer: Any) -> tuple[str, float]:
+    """Return the model's greedy answer to the question, and tokens/s."""
+    from mlx_lm import stream_generate
+
+    messages = [{"role": "user", "content": QUESTION}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    text, speed = "", 0.0
+    for response in stream_generate(model, tokenizer, prompt, max_tokens=MAX_TOKENS):
+        text, speed = text + response.text, response.generation_tps
+        if response.finish_reason == "length":
+            text += " ..."
+    return text.strip(), speed
+
+
+def save_results(results: list[Result], model: str, directory: Path) -> Path:
+    """Write the findings and the environment they were made in as JSON; returns the file."""
+    file = directory / "demo.json"
+    values = {
+        "model": model,
+        "question": QUESTION,
+        "results": [
+            {**dataclasses.asdict(result), "path": result.path and result.path.name}
+            for result in results
+        ],
+        "machine": describe_machine(),
+        "versions": versions(),
+        "device": str(mx.default_device()),
+    }
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return file

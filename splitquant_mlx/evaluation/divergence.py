@@ -1,0 +1,130 @@
+"""Measure how far a model's predictions are from a reference model's.
+
+For each position of a text, p is the reference's distribution of the next token and q the
+model's; the Kullback-Leibler divergence is sum_v p_v (ln p_v - ln q_v), in nats.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from splitquant_mlx.runtime.ranks import Group, collect
+from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.evaluation.reference import Reference
+from splitquant_mlx.evaluation.scoring import log_probabilities_of, log_probability_blocks
+from splitquant_mlx.progress import Progress, Silent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """Hold the distance of a model from a reference over `positions` predictions.
+
+    Attributes:
+        positions: number of predictions compared.
+        kl_mean: mean KL divergence, nats.
+        kl_median: median, nats.
+        kl_p99: 99th percentile, nats.
+        top1_agreement: share of positions at which both find the same token most likely.
+        standard_error: of kl_mean, nats, taking the positions for independent draws (those of
+            one text are not quite); NaN for a single position.
+    """
+
+    positions: int
+    kl_mean: float
+    kl_median: float
+    kl_p99: float
+    top1_agreement: float
+    standard_error: float
+
+
+def measure_divergence(
+    model: nn.Module,
+    reference: Reference,
+    *,
+    group: Group | None = None,
+    progress: Progress | None = None,
+) -> Divergence:
+    """Compare a model with a reference over all next-token predictions of its windows.
+
+    Args:
+        model: one of mlx-lm's, best after `scoring.for_scoring`.
+        reference: see `reference.open_reference`.
+        group: ranks that share the work and have one result; `reference` has the windows that
+            were dealt to this one.
+        progress: told how many predictions have been compared.
+
+    Raises:
+        RecipeError: when the two models do not share a vocabulary.
+        SplitQuantError: when the reference is needed and cannot be loaded.
+    """
+    windows = reference.windows
+    with (progress or Silent()).task("Measuring divergence", windows.size) as advance:
+
+        def blocks() -> Iterator[mx.array]:
+            for block in log_probability_blocks(model, windows):
+                yield block
+                advance(block.shape[0])
+
+        kl, same = _compare(reference, blocks())
+    return _divergence(
+        np.concatenate(collect(group, kl.reshape(windows.shape).tolist())),
+        np.concatenate(collect(group, same.reshape(windows.shape).tolist())),
+    )
+
+
+def log_probabilities(model: nn.Module, tokens: list[int]) -> mx.array:
+    """Return ln p of every next token, (len(tokens), vocabulary), float32."""
+    return log_probabilities_of(model(mx.array([tokens]))[0].astype(mx.float32))
+
+
+def divergence(reference: Iterable[mx.array], model: Iterable[mx.array]) -> Divergence:
+    """Compare two sequences of log-probabilities (positions, vocabulary), block by block.
+
+    Raises:
+        RecipeError: when there is nothing to compare, or the vocabularies differ.
+    """
+    return _divergence(*_compare(reference, model))
+
+
+def _compare(
+    reference: Iterable[mx.array], model: Iterable[mx.array]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the KL divergence of every position, nats, and whether both agree on the top token."""
+    kl, same = [], []
+    for p, q in zip(reference, model, strict=True):
+        if p.shape != q.shape:
+            raise RecipeError(
+                f"the reference predicts {p.shape}, the model {q.shape} (positions, vocabulary): "
+                "only models of one vocabulary can be compared"
+            )
+        kl.append(np.array(_kl(p, q)))
+        same.append(np.array(mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1)))
+    if not kl:
+        raise RecipeError("there are no predictions to compare: give a text")
+    return np.concatenate(kl).astype(np.float64), np.concatenate(same)
+
+
+def _divergence(kl: np.ndarray, same: np.ndarray) -> Divergence:
+    count = len(kl)
+    return Divergence(
+        positions=count,
+        kl_mean=float(kl.mean()),
+        kl_median=float(np.median(kl)),
+        kl_p99=float(np.percentile(kl, 99)),
+        top1_agreement=float(same.mean()),
+        standard_error=float(kl.std(ddof=1)) / math.sqrt(count) if count > 1 else math.nan,
+    )
+
+
+def _kl(log_p: mx.array, log_q: mx.array) -> mx.array:
+    """Return the KL divergence of every row, nats.
+
+    The terms q - p sum to zero but for rounding. With them every summand is non-negative and an
+    error common to a row's log-probabilities, as of its logsumexp, cancels in the first order.
+    """
+    p, q = mx.exp(log_p), mx.exp(log_q)
+    return mx.maximum(mx.sum(p * (log_p - log_q) + (q - p), axis=-1), 0)

@@ -1,0 +1,240 @@
+"""Run any task of lm-evaluation-harness on a model, with this package's own scoring.
+
+Importing this module needs lm-evaluation-harness, and says so where it is missing. Tokenization,
+truncation and the handling of special tokens are those of its class for models of transformers, so
+figures compare. Log-likelihoods come from `loglikelihood.score`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.nn as nn
+
+from splitquant_mlx.runtime.ranks import Group, collect, deal, gather
+from splitquant_mlx.errors import RecipeError, one_line
+from splitquant_mlx.evaluation.loglikelihood import (
+    BATCH_TOKENS,
+    Pair,
+    Score,
+    context_length,
+    fit,
+    score,
+)
+from splitquant_mlx.evaluation.protocols import TEMPLATE_OPTIONS
+from splitquant_mlx.progress import Progress, Silent
+
+try:
+    from lm_eval.api.model import TemplateLM
+except ImportError as exc:
+    raise RecipeError(
+        'lm-evaluation-harness is not installed: pip install "splitquant-mlx[lm-eval]"'
+    ) from exc
+
+DEFAULT_LENGTH = 2048  # what the harness takes for models that do not say
+DEFAULT_MAX_TOKENS = 256
+
+
+class SplitQuantLM(TemplateLM):
+    """Give lm-evaluation-harness a loaded model.
+
+    Args:
+        model: one of mlx-lm's, best after `scoring.for_scoring`.
+        tokenizer: mlx-lm's TokenizerWrapper.
+        batch_tokens: see `loglikelihood.score`.
+        group: ranks that share the answering of the requests, and all have the answers.
+        progress: told how many requests have been answered.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        group: Group | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_tokens = batch_tokens
+        self.group = group
+        self.progress = progress or Silent()
+        self.max_length = context_length(model) or DEFAULT_LENGTH
+
+    @property
+    def eot_token_id(self) -> int:
+        """Return the token that ends a text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """Return the token that an empty context stands for."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Return the name that the harness keeps the tokenizer's requests under."""
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Return the tokens of a string, with one beginning-of-text token at most."""
+        if add_special_tokens is None:
+            opening = self.tokenizer.decode([self.prefix_token_id])
+            add_special_tokens = not string.startswith(opening)
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return a conversation as the prompt for its next turn."""
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+            **TEMPLATE_OPTIONS,
+        )
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Return the log-likelihood of each whole text, in windows that do not overlap, nats."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        pairs: list[Pair] = []
+        owners = []
+        for owner, request in enumerate(requests):
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            pairs += map(make_disjoint_window, windows)
+            owners += [owner] * (len(pairs) - len(owners))
+        totals = [0.0] * len(requests)
+        for owner, found in zip(owners, self._score(pairs), strict=True):
+            totals[owner] += found.loglikelihood
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Return the model's continuation of each prompt, up to a stop string or the length."""
+        mine = deal(self.group, requests)
+        with self.progress.task("Generating", len(mine)) as advance:
+            answers = []
+            for request in mine:
+                answers.append(self._generate(*request.args))
+                advance(1)
+        return collect(self.group, answers)
+
+    def _generate(self, prompt: str, settings: dict[str, Any]) -> str:
+        from lm_eval.models.utils import (
+            handle_stop_sequences,
+            normalize_gen_kwargs,
+            postprocess_generated_text,
+        )
+        from mlx_lm.generate import stream_generate
+        from mlx_lm.sample_utils import make_sampler
+
+        options: dict[str, Any] = {**normalize_gen_kwargs(settings, DEFAULT_MAX_TOKENS)}
+        eos = self.tokenizer.decode([self.eot_token_id])
+        stops = [stop for stop in handle_stop_sequences(options["until"], eos) if stop]
+        room = self.max_length - options["max_gen_toks"]
+        if room < 1:
+            raise RecipeError(
+                f"the task generates {options['max_gen_toks']} tokens, the model reads "
+                f"{self.max_length} at most, the prompt's included"
+            )
+        text = ""
+        for piece in stream_generate(
+            self.model,
+            self.tokenizer,
+            self.tok_encode(prompt)[-room:],
+            max_tokens=options["max_gen_toks"],
+            sampler=make_sampler(
+                options.get("temperature", float(options["do_sample"])),
+                top_p=options.get("top_p", 1.0),
+                top_k=options.get("top_k", 0),
+            ),
+        ):
+            text += piece.text
+            if any(stop in text for stop in stops):
+                break
+        return postprocess_generated_text(text, stops, None)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [fit(context, end, self.max_length) for _, context, end in requests]
+        return [(found.loglikelihood, found.is_greedy) for found in self._score(pairs)]
+
+    def _score(self, pairs: Sequence[Pair]) -> list[Score]:
+        """Return the scores in the pairs' order."""
+        options: Any = {"batch_tokens": self.batch_tokens, "progress": self.progress}
+        mine = [
+            (index, found.loglikelihood, found.is_greedy)
+            for index, found in score(self.model, pairs, group=self.group, **options)
+        ]
+        scored = {
+            index: Score(loglikelihood=loglikelihood, is_greedy=is_greedy)
+            for share in gather(self.group, mine)
+            for index, loglikelihood, is_greedy in share
+        }
+        return [scored[index] for index in range(len(pairs))]
+
+
+def run_task(
+    model: nn.Module,
+    tokenizer: Any,
+    task: str | dict[str, Any],
+    *,
+    num_shots: int | None = None,
+    limit: int | None = None,
+    chat_template: bool = False,
+    batch_tokens: int = BATCH_TOKENS,
+    group: Group | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Run a task of lm-evaluation-harness and return what its `simple_evaluate` does.
+
+    Args:
+        model: one of mlx-lm's, best after `scoring.for_scoring`.
+        tokenizer: mlx-lm's TokenizerWrapper.
+        task: name of a task or group of the harness, or a task's configuration.
+        num_shots: number of solved examples before each request; None is the task's own.
+        limit: number of requests to answer, from the start; None is all.
+        chat_template: put the requests in the tokenizer's chat template.
+        batch_tokens: see `loglikelihood.score`.
+        group: ranks that share the work, and all have the results.
+        progress: told how many requests have been answered.
+
+    Raises:
+        RecipeError: when there is no such task, its data cannot be loaded, or it does not fit the
+            model.
+    """
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_defaults=isinstance(task, str))  # reads thousands of files
+    if isinstance(task, str) and task not in manager.all_tasks:
+        raise RecipeError(f"lm-evaluation-harness has no task {task!r}: see `lm-eval ls tasks`")
+    if chat_template and not tokenizer.has_chat_template:
+        raise RecipeError("chat_template: the tokenizer has none")
+    lm = SplitQuantLM(model, tokenizer, batch_tokens=batch_tokens, group=group, progress=progress)
+    try:
+        results = simple_evaluate(
+            model=lm,
+            tasks=[task],
+            num_fewshot=num_shots,
+            limit=limit,
+            apply_chat_template=chat_template,
+            task_manager=manager,
+        )
+    except (OSError, ValueError) as exc:  # those of the data sets' loaders among them
+        raise RecipeError(f"lm-evaluation-harness cannot run the task: {one_line(exc)}") from exc
+    assert results is not None  # only processes after the first get none
+    return dict(results)

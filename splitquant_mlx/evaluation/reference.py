@@ -1,0 +1,213 @@
+"""Keep what the reference model predicts, so that it runs once for all models measured against it.
+
+Its log-probabilities are cached on disk as the float32 numbers they were computed as, so that a
+model does not differ from itself. An entry is one .npy file (windows, length, vocabulary), read
+and written block by block, named by a hash of everything that the numbers depend on. The cache is
+bounded; the entries used longest ago go first. What does not fit, or cannot be written, is computed
+again each time, with the same result.
+"""
+
+import hashlib
+import io
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from splitquant_mlx.runtime.cache import cache_directory
+from splitquant_mlx.errors import CheckpointError, SourceError
+from splitquant_mlx.evaluation.scoring import block_rows, log_probability_blocks, token_array
+from splitquant_mlx.progress import Progress, Silent
+
+LIMIT_BYTES = 4_000_000_000
+CHUNK_BYTES = 1 << 20
+SUFFIX = ".npy"
+PARTIAL = ".partial"
+ABANDONED_S = 3600
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reference:
+    """Yield, each time it is iterated, the reference's ln p in blocks; see `open_reference`.
+
+    The blocks are those of `scoring.log_probability_blocks`.
+
+    Attributes:
+        windows: tokens (windows, length), int32.
+        file: the cached predictions; None where they are computed anew each time.
+        load: returns the reference model; not called while the file serves.
+    """
+
+    windows: np.ndarray
+    file: Path | None
+    load: Callable[[], nn.Module]
+
+    def __iter__(self) -> Iterator[mx.array]:
+        vocabulary = self.file and _cached_vocabulary(self.file, self.windows.shape)
+        if self.file and vocabulary:
+            return _read(self.file, self.windows.shape, vocabulary)
+        return log_probability_blocks(self.load(), self.windows)
+
+
+def open_reference(
+    windows: np.ndarray,
+    *,
+    model_hash: str,
+    load: Callable[[], nn.Module],
+    directory: Path | None = None,
+    limit_bytes: int = LIMIT_BYTES,
+    progress: Progress | None = None,
+) -> Reference:
+    """Find the predictions of a reference model in the cache, else compute and cache them.
+
+    The model is not held: with the predictions cached, it and the models measured against it are
+    never in memory together.
+
+    Args:
+        windows: tokens (windows, length); see `text.cut_windows`.
+        model_hash: of the reference; see `model_hash`.
+        load: returns the reference model, ready for scoring; called only when it is needed.
+        directory: of the cache; None is `reference` in the package's cache directory.
+        limit_bytes: bound on the whole cache. Predictions that need more are not cached; the
+            reference then runs beside each model, block by block.
+        progress: told how far the computation is.
+
+    Raises:
+        RecipeError: when a token is none of the model's.
+        SplitQuantError: what `load` raises.
+    """
+    windows = np.ascontiguousarray(windows, np.int32)
+    home = directory or cache_directory() / "reference"
+    file = home / f"{_key(windows, model_hash)}{SUFFIX}"
+    if not _cached_vocabulary(file, windows.shape):
+        model = load()
+        _, vocabulary = token_array(model, windows)
+        if 4 * windows.size * vocabulary > limit_bytes:
+            return Reference(windows=windows, file=None, load=load)
+        try:
+            _make_room(home, limit_bytes - 4 * windows.size * vocabulary, keep=file)
+            _write(file, model, windows, vocabulary, progress or Silent())
+        except OSError:  # a full or read-only disk costs time, not the result
+            return Reference(windows=windows, file=None, load=load)
+    with suppress(OSError):
+        os.utime(file)  # marks the entry as used
+    return Reference(windows=windows, file=file, load=load)
+
+
+def model_hash(directory: Path, progress: Progress | None = None) -> str:
+    """Return a SHA-256 over all that a checkpoint's predictions depend on.
+
+    That is config.json, tokenizer.json and every .safetensors file: name, size and the whole
+    content, at about a second a gigabyte.
+
+    Raises:
+        CheckpointError: when there are no weights, or a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        weights = sorted(directory.glob("*.safetensors"))
+        if not weights:
+            raise CheckpointError(f"{directory} holds no .safetensors file: give a model directory")
+        named = [directory / name for name in ("config.json", "tokenizer.json")]
+        files = [*(file for file in named if file.exists()), *weights]
+        sizes = [file.stat().st_size for file in files]
+        with (progress or Silent()).task("Hashing the reference", sum(sizes)) as advance:
+            for file, size in zip(files, sizes, strict=True):
+                digest.update(f"{file.name}\0{size}\0".encode())
+                with file.open("rb") as opened:
+                    while chunk := opened.read(CHUNK_BYTES):
+                        digest.update(chunk)
+                        advance(len(chunk))
+    except OSError as exc:
+        raise CheckpointError(f"cannot read {exc.filename}: {exc.strerror or exc}") from exc
+    return digest.hexdigest()
+
+
+def _key(windows: np.ndarray, model_hash: str) -> str:
+    """Hash model, tokens, their cut into windows, and what rounds: mlx's release and the device."""
+    device = mx.default_device().type.name
+    settings = f"{model_hash}\0{windows.shape}\0{version('mlx')}\0{device}\0"
+    return hashlib.sha256(settings.encode() + windows.astype("<i4").tobytes()).hexdigest()
+
+
+def _cached_vocabulary(file: Path, shape: tuple[int, ...]) -> int:
+    """Return the size of the vocabulary in a whole entry for windows of `shape`; 0 without one."""
+    try:
+        nbytes = file.stat().st_size - len(_header(shape, 1))
+        vocabulary, rest = divmod(max(nbytes, 0), 4 * math.prod(shape))
+        header = _header(shape, vocabulary)
+        with file.open("rb") as opened:
+            whole = not rest and opened.read(len(header)) == header
+    except OSError:
+        return 0
+    return vocabulary if whole else 0
+
+
+def _header(shape: tuple[int, ...], vocabulary: int) -> bytes:
+    """Return the header of an entry; numpy pads it to a length that does not vary."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": "<f4", "fortran_order": False, "shape": (*shape, vocabulary)}
+    )
+    return buffer.getvalue()
+
+
+def _read(file: Path, shape: tuple[int, ...], vocabulary: int) -> Iterator[mx.array]:
+    rows = block_rows(vocabulary)
+    windows, length = shape
+    with file.open("rb") as opened:
+        opened.seek(len(_header(shape, vocabulary)))
+        for _ in range(windows):
+            for start in range(0, length, rows):
+                nbytes = 4 * min(rows, length - start) * vocabulary
+                content = opened.read(nbytes)
+                if len(content) != nbytes:
+                    raise SourceError(f"{file} was cut short while it was read: run it again")
+                yield mx.array(np.frombuffer(content, "<f4").reshape(-1, vocabulary))
+
+
+def _write(
+    file: Path, model: nn.Module, windows: np.ndarray, vocabulary: int, progress: Progress
+) -> None:
+    """Write an entry beside its place, and move it there when it is whole."""
+    with tempfile.NamedTemporaryFile(
+        dir=file.parent, prefix=f".{file.stem}-", suffix=PARTIAL, delete=False
+    ) as opened:
+        partial = Path(opened.name)
+        try:
+            opened.write(_header(windows.shape, vocabulary))
+            with progress.task("Running the reference", windows.size) as advance:
+                for block in log_probability_blocks(model, windows):
+                    opened.write(np.array(block).astype("<f4", copy=False).data)
+                    advance(block.shape[0])
+            opened.flush()
+            os.fsync(opened.fileno())
+            os.replace(partial, file)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _make_room(directory: Path, allowed_bytes: int, keep: Path) -> None:
+    """Remove the entries used longest ago until the rest holds `allowed_bytes` at most."""
+    directory.mkdir(parents=True, exist_ok=True)
+    keep.unlink(missing_ok=True)  # it is torn or foreign
+    for file in directory.glob(f".*{PARTIAL}"):
+        if time.time() - file.stat().st_mtime > ABANDONED_S:  # its writer was killed
+            file.unlink(missing_ok=True)
+    entries = [(file.stat(), file) for file in directory.glob(f"*{SUFFIX}")]
+    held_bytes = sum(stat.st_size for stat, _ in entries)
+    for stat, file in sorted(entries, key=lambda entry: entry[0].st_mtime_ns):
+        if held_bytes <= allowed_bytes:
+            return
+        file.unlink(missing_ok=True)
+        held_bytes -= stat.st_size

@@ -1,0 +1,221 @@
+"""Evaluate one model on one task, from its directory to JSON values."""
+
+import dataclasses
+import hashlib
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from splitquant_mlx.runtime.cache import cache_directory
+from splitquant_mlx.runtime.ranks import Group, alone, check_alike, deal, together
+from splitquant_mlx.runtime.environment import describe_machine, versions
+from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.evaluation.arc import ArcResult, evaluate_arc
+from splitquant_mlx.evaluation.divergence import measure_divergence
+from splitquant_mlx.models.lazy import Opened, open_model
+from splitquant_mlx.evaluation.paired import compare
+from splitquant_mlx.evaluation.perplexity import measure_perplexity
+from splitquant_mlx.data.questions import Question, fetch_questions, load_questions
+from splitquant_mlx.evaluation.reference import open_reference
+from splitquant_mlx.data.text import cut_windows, encode, fetch_wikitext, load_text, text_hash
+from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.study.spec import ARC_TASKS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Say what a model is evaluated on.
+
+    Attributes:
+        name: "arc_challenge", "arc_easy", "perplexity", "kl", or a task of lm-eval.
+        protocol: of the ARC tasks, "loglikelihood" or "letter".
+        num_shots: solved examples before each question; None is 0, or the lm-eval task's own.
+        data: a file in place of the hub's data set.
+        shots: a file of questions to draw the examples from, in place of the hub's.
+        limit: number of questions, or of windows of text; None takes all.
+        context_length: tokens of a window of text.
+        stride: tokens from one window's start to the next one's, for "perplexity".
+    """
+
+    name: str
+    protocol: str = "loglikelihood"
+    num_shots: int | None = None
+    data: Path | None = None
+    shots: Path | None = None
+    limit: int | None = None
+    context_length: int = 512
+    stride: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise RecipeError(f"limit: wanted 1 or more, got {self.limit}")
+
+
+def evaluate(
+    model: str,
+    task: Task,
+    *,
+    reference: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    group: Group | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Evaluate `model` on `task`.
+
+    Args:
+        model: repo id, directory or .gguf file.
+        task: what to do.
+        reference: a model to compare with: the one that "kl" measures from, or one that answers
+            the same questions.
+        revision: of the model's hub repo.
+        trust_remote_code: run Python files that the checkpoint brings along.
+        group: ranks that share the questions or the text, each with the whole model, and all
+            return what one would alone.
+        progress: told how far the work is.
+
+    Returns:
+        JSON values: "model", "model_hash" (of its content), "task", "settings", "reference",
+        "values" (what was found; with a reference for ARC, its own under "reference" and McNemar's
+        test under "comparison"), and the environment.
+
+    Raises:
+        SplitQuantError: when model, data or settings cannot be had or used.
+    """
+    progress = progress or Silent()
+    if task.name == "kl" and reference is None:
+        raise RecipeError("task kl measures the distance from another model: name it (--reference)")
+    if task.name not in (*ARC_TASKS, "kl") and reference is not None:
+        raise RecipeError(f"task {task.name} takes no --reference")
+    options: Any = {"trust_remote_code": trust_remote_code, "progress": progress}
+    with together(group), ExitStack() as stack:
+        own = stack.enter_context(open_model(model, revision=revision, **options))
+        other = None
+        if reference is not None:
+            other = stack.enter_context(open_model(reference, revision=None, **options))
+        for opened in [] if alone(group) else filter(None, (own, other)):
+            check_alike(group, f"model at {opened.path}", opened.hash)
+        if task.name in ARC_TASKS:
+            found = _answer(own, other, task, group, progress)
+        elif task.name == "perplexity":
+            found = _perplexity(own, task, group, progress)
+        elif task.name == "kl":
+            assert other
+            found = _divergence(own, other, task, group, progress)
+        else:
+            found = _harness(own, task, group, progress)
+        model_hash = own.hash
+    settings = {name: value for name, value in dataclasses.asdict(task).items() if name != "name"}
+    return {
+        "model": model,
+        "model_hash": model_hash,
+        "task": task.name,
+        "settings": {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()},
+        "reference": reference,
+        "values": found,
+        "device": mx.default_device().type.name,
+        "machine": describe_machine(),
+        "versions": versions(),
+    }
+
+
+def _answer(
+    own: Opened, other: Opened | None, task: Task, group: Group | None, progress: Progress
+) -> dict[str, Any]:
+    """Have a model, and the one to compare it with, answer the same questions."""
+    read = load_questions(task.data) if task.data else fetch_questions(task.name)
+    questions = read[: task.limit]
+    num_shots = task.num_shots or 0
+    shots: list[Question] = []
+    if num_shots:
+        shots = load_questions(task.shots) if task.shots else fetch_questions(task.name, "train")
+
+    def answers(opened: Opened) -> ArcResult:
+        key = (opened.hash, task.name, task.protocol, num_shots, [q.id for q in questions])
+        name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
+        if group is not None and group.rank():
+            name += f"-{group.rank()}"
+        return evaluate_arc(
+            opened.model,
+            opened.tokenizer,
+            questions,
+            task=task.name,
+            protocol=task.protocol,
+            shots=shots,
+            num_shots=num_shots,
+            journal=cache_directory() / "answers" / f"{name}.jsonl",
+            model_hash=opened.hash,
+            group=group,
+            progress=progress,
+        )
+
+    mine = answers(own)
+    values = dataclasses.asdict(mine)
+    if other:
+        theirs = answers(other)
+        values["reference"] = dataclasses.asdict(theirs)
+        values["comparison"] = dataclasses.asdict(compare(mine.correct, theirs.correct))
+    return values
+
+
+def _perplexity(own: Opened, task: Task, group: Group | None, progress: Progress) -> dict[str, Any]:
+    text = _text(task)
+    tokens = encode(own.tokenizer, text)
+    if task.limit:
+        tokens = tokens[: task.limit * (task.stride or task.context_length)]
+    found = measure_perplexity(
+        own.model,
+        tokens,
+        context_length=task.context_length,
+        stride=task.stride,
+        group=group,
+        progress=progress,
+    )
+    return {**dataclasses.asdict(found), "text_sha256": text_hash(text)}
+
+
+def _divergence(
+    own: Opened, other: Opened, task: Task, group: Group | None, progress: Progress
+) -> dict[str, Any]:
+    text = _text(task)
+    windows = cut_windows(encode(other.tokenizer, text), task.context_length, task.limit)
+    if group is not None and len(windows) < group.size():
+        raise RecipeError(
+            f"{len(windows)} windows of text are too few for {group.size()} ranks: give a longer "
+            "text, or take fewer ranks"
+        )
+    mine = deal(group, windows)
+    reference = open_reference(mine, model_hash=other.hash, load=other.load, progress=progress)
+    found = measure_divergence(own.model, reference, group=group, progress=progress)
+    return {**dataclasses.asdict(found), "text_sha256": text_hash(text)}
+
+
+def _text(task: Task) -> str:
+    return load_text(task.data) if task.data else fetch_wikitext()
+
+
+def _harness(own: Opened, task: Task, group: Group | None, progress: Progress) -> dict[str, Any]:
+    from splitquant_mlx.evaluation.harness import run_task
+
+    if task.data or task.shots:
+        raise RecipeError(
+            f"task {task.name} is lm-eval's, which has its own data: leave out --data"
+        )
+    found = run_task(
+        own.model,
+        own.tokenizer,
+        task.name,
+        num_shots=task.num_shots,
+        limit=task.limit,
+        group=group,
+        progress=progress,
+    )
+    return {
+        f"{name} {metric.removesuffix(',none')}": value
+        for name, metrics in found["results"].items()
+        for metric, value in metrics.items()
+        if isinstance(value, int | float)
+    }

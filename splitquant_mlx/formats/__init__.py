@@ -1,0 +1,1 @@
+"""Bytes to arrays and records: safetensors, GGUF, the manifest."""

@@ -1,0 +1,245 @@
+"""Write safetensors shards one tensor at a time, holding no more than that tensor in memory.
+
+The format is an 8-byte little-endian header length, a JSON header, then the tensors' bytes. The
+header names every offset, so it comes last here: room for it is left at the start of the file and
+padded with spaces, as the format allows (huggingface/safetensors, "Format").
+"""
+
+import json
+import os
+import re
+import struct
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+import mlx.core as mx
+import numpy as np
+
+from splitquant_mlx.runtime.disk import remove, sha256, sync_descriptor
+from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.formats.safetensors import read_header
+from splitquant_mlx.quantization.host import host_values
+
+MAX_SHARD_BYTES = 5 * 10**9
+FLUSH_BYTES = 1 << 27  # written before the disk is told to take them in
+WAITING_BYTES = 1 << 26  # that may wait behind a tensor that is being written
+
+FINAL_NAME = re.compile(r"model(?:-(\d{5,})-of-\d{5,})?\.safetensors")
+
+SAFETENSORS_NAMES = {
+    mx.bool_: "BOOL",
+    mx.uint8: "U8",
+    mx.int8: "I8",
+    mx.uint16: "U16",
+    mx.int16: "I16",
+    mx.uint32: "U32",
+    mx.int32: "I32",
+    mx.uint64: "U64",
+    mx.int64: "I64",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.float32: "F32",
+}
+
+
+def tensor_bytes(tensor: mx.array) -> memoryview:
+    """Return the bytes of a tensor in row-major order."""
+    return np.ascontiguousarray(host_values(tensor)).data
+
+
+class ShardWriter:
+    """Append tensors to `model-0000x-of-0000n.safetensors` files and their index.
+
+    A context manager: leaving it without `close` abandons the files as they are.
+
+    Args:
+        directory: an existing directory; the files are complete once `close` returns.
+        names: every tensor name that may be added; sizes the room left for the headers.
+        max_shard_bytes: a shard is closed before it would grow over this many bytes; a single
+            larger tensor gets a shard of its own.
+
+    Attributes:
+        missing: the names not written yet.
+        total_bytes: of the tensors written.
+        on_finished: called with the number and the SHA-256 of every shard once it is on the disk;
+            shards are hashed only for it.
+        hashes: the SHA-256 of every file by its name, after `close`.
+    """
+
+    def __init__(self, directory: Path, names: list[str], max_shard_bytes: int = MAX_SHARD_BYTES):
+        self.directory = directory
+        self.max_shard_bytes = max_shard_bytes
+        self.total_bytes = 0
+        self.on_finished: Callable[[int, str], None] | None = None
+        self.hashes: dict[str, str] = {}
+        self.missing = set(names)
+        self._resumed: set[str] = set()
+        self._digests: list[str] = []
+        self._room = 64 + sum(len(json.dumps(name)) + 160 for name in names)
+        self._room += -self._room % 8
+        self._shards: list[Path] = []
+        self._weight_map: dict[str, int] = {}
+        self._file: BinaryIO | None = None
+        self._writer = ThreadPoolExecutor(1)
+        self._writes: deque[tuple[Future[None], int]] = deque()
+        self._flusher = ThreadPoolExecutor(1)
+        self._flush: Future[None] | None = None
+        self._flushed = 0
+        self._header: dict[str, object] = {}
+        self._offset = 0
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._writer.shutdown()
+        self._flusher.shutdown()
+        if self._file is not None:
+            self._file.close()
+
+    def resume(self, digests: Sequence[str]) -> int:
+        """Take over the first shards of an interrupted writer; nothing else in `directory` stays.
+
+        Args:
+            digests: their SHA-256, in order. The first file that is missing or another one, and
+                all after it, are written again; an `add` of what was taken over does nothing.
+
+        Returns:
+            How many were taken over.
+        """
+        self._take_names_back()
+        for digest in digests:
+            path = self._path(len(self._shards) + 1)
+            if path.is_symlink() or not path.is_file() or sha256(path) != digest:
+                break
+            try:
+                headers = read_header(path)
+            except CheckpointError:
+                break
+            if not headers.keys() <= self.missing:
+                break
+            self._weight_map.update(dict.fromkeys(headers, len(self._shards)))
+            self._shards.append(path)
+            self._digests.append(digest)
+            self._resumed |= headers.keys()
+            self.missing -= headers.keys()
+            self.total_bytes += sum(header.nbytes for header in headers.values())
+        for path in self.directory.iterdir():
+            if path not in self._shards:
+                remove(path)
+        return len(self._shards)
+
+    def _take_names_back(self) -> None:
+        """Undo the renaming of `close`."""
+        for path in sorted(self.directory.glob("model*.safetensors")):
+            if numbered := FINAL_NAME.fullmatch(path.name):
+                path.rename(self._path(int(numbered[1] or 1)))
+
+    def add(self, name: str, tensor: mx.array) -> None:
+        """Have `tensor` written under `name`; waits where much has been added and not written.
+
+        Raises:
+            ValueError: for a name not announced or repeated.
+            OSError: when something added before cannot be written.
+        """
+        if name in self._resumed:
+            return
+        if name not in self.missing:
+            raise ValueError(f"tensor {name!r} was not announced, or was written before")
+        self.missing.discard(name)
+        if self._file is None or (
+            self._offset and self._offset + tensor.nbytes > self.max_shard_bytes
+        ):
+            self._finish_shard()
+            self._start_shard()
+        file = self._file
+        assert file is not None
+        content = tensor_bytes(tensor)
+        self._writes.append((self._writer.submit(self._append, file, content), tensor.nbytes))
+        self._await_writes(WAITING_BYTES)
+        end = self._offset + tensor.nbytes
+        self._header[name] = {
+            "dtype": SAFETENSORS_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self._offset, end],
+        }
+        self._offset = end
+        self.total_bytes += tensor.nbytes
+        self._weight_map[name] = len(self._shards) - 1
+
+    def _append(self, file: BinaryIO, content: memoryview) -> None:
+        """Write, and have the disk take in what is written while more is computed."""
+        file.write(content)
+        written = file.tell()
+        if written - self._flushed >= FLUSH_BYTES and (not self._flush or self._flush.done()):
+            self._await_flush()
+            self._flushed = written
+            file.flush()
+            self._flush = self._flusher.submit(os.fsync, file.fileno())
+
+    def _await_writes(self, waiting_bytes: int = -1) -> None:
+        """Wait until no more than so much waits behind what is being written; -1: for all."""
+        writes = self._writes
+        while writes and (
+            writes[0][0].done()
+            or sum(nbytes for _, nbytes in writes) - writes[0][1] > waiting_bytes
+        ):
+            writes.popleft()[0].result()
+
+    def _await_flush(self) -> None:
+        if self._flush is not None:
+            self._flush.result()
+            self._flush = None
+
+    def close(self) -> dict[str, str]:
+        """Finish the last shard, name the files, write the index; returns tensor name -> file."""
+        self._finish_shard()
+        count = len(self._shards)
+        final = []
+        for number, path in enumerate(self._shards, start=1):
+            name = (
+                "model.safetensors"
+                if count == 1
+                else f"model-{number:05d}-of-{count:05d}.safetensors"
+            )
+            path.rename(self.directory / name)
+            final.append(name)
+        self.hashes = dict(zip(final, self._digests, strict=False))
+        weight_map = {name: final[shard] for name, shard in sorted(self._weight_map.items())}
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        path = self.directory / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2), encoding="utf-8")
+        return weight_map
+
+    def _start_shard(self) -> None:
+        path = self._path(len(self._shards) + 1)
+        self._shards.append(path)
+        self._file = path.open("wb")
+        self._file.seek(8 + self._room)
+        self._header = {"__metadata__": {"format": "mlx"}}
+        self._offset = self._flushed = 0
+
+    def _finish_shard(self) -> None:
+        if self._file is None:
+            return
+        header = json.dumps(self._header, separators=(",", ":")).encode()
+        with self._file as file:
+            self._await_writes()
+            self._await_flush()
+            file.seek(0)
+            file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
+            file.flush()
+            # the header, which comes first in the hash, was written last: the file is read once
+            # more, while the disk takes it in
+            digest = self._flusher.submit(sha256, self._shards[-1]) if self.on_finished else None
+            sync_descriptor(file.fileno())
+        self._file = None
+        if self.on_finished and digest:
+            self._digests.append(digest.result())
+            self.on_finished(len(self._shards), self._digests[-1])
+
+    def _path(self, number: int) -> Path:
+        return self.directory / f"shard-{number:05d}.partial"

@@ -1,0 +1,1 @@
+"""Look into a model and check the machine."""

@@ -1,0 +1,51 @@
+"""Draw a layer's histogram with its cut points, as text and as PNG."""
+
+from pathlib import Path
+
+from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.inspection.layers import Histogram
+
+EIGHTHS = " ▁▂▃▄▅▆▇█"
+
+
+def text_histogram(histogram: Histogram, *, width: int = 78, height: int = 10) -> str:
+    """Return the histogram as lines of block characters, the cut points marked below.
+
+    The height is logarithmic in the count, so that the few large weights can be seen.
+    """
+    import numpy as np
+
+    low, high = histogram.edges[0], histogram.edges[-1]
+    centers = (histogram.edges[:-1] + histogram.edges[1:]) / 2
+    columns, _ = np.histogram(centers, width, (low, high), weights=histogram.counts)
+    levels = np.log1p(columns) / np.log1p(columns.max()) * height * 8
+    lines = []
+    for row in reversed(range(height)):
+        filled = np.clip(np.ceil(levels - row * 8), 0, 8).astype(int)
+        lines.append("".join(EIGHTHS[n] for n in filled))
+    marks = [" "] * width
+    for cut in histogram.cut_points:
+        marks[min(int((cut - low) / max(high - low, 1e-300) * width), width - 1)] = "^"
+    cuts = ", ".join(f"{cut:.4g}" for cut in histogram.cut_points)
+    scale = f"{low:.4g}".ljust(width - 10) + f"{high:.4g}".rjust(10)
+    return "\n".join([*lines, "".join(marks), scale, f"cut points: {cuts} (height: log of count)"])
+
+
+def save_histogram(histogram: Histogram, file: Path) -> None:
+    """Write the histogram as a PNG. Raises RecipeError when matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as exc:
+        raise RecipeError("PNG plots need matplotlib: pip install matplotlib") from exc
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.stairs(histogram.counts, histogram.edges, fill=True, color="#4c72b0")
+    for cut in histogram.cut_points:
+        axes.axvline(cut, color="#c44e52", linestyle="--", label=f"cut point {cut:.4g}")
+    axes.set(yscale="log", xlabel="weight", ylabel="entries", title=histogram.path)
+    if histogram.cut_points:
+        axes.legend()
+    try:
+        figure.savefig(file, format="png", dpi=150)
+    except OSError as exc:
+        raise RecipeError(f"cannot write {file}: {exc.strerror or exc}") from exc

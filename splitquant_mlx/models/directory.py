@@ -1,0 +1,31 @@
+"""Present any source as a Hugging Face directory; GGUF files are unpacked into one."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.models.source import Source
+
+
+@contextmanager
+def as_directory(
+    source: Source, progress: Progress | None = None, scratch: Path | None = None
+) -> Iterator[Path]:
+    """Yield a directory of config.json, safetensors and tokenizer files.
+
+    Args:
+        source: a resolved source.
+        progress: told how far the unpacking of a GGUF file is.
+        scratch: where to unpack a GGUF file (up to 4 times its size, removed at the end); None
+            is the system's temporary directory.
+    """
+    if source.path.is_dir():
+        yield source.path
+        return
+    from splitquant_mlx.formats.gguf_import import import_gguf
+
+    with tempfile.TemporaryDirectory(prefix=".gguf-", dir=scratch) as unpacked:
+        import_gguf(source.path, Path(unpacked), progress or Silent())
+        yield Path(unpacked)

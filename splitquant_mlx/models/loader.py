@@ -1,0 +1,166 @@
+"""Load a model, converted or not, for mlx-lm to run.
+
+No code from the checkpoint is run: split layers are built from this package's own classes. On the
+CPU, where mlx's 16-bit products are slow, 16-bit parameters are widened to float32. With a group
+of ranks the model is divided before any weight is read.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from splitquant_mlx.models.checkpoint import (
+    check_config,
+    find_classes,
+    read_config,
+    read_headers,
+    settle_random_state,
+)
+from splitquant_mlx.models.directory import as_directory
+from splitquant_mlx.runtime.ranks import Group, alone, check_alike
+from splitquant_mlx.errors import CheckpointError, one_line
+from splitquant_mlx.conversion.save import MODEL_FILE
+from splitquant_mlx.models.sharding import divide
+from splitquant_mlx.models.source import Source, resolve
+
+
+def load(
+    model: str | Path | Source,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    tokenizer_config: dict[str, Any] | None = None,
+    lazy: bool = False,
+    group: Group | None = None,
+    pipeline: bool = False,
+) -> tuple[nn.Module, Any]:
+    """Load a model and its tokenizer.
+
+    Args:
+        model: hub repo id, directory, .gguf file, or a source already resolved.
+        revision: branch, tag or commit of a hub repo.
+        trust_remote_code: run Python files that the checkpoint brings along.
+        tokenizer_config: passed to the tokenizer.
+        lazy: leave the parameters unread until they are used; not for .gguf files.
+        group: ranks to divide the model among, which all load it at the same time.
+        pipeline: give each rank some layers, rather than a share of each.
+
+    Returns:
+        mlx-lm's model and tokenizer, ready for mlx_lm.generate and its relatives.
+
+    Raises:
+        SplitQuantError: when the model cannot be found, or is not usable.
+    """
+    source = model if isinstance(model, Source) else resolve(str(model), revision=revision)
+    with as_directory(source) as directory:
+        loaded = load_model(
+            directory,
+            trust_remote_code=trust_remote_code,
+            lazy=lazy and source.path.is_dir(),
+            group=group,
+            pipeline=pipeline,
+        )
+        settings = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
+        return loaded, load_tokenizer(directory, settings)
+
+
+def load_model(
+    directory: Path,
+    *,
+    trust_remote_code: bool = False,
+    lazy: bool = False,
+    group: Group | None = None,
+    pipeline: bool = False,
+) -> nn.Module:
+    """Load the model of a checkpoint directory; see `load`."""
+    from mlx_lm.utils import load_model as mlx_lm_load_model
+
+    from splitquant_mlx.nn import model_file
+
+    config = read_config(directory)
+    headers = read_headers(directory)
+    check_config(directory, config, len(headers))
+    options: dict[str, Any] = {}
+    foreign = config.get("model_file")
+    if isinstance(config.get("splitquant"), dict) and foreign in (None, MODEL_FILE):
+        options["model_config"] = {"model_file": None}
+        options["get_model_classes"] = lambda config: (model_file.Model, model_file.ModelArgs)
+    elif foreign and not trust_remote_code:
+        raise CheckpointError(
+            f"{directory} wants to run its own code, {foreign!r}: read it, and pass "
+            "--trust-remote-code if you trust it"
+        )
+    elif foreign:
+        options["trust_remote_code"] = True
+    if not options.get("trust_remote_code"):
+        find_classes(directory, config)  # which says what is wrong
+    with _readable(directory):
+        model, _ = mlx_lm_load_model(directory, lazy=True, **options)
+    if group is not None and not alone(group):
+        layout = [config, [[name, h.dtype, h.shape] for name, h in sorted(headers.items())]]
+        digest = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
+        check_alike(group, f"model at {directory}", digest)
+        divide(model, config, group, pipeline=pipeline, path=directory)
+    with _readable(directory):
+        if mx.default_device() == mx.cpu:
+            model.update(tree_map(_widen, model.parameters()))
+        if not lazy:
+            mx.eval(model.parameters())
+        settle_random_state()
+    return model
+
+
+@contextmanager
+def _readable(directory: Path) -> Iterator[None]:
+    """Turn what goes wrong inside mlx-lm into CheckpointError."""
+    try:
+        yield
+    except Exception as exc:  # ValueError, KeyError, TypeError, RuntimeError, ...
+        raise CheckpointError(
+            f"{directory} cannot be loaded: {type(exc).__name__}: {one_line(exc)}"
+        ) from exc
+
+
+def load_tokenizer(directory: Path, settings: dict[str, Any]) -> Any:
+    """Load the tokenizer of a checkpoint directory as mlx-lm's TokenizerWrapper."""
+    from mlx_lm.utils import load_config
+    from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
+
+    _check_keys(directory)
+    try:
+        eos_token_ids = load_config(directory).get("eos_token_id")
+        return mlx_lm_load_tokenizer(directory, settings, eos_token_ids=eos_token_ids)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as exc:  # OSError, ValueError, ...; a panic in Rust is no Exception
+        raise CheckpointError(
+            f"{directory}: the tokenizer cannot be loaded: {type(exc).__name__}: {one_line(exc)}"
+        ) from exc
+
+
+def _check_keys(directory: Path) -> None:
+    """Refuse keys that could drive a terminal: tokenizers prints those that it does not know."""
+
+    def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for key, _ in pairs:
+            if not key.isprintable():
+                raise CheckpointError(f"{directory}: the tokenizer has a setting {key!r:.80}")
+        return dict(pairs)
+
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        try:
+            text = (directory / name).read_text(encoding="utf-8")
+            json.loads(text, object_pairs_hook=check)
+        except (OSError, ValueError, RecursionError):
+            continue  # transformers says what is wrong, or does without
+
+
+def _widen(array: mx.array) -> mx.array:
+    return array.astype(mx.float32) if array.dtype in (mx.float16, mx.bfloat16) else array

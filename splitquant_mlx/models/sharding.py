@@ -1,0 +1,76 @@
+"""Divide a loaded model among the ranks of a group, its weights still unread.
+
+What is divided how is the model's own affair: mlx-lm's `shard` gives each rank some of the heads
+and some of the inner width of every layer, its `pipeline` gives each some of the layers. Split
+layers follow `shard`; see `model_file.Sharded`.
+"""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from splitquant_mlx.runtime.ranks import Group
+from splitquant_mlx.errors import RecipeError, one_line
+
+
+def divide(
+    model: nn.Module, config: dict[str, Any], group: Group, *, pipeline: bool, path: Path
+) -> None:
+    """Leave in `model`, whose parameters are unread, what this rank computes.
+
+    Args:
+        model: one of mlx-lm's.
+        config: its config.json.
+        group: the ranks.
+        pipeline: give each rank some layers, rather than a share of each.
+        path: of the checkpoint, for messages.
+
+    Raises:
+        RecipeError: when mlx-lm cannot divide this model so, or not among so many.
+    """
+    size = group.size()
+    refusal = f"{path} cannot be divided among {size} ranks"
+    inner: Any = getattr(model, "model", None)
+    way = getattr(inner, "pipeline", None) if pipeline else getattr(model, "shard", None)
+    if way is None:
+        how = "in a pipeline" if pipeline else "by shard"
+        raise RecipeError(f"{refusal}: mlx-lm has no way to divide a {config['model_type']} {how}")
+    if not pipeline:
+        _check_heads(config, size, refusal)
+    paths = {id(module): name for name, module in model.named_modules()}
+    try:
+        way(group)
+        model(mx.array([[0]]))  # not evaluated, but its shapes are checked
+    except Exception as exc:  # of whatever class; mlx-lm's models assert, too
+        why = _layer_in(exc.__traceback__, paths) or f"{type(exc).__name__}: {one_line(exc)}"
+        raise RecipeError(f"{refusal}: {why}") from exc
+
+
+def _check_heads(config: dict[str, Any], size: int, refusal: str) -> None:
+    """Refuse counts of heads that mlx-lm would round down; some models repeat too few of them."""
+    for table in (config, config.get("text_config") or {}):
+        for name in ("num_attention_heads", "num_key_value_heads"):
+            count = table.get(name)
+            repeats = name == "num_key_value_heads" and count and not size % count
+            if isinstance(count, int) and count % size and not repeats:
+                raise RecipeError(f"{refusal}: {size} does not divide its {count} {name}")
+
+
+def _layer_in(trace: TracebackType | None, paths: dict[int, str]) -> str:
+    """Say which layer mlx was dividing when it failed; its functions call it `module`."""
+    while trace is not None:
+        layer: Any = trace.tb_frame.f_locals.get("module")
+        if id(layer) in paths and "weight" in layer:
+            outputs, inputs = layer.weight.shape[-2:]
+            groups, advice = "", "take another number of ranks"
+            if "scales" in layer:
+                inputs = inputs * 32 // layer.bits // getattr(layer, "clusters", 1)
+                groups = f" in groups of {layer.group_size}"
+                advice += ", or convert it with a smaller group size"
+            sizes = f"{inputs} inputs{groups}, {outputs} outputs"
+            return f"{paths[id(layer)]} ({sizes}) does not divide: {advice}"
+        trace = trace.tb_next
+    return ""

@@ -1,0 +1,1 @@
+"""Arrays in, arrays out: k-means, split, affine codes, imatrix, GPTQ, allocation of bits."""

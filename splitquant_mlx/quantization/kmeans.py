@@ -1,0 +1,346 @@
+"""Cluster the entries of a weight array into k groups of least inertia: exact 1-D k-means.
+
+In one dimension the best clusters are intervals, so k-means is the choice of k - 1 cuts in the
+sorted values, and dynamic programming over the last cut finds the global optimum (Wang & Song
+2011, Ckmeans.1d.dp). The best last cut moves right as values are added, so that divide and conquer
+fills a row for m values in O(m log m) (Gronlund et al. 2017, arXiv:1701.07204).
+
+Nearly all cuts can be ruled out before that. Let each cut fall somewhere inside a stretch of
+neighbouring values. The entries of that stretch left of the cut belong to the cluster on the left;
+moving them all down to the stretch's bottom brings them closer to that cluster and to one another,
+so the inertia cannot rise. Likewise those right of the cut, moved up to the top. The inertia is
+now concave in the number that went left, so it is least where all or none did. Dynamic programming
+over stretches and these two choices thus gives, for every cut and stretch, a lower bound on all
+clusterings with that cut there. Where it exceeds the inertia of a clustering already in hand, no
+optimal cut lies. The other stretches are divided and tested again, until little is left for the
+exact recursion: its result is the global optimum over all entries.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from splitquant_mlx.quantization import histogram
+from splitquant_mlx.quantization.histogram import Runs
+
+SMALL = 1 << 16  # float32 entries; below this, sorting them is faster than the histogram
+STRETCHES = 32  # tested in one round for each cut
+CROWD = 512  # stretches for one cut that end the rounds: tests rule out too little
+FEW = 512  # boundaries between runs that the exact recursion takes without further tests
+BRANCH = 4  # fewer levels than 2: numpy's call overhead outweighs the extra costs evaluated
+SLACK = 2.0**-60  # bounds the rounding error of an inertia, as a fraction of the sum of squares
+ROUNDING = 2.0**-46  # bounds that of a short float64 sum, as a fraction of its terms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clustering:
+    """Hold d = min(k, distinct values) clusters of an array, in ascending order.
+
+    Attributes:
+        centers: d means.
+        cut_points: d - 1 midpoints of neighbouring centers.
+        upper_bounds: d - 1 largest entries of all clusters but the last, exact in the array's
+            dtype: entry w is in cluster `sum(w > b for b in upper_bounds)`.
+        counts: d numbers of entries.
+        inertia: sum of squared distances of the entries to their centers.
+    """
+
+    centers: tuple[float, ...]
+    cut_points: tuple[float, ...]
+    upper_bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    inertia: float
+
+
+def cluster(values: np.ndarray, k: int = 3) -> Clustering:
+    """Find the clusters of least inertia: the global optimum, whatever the order of the entries.
+
+    Ties go to the lowest last cut. No entry is ever equal to a cut point, as moving it to the other
+    side would lower the inertia, so `upper_bounds` and `cut_points` split the entries alike.
+
+    Args:
+        values: any shape; float16, float32, or uint16 holding the bits of bfloat16, which numpy
+            lacks (in mlx: `np.array(w.view(mx.uint16))`).
+        k: clusters, 2 to 8.
+
+    Raises:
+        ValueError: empty array, unsupported dtype, k out of range, or NaN or infinite entries.
+    """
+    return _cluster(values, k)
+
+
+def cluster_sklearn(values: np.ndarray, k: int = 3, seed: int = 0, n_init: int = 10) -> Clustering:
+    """Cluster with scikit-learn's KMeans, as the SplitQuantV2 paper does (arXiv:2503.07657).
+
+    Hundreds of times slower than `cluster`, and only a local optimum: for tests and timings. The
+    centers are the float64 means of its clusters, so where it stopped short of convergence a
+    few entries may lie on the other side of a cut point.
+
+    Args:
+        values: as for `cluster`.
+        k: clusters, 2 to 8.
+        seed: of the k-means++ starts.
+        n_init: starts, of which the best is kept.
+
+    Raises:
+        ValueError: as for `cluster`.
+    """
+    from sklearn.cluster import KMeans
+
+    flat = _flat(values, k)
+    numbers = _bfloat16(flat) if flat.dtype == np.uint16 else flat.astype(np.float32)
+    histogram.require_finite(numbers)
+    model = KMeans(
+        min(k, np.unique(numbers).size),
+        n_init=n_init,  # pyright: ignore[reportArgumentType]  it takes the default for the type
+        random_state=seed,
+    )
+    labels = np.asarray(model.fit_predict(numbers[:, None]))
+    parts = [numbers[labels == label].astype(np.float64) for label in np.unique(labels)]
+    parts.sort(key=lambda part: part[0])
+    centers = [part.mean() for part in parts]
+    return Clustering(
+        centers=tuple(map(float, centers)),
+        cut_points=_midpoints(centers),
+        upper_bounds=tuple(float(part.max()) for part in parts[:-1]),
+        counts=tuple(part.size for part in parts),
+        inertia=float(
+            sum(((part - center) ** 2).sum() for part, center in zip(parts, centers, strict=True))
+        ),
+    )
+
+
+def _cluster(values: np.ndarray, k: int, small: int = SMALL, few: int = FEW) -> Clustering:
+    flat = _flat(values, k)
+    edges, alive = np.array([0, 1]), np.ones((k - 1, 1), bool)
+    if flat.dtype == np.float32 and flat.size >= small:
+        keys, bins = histogram.runs_of_bins(flat)
+        edges, alive = _narrow(bins, edges * bins.size, alive, few=0)
+        runs, edges = histogram.expand(flat, keys, bins, edges, np.any(alive, axis=0))
+    else:
+        runs = _runs_of_distinct(flat)
+        edges = edges * runs.size
+    parts = min(k, runs.size)
+    edges, alive = _narrow(runs, edges, alive[: parts - 1], few)
+    return _summary(runs, _best_cuts(runs, _boundaries(edges, alive), parts))
+
+
+def _flat(values: np.ndarray, k: int) -> np.ndarray:
+    if not 2 <= k <= 8:
+        raise ValueError(f"k is {k}: wanted 2 to 8 clusters")
+    if values.size == 0:
+        raise ValueError(f"array of shape {values.shape} is empty: nothing to cluster")
+    if values.dtype not in (np.float16, np.float32, np.uint16):
+        raise ValueError(
+            f"dtype is {values.dtype}: wanted float16, float32 or uint16 (bits of bfloat16)"
+        )
+    return np.ascontiguousarray(values).reshape(-1)
+
+
+def _bfloat16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _runs_of_distinct(flat: np.ndarray) -> Runs:
+    if flat.dtype == np.float32:
+        histogram.require_finite(flat)
+        value, count = np.unique(flat + np.float32(0.0), return_counts=True)
+    else:
+        counts = histogram.count_patterns(flat.view(np.uint16))
+        keys = histogram.ASCENDING[counts[histogram.ASCENDING] > 0].astype(np.uint16)
+        value = _bfloat16(keys) if flat.dtype == np.uint16 else keys.view(flat.dtype)
+        count = counts[keys]
+        histogram.require_finite(value)
+    return histogram.runs_of_equal(value.astype(np.float64), count)
+
+
+def _narrow(
+    runs: Runs, edges: np.ndarray, alive: np.ndarray, few: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Divide and test stretches until those that may hold a cut are single runs, or `few` runs.
+
+    Stretch b lies between boundaries edges[b] and edges[b + 1], `edges` (n + 1,), and may hold
+    cut c if alive[c, b], `alive` (parts - 1, n).
+    """
+    measure, upper = _measure(runs), math.inf
+    while True:
+        held = np.any(alive, axis=0)
+        start, stop = edges[:-1][held], edges[1:][held]
+        crowd = max(alive.sum(axis=1), default=0)
+        # A bound is loose by about this much. Halving stretches far below the loosest crowds the
+        # test and decides nothing; where the loosest are single bins, it is time to expand them.
+        loose = (runs.count[stop] - runs.count[start]) * (runs.high[stop - 1] - runs.low[start])
+        due = (stop - start > 1) & (loose > loose.max(initial=0.0) / 16)
+        if not due.any() or np.sum(stop - start) <= few or crowd > CROWD:
+            return edges, alive
+        inner = _inner(measure, start[due], stop[due], max(2, STRETCHES // crowd))
+        finer = np.unique(np.concatenate(([0, runs.size], start, stop, inner)))
+        alive = alive[:, np.searchsorted(edges, finer[:-1], side="right") - 1]
+        edges = finer
+        alive, upper = _test(runs, edges, alive, upper)
+
+
+def _measure(runs: Runs) -> np.ndarray:
+    # Equal shares of entries suit a smooth bulk, of squares a few outliers, of runs many scales.
+    square = runs.square[0] - runs.square[0][0]
+    return (
+        runs.count / runs.count[-1]
+        + square / max(square[-1], np.finfo(np.float64).tiny)
+        + np.linspace(0.0, 1.0, runs.size + 1)
+    )
+
+
+def _inner(measure: np.ndarray, start: np.ndarray, stop: np.ndarray, pieces: int) -> np.ndarray:
+    """Divide each stretch into pieces of equal measure, and at its middle to halve it for sure."""
+    share = np.arange(pieces) / pieces
+    goal = measure[start] + np.outer(share, measure[stop] - measure[start])
+    inner = np.clip(np.searchsorted(measure, goal), start, stop)
+    return np.concatenate(((start + stop) // 2, inner.ravel()))
+
+
+def _test(
+    runs: Runs, edges: np.ndarray, alive: np.ndarray, upper: float
+) -> tuple[np.ndarray, float]:
+    """Keep the stretches where a cut may give an inertia up to `upper`, after lowering that.
+
+    The recursion runs over pairs: the stretch a cut falls in, and where its entries go.
+    """
+    stretches = [(edges[:-1][row], edges[1:][row]) for row in alive]
+    ends = (np.array([0]),) * 2, (np.array([runs.size]),) * 2
+    chain = [ends[0], *stretches, ends[1]]
+    steps = [_between(runs, *pair) for pair in pairwise(chain)]
+
+    before, after = [np.zeros((1, 2))], [np.zeros((1, 2))]
+    for step in steps[:-1]:
+        before.append((before[-1][..., None, None] + step).min(axis=(0, 1)))
+    for step in reversed(steps[1:]):
+        after.append((step + after[-1]).min(axis=(2, 3)))
+    bounds = [a + b for a, b in zip(before[1:], reversed(after[1:]), strict=True)]
+
+    choice = [np.unravel_index(np.argmin(bound), bound.shape) for bound in bounds]
+    cuts = [stretch[1 - side][b] for stretch, (b, side) in zip(stretches, choice, strict=True)]
+    upper = min(upper, runs.inertia(np.maximum.accumulate(cuts), SLACK) * (1.0 + ROUNDING))
+    kept = np.zeros_like(alive)
+    for row, old, bound in zip(kept, alive, bounds, strict=True):
+        row[old] = bound.min(axis=1) <= upper
+    return kept, upper
+
+
+def _between(
+    runs: Runs, left: tuple[np.ndarray, np.ndarray], right: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """Bound the inertia of a cluster that starts in one stretch and ends in another.
+
+    Args:
+        runs: what the stretches are made of.
+        left: (n,) starts and (n,) stops of the stretches it may start in.
+        right: (m,) starts and (m,) stops of those it may end in.
+
+    Returns:
+        (n, 2, m, 2): the entries of either stretch go left [0] or right [1] as a whole. Infinite
+        where the stretches are in the wrong order, 0 for a cluster inside one stretch.
+    """
+    bounds = np.full((left[0].size, 2, right[0].size, 2), np.inf)
+    a, b = np.nonzero(left[0][:, None] == right[0])
+    bounds[a, :, b, :] = 0.0
+    a, b = np.nonzero(left[1][:, None] <= right[0])
+    middle = runs.spread(left[1][a], right[0][b], -SLACK)
+    above = (runs.count[left[1]] - runs.count[left[0]])[a], runs.high[left[1] - 1][a]
+    bottom = runs.low[np.minimum(right[0], runs.size - 1)]
+    below = (runs.count[right[1]] - runs.count[right[0]])[b], bottom[b]
+    for side, inner in ((0, middle), (1, _join(*middle, *above))):
+        bounds[a, side, b, 1] = inner[2]
+        bounds[a, side, b, 0] = _join(*inner, *below)[2]
+    return bounds
+
+
+def _join(
+    count: np.ndarray, mean: np.ndarray, inertia: np.ndarray, extra: np.ndarray, place: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Add `extra` entries, all at `place`, to a cluster; rounds the inertia down."""
+    total = count + extra
+    share = extra / np.maximum(total, 1.0)
+    shift = np.abs(place - mean)
+    safe = np.maximum(shift - ROUNDING * (np.abs(place) + np.abs(mean)), 0.0)
+    return total, mean + share * (place - mean), inertia + count * share * safe**2
+
+
+def _boundaries(edges: np.ndarray, alive: np.ndarray) -> np.ndarray:
+    # A cut has a run on either side, and both of their stretches must be alive to hold it.
+    held = np.repeat(np.any(alive, axis=0), np.diff(edges))
+    return np.flatnonzero(held[:-1] & held[1:]) + 1
+
+
+def _best_cuts(runs: Runs, positions: np.ndarray, parts: int) -> np.ndarray:
+    """Return the parts - 1 boundaries out of ascending `positions` that cost least."""
+    if parts == 1:
+        return positions[:0]
+    stops = np.append(positions, runs.size)
+    starts = np.insert(positions, 0, 0)
+
+    def segment(first: np.ndarray, last: np.ndarray) -> np.ndarray:
+        return runs.spread(starts[first], stops[last])[2]
+
+    every = np.arange(stops.size)
+    best = segment(np.zeros_like(every), every)
+    choices = []
+    for _ in range(parts - 2):
+        best, choice = _row_minima(np.insert(best[:-1], 0, np.inf), segment)
+        choices.append(choice)
+    total = np.insert(best[:-1], 0, np.inf) + segment(every, np.full_like(every, every[-1]))
+    cuts = [int(np.argmin(total))]
+    for choice in reversed(choices):
+        cuts.append(int(choice[cuts[-1] - 1]))
+    return starts[cuts[::-1]]
+
+
+def _row_minima(
+    before: np.ndarray, cost: Callable[[np.ndarray, np.ndarray], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Minimise before[i] + cost(i, j) over i <= j, for every j: the minima and the first argmins.
+
+    The argmin never falls as j grows, so every BRANCH-th row bounds the search of the rows between;
+    all rows of one level are evaluated together.
+    """
+    size = before.size
+    best, choice = np.empty(size), np.zeros(size, np.intp)
+    best[:1] = before[:1] + cost(choice[:1], choice[:1])
+    step = 1
+    while step < size:
+        step *= BRANCH
+    while step > 1:
+        coarse, step = step, step // BRANCH
+        rows = np.arange(0, size, step)
+        rows = rows[rows % coarse > 0]
+        below = rows - rows % coarse
+        above = below + coarse
+        first = choice[below]
+        last = np.where(above < size, choice[np.minimum(above, size - 1)], size - 1)
+        width = np.minimum(last, rows) - first + 1
+        offset = np.cumsum(width) - width
+        columns = np.arange(width.sum()) + np.repeat(first - offset, width)
+        found = before[columns] + cost(columns, np.repeat(rows, width))
+        best[rows] = np.minimum.reduceat(found, offset)
+        hits = np.flatnonzero(found == np.repeat(best[rows], width))
+        choice[rows] = columns[hits[np.searchsorted(hits, offset)]]
+    return best, choice
+
+
+def _summary(runs: Runs, cuts: np.ndarray) -> Clustering:
+    edges = np.concatenate(([0], cuts, [runs.size]))
+    count, centers, _ = runs.spread(edges[:-1], edges[1:])
+    return Clustering(
+        centers=tuple(centers.tolist()),
+        cut_points=_midpoints(centers),
+        upper_bounds=tuple(runs.high[cuts - 1].tolist()),
+        counts=tuple(count.astype(int).tolist()),
+        inertia=runs.inertia(cuts),
+    )
+
+
+def _midpoints(centers: np.ndarray | list[float]) -> tuple[float, ...]:
+    ordered = np.asarray(centers, np.float64)
+    return tuple(((ordered[:-1] + ordered[1:]) / 2).tolist())

@@ -1,0 +1,1 @@
+"""What the machine gives: disk, cache, BLAS, versions, ranks."""

@@ -1,0 +1,1 @@
+"""Several conversions of one model, measured alike."""

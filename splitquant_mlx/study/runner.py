@@ -1,0 +1,343 @@
+"""Run a study: convert a model in every way it names, measure each, and keep every result.
+
+A result that is there already, of the same model, settings and data, is not measured again, so an
+interrupted study goes on where it stopped. Data that cannot be had is named in the report, and the
+rest is measured.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from splitquant_mlx.bench.programs import OURS, run_program
+from splitquant_mlx.bench.speed import Workload
+from splitquant_mlx.demo.model import fetch_demo_model
+from splitquant_mlx.models.directory import as_directory
+from splitquant_mlx.runtime.disk import remove
+from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.evaluation.arc import evaluate_arc
+from splitquant_mlx.evaluation.divergence import measure_divergence
+from splitquant_mlx.models.lazy import Opened
+from splitquant_mlx.evaluation.perplexity import measure_perplexity
+from splitquant_mlx.data.questions import Question, fetch_questions
+from splitquant_mlx.evaluation.reference import open_reference
+from splitquant_mlx.data.text import cut_windows, encode, text_hash
+from splitquant_mlx.formats.manifest import load_manifest
+from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.recipe import Recipe
+from splitquant_mlx.study.results import (
+    Claim,
+    Paper,
+    Result,
+    StudyRecord,
+    load_results,
+    save,
+    save_study,
+)
+from splitquant_mlx.models.source import Source, resolve
+from splitquant_mlx.conversion.staging import as_target_error, sweep
+from splitquant_mlx.study.spec import ORIGINAL, Study, slug
+from splitquant_mlx.study.data import Data
+from splitquant_mlx.study.values import (
+    convert_values,
+    original_values,
+    speed_values,
+    weights_values,
+)
+from splitquant_mlx.conversion.verify import check_files
+from splitquant_mlx.runtime.workspace import empty, workspace
+
+Measurement = Callable[[], dict[str, Any]]
+
+
+def run_study(
+    study: Study,
+    directory: Path,
+    *,
+    data: dict[str, Path] | None = None,
+    keep_models: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Run `study` and leave its results in `directory`, for `report.load_report`.
+
+    Args:
+        study: what to do.
+        directory: of the results; those it holds already are kept where they still hold.
+        data: files in place of the hub's data sets, by "arc_challenge", "arc_easy" and "text".
+        keep_models: leave the converted models in `directory`/models.
+        progress: told how far the work is.
+
+    Raises:
+        SplitQuantError: when the model cannot be had, a conversion fails, a data file is bad, or
+            another process is at work in `directory`.
+    """
+    progress = progress or Silent()
+    source = fetch_demo_model(progress) if study.model == "demo" else None
+    source = source or resolve(study.model, revision=study.revision)
+    with (
+        _held(directory) as scratch,
+        as_directory(source, progress, scratch=scratch) as original,
+    ):
+        found = Data(files=data or {})
+        runner = _Runner(study, source, original, directory, scratch, found, keep_models, progress)
+        with progress.task(f"Study {study.name}", 1 + len(study.variants)) as advance:
+            runner.measure_original()
+            for name, recipe in study.variants.items():
+                runner.describe()
+                advance(1)
+                runner.measure(name, recipe)
+            runner.describe()
+            advance(1)
+        runner.remove_journals()
+
+
+@contextmanager
+def _held(directory: Path) -> Iterator[Path]:
+    """Keep other studies out of `directory`; yields a directory in it for what is temporary."""
+    scratch = directory / ".running"
+    with as_target_error(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        with workspace(scratch, f"a study in {directory}"):
+            empty(scratch)
+            yield scratch
+
+
+class _Runner:
+    def __init__(
+        self,
+        study: Study,
+        source: Source,
+        original: Path,
+        directory: Path,
+        scratch: Path,
+        data: Data,
+        keep_models: bool,
+        progress: Progress,
+    ):
+        self.study = study
+        self.source = source
+        self.original = original
+        self.directory = directory
+        self.scratch = scratch
+        self.data = data
+        self.keep_models = keep_models
+        self.progress = progress
+        self.reference = Opened(original, progress=progress)
+        self.done = {
+            (result.variant, result.part): result.settings
+            for result in (load_results(directory) if any(directory.glob("*.*.json")) else [])
+        }
+
+    def measure_original(self) -> None:
+        """Measure the model as it is."""
+        quality = self._quality(Opened(self.original), ORIGINAL)
+        parts = {"convert": ({}, lambda: original_values(self.original)), **quality}
+        self._take(
+            ORIGINAL,
+            {**parts, **self._speed(self.original)},
+        )
+
+    def measure(self, name: str, recipe: Recipe) -> None:
+        """Convert the model by one recipe and measure what came of it."""
+        home = self.directory / "models" / slug(name)
+        sweep(home)
+        opened = Opened(home)
+        parts: dict[str, tuple[dict[str, Any], Measurement]] = {
+            "convert": ({}, lambda: self._convert(recipe, home)),
+            **self._quality(opened, name, recipe),
+            **self._divergence(opened),
+            **self._speed(home),
+        }
+        if recipe.method == "splitquant":
+            parts["weights"] = ({}, lambda: weights_values(self.original, home))
+        with _removed(home, self.keep_models):
+            self._take(name, parts, recipe, home)
+
+    def describe(self) -> None:
+        """Write what the report says of the study."""
+        study, paper = self.study, self.study.paper
+        missing = [f"{name} was not measured: {why}" for name, why in self.data.missing.items()]
+        record = StudyRecord(
+            title=study.title,
+            model=self.source.name,
+            reference_variant=ORIGINAL,
+            notes=(*study.notes, *missing),
+            paper=Paper(
+                source=paper["source"], claims=tuple(Claim(**claim) for claim in paper["claims"])
+            )
+            if paper
+            else None,
+            order=(ORIGINAL, *study.variants),
+        )
+        save_study(record, self.directory)
+
+    def remove_journals(self) -> None:
+        """Remove what is of use only to a study that is interrupted."""
+        for task in self.study.measure.arc:
+            for protocol in self.study.measure.protocols:
+                self._journal(task, protocol).unlink(missing_ok=True)
+
+    def _journal(self, task: str, protocol: str) -> Path:
+        return self.directory / f"{task}.{protocol}.journal"
+
+    def _take(
+        self,
+        name: str,
+        parts: dict[str, tuple[dict[str, Any], Measurement]],
+        recipe: Recipe | None = None,
+        home: Path | None = None,
+    ) -> None:
+        """Measure the parts that no result with the same settings holds."""
+        shared = {"model_hash": self.reference.hash, "recipe": recipe.to_dict() if recipe else {}}
+        shared["device"] = mx.default_device().type.name
+        ready = False
+        for part, (own, measurement) in parts.items():
+            settings = {**shared, **own}
+            if self.done.get((name, part)) == settings:
+                continue
+            if home and recipe and part != "convert" and not ready:
+                if not self._is_whole(home, recipe):
+                    self._convert(recipe, home)
+            ready = True
+            with self.progress.task(f"{name}: {part}"):
+                started = time.perf_counter()
+                values = measurement()
+                seconds = time.perf_counter() - started
+            result = Result(
+                study=self.study.name,
+                variant=name,
+                part=part,
+                settings=settings,
+                values=values,
+                seconds=seconds,
+            )
+            save(result, self.directory)
+
+    def _is_whole(self, home: Path, recipe: Recipe) -> bool:
+        """Tell whether a study that was killed left the model there, as this recipe wants it."""
+        try:
+            manifest = load_manifest(home)
+        except CheckpointError:
+            return False
+        if manifest is None or manifest.recipe != recipe.to_dict():
+            return False
+        return not check_files(home, manifest, self.progress).problems
+
+    def _convert(self, recipe: Recipe, home: Path) -> dict[str, Any]:
+        """Convert in a process of its own, so that its memory can be told."""
+        file = self.scratch / "recipe.toml"
+        file.write_text(recipe.to_toml(), encoding="utf-8")
+        command = [*OURS, "convert", "--model", str(self.original), "--recipe", str(file)]
+        command += ["--mlx-path", str(home), "--overwrite"]
+        run = run_program([*command, "--device", mx.default_device().type.name])
+        manifest = load_manifest(home)
+        if manifest is None:
+            raise CheckpointError(f"{home} was converted without a manifest")
+        values = convert_values(manifest, recipe, run.peak_bytes)
+        return {**values, "model_hash": Opened(home, progress=self.progress).hash}
+
+    def _quality(
+        self, opened: Opened, name: str, recipe: Recipe | None = None
+    ) -> dict[str, tuple[dict[str, Any], Measurement]]:
+        measure = self.study.measure
+        parts: dict[str, tuple[dict[str, Any], Measurement]] = {}
+        for task in measure.arc:
+            questions = self.data.questions(task, measure.questions)
+            for protocol in measure.protocols if questions else ():
+                parts[f"{task}.{protocol}"] = (
+                    {"num_shots": measure.num_shots, "questions": [q.id for q in questions]},
+                    partial(self._arc, opened, task, protocol, questions, f"{name} {recipe}"),
+                )
+        if windows := self._windows:
+            parts["perplexity"] = (windows.settings, lambda: self._perplexity(opened, windows))
+        return parts
+
+    def _divergence(self, opened: Opened) -> dict[str, tuple[dict[str, Any], Measurement]]:
+        windows = self._windows
+        if windows is None:
+            return {}
+
+        def measured() -> dict[str, Any]:
+            reference = open_reference(
+                windows.tokens,
+                model_hash=self.reference.hash,
+                load=self.reference.load,
+                progress=self.progress,
+            )
+            found = measure_divergence(opened.model, reference, progress=self.progress)
+            return dataclasses.asdict(found)
+
+        return {"kl": (windows.settings, measured)}
+
+    def _speed(self, path: Path) -> dict[str, tuple[dict[str, Any], Measurement]]:
+        measure = self.study.measure
+        if not measure.prompt_tokens:
+            return {}
+        workload = Workload(
+            prompt_tokens=measure.prompt_tokens, generation_tokens=measure.generation_tokens
+        )
+        settings = {**dataclasses.asdict(workload), "trials": measure.trials}
+        return {"speed": (settings, lambda: speed_values(path, workload, measure.trials))}
+
+    def _arc(
+        self, opened: Opened, task: str, protocol: str, questions: list[Question], variant: str
+    ) -> dict[str, Any]:
+        journal = self._journal(task, protocol)
+        shots = self.study.measure.num_shots if protocol == "loglikelihood" else 0
+        found = evaluate_arc(
+            opened.model,
+            self.reference.tokenizer,
+            questions,
+            task=task,
+            protocol=protocol,
+            num_shots=shots,
+            shots=fetch_questions(task, "train") if shots else (),
+            journal=journal,
+            model_hash=f"{self.reference.hash} {variant}",
+            progress=self.progress,
+        )
+        values = dataclasses.asdict(found)
+        return {name: values[name] for name in values if name not in ("task", "protocol", "ids")}
+
+    def _perplexity(self, opened: Opened, windows: "_Windows") -> dict[str, Any]:
+        found = measure_perplexity(
+            opened.model,
+            windows.tokens.reshape(-1),
+            context_length=windows.tokens.shape[1],
+            progress=self.progress,
+        )
+        return dataclasses.asdict(found)
+
+    @cached_property
+    def _windows(self) -> "_Windows | None":
+        measure = self.study.measure
+        text = self.data.text() if measure.text_tokens else None
+        if text is None:
+            return None
+        tokens = encode(self.reference.tokenizer, text[: 16 * measure.text_tokens])
+        limit = max(1, measure.text_tokens // measure.context_length)
+        cut = cut_windows(tokens, measure.context_length, limit)
+        return _Windows(cut, {"text": text_hash(text), "windows": list(cut.shape)})
+
+
+@dataclass(frozen=True, eq=False)
+class _Windows:
+    tokens: np.ndarray
+    settings: dict[str, Any]
+
+
+@contextmanager
+def _removed(home: Path, keep: bool) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if not keep:
+            remove(home)

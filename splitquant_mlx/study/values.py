@@ -1,0 +1,79 @@
+"""Put what was found of one variant in the form that results are kept in."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from splitquant_mlx.bench.speed import Workload, bench_speed
+from splitquant_mlx.models.checkpoint import open_checkpoint, read_headers
+from splitquant_mlx.formats.manifest import Manifest, load_manifest
+from splitquant_mlx.recipe import Recipe
+from splitquant_mlx.study.spec import ORIGINAL
+
+BINS = 120
+
+
+def original_values(directory: Path) -> dict[str, Any]:
+    """Return the size of a model as it is, as a "convert" part."""
+    headers = read_headers(directory).values()
+    nbytes = sum(header.nbytes for header in headers)
+    bits = 8 * nbytes / sum(math.prod(header.shape) for header in headers)
+    return {
+        "method": ORIGINAL,
+        "linear_bits_per_weight": bits,
+        "bits_per_weight": bits,
+        "stored_bytes": nbytes,
+        "source_bytes": nbytes,
+        "seconds": {},
+        "peak_bytes": None,
+    }
+
+
+def convert_values(manifest: Manifest, recipe: Recipe, peak_bytes: int) -> dict[str, Any]:
+    """Return what a conversion cost, as a "convert" part."""
+    return {
+        "method": recipe.method,
+        "linear_bits_per_weight": manifest.linear_bits_per_weight,
+        "bits_per_weight": manifest.bits_per_weight,
+        "stored_bytes": manifest.stored_bytes,
+        "source_bytes": manifest.source_bytes,
+        "seconds": manifest.seconds,
+        "peak_bytes": peak_bytes,
+        "bits": None if recipe.method == "auto" else recipe.bits,
+        "granularity": recipe.granularity,
+        "clusters": recipe.clusters if recipe.method == "splitquant" else None,
+    }
+
+
+def speed_values(path: Path, workload: Workload, trials: int) -> dict[str, Any]:
+    """Time a model, as a "speed" part."""
+    device = mx.default_device().type.name
+    (found,) = bench_speed([str(path)], workload, trials=trials, device=device)["models"]
+    decode = found["generation_tps"]
+    return {
+        "decode_tokens_per_s": decode["median"],
+        "decode_tokens_per_s_min": decode["min"],
+        "decode_tokens_per_s_max": decode["max"],
+        "prefill_tokens_per_s": found["prompt_tps"]["median"],
+        "load_s": found["load_s"]["median"],
+        "first_token_s": found["first_token_s"]["median"],
+        "peak_bytes": max(found["peak_bytes"]["runs"]),
+    }
+
+
+def weights_values(original: Path, home: Path) -> dict[str, Any]:
+    """Return a histogram of a layer in the middle of the model, and where it was cut."""
+    manifest = load_manifest(home)
+    layers = [layer for layer in manifest.layers if layer.action == "split"] if manifest else []
+    layer = layers[len(layers) // 2]
+    w = np.array(open_checkpoint(original).weights[f"{layer.path}.weight"].astype(mx.float32))
+    counts, edges = np.histogram(w, bins=BINS)
+    return {
+        "layer": layer.path,
+        "edges": edges.tolist(),
+        "counts": counts.tolist(),
+        "cut_points": list(layer.cut_points),
+    }
