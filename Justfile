@@ -25,11 +25,11 @@ test-gpu:
 
 # mutated checkpoints, GGUF files and recipes, a quarter of an hour: no crash, no hang, no escape
 fuzz:
-    python tests/fuzz.py --inputs 10000 --seed 0
+    python tests/support/fuzz.py --inputs 10000 --seed 0
 
 # convert, load, chat and evaluate for twenty minutes in one process: memory and files stay flat
 soak:
-    python tests/soak.py --minutes 20
+    python tests/support/soak.py --minutes 20
 
 # the tests with the oldest versions that pyproject.toml allows, then with the newest; needs uv
 versions:

@@ -13,7 +13,7 @@ r"""Write the README's tables and RESULTS.md from JSON that the program wrote.
         --json docs/speed.json
     splitquant-mlx run recipes/smollm2.toml --output-dir docs/results/smollm2
     splitquant-mlx run recipes/tiny.toml --model <directory> --output-dir docs/results/<its name>
-    python tests/offgrid.py <cache>/SmolLM2-135M-Instruct.Q4_1.gguf smollm2-135m-offgrid
+    python tests/support/offgrid.py <cache>/SmolLM2-135M-Instruct.Q4_1.gguf smollm2-135m-offgrid
     splitquant-mlx run recipes/sizes.toml --model smollm2-135m-offgrid \
         --output-dir docs/results/sizes
     python docs/figures.py

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from splitquant_mlx._version import __version__
 
 if TYPE_CHECKING:
-    from splitquant_mlx.quantization.affine import Quantized, dequantize, quantize, quantize_parts
+    from splitquant_mlx.conversion.pipeline import convert
     from splitquant_mlx.errors import (
         CheckpointError,
         RecipeError,
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
         TargetError,
         VersionError,
     )
-    from splitquant_mlx.quantization.kmeans import Clustering
+    from splitquant_mlx.formats.manifest import LayerRecord, Manifest, load_manifest
+    from splitquant_mlx.models.loader import load
+    from splitquant_mlx.nn.model_file import QuantizedSplitLinear
     from splitquant_mlx.nn.split_layers import (
         QuantizedSplitConv,
         SplitConv,
@@ -29,11 +31,9 @@ if TYPE_CHECKING:
         quantize_split_layers,
         split_model,
     )
-    from splitquant_mlx.models.loader import load
-    from splitquant_mlx.formats.manifest import LayerRecord, Manifest, load_manifest
-    from splitquant_mlx.nn.model_file import QuantizedSplitLinear
+    from splitquant_mlx.quantization.affine import Quantized, dequantize, quantize, quantize_parts
+    from splitquant_mlx.quantization.kmeans import Clustering
     from splitquant_mlx.quantization.split import cluster_weight, split
-    from splitquant_mlx.conversion.pipeline import convert
     from splitquant_mlx.recipe import Recipe, load_recipe
 
 __all__ = [

@@ -3,54 +3,61 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "splitquant_mlx"
+# what every package may import: those before it
 ORDER = [
-    ["_version", "errors", "blas", "progress", "cache", "environment", "histogram", "disk", "host"],
-    ["compatibility", "workspace", "journal"],
-    ["recipe", "kmeans", "headers", "shards", "gguf", "gguf_tokenizer", "source", "model_file"],
-    ["source_card"],
-    ["gguf_import", "demo_model", "affine", "parts", "checkpoint", "plan", "manifest", "study"],
-    ["distributed", "sharding"],
-    ["directory", "layers", "resume", "save", "staging", "result_parts", "results"],
-    ["fit", "coding", "allocate", "patch"],
-    ["gptq", "loader", "evaluate"],
-    ["weight", "calibrate"],
-    ["auto", "worker", "refine"],
-    ["pipeline", "random_checkpoint", "evaluation", "report"],
-    ["original"],
-    ["inspection", "verify", "bench", "doctor", "chat", "openai_fields"],
-    ["publish"],
-    ["openai_request", "answers", "openai_handler", "serve"],
-    ["plots", "demo", "study_data", "study_values", "runner"],
-    ["cli"],
+    *("_version", "errors", "progress", "recipe"),
+    *("runtime", "quantization", "nn", "formats", "models", "data", "inference"),
+    *("calibration", "evaluation", "conversion", "inspection", "demo", "bench"),
+    *("study", "report", "publish", "cli"),
 ]
-RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
 
-def first_party_imports(file):
+def module_name(file):
+    names = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(names[:-1] if names[-1] == "__init__" else names)
+
+
+MODULES = {module_name(file): file for file in PACKAGE.rglob("*.py")}
+
+
+def imported_modules(file):
+    """Yield the package's modules that a file imports, wherever in it."""
     for node in ast.walk(ast.parse(file.read_text())):
+        names = []
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("splitquant_mlx"):
-            tail = node.module.split(".")[1:]
-            yield from [tail[0]] if tail else [alias.name for alias in node.names]
+            home = node.module.partition(".")[2]
+            names = [f"{home}.{alias.name}".strip(".") for alias in node.names] + [home]
         elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.startswith("splitquant_mlx."):
-                    yield alias.name.split(".")[1]
+            names = [alias.name.partition(".")[2] for alias in node.names]
+        yield from (name for name in names if name and name in MODULES)
 
 
-def test_imports_go_one_way():
+def test_packages_import_only_those_before_them():
     wrong = []
-    for file in PACKAGE.rglob("*.py"):
-        home = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if home in ("__init__", "__main__"):
+    for name, file in MODULES.items():
+        home = name.partition(".")[0]
+        if home in ("", "__main__"):
             continue
-        assert home in RANK, f"give {home} its place in ORDER"
-        for name in first_party_imports(file):
-            if name != home and RANK[name] > RANK[home]:
-                wrong.append(f"{file.name} imports {name}")
+        assert home in ORDER, f"give {home} its place in ORDER"
+        for other in imported_modules(file):
+            if ORDER.index(other.partition(".")[0]) > ORDER.index(home):
+                wrong.append(f"{name} imports {other}")
     assert not wrong
+
+
+def test_no_module_imports_one_that_imports_it():
+    graph = {
+        name: {m for m in imported_modules(file) if m != name} for name, file in MODULES.items()
+    }
+    # a package's __init__ may gather what its modules offer
+    graph = {
+        name: {m for m in others if not name.startswith(f"{m}.")} for name, others in graph.items()
+    }
+    TopologicalSorter(graph).prepare()  # which raises CycleError
 
 
 def test_files_stay_small():
@@ -63,7 +70,7 @@ def test_files_stay_small():
 
 
 def test_the_model_file_needs_only_mlx_and_mlx_lm():
-    tree = ast.parse((PACKAGE / "model_file.py").read_text())
+    tree = ast.parse((PACKAGE / "nn" / "model_file.py").read_text())
     roots = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

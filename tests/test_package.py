@@ -56,7 +56,8 @@ def test_the_tests_of_the_sdist_run_in_it(dist, tmp_path):
     alone = {"README.md", "RESULTS.md", "LICENSE", "Justfile", "pyproject.toml"}
     wanted = files("splitquant_mlx", "tests", "recipes", "docs", ".ci") | alone
     assert {path for path in wanted if not re.match(r"docs/results/\w+/report\.", path)} <= held
-    chosen = [f"tests/test_{name}.py" for name in ("readme", "recipe", "compatibility", "imports")]
+    names = ("test_readme", "test_recipe", "runtime/test_compatibility", "test_imports")
+    chosen = [f"tests/{name}.py" for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", *chosen],
         cwd=home,

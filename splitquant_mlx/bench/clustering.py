@@ -7,9 +7,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from splitquant_mlx.runtime.environment import describe_machine, versions
-from splitquant_mlx.quantization.split import cluster_weight
 from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.quantization.split import cluster_weight
+from splitquant_mlx.runtime.environment import describe_machine, versions
 
 
 def bench_kmeans(

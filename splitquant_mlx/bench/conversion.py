@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from splitquant_mlx.bench.programs import OURS, Run, check_trials, run_program
-from splitquant_mlx.runtime.environment import describe_machine, versions
 from splitquant_mlx.formats.manifest import load_manifest
 from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.runtime.environment import describe_machine, versions
 
 YARDSTICK = "mlx_lm.convert -q"
 PUBLISHED = "splitquant, scikit-learn KMeans"

@@ -18,9 +18,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from splitquant_mlx.models.checkpoint import build_model, parameters
-from splitquant_mlx.conversion.plan import make_plan
 from splitquant_mlx.bench.random_checkpoint import Shape
+from splitquant_mlx.conversion.plan import make_plan
+from splitquant_mlx.models.checkpoint import build_model, parameters
 from splitquant_mlx.recipe import Recipe
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from splitquant_mlx.bench.conversion import run_conversion
 from splitquant_mlx.bench.programs import OURS, check_trials
-from splitquant_mlx.runtime.environment import describe_machine, versions
-from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.bench.random_checkpoint import SHAPES, Shape, write_random_checkpoint
+from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.runtime.environment import describe_machine, versions
 
 
 def bench_memory(

@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.formats.shard_writer import MAX_SHARD_BYTES, ShardWriter
+from splitquant_mlx.progress import Progress, Silent
 
 STANDARD_DEVIATION = 0.02
 

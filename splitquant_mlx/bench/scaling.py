@@ -19,10 +19,10 @@ from splitquant_mlx.bench.cost import (
     summarize_fit,
 )
 from splitquant_mlx.bench.programs import OURS, check_trials
-from splitquant_mlx.runtime.environment import describe_machine, versions
-from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.bench.random_checkpoint import SHAPES, Shape, write_random_checkpoint
+from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.recipe import Recipe
+from splitquant_mlx.runtime.environment import describe_machine, versions
 
 PREDICTED = ("llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-3.1-70b")
 METHODS = ("splitquant", "rtn")

@@ -19,10 +19,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from splitquant_mlx.bench.programs import OURS, check_trials, run_program, spread
-from splitquant_mlx.runtime.environment import describe_machine, versions
 from splitquant_mlx.errors import RecipeError, SplitQuantError
-from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.models.source import Source, resolve
+from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.runtime.environment import describe_machine, versions
 
 WARM_UP_TOKENS = 4
 RATES = ("prompt_tps", "generation_tps")

@@ -27,12 +27,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from splitquant_mlx.quantization.affine import Quantized, dequantize
 from splitquant_mlx.calibration.blocks import Pass, start_pass, tapped
 from splitquant_mlx.calibration.statistics import gram
-from splitquant_mlx.quantization.imatrix import quantize_weighted
-from splitquant_mlx.quantization.gptq import quantize_compensated
 from splitquant_mlx.progress import Progress
+from splitquant_mlx.quantization.affine import Quantized, dequantize
+from splitquant_mlx.quantization.gptq import quantize_compensated
+from splitquant_mlx.quantization.imatrix import quantize_weighted
 
 Option = tuple[int, int]  # bits, group_size
 Options = Mapping[str, Sequence[Option]]

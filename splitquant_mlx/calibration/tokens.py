@@ -7,12 +7,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from splitquant_mlx.runtime.cache import kept
 from splitquant_mlx.calibration.self_text import BATCH_TEXTS, beginnings, sample_tokens
-from splitquant_mlx.models.lazy import Opened
 from splitquant_mlx.data.text import cut_windows, encode, load_text
+from splitquant_mlx.models.lazy import Opened
 from splitquant_mlx.progress import Progress
 from splitquant_mlx.recipe import SELF, Calibration
+from splitquant_mlx.runtime.cache import kept
 
 
 def calibration_tokens(opened: Opened, calibration: Calibration, progress: Progress) -> np.ndarray:

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 
-from splitquant_mlx.inference.chat import Conversation, Decoder, Decoding
 from splitquant_mlx.cli.console import printable
 from splitquant_mlx.cli.options import (
     DEFAULT_MODEL,
@@ -27,6 +26,7 @@ from splitquant_mlx.cli.options import (
     check_model,
     start,
 )
+from splitquant_mlx.inference.chat import Conversation, Decoder, Decoding
 
 HELP = "/help or h: this list   /reset or r: forget the conversation   /exit, q or Ctrl-D: leave"
 LEAVE = "Ctrl-C again, Ctrl-D or /exit leaves"

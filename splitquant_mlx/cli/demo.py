@@ -22,11 +22,11 @@ def demo(
     from rich.console import Console
     from rich.table import Table
 
-    from splitquant_mlx.runtime.cache import cache_directory
     from splitquant_mlx.cli.console import Bars, plain, size
-    from splitquant_mlx.demo.run import QUESTION, run_demo, save_results
     from splitquant_mlx.demo.model import fetch_demo_model
+    from splitquant_mlx.demo.run import QUESTION, run_demo, save_results
     from splitquant_mlx.models.source import resolve
+    from splitquant_mlx.runtime.cache import cache_directory
 
     source = resolve(model) if model else fetch_demo_model(Bars())
     home = cache_directory() / "demo"

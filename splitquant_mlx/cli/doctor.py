@@ -11,9 +11,9 @@ def doctor(device: Device = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from splitquant_mlx.runtime import blas
     from splitquant_mlx.cli.console import size
     from splitquant_mlx.inspection.doctor import devices, dispatch_ratio, self_check
+    from splitquant_mlx.runtime import blas
     from splitquant_mlx.runtime.environment import describe_machine, versions
 
     console = Console(highlight=False)

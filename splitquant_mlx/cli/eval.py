@@ -59,8 +59,8 @@ def evaluate(
     """Evaluate a model: ARC, perplexity, KL divergence from another, or any task of lm-eval."""
     start(device)
     from splitquant_mlx.cli.console import Bars
-    from splitquant_mlx.runtime.ranks import together
     from splitquant_mlx.evaluation.task import Task, evaluate
+    from splitquant_mlx.runtime.ranks import together
 
     group = join()
     with together(group):

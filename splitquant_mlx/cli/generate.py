@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from splitquant_mlx.inference.chat import Decoding, encode, readable_errors
 from splitquant_mlx.cli.console import Printable, printable
 from splitquant_mlx.cli.launched import join
 from splitquant_mlx.cli.options import (
@@ -30,6 +29,7 @@ from splitquant_mlx.cli.options import (
     start,
 )
 from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.inference.chat import Decoding, encode, readable_errors
 
 
 def generate(
@@ -87,8 +87,8 @@ def generate(
     from mlx_lm.generate import generate as mlx_lm_generate
     from mlx_lm.generate import generation_stream
 
-    from splitquant_mlx.runtime.ranks import connected, gather, settle, together
     from splitquant_mlx.models.loader import load
+    from splitquant_mlx.runtime.ranks import connected, gather, settle, together
 
     group = join()
     with together(group):

@@ -36,9 +36,9 @@ def inspect(
     check_model(model)
     start(device)
     from splitquant_mlx.cli.console import Bars
-    from splitquant_mlx.models.directory import as_directory
     from splitquant_mlx.inspection.layers import inspect_model, layer_histogram
     from splitquant_mlx.inspection.plots import save_histogram, text_histogram
+    from splitquant_mlx.models.directory import as_directory
     from splitquant_mlx.models.source import resolve
 
     with as_directory(resolve(model, revision=revision), Bars()) as directory:

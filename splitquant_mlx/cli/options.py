@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from splitquant_mlx.runtime import blas
 from splitquant_mlx.cli.launched import launched_rank
-from splitquant_mlx.runtime.compatibility import check_versions
 from splitquant_mlx.errors import RecipeError, SourceError
+from splitquant_mlx.runtime import blas
+from splitquant_mlx.runtime.compatibility import check_versions
 
 DEFAULT_MODEL = "mlx_model"
 

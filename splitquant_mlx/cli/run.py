@@ -9,7 +9,6 @@ import typer
 from splitquant_mlx.cli.options import Device, start
 from splitquant_mlx.cli.report import report
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.study.spec import load_study
 
 DATA = ("arc_challenge", "arc_easy", "text")
 
@@ -36,6 +35,8 @@ def run(
 
     An interrupted study goes on where it stopped when it is started again.
     """
+    from splitquant_mlx.study.spec import load_study
+
     chosen = load_study(study)
     if model is not None:
         chosen = dataclasses.replace(chosen, model=model)

@@ -59,8 +59,8 @@ def serve(
         request_timeout_s=request_timeout,
     )
     start(device)
-    from splitquant_mlx.runtime.ranks import together
     from splitquant_mlx.inference.server import serve as serve_model
+    from splitquant_mlx.runtime.ranks import together
 
     with together(join()):
         check_model(model)

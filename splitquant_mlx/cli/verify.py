@@ -25,8 +25,8 @@ def verify(
     from rich.table import Table
 
     from splitquant_mlx.cli.console import Bars, plain
-    from splitquant_mlx.models.source import resolve
     from splitquant_mlx.conversion.verify import verify as check
+    from splitquant_mlx.models.source import resolve
 
     original = None if source is None else resolve(source, revision=revision)
     checks = check(path, source=original, progress=Bars())

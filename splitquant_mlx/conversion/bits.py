@@ -11,16 +11,16 @@ from importlib.metadata import version
 import mlx.core as mx
 import numpy as np
 
-from splitquant_mlx.quantization.allocate import allocate
-from splitquant_mlx.runtime.cache import kept
 from splitquant_mlx.calibration.sensitivity import Option, predict_divergence
 from splitquant_mlx.calibration.tokens import calibration_tokens
+from splitquant_mlx.conversion.plan import LayerPlan, make_plan
 from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.lazy import Opened, open_model
 from splitquant_mlx.models.loader import load_model
-from splitquant_mlx.conversion.plan import LayerPlan, make_plan
 from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.quantization.allocate import allocate
 from splitquant_mlx.recipe import Calibration, Recipe
+from splitquant_mlx.runtime.cache import kept
 
 OPTIONS: tuple[Option, ...] = (
     (2, 64), (2, 32), (3, 128), (3, 64), (3, 32), (4, 128), (4, 64), (4, 32),

@@ -6,14 +6,14 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from splitquant_mlx.quantization.affine import Quantized, dequantize
-from splitquant_mlx.models.checkpoint import open_checkpoint, read_headers
-from splitquant_mlx.errors import CheckpointError, RecipeError, one_line
-from splitquant_mlx.formats.manifest import LayerRecord, Manifest
-from splitquant_mlx.progress import Progress
-from splitquant_mlx.recipe import Recipe
 from splitquant_mlx.conversion.weight import BLOCK, SAMPLE
 from splitquant_mlx.conversion.worker import source_weight
+from splitquant_mlx.errors import CheckpointError, RecipeError, one_line
+from splitquant_mlx.formats.manifest import LayerRecord, Manifest
+from splitquant_mlx.models.checkpoint import open_checkpoint, read_headers
+from splitquant_mlx.progress import Progress
+from splitquant_mlx.quantization.affine import Quantized, dequantize
+from splitquant_mlx.recipe import Recipe
 
 TOLERANCE_DB = 0.05
 # a sample of rows has another ratio than the whole weight, but not by far

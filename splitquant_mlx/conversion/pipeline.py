@@ -9,27 +9,27 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from splitquant_mlx.conversion.bits import Forecast, choose_bits
 from splitquant_mlx.calibration.statistics import Moments, gram, mean_square
 from splitquant_mlx.calibration.tokens import calibration_tokens
-from splitquant_mlx.models.checkpoint import Checkpoint, check_unchanged, open_checkpoint, stamp
-from splitquant_mlx.models.directory import as_directory
-from splitquant_mlx.runtime.environment import versions
-from splitquant_mlx.models.lazy import Opened
-from splitquant_mlx.models.loader import load_model
-from splitquant_mlx.formats.manifest import LayerRecord, Manifest
-from splitquant_mlx.formats.patch import replace_tensors
+from splitquant_mlx.conversion.bits import Forecast, choose_bits
 from splitquant_mlx.conversion.plan import Plan, make_plan, parameter_names
-from splitquant_mlx.progress import Progress, Silent
-from splitquant_mlx.recipe import Calibration, Recipe
 from splitquant_mlx.conversion.refine import refine, training_texts
 from splitquant_mlx.conversion.resume import Ledger, conversion_key, open_journal
 from splitquant_mlx.conversion.save import copy_companions, hash_files, require_space, write_config
-from splitquant_mlx.formats.shard_writer import MAX_SHARD_BYTES, ShardWriter
-from splitquant_mlx.models.source import Source, resolve
-from splitquant_mlx.formats.model_card import read_source_card
 from splitquant_mlx.conversion.staging import JOURNAL, MODEL, check_target, staged, sweep
 from splitquant_mlx.conversion.worker import Worker
+from splitquant_mlx.formats.manifest import LayerRecord, Manifest
+from splitquant_mlx.formats.model_card import read_source_card
+from splitquant_mlx.formats.patch import replace_tensors
+from splitquant_mlx.formats.shard_writer import MAX_SHARD_BYTES, ShardWriter
+from splitquant_mlx.models.checkpoint import Checkpoint, check_unchanged, open_checkpoint, stamp
+from splitquant_mlx.models.directory import as_directory
+from splitquant_mlx.models.lazy import Opened
+from splitquant_mlx.models.loader import load_model
+from splitquant_mlx.models.source import Source, resolve
+from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.recipe import Calibration, Recipe
+from splitquant_mlx.runtime.environment import versions
 
 
 def convert(

@@ -7,8 +7,8 @@ from typing import Any
 
 import mlx.nn as nn
 
-from splitquant_mlx.models.checkpoint import parameters
 from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.models.checkpoint import parameters
 from splitquant_mlx.recipe import CALIBRATED, GROUP_SIZES, MODES, Recipe
 
 

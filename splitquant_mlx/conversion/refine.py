@@ -35,7 +35,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.evaluation.scoring import for_scoring
+from splitquant_mlx.models.dense import for_scoring
 from splitquant_mlx.progress import Progress
 from splitquant_mlx.recipe import Calibration
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from splitquant_mlx.runtime.environment import versions
-from splitquant_mlx.errors import TargetError
-from splitquant_mlx.runtime.journal import Journal
-from splitquant_mlx.formats.manifest import MALFORMED, LayerRecord, check_types, parse_layers
 from splitquant_mlx.conversion.plan import LayerPlan
+from splitquant_mlx.errors import TargetError
+from splitquant_mlx.formats.manifest import MALFORMED, LayerRecord, check_types, parse_layers
 from splitquant_mlx.formats.shard_writer import ShardWriter
+from splitquant_mlx.runtime.environment import versions
+from splitquant_mlx.runtime.journal import Journal
 
 STAGES = ("read", "cluster", "quantize", "write")
 

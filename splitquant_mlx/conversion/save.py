@@ -7,11 +7,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from splitquant_mlx.runtime.disk import sha256
 from splitquant_mlx.errors import CheckpointError, TargetError
-from splitquant_mlx.formats.manifest import FILE_NAME, LayerRecord
+from splitquant_mlx.formats.manifest import FILE_NAME, MODEL_FILE, LayerRecord
+from splitquant_mlx.runtime.disk import sha256
 
-MODEL_FILE = "splitquant_model.py"
 COPIED = (
     "*.json", "*.txt", "*.jinja", "*.tiktoken", "*.model", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip

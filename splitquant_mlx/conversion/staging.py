@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from splitquant_mlx.runtime.disk import remove, sync
 from splitquant_mlx.errors import TargetError
+from splitquant_mlx.runtime.disk import remove, sync
 from splitquant_mlx.runtime.workspace import empty, workspace
 
 MODEL = "model"

@@ -13,6 +13,8 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
+from splitquant_mlx.conversion.plan import LayerPlan
+from splitquant_mlx.nn.split_layers import scale_dtype
 from splitquant_mlx.quantization.affine import (
     Quantized,
     code_parts,
@@ -21,13 +23,11 @@ from splitquant_mlx.quantization.affine import (
     quantize,
     round_scales,
 )
-from splitquant_mlx.quantization.split_cpu import code_split
-from splitquant_mlx.quantization.imatrix import code_parts_weighted, quantize_weighted
 from splitquant_mlx.quantization.gptq import quantize_compensated
+from splitquant_mlx.quantization.imatrix import code_parts_weighted, quantize_weighted
 from splitquant_mlx.quantization.kmeans import Clustering
-from splitquant_mlx.nn.split_layers import scale_dtype
 from splitquant_mlx.quantization.split import cluster_weight, parts_of
-from splitquant_mlx.conversion.plan import LayerPlan
+from splitquant_mlx.quantization.split_cpu import code_split
 from splitquant_mlx.recipe import Recipe
 
 BLOCK = 1 << 19  # entries

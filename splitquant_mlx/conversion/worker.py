@@ -16,17 +16,17 @@ from weakref import WeakSet
 
 import mlx.core as mx
 
-from splitquant_mlx.runtime.blas import one_thread_for_numpy
 from splitquant_mlx.calibration.statistics import Moments
-from splitquant_mlx.models.checkpoint import FLOATS, Checkpoint, check_unchanged, parameters
+from splitquant_mlx.conversion.plan import LayerPlan, Plan
+from splitquant_mlx.conversion.resume import Ledger
+from splitquant_mlx.conversion.weight import Converted, convert_weight, require_finite
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.manifest import LayerRecord
-from splitquant_mlx.conversion.plan import LayerPlan, Plan
+from splitquant_mlx.formats.shard_writer import ShardWriter
+from splitquant_mlx.models.checkpoint import FLOATS, Checkpoint, check_unchanged, parameters
 from splitquant_mlx.progress import Progress
 from splitquant_mlx.recipe import DTYPES, Recipe
-from splitquant_mlx.conversion.resume import Ledger
-from splitquant_mlx.formats.shard_writer import ShardWriter
-from splitquant_mlx.conversion.weight import Converted, convert_weight, require_finite
+from splitquant_mlx.runtime.blas import one_thread_for_numpy
 
 FLOAT_TYPES = tuple(FLOATS.values())
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from splitquant_mlx.errors import RecipeError, SourceError, one_line
 from splitquant_mlx.data.text import _read_utf8
+from splitquant_mlx.errors import RecipeError, SourceError, one_line
 from splitquant_mlx.models.source import _explain
 
 ARC = "allenai/ai2_arc"
 FOLDERS = {"arc_challenge": "ARC-Challenge", "arc_easy": "ARC-Easy"}
+ARC_TASKS = tuple(FOLDERS)
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("id", "question", "choices", "answerKey")
 MAX_CHOICES = 26  # as many as there are letters

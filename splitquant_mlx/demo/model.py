@@ -19,11 +19,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
+from splitquant_mlx.errors import SourceError
+from splitquant_mlx.models.source import Source, cached, resolve
+from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.runtime.cache import cache_directory
 from splitquant_mlx.runtime.disk import sync
-from splitquant_mlx.errors import SourceError
-from splitquant_mlx.progress import Progress, Silent
-from splitquant_mlx.models.source import Source, cached, resolve
 from splitquant_mlx.runtime.workspace import empty, workspace
 
 REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"

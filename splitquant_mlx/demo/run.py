@@ -14,17 +14,17 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from splitquant_mlx.models.checkpoint import read_headers
-from splitquant_mlx.models.directory import as_directory
-from splitquant_mlx.runtime.environment import describe_machine, versions
-from splitquant_mlx.evaluation.divergence import Divergence, divergence, log_probabilities
-from splitquant_mlx.evaluation.scoring import for_scoring
-from splitquant_mlx.models.loader import load_model, load_tokenizer
-from splitquant_mlx.formats.manifest import Manifest
 from splitquant_mlx.conversion.pipeline import convert
+from splitquant_mlx.evaluation.divergence import Divergence, divergence, log_probabilities
+from splitquant_mlx.formats.manifest import Manifest
+from splitquant_mlx.models.checkpoint import read_headers
+from splitquant_mlx.models.dense import for_scoring
+from splitquant_mlx.models.directory import as_directory
+from splitquant_mlx.models.loader import load_model, load_tokenizer
+from splitquant_mlx.models.source import Source
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.recipe import Recipe
-from splitquant_mlx.models.source import Source
+from splitquant_mlx.runtime.environment import describe_machine, versions
 
 QUESTION = "Why is the sky blue?"
 MAX_TOKENS = 48

@@ -20,13 +20,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from splitquant_mlx.runtime.ranks import Group, alone, gather
+from splitquant_mlx.data.questions import Question
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluation.loglikelihood import BATCH_TOKENS, Pair, context_length, score
 from splitquant_mlx.evaluation.protocols import draw_shots, encode_question
-from splitquant_mlx.data.questions import Question
-from splitquant_mlx.runtime.journal import Journal
 from splitquant_mlx.progress import Advance, Progress, Silent
+from splitquant_mlx.runtime.journal import Journal
+from splitquant_mlx.runtime.ranks import Group, alone, gather
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from splitquant_mlx.runtime.ranks import Group, collect
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluation.reference import Reference
 from splitquant_mlx.evaluation.scoring import log_probabilities_of, log_probability_blocks
 from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.runtime.ranks import Group, collect
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ from typing import Any
 
 import mlx.nn as nn
 
-from splitquant_mlx.runtime.ranks import Group, collect, deal, gather
 from splitquant_mlx.errors import RecipeError, one_line
 from splitquant_mlx.evaluation.loglikelihood import (
     BATCH_TOKENS,
@@ -22,6 +21,7 @@ from splitquant_mlx.evaluation.loglikelihood import (
 )
 from splitquant_mlx.evaluation.protocols import TEMPLATE_OPTIONS
 from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.runtime.ranks import Group, collect, deal, gather
 
 try:
     from lm_eval.api.model import TemplateLM

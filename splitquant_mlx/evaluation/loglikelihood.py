@@ -22,10 +22,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from splitquant_mlx.runtime.ranks import Group, deal
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluation.scoring import block_rows, token_array
 from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.runtime.ranks import Group, deal
 
 BATCH_TOKENS = 4096
 MAX_STEP = 1024  # attention over more at once takes more memory than it gains time

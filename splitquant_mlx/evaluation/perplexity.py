@@ -17,10 +17,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from splitquant_mlx.runtime.ranks import Group, collect, deal
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluation.scoring import block_rows, logit_blocks, token_array
 from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.runtime.ranks import Group, collect, deal
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Sequence
 from string import ascii_uppercase
 from typing import Any
 
+from splitquant_mlx.data.questions import Question
 from splitquant_mlx.errors import CheckpointError, RecipeError, one_line
 from splitquant_mlx.evaluation.loglikelihood import Pair, fit
-from splitquant_mlx.data.questions import Question
 
 PROTOCOLS = ("loglikelihood", "letter")
 MAX_SHOTS = 25

@@ -23,10 +23,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from splitquant_mlx.runtime.cache import cache_directory
-from splitquant_mlx.errors import CheckpointError, SourceError
+from splitquant_mlx.errors import SourceError
 from splitquant_mlx.evaluation.scoring import block_rows, log_probability_blocks, token_array
 from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.runtime.cache import cache_directory
 
 LIMIT_BYTES = 4_000_000_000
 CHUNK_BYTES = 1 << 20
@@ -74,7 +74,7 @@ def open_reference(
 
     Args:
         windows: tokens (windows, length); see `text.cut_windows`.
-        model_hash: of the reference; see `model_hash`.
+        model_hash: of the reference; see `lazy.model_hash`.
         load: returns the reference model, ready for scoring; called only when it is needed.
         directory: of the cache; None is `reference` in the package's cache directory.
         limit_bytes: bound on the whole cache. Predictions that need more are not cached; the
@@ -101,35 +101,6 @@ def open_reference(
     with suppress(OSError):
         os.utime(file)  # marks the entry as used
     return Reference(windows=windows, file=file, load=load)
-
-
-def model_hash(directory: Path, progress: Progress | None = None) -> str:
-    """Return a SHA-256 over all that a checkpoint's predictions depend on.
-
-    That is config.json, tokenizer.json and every .safetensors file: name, size and the whole
-    content, at about a second a gigabyte.
-
-    Raises:
-        CheckpointError: when there are no weights, or a file cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        weights = sorted(directory.glob("*.safetensors"))
-        if not weights:
-            raise CheckpointError(f"{directory} holds no .safetensors file: give a model directory")
-        named = [directory / name for name in ("config.json", "tokenizer.json")]
-        files = [*(file for file in named if file.exists()), *weights]
-        sizes = [file.stat().st_size for file in files]
-        with (progress or Silent()).task("Hashing the reference", sum(sizes)) as advance:
-            for file, size in zip(files, sizes, strict=True):
-                digest.update(f"{file.name}\0{size}\0".encode())
-                with file.open("rb") as opened:
-                    while chunk := opened.read(CHUNK_BYTES):
-                        digest.update(chunk)
-                        advance(len(chunk))
-    except OSError as exc:
-        raise CheckpointError(f"cannot read {exc.filename}: {exc.strerror or exc}") from exc
-    return digest.hexdigest()
 
 
 def _key(windows: np.ndarray, model_hash: str) -> str:

@@ -1,8 +1,7 @@
-"""Run a model over texts to score them: at the device's full speed, within a bounded memory.
+"""Run a model over texts to score them, within a bounded memory.
 
-On the CPU, mlx's quantized product runs at about 1 % of the speed of the dense one; the
-dequantized weights give the same numbers to float rounding. And the logits of one window of 2,048
-tokens are a gigabyte where the vocabulary has 128,000 entries, so they come in blocks.
+The logits of one window of 2,048 tokens are a gigabyte where the vocabulary has 128,000 entries,
+so they come in blocks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,51 +9,11 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
 
-from splitquant_mlx.quantization.affine import Quantized, dequantize
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.nn.model_file import QuantizedSplitLinear
 
 BLOCK_BYTES = 128 << 20
 MAX_BLOCK_ROWS = 4096
-
-
-def for_scoring(model: nn.Module) -> nn.Module:
-    """Return the form of `model` that scores fastest on the default device.
-
-    That is the model as it is on a GPU, and on the CPU the same model with its quantized layers
-    made dense in place; see `dequantized`.
-    """
-    return dequantized(model) if mx.default_device() == mx.cpu else model
-
-
-def dequantized(model: nn.Module) -> nn.Module:
-    """Replace, in place, every quantized linear layer and embedding by its dense float32 form."""
-    dense: list[tuple[str, nn.Module]] = []
-    for path, module in model.named_modules():
-        if isinstance(module, (QuantizedSplitLinear, nn.QuantizedLinear)):
-            layer: nn.Module = nn.Linear(1, 1, bias=False)
-            if "bias" in module:
-                layer.bias = module.bias
-        elif isinstance(module, nn.QuantizedEmbedding):
-            layer = nn.Embedding(1, 1)
-        else:
-            continue
-        layer.weight = dense_weight(module)
-        mx.eval(layer.parameters())
-        dense.append((path, layer))
-    model.update_modules(tree_unflatten(dense))
-    return model
-
-
-def dense_weight(module: nn.Module) -> mx.array:
-    """Return the float32 weight (out, in) that a quantized layer stands for."""
-    quantized = Quantized(module["weight"], module["scales"], module.get("biases"))
-    settings = {"bits": module.bits, "group_size": module.group_size, "mode": module.mode}
-    w = dequantize(quantized, **settings)  # type: ignore[arg-type]
-    clusters = getattr(module, "clusters", 1)
-    return w.reshape(w.shape[0], clusters, -1).sum(axis=1)
 
 
 def token_array(model: nn.Module, tokens: Sequence[int] | np.ndarray) -> tuple[np.ndarray, int]:

@@ -9,20 +9,19 @@ from typing import Any
 
 import mlx.core as mx
 
-from splitquant_mlx.runtime.cache import cache_directory
-from splitquant_mlx.runtime.ranks import Group, alone, check_alike, deal, together
-from splitquant_mlx.runtime.environment import describe_machine, versions
+from splitquant_mlx.data.questions import ARC_TASKS, Question, fetch_questions, load_questions
+from splitquant_mlx.data.text import cut_windows, encode, fetch_wikitext, load_text, text_hash
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluation.arc import ArcResult, evaluate_arc
 from splitquant_mlx.evaluation.divergence import measure_divergence
-from splitquant_mlx.models.lazy import Opened, open_model
 from splitquant_mlx.evaluation.paired import compare
 from splitquant_mlx.evaluation.perplexity import measure_perplexity
-from splitquant_mlx.data.questions import Question, fetch_questions, load_questions
 from splitquant_mlx.evaluation.reference import open_reference
-from splitquant_mlx.data.text import cut_windows, encode, fetch_wikitext, load_text, text_hash
+from splitquant_mlx.models.lazy import Opened, open_model
 from splitquant_mlx.progress import Progress, Silent
-from splitquant_mlx.study.spec import ARC_TASKS
+from splitquant_mlx.runtime.cache import cache_directory
+from splitquant_mlx.runtime.environment import describe_machine, versions
+from splitquant_mlx.runtime.ranks import Group, alone, check_alike, deal, together
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ import numpy as np
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.gguf import Gguf, open_gguf, read_tensor
 from splitquant_mlx.formats.gguf_tokenizer import ELSEWHERE, write_tokenizer
-from splitquant_mlx.progress import Progress, Silent
-from splitquant_mlx.formats.shard_writer import ShardWriter
 from splitquant_mlx.formats.model_card import write_source_card
+from splitquant_mlx.formats.shard_writer import ShardWriter
+from splitquant_mlx.progress import Progress, Silent
 
 ROPE_FACTORS = "rope_freqs.weight"
 MAX_SETTING = 1 << 40

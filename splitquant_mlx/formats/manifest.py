@@ -11,6 +11,8 @@ from typing import Any, get_args, get_origin
 from splitquant_mlx.errors import CheckpointError, one_line
 
 FILE_NAME = "splitquant.json"
+# the code that a split checkpoint carries for mlx-lm, see nn/model_file
+MODEL_FILE = "splitquant_model.py"
 # what comes of building a record from values of the wrong form
 MALFORMED = (ValueError, TypeError, KeyError, AttributeError)
 # what is shown of a layer must not drive the terminal

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from splitquant_mlx.runtime.disk import sha256, sync
 from splitquant_mlx.formats.safetensors import read_header
 from splitquant_mlx.formats.shard_writer import SAFETENSORS_NAMES, tensor_bytes
+from splitquant_mlx.runtime.disk import sha256, sync
 
 DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 

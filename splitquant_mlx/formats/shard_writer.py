@@ -18,10 +18,10 @@ from typing import BinaryIO
 import mlx.core as mx
 import numpy as np
 
-from splitquant_mlx.runtime.disk import remove, sha256, sync_descriptor
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.safetensors import read_header
 from splitquant_mlx.quantization.host import host_values
+from splitquant_mlx.runtime.disk import remove, sha256, sync_descriptor
 
 MAX_SHARD_BYTES = 5 * 10**9
 FLUSH_BYTES = 1 << 27  # written before the disk is told to take them in

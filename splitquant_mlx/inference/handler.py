@@ -20,8 +20,8 @@ from urllib.parse import unquote, urlsplit
 
 from mlx_lm import server
 
-from splitquant_mlx.inference.generator import FAILED, Exchange, Generator, Unwind
 from splitquant_mlx.inference.fields import Refusal
+from splitquant_mlx.inference.generator import FAILED, Exchange, Generator, Unwind
 from splitquant_mlx.inference.request import ALIAS, Served, check_request
 
 MODELS = "/v1/models"

@@ -24,13 +24,13 @@ from threading import Thread
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from splitquant_mlx.runtime.compatibility import check_names
-from splitquant_mlx.runtime.ranks import Group, connected, join, together
 from splitquant_mlx.errors import CheckpointError, RankError, RecipeError, SplitQuantError
-from splitquant_mlx.models.loader import load
 from splitquant_mlx.inference.fields import Refusal
 from splitquant_mlx.inference.request import Limits, Served, check_request
+from splitquant_mlx.models.loader import load
 from splitquant_mlx.models.source import Source, resolve
+from splitquant_mlx.runtime.compatibility import check_names
+from splitquant_mlx.runtime.ranks import Group, connected, join, together
 
 # Seconds between two looks at who has come and who has left; mlx_lm.server's own is 0.5.
 TURN_S = 0.05

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from splitquant_mlx.evaluation.scoring import dense_weight
+from splitquant_mlx.models.dense import dense_weight
 from splitquant_mlx.nn.split_layers import SplitLinear, quantize_split_layers, split_model
 from splitquant_mlx.quantization.split import split
 

@@ -7,16 +7,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from splitquant_mlx.models.checkpoint import open_checkpoint, read_config
-from splitquant_mlx.errors import CheckpointError, RecipeError
-from splitquant_mlx.evaluation.scoring import dense_weight
-from splitquant_mlx.models.loader import load_model
-from splitquant_mlx.formats.manifest import LayerRecord, Manifest, load_manifest
-from splitquant_mlx.quantization.split import cluster_weight
 from splitquant_mlx.conversion.plan import make_plan
-from splitquant_mlx.progress import Progress, Silent
-from splitquant_mlx.recipe import Recipe
 from splitquant_mlx.conversion.weight import require_finite
+from splitquant_mlx.errors import CheckpointError, RecipeError
+from splitquant_mlx.formats.manifest import LayerRecord, Manifest, load_manifest
+from splitquant_mlx.models.checkpoint import open_checkpoint, read_config
+from splitquant_mlx.models.dense import dense_weight
+from splitquant_mlx.models.loader import load_model
+from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.quantization.split import cluster_weight
+from splitquant_mlx.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from splitquant_mlx.runtime.compatibility import check_names
 from splitquant_mlx.errors import CheckpointError, one_line
 from splitquant_mlx.formats.safetensors import TensorHeader, read_header
+from splitquant_mlx.runtime.compatibility import check_names
 
 FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
 SUFFIX = ".safetensors"

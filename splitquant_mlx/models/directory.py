@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.models.source import Source
+from splitquant_mlx.progress import Progress, Silent
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Hold a model directory, of which model, tokenizer and hash are had when first asked for."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -8,12 +9,43 @@ from typing import Any
 
 import mlx.nn as nn
 
+from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.models.dense import for_scoring
 from splitquant_mlx.models.directory import as_directory
-from splitquant_mlx.evaluation.reference import model_hash
-from splitquant_mlx.evaluation.scoring import for_scoring
 from splitquant_mlx.models.loader import load_model, load_tokenizer
-from splitquant_mlx.progress import Progress
 from splitquant_mlx.models.source import resolve
+from splitquant_mlx.progress import Progress, Silent
+
+CHUNK_BYTES = 1 << 20
+
+
+def model_hash(directory: Path, progress: Progress | None = None) -> str:
+    """Return a SHA-256 over all that a checkpoint's predictions depend on.
+
+    That is config.json, tokenizer.json and every .safetensors file: name, size and the whole
+    content, at about a second a gigabyte.
+
+    Raises:
+        CheckpointError: when there are no weights, or a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        weights = sorted(directory.glob("*.safetensors"))
+        if not weights:
+            raise CheckpointError(f"{directory} holds no .safetensors file: give a model directory")
+        named = [directory / name for name in ("config.json", "tokenizer.json")]
+        files = [*(file for file in named if file.exists()), *weights]
+        sizes = [file.stat().st_size for file in files]
+        with (progress or Silent()).task("Hashing the reference", sum(sizes)) as advance:
+            for file, size in zip(files, sizes, strict=True):
+                digest.update(f"{file.name}\0{size}\0".encode())
+                with file.open("rb") as opened:
+                    while chunk := opened.read(CHUNK_BYTES):
+                        digest.update(chunk)
+                        advance(len(chunk))
+    except OSError as exc:
+        raise CheckpointError(f"cannot read {exc.filename}: {exc.strerror or exc}") from exc
+    return digest.hexdigest()
 
 
 class Opened:
@@ -38,7 +70,7 @@ class Opened:
 
     @cached_property
     def hash(self) -> str:
-        """Return what names the model by its content; see `reference.model_hash`."""
+        """Return what names the model by its content; see `model_hash`."""
         return model_hash(self.path, self._progress)
 
     def load(self) -> nn.Module:

@@ -16,6 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
+from splitquant_mlx.errors import CheckpointError, one_line
+from splitquant_mlx.formats.manifest import MODEL_FILE
 from splitquant_mlx.models.checkpoint import (
     check_config,
     find_classes,
@@ -24,11 +26,9 @@ from splitquant_mlx.models.checkpoint import (
     settle_random_state,
 )
 from splitquant_mlx.models.directory import as_directory
-from splitquant_mlx.runtime.ranks import Group, alone, check_alike
-from splitquant_mlx.errors import CheckpointError, one_line
-from splitquant_mlx.conversion.save import MODEL_FILE
 from splitquant_mlx.models.sharding import divide
 from splitquant_mlx.models.source import Source, resolve
+from splitquant_mlx.runtime.ranks import Group, alone, check_alike
 
 
 def load(

@@ -12,8 +12,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from splitquant_mlx.runtime.ranks import Group
 from splitquant_mlx.errors import RecipeError, one_line
+from splitquant_mlx.runtime.ranks import Group
 
 
 def divide(

@@ -15,9 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from splitquant_mlx.quantization.affine import Quantized, dequantize, quantize_parts
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.nn.model_file import QuantizedSplitLinear
+from splitquant_mlx.quantization.affine import Quantized, dequantize, quantize_parts
 from splitquant_mlx.quantization.split import split
 
 

@@ -16,15 +16,14 @@ from pathlib import Path
 
 from splitquant_mlx._version import __version__
 from splitquant_mlx.errors import TargetError
-from splitquant_mlx.formats.manifest import Manifest
+from splitquant_mlx.formats.manifest import MODEL_FILE, Manifest
+from splitquant_mlx.formats.model_card import check_source_card
 from splitquant_mlx.publish.figures import figures_table
 from splitquant_mlx.publish.files import CARD, Converted
 from splitquant_mlx.publish.markdown import code, table
 from splitquant_mlx.publish.measurements import Measurement
 from splitquant_mlx.recipe import SELF
 from splitquant_mlx.report.numbers import decimals, megabytes
-from splitquant_mlx.conversion.save import MODEL_FILE
-from splitquant_mlx.formats.model_card import check_source_card
 
 REPO = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})(?:/|$)", re.ASCII)

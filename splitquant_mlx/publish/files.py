@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from splitquant_mlx.models.checkpoint import read_config, read_headers
+from splitquant_mlx.conversion.save import refuse_link_outside
 from splitquant_mlx.errors import CheckpointError
-from splitquant_mlx.formats.manifest import FILE_NAME, Manifest, load_manifest
+from splitquant_mlx.formats.manifest import FILE_NAME, MODEL_FILE, Manifest, load_manifest
+from splitquant_mlx.models.checkpoint import read_config, read_headers
 from splitquant_mlx.recipe import Recipe
-from splitquant_mlx.conversion.save import MODEL_FILE, refuse_link_outside
 
 CARD = "README.md"
 INDEX = "model.safetensors.index.json"

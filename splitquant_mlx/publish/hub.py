@@ -6,8 +6,7 @@ from glob import escape
 from pathlib import Path
 
 from splitquant_mlx.errors import UploadError, one_line
-from splitquant_mlx.formats.manifest import FILE_NAME
-from splitquant_mlx.conversion.save import MODEL_FILE
+from splitquant_mlx.formats.manifest import FILE_NAME, MODEL_FILE
 from splitquant_mlx.models.source import LOG_IN, answer_within, detail, endpoint, hide_token
 
 AGAIN = "`splitquant-mlx upload` goes on from there"

@@ -11,12 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from splitquant_mlx.models.directory import as_directory
 from splitquant_mlx.errors import RecipeError, SplitQuantError
-from splitquant_mlx.evaluation.reference import model_hash
+from splitquant_mlx.models.directory import as_directory
+from splitquant_mlx.models.lazy import model_hash
+from splitquant_mlx.models.source import Source, cached
 from splitquant_mlx.progress import Progress
 from splitquant_mlx.publish.files import Converted
 from splitquant_mlx.recipe import Recipe
+from splitquant_mlx.study.results import STUDY_FILE, Result, load_result, read_content, result_file
 from splitquant_mlx.study.schema import (
     PARTS,
     Checks,
@@ -29,8 +31,6 @@ from splitquant_mlx.study.schema import (
     table,
     text,
 )
-from splitquant_mlx.study.results import STUDY_FILE, Result, load_result, read_content, result_file
-from splitquant_mlx.models.source import Source, cached
 from splitquant_mlx.study.spec import ARC_TASKS, ORIGINAL
 
 SHOWN = ("kl", "perplexity", *(part for part in PARTS if part.startswith(ARC_TASKS)))

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from splitquant_mlx.conversion.save import refuse_link_outside
 from splitquant_mlx.errors import CheckpointError, RecipeError, TargetError
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.publish.card import REPO, find_base, is_own, make_card, write_card
 from splitquant_mlx.publish.files import CARD, Converted, check_converted
 from splitquant_mlx.publish.hub import check_login, check_name, send
 from splitquant_mlx.publish.measurements import find_measurements
-from splitquant_mlx.conversion.save import refuse_link_outside
 
 CARDS = ("keep", "replace")
 MAX_CARD_BYTES = 1 << 22

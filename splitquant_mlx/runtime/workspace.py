@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from splitquant_mlx.runtime.disk import remove
 from splitquant_mlx.errors import TargetError
+from splitquant_mlx.runtime.disk import remove
 
 MARK = "held-by"
 UNSUPPORTED = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)

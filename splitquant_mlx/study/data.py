@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from splitquant_mlx.errors import SourceError
 from splitquant_mlx.data.questions import Question, fetch_questions, load_questions
 from splitquant_mlx.data.text import fetch_wikitext, load_text
+from splitquant_mlx.errors import SourceError
 
 
 @dataclass(kw_only=True)

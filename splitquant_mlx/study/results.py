@@ -16,9 +16,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from splitquant_mlx.errors import SplitQuantError, TargetError, one_line
 from splitquant_mlx.runtime.disk import write_whole
 from splitquant_mlx.runtime.environment import describe_machine, versions
-from splitquant_mlx.errors import SplitQuantError, TargetError, one_line
 from splitquant_mlx.study.schema import (
     Checks,
     broken,

@@ -19,20 +19,25 @@ import numpy as np
 
 from splitquant_mlx.bench.programs import OURS, run_program
 from splitquant_mlx.bench.speed import Workload
+from splitquant_mlx.conversion.staging import as_target_error, sweep
+from splitquant_mlx.conversion.verify import check_files
+from splitquant_mlx.data.questions import Question, fetch_questions
+from splitquant_mlx.data.text import cut_windows, encode, text_hash
 from splitquant_mlx.demo.model import fetch_demo_model
-from splitquant_mlx.models.directory import as_directory
-from splitquant_mlx.runtime.disk import remove
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.evaluation.arc import evaluate_arc
 from splitquant_mlx.evaluation.divergence import measure_divergence
-from splitquant_mlx.models.lazy import Opened
 from splitquant_mlx.evaluation.perplexity import measure_perplexity
-from splitquant_mlx.data.questions import Question, fetch_questions
 from splitquant_mlx.evaluation.reference import open_reference
-from splitquant_mlx.data.text import cut_windows, encode, text_hash
 from splitquant_mlx.formats.manifest import load_manifest
+from splitquant_mlx.models.directory import as_directory
+from splitquant_mlx.models.lazy import Opened
+from splitquant_mlx.models.source import Source, resolve
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.recipe import Recipe
+from splitquant_mlx.runtime.disk import remove
+from splitquant_mlx.runtime.workspace import empty, workspace
+from splitquant_mlx.study.data import Data
 from splitquant_mlx.study.results import (
     Claim,
     Paper,
@@ -42,18 +47,13 @@ from splitquant_mlx.study.results import (
     save,
     save_study,
 )
-from splitquant_mlx.models.source import Source, resolve
-from splitquant_mlx.conversion.staging import as_target_error, sweep
 from splitquant_mlx.study.spec import ORIGINAL, Study, slug
-from splitquant_mlx.study.data import Data
 from splitquant_mlx.study.values import (
     convert_values,
     original_values,
     speed_values,
     weights_values,
 )
-from splitquant_mlx.conversion.verify import check_files
-from splitquant_mlx.runtime.workspace import empty, workspace
 
 Measurement = Callable[[], dict[str, Any]]
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from splitquant_mlx.data.questions import ARC_TASKS
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.recipe import Recipe, read_toml
 
 ORIGINAL = "original"
-ARC_TASKS = ("arc_challenge", "arc_easy")
 PROTOCOLS = ("loglikelihood", "letter")
 
 

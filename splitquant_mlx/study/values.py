@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 
 from splitquant_mlx.bench.speed import Workload, bench_speed
-from splitquant_mlx.models.checkpoint import open_checkpoint, read_headers
 from splitquant_mlx.formats.manifest import Manifest, load_manifest
+from splitquant_mlx.models.checkpoint import open_checkpoint, read_headers
 from splitquant_mlx.recipe import Recipe
 from splitquant_mlx.study.spec import ORIGINAL
 

@@ -35,8 +35,8 @@ def make_checkpoint(
 ) -> None:
     """Write a checkpoint of a well-known shape with random weights."""
     start(None)
-    from splitquant_mlx.cli.console import Bars
     from splitquant_mlx.bench.random_checkpoint import write_random_checkpoint
+    from splitquant_mlx.cli.console import Bars
 
     sizes = {
         "num_hidden_layers": layers,

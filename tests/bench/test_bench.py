@@ -1,0 +1,209 @@
+"""The benchmarks measure real processes, and their figures hang together."""
+
+import json
+import shutil
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from splitquant_mlx import SplitQuantError, cli
+from splitquant_mlx.bench import conversion, memory
+from splitquant_mlx.bench.clustering import bench_kmeans
+from splitquant_mlx.bench.conversion import PUBLISHED, YARDSTICK, bench_convert, run_conversion
+from splitquant_mlx.bench.memory import bench_memory
+from splitquant_mlx.bench.programs import OURS, Run, run_program, spread
+from splitquant_mlx.bench.random_checkpoint import SHAPES, write_random_checkpoint
+from splitquant_mlx.formats.manifest import load_manifest
+
+TINY = SHAPES["tiny"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "m"
+    write_random_checkpoint(path, TINY)
+    return path
+
+
+def test_run_is_timed_from_start_to_end():
+    before = time.perf_counter()
+    run = run_program([sys.executable, "-c", "import time; time.sleep(0.3); print('done')"])
+    assert before <= run.started and run.started + run.seconds <= time.perf_counter()
+    assert run.seconds >= 0.3
+    assert run.output == "done\n"
+
+
+def test_peak_memory_is_the_programs_own():
+    """On Linux a child's peak begins at its parent's, which must not show here."""
+    ballast = np.ones(40_000_000)  # 320 MB
+    small = run_program([sys.executable, "-c", "pass"]).peak_bytes
+    large = run_program([sys.executable, "-c", "x = b'1' * 200_000_000"]).peak_bytes
+    assert small < 50_000_000 < ballast.nbytes
+    assert large - small == pytest.approx(200_000_000, rel=0.05)
+
+
+def test_failure_is_named_by_its_last_line():
+    code = "import sys; sys.exit('first\\nlast')"
+    with pytest.raises(SplitQuantError, match=r"failed: last$"):
+        run_program([sys.executable, "-c", code])
+    with pytest.raises(SplitQuantError, match="No such file"):
+        run_program(["/nowhere/to/be/found"])
+
+
+@pytest.mark.parametrize("values", [[3.0], [5, 1, 2], [4.0, 8.0]])
+def test_spread_is_numpys(values):
+    found = spread(values)
+    assert found["runs"] == values
+    assert (found["median"], found["min"], found["max"]) == (
+        np.median(values),
+        np.min(values),
+        np.max(values),
+    )
+
+
+def test_convert_is_timed_side_by_side(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "splitquant_mlx.bench.clustering.bench_kmeans",
+        lambda: bench_kmeans(side=64, trials=1, sklearn_trials=1),
+    )
+    once = cache(lambda command, target: run_conversion(list(command), target))
+    monkeypatch.setattr(
+        conversion, "run_conversion", lambda command, target: once(tuple(command), target)
+    )
+    command = ["bench", "convert", "--model", str(tiny), "--trials", "1", "--json", "b.json"]
+    assert cli.run(command) == 0
+    out = capsys.readouterr().out
+    assert "peak memory" in out and "seconds of rtn: read" in out
+    programs = json.loads((tmp_path / "b.json").read_text())["programs"]
+    assert programs.keys() == {"splitquant", "rtn", YARDSTICK}
+    for program in programs.values():
+        assert program["median_s"] == program["seconds"][0] > 0
+        assert program["peak_bytes"] > 10_000_000
+        assert program["ratio"] == program["median_s"] / programs[YARDSTICK]["median_s"]
+    for name in ("splitquant", "rtn"):
+        stages = programs[name]["stages_s"]
+        assert stages.keys() == {"read", "cluster", "quantize", "write", "total"}
+        assert 0 < stages["total"] < programs[name]["median_s"]
+        assert (stages["cluster"] > 0) == (name != "rtn")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.json"]
+
+
+def test_published_approach_is_timed_when_asked_for(tiny, tmp_path, monkeypatch):
+    """Each command of ours does what its name says; here in this process, for speed."""
+    did = {}
+
+    def run_here(command, target):
+        if command[:3] != list(OURS):
+            return Run(started=0, seconds=2, peak_bytes=1, output=""), {}
+        assert cli.run(command[3:]) == 0
+        manifest = load_manifest(target)
+        shutil.rmtree(target)
+        did[manifest.recipe["method"], manifest.recipe["kmeans"]] = manifest.seconds
+        return Run(started=0, seconds=8, peak_bytes=1, output=""), manifest.seconds
+
+    monkeypatch.setattr(conversion, "run_conversion", run_here)
+    programs = bench_convert(tiny, tmp_path, trials=1, sklearn=True)["programs"]
+    assert did.keys() == {("splitquant", "exact"), ("rtn", "exact"), ("splitquant", "sklearn")}
+    assert programs[PUBLISHED]["stages_s"] == did["splitquant", "sklearn"]
+    assert [program["ratio"] for program in programs.values()] == [4, 4, 1, 4]
+
+
+def test_program_that_fails_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SplitQuantError, match=r"no config\.json"):
+        bench_convert(tmp_path / "empty", tmp_path, trials=1)
+
+
+@pytest.mark.parametrize("command", [["convert"], []])
+def test_no_trials_are_refused(tiny, capsys, command):
+    assert cli.run(["bench", *command, "--model", str(tiny), "--trials", "0"]) == 2
+    assert "--trials: wanted 1 or more, got 0" in capsys.readouterr().err
+
+
+def test_json_file_without_a_directory_is_refused_before_the_work(tiny, capsys, tmp_path):
+    file = tmp_path / "none" / "b.json"
+    for command in (["--model", str(tiny)], ["convert", "--model", str(tiny)], ["memory"]):
+        assert cli.run(["bench", *command, "--json", str(file)]) == 2
+        assert f"there is no directory {file.parent}" in capsys.readouterr().err
+
+
+def test_kmeans_is_timed_for_every_pair(tmp_path, capsys):
+    options = ["--dtype", "float16", "--dtype", "float32", "--clusters", "2", "--clusters", "5"]
+    file = tmp_path / "k.json"
+    command = ["bench", "kmeans", "--side", "64", "--trials", "1", "--json", str(file)]
+    assert cli.run([*command, *options]) == 0
+    assert "float32, k = 5" in capsys.readouterr().out
+    runs = json.loads(file.read_text())["runs"]
+    assert [(run["dtype"], run["clusters"]) for run in runs] == [
+        ("float16", 2), ("float16", 5), ("float32", 2), ("float32", 5),
+    ]  # fmt: skip
+    for run in runs:
+        assert run["exact_inertia"] <= run["sklearn_inertia"] * (1 + 1e-12)
+        assert run["ratio"] == run["sklearn_ns_per_weight"] / run["exact_ns_per_weight"]
+        assert len(run["sklearn_runs_ns"]) == 3
+        assert run["sklearn_ns_per_weight"] == np.median(run["sklearn_runs_ns"])
+
+
+def test_exact_kmeans_is_much_faster():
+    assert bench_kmeans(side=512, trials=3)["ratio"] > 10  # hundreds on a quiet machine
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--clusters", "9"], "--clusters: wanted 2 to 8, got 9"),
+        (["--dtype", "int8"], "--dtype: wanted one of float16"),
+        (["--side", "4"], "wanted 16 and 1 or more"),
+    ],
+)
+def test_kmeans_refuses_settings(capsys, options, named):
+    assert cli.run(["bench", "kmeans", *options]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_memory_is_compared_between_depths(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    # the floor's model has 2 layers
+    peaks = {2: iter([100, 90, 110]), 1: iter([200, 500, 100]), 3: iter([230, 230, 231])}
+
+    def run_here(command, target):
+        assert cli.run(command[3:]) == 0
+        shutil.rmtree(target)
+        model = command[command.index("--model") + 1]
+        layers = json.loads((Path(model) / "config.json").read_text())["num_hidden_layers"]
+        peak_bytes = next(peaks[layers])
+        return Run(started=0, seconds=layers, peak_bytes=peak_bytes, output=""), {}
+
+    monkeypatch.setattr(memory, "run_conversion", run_here)
+    command = ["bench", "memory", "--shape", "tiny", "--layers", "1", "--layers", "3"]
+    assert cli.run([*command, "--json", "m.json"]) == 0
+    assert "largest over smallest: 1.150" in capsys.readouterr().out
+    found = json.loads((tmp_path / "m.json").read_text())
+    assert [run["layers"] for run in found["runs"]] == [1, 3]
+    assert [run["peak_bytes"] for run in found["runs"]] == [200, 230]
+    assert found["runs"][0]["peak_runs_bytes"] == [200, 500, 100]
+    assert found["floor_bytes"] == 100
+    assert (found["growth"], found["growth_above_floor"]) == (1.15, 1.3)
+    assert found["runs"][1]["source_bytes"] > 2 * found["runs"][0]["source_bytes"]
+    assert [path.name for path in tmp_path.iterdir()] == ["m.json"]
+
+
+def test_memory_refuses_no_layers(capsys):
+    assert cli.run(["bench", "memory", "--layers", "0"]) == 2
+    assert "--layers: wanted 1 or more, got 0" in capsys.readouterr().err
+    assert cli.run(["bench", "memory", "--shape", "gpt-2"]) == 2
+    assert "wanted one of tiny, deep" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
+    """Four times the layers, 1.6 GB at most, of tensors that outweigh the libraries."""
+    found = bench_memory(SHAPES["deep"], [8, 16, 32], tmp_path)
+    assert min(run["peak_bytes"] for run in found["runs"]) > 2 * found["floor_bytes"]
+    assert found["growth"] < 1.1

@@ -1,0 +1,73 @@
+"""Random checkpoints are models that mlx-lm loads, of the sizes asked for."""
+
+import json
+import math
+
+import mlx.core as mx
+import pytest
+
+from splitquant_mlx import RecipeError, cli, load
+from splitquant_mlx.bench.random_checkpoint import SHAPES, Shape, write_random_checkpoint
+from splitquant_mlx.models.checkpoint import open_checkpoint
+
+TINY = SHAPES["tiny"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 50_000])
+def test_random_checkpoint_is_a_model(tmp_path, dtype, max_shard_bytes):
+    write_random_checkpoint(tmp_path / "m", TINY, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    w = checkpoint.weights["model.layers.1.mlp.down_proj.weight"]
+    assert w.dtype == getattr(mx, dtype) and w.shape == (128, 256)
+    assert mx.std(w.astype(mx.float32)).item() == pytest.approx(0.02, rel=0.05)
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) == len(checkpoint.stamps)
+
+
+def test_shapes_have_the_parameters_of_their_names():
+    for name, billions in {"3.2-1b": 1.24, "3.2-3b": 3.21, "3.1-8b": 8.03, "3.1-70b": 70.6}.items():
+        sizes = SHAPES[f"llama-{name}"].tensors().values()
+        assert sum(map(math.prod, sizes)) / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "named"),
+    [
+        ({"hidden_size": 132}, "hidden_size: wanted a multiple of 8"),
+        ({"intermediate_size": 0}, "intermediate_size: wanted 1 or more, got 0"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: wanted a divisor of the 4"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused(sizes, named):
+    with pytest.raises(RecipeError, match=named):
+        Shape(**{**vars(TINY), **sizes})
+
+
+def test_command_writes_the_sizes_asked_for(tmp_path):
+    options = ["--layers", "1", "--hidden-size", "64", "--intermediate-size", "96"]
+    options += ["--dtype", "float32", "--shard-size", "0.05"]
+    assert cli.run(["bench", "make-checkpoint", "tiny", str(tmp_path / "m"), *options]) == 0
+    model, _ = load(tmp_path / "m")
+    assert len(model.layers) == 1
+    assert model.layers[0].mlp.up_proj.weight.shape == (96, 64)
+    index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
+    shards = set(index["weight_map"].values())
+    assert len(shards) > 2
+    assert all((tmp_path / "m" / name).is_file() for name in shards)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["gpt-2"], "wanted one of tiny, deep, llama-3.2-1b"),
+        (["tiny", "--layers", "0"], "num_hidden_layers: wanted 1 or more, got 0"),
+        (["tiny", "--shard-size", "0"], "--shard-size: wanted a size above 0 MB, got 0"),
+        (["tiny", "--dtype", "int8"], "--dtype: wanted one of float16"),
+    ],
+)
+def test_command_refuses_before_it_writes(tmp_path, capsys, arguments, named):
+    shape, *options = arguments
+    command = ["bench", "make-checkpoint", shape, str(tmp_path / "m"), *options]
+    assert cli.run(command) == 2
+    assert named in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,201 @@
+"""Calibration: text a model writes, moments of what its layers are fed, sensitivities."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import tiny
+from mlx.utils import tree_unflatten
+from tokenizers import processors
+
+from splitquant_mlx import RecipeError, dequantize, load
+from splitquant_mlx.calibration.self_text import beginnings, sample_tokens
+from splitquant_mlx.calibration.sensitivity import predict_divergence
+from splitquant_mlx.calibration.statistics import Moments, gram, mean_square
+from splitquant_mlx.calibration.tokens import calibration_tokens
+from splitquant_mlx.evaluation.divergence import divergence, log_probabilities
+from splitquant_mlx.models.checkpoint import parameters
+from splitquant_mlx.models.lazy import Opened
+from splitquant_mlx.progress import Silent
+from splitquant_mlx.quantization.gptq import quantize_compensated
+from splitquant_mlx.quantization.imatrix import quantize_weighted
+from splitquant_mlx.recipe import Calibration
+
+TOKENS = np.random.default_rng(0).integers(2, tiny.VOCAB, (3, 24)).astype(np.int32)
+
+
+class Recorder(nn.Module):
+    """Keep what a linear layer is fed, by the plain way of wrapping it in the whole model."""
+
+    def __init__(self, layer, seen):
+        super().__init__()
+        self.layer = layer
+        self._seen = seen
+
+    def __call__(self, x):
+        self._seen.append(x.reshape(-1, x.shape[-1]).astype(mx.float32))
+        return self.layer(x)
+
+
+def linear_paths(model):
+    linear = {path for path, module in model.named_modules() if type(module) is nn.Linear}
+    weights = [name.removesuffix(".weight") for name in parameters(model)]
+    return [path for path in weights if path in linear]
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_moments_are_those_of_a_plain_run(tmp_path, architecture):
+    source = tiny.write_checkpoint(tmp_path / "source", architecture)
+    model = load(source)[0]
+    paths = linear_paths(model)
+    found = Moments(load(source)[0], TOKENS, paths, gram)
+    diagonals = Moments(load(source)[0], TOKENS, paths, mean_square)
+    seen = {path: [] for path in paths}
+    modules = dict(model.named_modules())
+    recorders = [(path, Recorder(modules[path], seen[path])) for path in paths]
+    model.update_modules(tree_unflatten(recorders))
+    mx.eval(model(mx.array(TOKENS)))
+    for path in [p for p in paths if "layers" in p] + [p for p in paths if "layers" not in p]:
+        (x,) = seen[path]
+        wanted = np.array(x.T @ x) / TOKENS.size
+        scale = np.abs(wanted).max()
+        np.testing.assert_allclose(np.array(found[path]), wanted, atol=1e-4 * scale)
+        np.testing.assert_allclose(
+            np.array(diagonals[path]), np.diagonal(wanted), atol=1e-4 * scale
+        )
+
+
+def test_moments_of_a_tied_head_and_out_of_order(tmp_path):
+    source = tiny.write_checkpoint(tmp_path / "source")
+    model = load(source)[0]
+    moments = Moments(model, TOKENS, ["model.layers.1.mlp.up_proj", "model.embed_tokens"], gram)
+    assert moments.after_blocks == ["model.embed_tokens"]
+    hidden = load(source)[0].model(mx.array(TOKENS)).reshape(-1, tiny.HIDDEN)
+    wanted = np.array(hidden.T @ hidden) / TOKENS.size
+    found = np.array(moments["model.embed_tokens"])
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * wanted.max())
+    with pytest.raises(KeyError, match="in the model's order"):
+        moments["model.layers.1.mlp.up_proj"]
+
+
+def test_a_model_without_blocks_is_refused():
+    class Odd(nn.Module):
+        model_type = "odd"
+
+        def __call__(self, tokens):
+            return tokens
+
+    with pytest.raises(RecipeError, match="a odd model cannot be calibrated"):
+        Moments(Odd(), TOKENS, [], gram)
+
+
+def test_text_is_seeded_and_begins_in_three_ways(stories):
+    model, tokenizer = load(stories)
+    prompts = beginnings(tokenizer, 6, np.random.default_rng(1))
+    settings = {"length": 40, "progress": Silent()}
+    first = sample_tokens(model, prompts, seed=1, **settings)
+    assert first.shape == (6, 40) and first.dtype == np.int32
+    np.testing.assert_array_equal(first, sample_tokens(model, prompts, seed=1, **settings))
+    other = sample_tokens(model, prompts, seed=2, **settings)
+    assert (first != other).mean() > 0.5
+    for tokens, prompt in zip(first.tolist(), prompts, strict=True):
+        assert tokens[: len(prompt)] == prompt
+    # what the model writes is far likelier under it than chance
+    log_p = log_probabilities(model, first[0].tolist())
+    chosen = mx.take_along_axis(log_p[:-1], mx.array(first[0, 1:, None]), axis=-1)
+    assert chosen.mean().item() > -4
+
+
+def test_texts_begin_as_the_tokenizer_has_them_begin(stories):
+    _, tokenizer = load(stories)
+    rng = np.random.default_rng(0)
+    bos = tokenizer.bos_token_id
+    assert tokenizer.encode("")[0] == bos
+    assert all(prompt[0] == bos for prompt in beginnings(tokenizer, 6, rng))
+    tokenizer._tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    assert bos not in tokenizer.encode("")
+    assert not any(bos in prompt for prompt in beginnings(tokenizer, 6, rng))
+
+
+def test_a_chat_template_gives_beginnings_of_its_own(stories):
+    _, tokenizer = load(stories)
+    rng = np.random.default_rng(0)
+    assert len(beginnings(tokenizer, 5, rng)) == 5
+    tokenizer._tokenizer.chat_template = "{% for m in messages %}USER: {{ m.content }}{% endfor %}"
+    tokenizer.has_chat_template = True
+    found = [tokenizer.decode(prompt) for prompt in beginnings(tokenizer, 6, rng)]
+    assert sum("USER:" in text for text in found) == 2
+    tokenizer._tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert not any("USER" in tokenizer.decode(p) for p in beginnings(tokenizer, 6, rng))
+
+
+def test_text_is_written_once(stories, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path))
+    settings = Calibration(num_samples=3, sequence_length=16)
+    first = calibration_tokens(Opened(stories), settings, Silent())
+    monkeypatch.setattr("splitquant_mlx.calibration.tokens.sample_tokens", None)
+    np.testing.assert_array_equal(calibration_tokens(Opened(stories), settings, Silent()), first)
+    (kept,) = (tmp_path / "calibration").iterdir()
+    kept.write_bytes(b"damaged")
+    with pytest.raises(TypeError):
+        calibration_tokens(Opened(stories), settings, Silent())
+
+
+def test_text_from_a_file_is_taken_evenly(stories, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("Once upon a time there was a cat. " * 200 + "The end came soon. " * 200)
+    settings = Calibration(text=str(file), num_samples=4, sequence_length=32)
+    tokens = calibration_tokens(Opened(stories), settings, Silent())
+    assert tokens.shape == (4, 32)
+    tokenizer = load(stories)[1]
+    assert "cat" in tokenizer.decode(tokens[0].tolist())
+    assert "end" in tokenizer.decode(tokens[-1].tolist())
+
+
+def test_predicted_divergence_is_the_measured_one(stories):
+    """Each layer alone, quantized by gptq, on other text than the prediction was made on."""
+    model, tokenizer = load(stories)
+    tokens, other = (
+        sample_tokens(
+            model,
+            beginnings(tokenizer, 24, np.random.default_rng(seed)),
+            length=64,
+            seed=seed,
+            progress=Silent(),
+        )
+        for seed in (0, 1)
+    )
+    paths = [path for path in linear_paths(model) if model_weight(model, path).shape[1] == 64]
+    options = {path: [(3, 32), (4, 32)] for path in [*paths, "model.embed_tokens"]}
+    found = predict_divergence(model, tokens, options, seed=0, progress=Silent())
+    wanted = [log_probabilities(model, text) for text in other.tolist()]
+    moments = Moments(load(stories)[0], tokens, paths, gram)
+    ratios = {}
+    for path in [paths[0], paths[3], paths[4], paths[-1]]:
+        assert found[path][3, 32] > 2 * found[path][4, 32] > 0
+        weight = model_weight(model, path)
+        quantized = quantize_compensated(weight, np.array(moments[path]), bits=3, group_size=32)
+        measured = with_quantized(model, path, quantized, wanted, other)
+        ratios[path] = found[path][3, 32] / measured
+    assert all(0.5 < ratio < 2 for ratio in ratios.values()), ratios
+    path = "model.embed_tokens"
+    quantized = quantize_weighted(model_weight(model, path), mx.ones(64), bits=3, group_size=32)
+    head = found[path][3, 32] / with_quantized(model, path, quantized, wanted, other)
+    assert 0.4 < head < 2.5
+
+
+def model_weight(model, path):
+    return dict(model.named_modules())[path].weight
+
+
+def with_quantized(model, path, quantized, wanted, tokens):
+    """Measure the divergence with one layer quantized, to 3 bits in groups of 32."""
+    module = dict(model.named_modules())[path]
+    original = module.weight
+    module.weight = dequantize(quantized, bits=3, group_size=32)
+    try:
+        return divergence(
+            wanted, (log_probabilities(model, text) for text in tokens.tolist())
+        ).kl_mean
+    finally:
+        module.weight = original

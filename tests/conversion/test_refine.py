@@ -1,0 +1,185 @@
+"""Scales and biases trained against the original: the gradients, what is written, what is kept."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from safetensors import safe_open
+from scipy.special import rel_entr, softmax
+
+from splitquant_mlx import Recipe, convert, load
+from splitquant_mlx.conversion import pipeline, refine
+from splitquant_mlx.conversion.refine import TrainableLinear, kl_divergence
+from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.formats.patch import replace_tensors
+from splitquant_mlx.formats.shard_writer import ShardWriter
+from splitquant_mlx.recipe import Calibration
+from splitquant_mlx.runtime import workspace
+
+CALIBRATION = Calibration(num_samples=16, sequence_length=32)
+SIZES = {"group_size": 32, "dtype": "float16"}
+PLAIN = {"method": "rtn", "calibration": CALIBRATION, **SIZES}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
+
+
+def tensors(directory):
+    found = {}
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, "numpy") as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}
+    return found
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradients_are_those_of_the_plain_formula(bits, bias):
+    mx.random.seed(bits)
+    layer = nn.QuantizedLinear.from_linear(nn.Linear(64, 24, bias=bias), 32, bits)
+    x = mx.random.normal((2, 5, 64))
+    trainable = TrainableLinear(layer)
+    np.testing.assert_allclose(trainable(x), layer(x), atol=1e-5)
+
+    def plain(x, u, v):
+        ones, zeros = mx.ones_like(layer.scales), mx.zeros_like(layer.scales)
+        codes = mx.dequantize(layer.weight, ones, zeros, 32, bits).reshape(24, 2, 32)
+        middle = (2**bits - 1) / 2
+        moved = codes + v[..., None] + u[..., None] * (codes - middle) / middle
+        w = (layer.scales[..., None] * moved + layer.biases[..., None]).reshape(24, 64)
+        return mx.sin(x @ w.T + (layer.bias if bias else 0)).sum()
+
+    def ours(x, u, v):
+        trainable.u, trainable.v = u, v
+        return mx.sin(trainable(x)).sum()
+
+    arguments = (x, *(0.1 * mx.random.normal(layer.scales.shape) for _ in range(2)))
+    for found, wanted in zip(
+        mx.grad(ours, (0, 1, 2))(*arguments), mx.grad(plain, (0, 1, 2))(*arguments), strict=True
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_divergence_and_its_gradient(dtype):
+    logits, wanted = (3 * mx.random.normal((2, 5, 11), key=mx.random.key(k)) for k in (0, 1))
+    logits, wanted = logits.astype(dtype), wanted.astype(dtype)
+    q, p = (softmax(np.array(x, np.float64), axis=-1) for x in (logits, wanted))
+    value, gradient = mx.value_and_grad(lambda x: 2 * kl_divergence(x, wanted))(logits)
+    np.testing.assert_allclose(value, 2 * rel_entr(p, q).sum(-1).mean(), rtol=1e-5)
+    assert gradient.dtype == dtype
+    atol = 1e-6 if dtype == mx.float32 else 1e-4
+    np.testing.assert_allclose(gradient, 2 * (q - p) / 10, rtol=1e-3, atol=atol)
+
+
+def test_only_scales_and_biases_change(stories, tmp_path):
+    before = convert(stories, tmp_path / "plain", recipe=Recipe(method="rtn", **SIZES))
+    manifest = convert(stories, tmp_path / "refined", recipe=Recipe(**PLAIN, refine=True))
+    assert 0 < manifest.refinement["after"] < manifest.refinement["before"]
+    assert manifest.seconds["refine"] > 0 and not before.refinement
+    assert manifest.stored_bytes == before.stored_bytes
+    plain, refined = tensors(tmp_path / "plain"), tensors(tmp_path / "refined")
+    assert plain.keys() == refined.keys()
+    trained = {f"{layer.path}." for layer in manifest.layers if layer.action == "quantize"}
+    trained.discard("model.embed_tokens.")
+    for name, tensor in plain.items():
+        assert tensor.dtype == refined[name].dtype
+        same = np.array_equal(tensor, refined[name])
+        assert same != (name.endswith((".scales", ".biases")) and name.startswith(tuple(trained)))
+    model, _ = load(tmp_path / "refined")
+    assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
+
+
+def test_what_does_not_help_is_not_kept(stories, tmp_path, monkeypatch):
+    monkeypatch.setattr(refine, "LEARNING_RATE", 10.0)
+    manifest = convert(stories, tmp_path / "refined", recipe=Recipe(**PLAIN, refine=True))
+    assert manifest.refinement["after"] == manifest.refinement["before"]
+    convert(stories, tmp_path / "plain", recipe=Recipe(method="rtn", **SIZES))
+    plain, refined = tensors(tmp_path / "plain"), tensors(tmp_path / "refined")
+    assert all(np.array_equal(plain[name], refined[name]) for name in plain)
+
+
+def test_four_times_as_many_other_texts_are_trained_on(stories, tmp_path, monkeypatch):
+    asked, trained = [], []
+    find, train = pipeline.calibration_tokens, pipeline.refine
+    monkeypatch.setattr(
+        pipeline, "calibration_tokens", lambda *args: asked.append(find(*args)) or asked[-1]
+    )
+    monkeypatch.setattr(
+        pipeline, "refine", lambda *args, **kw: trained.append(args[2]) or train(*args, **kw)
+    )
+    recipe = Recipe(**{**PLAIN, "method": "imatrix"}, refine=True)
+    convert(stories, tmp_path / "refined", recipe=recipe)
+    calibrated, others = (set(map(bytes, tokens)) for tokens in (asked[0], trained[0]))
+    assert (len(asked[0]), len(trained[0])) == (16, 64)
+    assert len(others) > 60 and not calibrated & others
+
+
+def test_a_kill_while_refining_costs_the_refinement_only(stories, tmp_path, monkeypatch):
+    recipe = Recipe(**PLAIN, refine=True)
+    settings = {"recipe": recipe, "max_shard_bytes": 60_000}
+    whole = convert(stories, tmp_path / "whole", **settings)
+
+    class Killed(Exception):
+        pass
+
+    def kill(*args, **settings):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "refine", kill)
+        patch.setattr(workspace, "_clear", lambda directory: None)
+        with pytest.raises(Killed):
+            convert(stories, tmp_path / "target", **settings)
+    taken, resume = [], ShardWriter.resume
+    monkeypatch.setattr(
+        ShardWriter, "resume", lambda *args: taken.append(resume(*args)) or taken[-1]
+    )
+    again = convert(stories, tmp_path / "target", **settings)
+    shards = len(list((tmp_path / "whole").glob("*.safetensors")))
+    assert taken == [shards] and shards > 3
+    assert again.files == whole.files
+
+
+def test_tensors_are_replaced_in_their_own_type(tmp_path):
+    tensors = {"a": mx.zeros((2, 3), mx.bfloat16), "b": mx.arange(5), "c": mx.zeros((4,))}
+    with ShardWriter(tmp_path, list(tensors), max_shard_bytes=1) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        writer.close()
+    wanted = mx.random.normal((2, 3))
+    hashes = replace_tensors(tmp_path, {"a": wanted})
+    assert list(hashes) == ["model-00001-of-00003.safetensors"]
+    found = mx.load(str(tmp_path / next(iter(hashes))))["a"]
+    assert found.dtype == mx.bfloat16 and mx.array_equal(found, wanted.astype(mx.bfloat16))
+    assert mx.array_equal(
+        mx.load(str(tmp_path / "model-00002-of-00003.safetensors"))["b"], tensors["b"]
+    )
+    with pytest.raises(ValueError, match=r"c is \[4\], not \[5\]"):
+        replace_tensors(tmp_path, {"c": mx.zeros((5,))})
+    with pytest.raises(ValueError, match="no d"):
+        replace_tensors(tmp_path, {"d": wanted})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "refine is not for method 'splitquant'"),
+        ({"method": "rtn", "mode": "mxfp4"}, "refine has mode 'affine'"),
+        ({"method": "rtn", "granularity": "channel"}, "refine has mode 'affine', granularity"),
+    ],
+)
+def test_recipes_that_cannot_be_refined(settings, message):
+    with pytest.raises(RecipeError, match=message):
+        Recipe(refine=True, **settings)
+
+
+def test_few_texts_are_refused(stories, tmp_path):
+    few = Calibration(num_samples=1, sequence_length=32)
+    with pytest.raises(RecipeError, match="8 texts or more"):
+        convert(
+            stories, tmp_path / "x", recipe=Recipe(**{**PLAIN, "calibration": few}, refine=True)
+        )
+    assert not (tmp_path / "x").exists()

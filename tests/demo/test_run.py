@@ -1,0 +1,56 @@
+"""The demo on a tiny checkpoint: its table, its JSON, its next command."""
+
+import json
+import shutil
+
+import pytest
+
+from splitquant_mlx.cli import run
+from splitquant_mlx.demo import run as demo
+from splitquant_mlx.demo.run import RECIPES, run_demo, save_results
+from splitquant_mlx.models.source import Source
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+@pytest.fixture
+def chat_model(babyllama, tmp_path, monkeypatch):
+    """Return a copy of a tiny model that has a chat template; less is asked of it than of others.
+
+    It has a token for every letter, of which it was trained to read 256.
+    """
+    monkeypatch.setattr(demo, "TEXT", demo.TEXT[:256])
+    monkeypatch.setattr(demo, "MAX_TOKENS", 12)
+    copy = shutil.copytree(babyllama, tmp_path / "chatty")
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    settings["chat_template"] = TEMPLATE
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    return copy
+
+
+def test_demo_compares_the_original_with_every_recipe(chat_model, tmp_path):
+    source = Source(name="tiny", path=chat_model, revision=None)
+    results = run_demo(source, tmp_path / "out")
+    assert [result.method for result in results] == ["original", *RECIPES]
+    original, plain, _, split = results
+    assert original.divergence is None and original.bits_per_weight == 32
+    assert 0 < split.divergence.kl_mean < plain.divergence.kl_mean
+    assert plain.nbytes < split.nbytes < original.nbytes
+    assert all(result.tokens_per_s > 0 and result.answer for result in results)
+    file = save_results(results, source.name, tmp_path)
+    saved = json.loads(file.read_text())
+    assert saved["results"][3]["divergence"]["kl_mean"] == split.divergence.kl_mean
+    assert saved["versions"]["mlx"] and saved["machine"]["memory_bytes"] > 0
+
+
+def test_demo_command_runs_twice_and_says_what_to_do_next(
+    chat_model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
+    for _ in range(2):
+        assert run(["demo", "--model", str(chat_model)]) == 0
+    shown = capsys.readouterr().out
+    assert "split 4-bit" in shown
+    path = tmp_path / "cache" / "demo" / "split-4-bit"
+    assert shown.splitlines()[-1] == f"Next: splitquant-mlx chat --model {path}"
+    assert (path / "splitquant.json").is_file()

@@ -1,0 +1,303 @@
+"""Answers are those of lm-evaluation-harness, question by question; letters are whole tokens."""
+
+import json
+import math
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from local_harness import PlainLM, answers, arc_task, responses
+from splitquant_mlx.evaluate import arc, protocols
+
+from splitquant_mlx import CheckpointError, RecipeError, load
+from splitquant_mlx.data.questions import Question, load_questions
+from splitquant_mlx.evaluation.arc import evaluate_arc
+from splitquant_mlx.evaluation.protocols import draw_shots, encode_question
+
+CHATML = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def size(question):
+    return len(question.question) + sum(map(len, question.choices))
+
+
+@pytest.fixture(scope="module")
+def easy(data):
+    """Return the 60 shortest questions: the tiny models have a token for every letter or two."""
+    return sorted(load_questions(data / "arc" / "ARC-Easy-validation.jsonl"), key=size)[:60]
+
+
+@pytest.fixture(scope="module")
+def shots(data):
+    return sorted(load_questions(data / "arc" / "ARC-Challenge-validation.jsonl"), key=size)[:30]
+
+
+@pytest.fixture(scope="module")
+def small(stories):
+    return load(stories)
+
+
+def run_plainly(model, tokenizer, questions, shots, num_shots):
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    return simple_evaluate(
+        model=PlainLM(model, tokenizer, 512),
+        tasks=[arc_task(questions, shots)],
+        num_fewshot=num_shots,
+        task_manager=TaskManager(include_defaults=False),
+    )
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "num_shots", "count"),
+    [("stories", 0, 60), ("stories", 2, 12), ("babyllama", 0, 12)],
+)
+def test_agrees_with_lm_evaluation_harness(
+    checkpoint, num_shots, count, easy, shots, request, tmp_path
+):
+    model, tokenizer = load(request.getfixturevalue(checkpoint))
+    theirs = run_plainly(model, tokenizer, easy[:count], shots, num_shots)
+    ours = evaluate_arc(
+        model,
+        tokenizer,
+        easy[:count],
+        task="arc_easy",
+        shots=shots,
+        num_shots=num_shots,
+        journal=tmp_path / "journal",
+        model_hash="none",
+    )
+    kept = map(json.loads, (tmp_path / "journal").read_text().splitlines()[1:])
+    found = {line["id"]: line["loglikelihoods"] for line in kept}
+    for question, wanted in zip(easy[:count], responses(theirs), strict=True):
+        assert found[question.id] == pytest.approx(wanted, abs=1e-3)
+    assert ours.correct == answers(theirs, "acc")
+    assert ours.correct_norm == answers(theirs, "acc_norm")
+    assert ours.correct != ours.correct_norm
+    figures = theirs["results"]["arc_local"]
+    assert ours.accuracy == pytest.approx(figures["acc,none"])
+    assert ours.standard_error == pytest.approx(figures["acc_stderr,none"])
+    assert ours.accuracy_norm == pytest.approx(figures["acc_norm,none"])
+    assert ours.standard_error_norm == pytest.approx(figures["acc_norm_stderr,none"])
+    assert ours.ids == tuple(question.id for question in easy[:count])
+
+
+def test_agrees_on_questions_longer_than_the_model_reads(easy, data, small):
+    long = sorted(load_questions(data / "arc" / "ARC-Challenge-validation.jsonl"), key=size)[-20:]
+    short = easy[:2]
+    pairs = encode_question(small[1], short[0], long[:3], protocol="loglikelihood", length=None)
+    assert all(len(context) > 512 for context, _ in pairs)
+    theirs = run_plainly(*small, short, long, 3)
+    ours = evaluate_arc(*small, short, task="arc_easy", shots=long, num_shots=3)
+    assert ours.correct == answers(theirs, "acc")
+    assert ours.correct_norm == answers(theirs, "acc_norm")
+
+
+def make_question(name="q", choices=("one", "four"), answer=0, labels=None):
+    labels = labels or tuple("ABCDE"[: len(choices)])
+    text = f"What is {name}?"
+    return Question(id=name, question=text, labels=labels, choices=choices, answer=answer)
+
+
+class Words:
+    """Tokenize by the word; a template makes it a chat model's."""
+
+    has_chat_template = False
+
+    def encode(self, text, add_special_tokens=True, **_):
+        return ["<s>"] * add_special_tokens + text.replace("\n", " \n ").split(" ")
+
+
+class ChatWords(Words):
+    has_chat_template = True
+    options = None
+
+    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt, **options):
+        assert not tokenize and add_generation_prompt
+        self.options = options
+        turns = [f"<{message['role']}> {message['content']} <end> " for message in messages]
+        return "".join(turns) + "<assistant> "
+
+
+def read(pairs):
+    """Return the words of the one context, and the continuations."""
+    contexts = {" ".join(context) for context, _ in pairs}
+    assert len(contexts) == 1
+    return contexts.pop().replace(" \n ", "\n"), [" ".join(end) for _, end in pairs]
+
+
+def test_the_prompt_of_loglikelihood():
+    shot = make_question("s", ("red", "blue"), answer=1)
+    pairs = encode_question(Words(), make_question(), [shot], protocol="loglikelihood", length=None)
+    assert read(pairs) == (
+        "<s> Question: What is s?\nAnswer: blue\n\nQuestion: What is q?\nAnswer:",
+        ["one", "four"],
+    )
+
+
+def test_the_prompt_of_letters_without_a_chat_template():
+    shot = make_question("s", ("red", "blue", "green"), answer=2)
+    asked = make_question(labels=("1", "2"))
+    pairs = encode_question(Words(), asked, [shot], protocol="letter", length=None)
+    assert read(pairs) == (
+        f"<s> {protocols.INSTRUCTION}\n\nQuestion: What is s?\nA. red\nB. blue\nC. green\n\n"
+        f"The best answer is C.\n\n{protocols.INSTRUCTION}\n\nQuestion: What is q?\nA. one\n"
+        "B. four\n\nThe best answer is",
+        ["A", "B"],
+    )
+
+
+def test_the_prompt_of_letters_in_a_chat_template():
+    tokenizer = ChatWords()
+    shot = make_question("s", ("red", "blue"), answer=1)
+    pairs = encode_question(tokenizer, make_question(), [shot], protocol="letter", length=None)
+    assert read(pairs) == (
+        f"<user> {protocols.INSTRUCTION}\n\nQuestion: What is s?\nA. red\nB. blue <end> "
+        f"<assistant> The best answer is B. <end> <user> {protocols.INSTRUCTION}\n\n"
+        "Question: What is q?\nA. one\nB. four <end> <assistant> The best answer is",
+        ["A", "B"],
+    )
+    assert tokenizer.options["enable_thinking"] is False
+
+
+def test_a_template_that_fails_is_named():
+    class Broken(ChatWords):
+        def apply_chat_template(self, *arguments, **options):
+            raise ValueError("roles must\nalternate")
+
+    with pytest.raises(CheckpointError, match="ValueError: roles must alternate"):
+        encode_question(Broken(), make_question(), [], protocol="letter", length=None)
+
+
+def test_letters_are_compared_by_their_own_probability(small, easy):
+    import mlx.core as mx
+
+    model, tokenizer = small
+    ours = evaluate_arc(model, tokenizer, easy[:6], task="arc_easy", protocol="letter")
+    assert ours.accuracy_norm is ours.standard_error_norm is ours.correct_norm is None
+    for question, correct in zip(easy, ours.correct, strict=False):
+        pairs = encode_question(tokenizer, question, [], protocol="letter", length=512)
+        assert len({tuple(end) for _, end in pairs}) == len(question.choices)
+        values = []
+        for context, end in pairs:
+            logits = np.array(model(mx.array([[*context, *end]]))[0]).astype(np.float64)
+            log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+            values.append(sum(log_p[len(context) - 1 + i, token] for i, token in enumerate(end)))
+        assert correct == (int(np.argmax(values)) == question.answer)
+
+
+@given(st.integers(0, 5), st.integers(1, 8), st.integers(5, 12))
+def test_examples_are_drawn_as_documented(num_shots, questions, pool):
+    examples = [make_question(f"s{i}") for i in range(pool)]
+    asked = [make_question(f"q{i}") for i in range(questions)]
+    drawn = draw_shots(examples, num_shots, asked)
+    assert [len(part) for part in drawn] == [num_shots] * questions
+    assert all(len({shot.id for shot in part}) == num_shots for part in drawn)
+    assert draw_shots(examples, num_shots, asked[:1]) == drawn[:1]
+
+
+def test_an_interrupted_evaluation_goes_on(small, easy, tmp_path, monkeypatch):
+    settings = {"task": "arc_easy", "journal": tmp_path / "new" / "journal", "model_hash": "a"}
+    questions, scored = easy[:12], []
+    whole = evaluate_arc(*small, questions, task="arc_easy")
+
+    class Interrupt:
+        """Stop in the middle, as Ctrl-C does."""
+
+        def task(self, label, total=None):
+            return nullcontext(self.advance if label.startswith("Answering") else lambda _: None)
+
+        def advance(self, amount, note=""):
+            scored.append(amount)
+            if sum(scored) >= 5:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_arc(*small, questions, **settings, progress=Interrupt())
+    with settings["journal"].open("ab") as torn:
+        torn.write(b'{"id": "torn", "loglikel')
+    asked, original = [], arc.score
+
+    def counted(model, pairs, **options):
+        asked.append(len(pairs))
+        return original(model, pairs, **options)
+
+    monkeypatch.setattr(arc, "score", counted)
+    assert evaluate_arc(*small, questions, **settings) == whole
+    assert asked == [sum(len(question.choices) for question in questions) - answered(scored, easy)]
+    assert evaluate_arc(*small, questions, **settings) == whole
+    assert asked[1:] == [0]
+    # what another model, or another prompt, answered is of no use
+    evaluate_arc(*small, questions, **{**settings, "model_hash": "b"})
+    evaluate_arc(
+        *small, [replace(questions[0], question="Why?")], **{**settings, "model_hash": "b"}
+    )
+    assert all(asked[2:]) and len(asked) == 4
+
+
+def answered(scored, easy):
+    """Return the options of the questions that were done, all of which have four."""
+    assert {len(question.choices) for question in easy[:12]} == {4}
+    return 4 * int(sum(scored))
+
+
+def test_one_question_has_no_standard_error(small, easy):
+    found = evaluate_arc(*small, easy[:1], task="arc_easy")
+    assert found.accuracy in (0.0, 1.0) and math.isnan(found.standard_error)
+
+
+def test_progress_adds_up(small, easy):
+    reported = []
+
+    class Recorder:
+        def task(self, label, total=None):
+            reported.append(-total)
+            return nullcontext(lambda amount, note="": reported.append(amount))
+
+    evaluate_arc(*small, easy[:5], task="arc_easy", progress=Recorder())
+    assert sum(reported) == 0 and reported.count(-5) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"protocol": "guess"}, "protocol: wanted loglikelihood or letter, got 'guess'"),
+        ({"num_shots": -1}, "num_shots: wanted 0 to 25, got -1"),
+        ({"num_shots": 26}, "num_shots: wanted 0 to 25, got 26"),
+        ({"num_shots": 3, "shots": [make_question("s")]}, "wanted 3 examples, got 1"),
+        ({"num_shots": 1, "shots": [make_question("q")]}, "'q' is also an example"),
+        ({"questions": []}, "questions: wanted one or more"),
+        ({"questions": [make_question(), make_question()]}, "each with an id of its own"),
+        ({"journal": "journal"}, "journal: wanted the model_hash too"),
+        ({"batch_tokens": 0}, "batch_tokens"),
+        ({"questions": [make_question(choices=("x" * 600, "y"))]}, "the model reads 512 at most"),
+    ],
+)
+def test_refusals(options, expected, small):
+    settings = {"questions": [make_question()], "task": "arc_easy", **options}
+    with pytest.raises(RecipeError) as caught:
+        evaluate_arc(*small, **settings)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_real_model_knows_something(smollm2, data):
+    from splitquant_mlx.models.dense import for_scoring
+
+    model, tokenizer = load(smollm2)
+    questions = load_questions(data / "arc" / "ARC-Easy-validation.jsonl")[:120]
+    model = for_scoring(model)
+    found = evaluate_arc(model, tokenizer, questions, task="arc_easy")
+    assert found.accuracy > 0.25 + 4 * found.standard_error
+    letters = evaluate_arc(model, tokenizer, questions[:16], task="arc_easy", protocol="letter")
+    assert letters.questions == 16 and 0 <= letters.accuracy <= 1
+    pairs = encode_question(tokenizer, questions[0], [], protocol="letter", length=None)
+    assert [tokenizer.decode(end) for _, end in pairs] == [" A", " B", " C", " D"]
+    assert all(len(end) == 1 for _, end in pairs)

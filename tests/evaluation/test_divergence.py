@@ -1,0 +1,310 @@
+"""KL divergence is what float64 numpy says it is, with or without the reference's cache."""
+
+import os
+import shutil
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy_llama import NumpyLlama
+from splitquant_mlx.evaluate import reference as module
+from splitquant_mlx.evaluate import scoring
+
+from splitquant_mlx import CheckpointError, Recipe, RecipeError, SourceError, convert, load
+from splitquant_mlx.data.text import cut_windows, encode
+from splitquant_mlx.evaluation.divergence import divergence, log_probabilities, measure_divergence
+from splitquant_mlx.evaluation.reference import model_hash, open_reference
+from splitquant_mlx.models.loader import load_model
+
+TOLERANCE = 1e-4
+ENTRY_BYTES = 3 * 32 * 512 * 4  # of the `windows` fixture under stories260K
+
+
+def story_windows(directory, data, context_length=32, limit=3):
+    text = (data / "tinystories" / "tinystories_sample.txt").read_text(encoding="utf-8")[:2000]
+    return cut_windows(encode(load(directory)[1], text), context_length, limit)
+
+
+@pytest.fixture(scope="module")
+def windows(stories, data):
+    return story_windows(stories, data)
+
+
+class Loader:
+    """Load a model, and count how often."""
+
+    def __init__(self, directory):
+        self.directory, self.calls = directory, 0
+
+    def __call__(self):
+        self.calls += 1
+        return load_model(self.directory)
+
+
+@pytest.fixture
+def loader(stories):
+    return Loader(stories)
+
+
+@pytest.fixture
+def opened(stories, windows, loader, tmp_path):
+    """Return a function that opens the reference, with a cache of its own."""
+
+    def open_it(cut=windows, **options):
+        settings = {"model_hash": "stories", "load": loader, "directory": tmp_path / "cache"}
+        return open_reference(cut, **(settings | options))
+
+    return open_it
+
+
+def entries(directory):
+    return sorted(directory.glob("*")) if directory.exists() else []
+
+
+def check(found, log_p, log_q):
+    """Compare with the definition; log_p and log_q (positions, vocabulary), float64."""
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    assert found.positions == len(kl)
+    assert found.kl_mean == pytest.approx(kl.mean(), rel=TOLERANCE)
+    assert found.kl_median == pytest.approx(np.median(kl), rel=TOLERANCE)
+    assert found.kl_p99 == pytest.approx(np.percentile(kl, 99), rel=TOLERANCE)
+    error = kl.std(ddof=1) / len(kl) ** 0.5
+    assert found.standard_error == pytest.approx(error, rel=TOLERANCE)
+    assert found.top1_agreement == (log_p.argmax(axis=-1) == log_q.argmax(axis=-1)).mean()
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(method="rtn", group_size=32, bits=3)])
+@pytest.mark.parametrize("name", ["stories", "babyllama"])
+def test_agrees_with_numpy(name, recipe, data, tmp_path, request):
+    source = request.getfixturevalue(name)
+    convert(source, tmp_path / "model", recipe=recipe)
+    windows = story_windows(source, data)
+    reference = open_reference(
+        windows, model_hash="", load=lambda: load_model(source), directory=tmp_path / "cache"
+    )
+    found = measure_divergence(scoring.for_scoring(load_model(tmp_path / "model")), reference)
+    original, converted = NumpyLlama(source), NumpyLlama(tmp_path / "model")
+    log_p, log_q = (
+        np.concatenate([model(window) for window in windows]) for model in (original, converted)
+    )
+    check(found, log_p, log_q)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 60), st.integers(2, 300), st.floats(0.01, 8), st.integers(0, 9))
+def test_agrees_with_the_definition(positions, vocabulary, scale, seed):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 4, (2, positions, vocabulary))
+    logits[1] = logits[0] + rng.normal(0, scale, (positions, vocabulary))
+    exact = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    p, q = mx.array(exact.astype(np.float32))
+    found = divergence([p[:1], p[1:]], [q[:1], q[1:]])
+    rounded = exact.astype(np.float32).astype(np.float64)
+    kl = (np.exp(rounded[0]) * (rounded[0] - rounded[1])).sum(axis=-1)
+    assert found.kl_mean == pytest.approx(kl.mean(), rel=TOLERANCE, abs=1e-6)
+    assert found.kl_p99 == pytest.approx(np.percentile(kl, 99), rel=TOLERANCE, abs=1e-6)
+    best = rounded.argmax(axis=-1)
+    assert found.top1_agreement == (best[0] == best[1]).mean()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 4096])
+def test_a_model_does_not_differ_from_itself(rows, opened, loader, windows, monkeypatch):
+    """From the cache, live, as the model's own whole output, and cut into other blocks."""
+    cached, live = opened(), opened(model_hash="live", limit_bytes=0)
+    assert cached.file and live.file is None
+    for reference in (cached, live):
+        found = measure_divergence(loader(), reference)
+        assert found.kl_p99 < 1e-6 and found.top1_agreement == 1
+    whole = [mx.concatenate(list(cached))]
+    monkeypatch.setattr(scoring, "MAX_BLOCK_ROWS", rows)
+    other = [mx.concatenate(list(scoring.log_probability_blocks(loader(), windows)))]
+    found = divergence(whole, other)
+    assert 0 <= found.kl_mean < 1e-6 and found.kl_p99 < 1e-6
+    direct = [log_probabilities(loader(), window.tolist()) for window in windows]
+    assert divergence(whole, [mx.concatenate(direct)]).kl_p99 < 1e-6
+
+
+def test_the_cache_serves_without_the_model_and_changes_nothing(opened, loader, split_stories):
+    model = scoring.for_scoring(load_model(split_stories))
+    first = measure_divergence(model, opened())
+    assert loader.calls == 1
+    again = opened()
+    assert measure_divergence(model, again) == measure_divergence(model, again) == first
+    assert loader.calls == 1
+    live = opened(limit_bytes=0, model_hash="again")
+    assert measure_divergence(model, live) == first
+    assert loader.calls > 1
+    assert [file.stat().st_size for file in entries(again.file.parent)] == [ENTRY_BYTES + 128]
+
+
+def test_every_setting_has_an_entry_of_its_own(opened, loader, windows):
+    shapes = (windows, windows[:2], windows.reshape(-1, 16), windows[::-1])
+    files = {opened(cut).file for cut in shapes} | {opened(model_hash="other").file}
+    assert len(files) == 5 == loader.calls
+
+
+DAMAGE = {
+    "empty": lambda content: b"",
+    "torn": lambda content: content[:-1],
+    "header only": lambda content: content[:128],
+    "longer": lambda content: content + b"\0" * 4,
+    "a row short": lambda content: content[: -32 * 3 * 4],
+    "another vocabulary": lambda content: content.replace(b"512)", b"511)"),
+    "another shape": lambda content: content.replace(b"(3, 32,", b"(32, 3,"),
+    "another dtype": lambda content: content.replace(b"<f4", b"<i4"),
+    "foreign": lambda content: os.urandom(len(content)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_torn_or_foreign_file_is_computed_again(damage, opened, loader):
+    reference = opened()
+    content = reference.file.read_bytes()
+    damaged = DAMAGE[damage](content)
+    assert damaged != content
+    reference.file.write_bytes(damaged)
+    assert measure_divergence(loader(), reference).kl_p99 < 1e-6  # opened before: runs live
+    calls = loader.calls
+    assert opened().file.read_bytes() == content
+    assert loader.calls == calls + 1
+
+
+def test_a_file_cut_short_while_it_is_read_is_noticed(opened, monkeypatch):
+    monkeypatch.setattr(scoring, "MAX_BLOCK_ROWS", 32)
+    reference = opened()
+    blocks = iter(reference)
+    next(blocks)
+    os.truncate(reference.file, 200)
+    with pytest.raises(SourceError, match="cut short while it was read"):
+        list(blocks)
+
+
+def test_an_interrupted_run_leaves_nothing(opened, loader, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        yield from list(scoring.log_probability_blocks(*arguments))[:2]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "log_probability_blocks", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            opened()
+    assert entries(tmp_path / "cache") == []
+    killed = tmp_path / "cache" / ".entry-x.partial"
+    for age_s, left in ((10, True), (2 * module.ABANDONED_S, False)):
+        killed.write_bytes(b"half of it")
+        os.utime(killed, (time.time() - age_s,) * 2)
+        opened(model_hash=str(age_s))
+        assert killed.exists() == left
+
+
+def test_the_entry_used_longest_ago_goes_first(opened, loader, tmp_path):
+    limit = 2 * (ENTRY_BYTES + 128)
+    files = {}
+    for name in ("a", "b", "a", "c"):  # "a" is used again, so "b" makes room for "c"
+        files[name] = opened(model_hash=name, limit_bytes=limit).file
+        time.sleep(0.01)
+    foreign = tmp_path / "cache" / "notes.txt"
+    foreign.write_text("not ours")
+    assert loader.calls == 3
+    assert entries(tmp_path / "cache") == sorted([files["a"], files["c"], foreign])
+    opened(model_hash="a", limit_bytes=limit)
+    assert loader.calls == 3
+    opened(model_hash="d", limit_bytes=ENTRY_BYTES + 128)
+    assert len(entries(tmp_path / "cache")) == 2 and foreign.exists()
+
+
+def test_what_does_not_fit_is_not_cached_and_evicts_nothing(opened, tmp_path):
+    kept = opened().file
+    assert opened(model_hash="big", limit_bytes=ENTRY_BYTES - 1).file is None
+    assert entries(tmp_path / "cache") == [kept]
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(opened, loader, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    reference = opened(directory=tmp_path / "file" / "cache")
+    assert reference.file is None
+    assert measure_divergence(loader(), reference).kl_p99 < 1e-6
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", full)
+    assert opened().file is None and entries(tmp_path / "cache") == []
+
+
+def test_the_cache_is_in_the_packages_directory(opened, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "home"))
+    assert opened(directory=None).file.parent == tmp_path / "home" / "reference"
+
+
+def test_vocabularies_must_agree(opened, babyllama, windows):
+    reference = opened(windows % 100)
+    with pytest.raises(RecipeError, match=r"predicts \(32, 512\), the model \(32, 105\)"):
+        measure_divergence(load_model(babyllama), reference)
+    with pytest.raises(RecipeError, match="the model knows 0 to 511"):
+        opened(windows + 500)
+    with pytest.raises(RecipeError, match="no predictions"):
+        divergence([], [])
+
+
+def test_model_hash_is_of_the_content(stories, tmp_path):
+    from tiny import write_checkpoint
+
+    copy = tmp_path / "copy"
+    shutil.copytree(stories, copy)
+    wanted = model_hash(stories)
+    assert model_hash(copy) == wanted
+    (copy / "README.md").write_text("beside the point")
+    assert model_hash(copy) == wanted
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        content = (copy / name).read_bytes()
+        middle = len(content) // 2
+        changed = bytes([content[middle] ^ 1])
+        (copy / name).write_bytes(content[:middle] + changed + content[middle + 1 :])
+        assert model_hash(copy) != wanted, name
+        (copy / name).write_bytes(content)
+    assert model_hash(copy) == wanted
+    (copy / "model.safetensors").rename(copy / "other.safetensors")
+    assert model_hash(copy) != wanted
+    one, two = (write_checkpoint(tmp_path / str(n), shards=n, tokenizer=False) for n in (1, 2))
+    assert model_hash(one) != model_hash(two)
+    with pytest.raises(CheckpointError, match=r"holds no \.safetensors file"):
+        model_hash(tmp_path)
+
+
+def test_progress_adds_up(opened, loader):
+    from contextlib import nullcontext
+
+    reported = []
+
+    class Recorder:
+        def task(self, label, total=None):
+            reported.append(-total)
+            return nullcontext(reported.append)
+
+    reference = opened(progress=Recorder())
+    assert sum(reported) == 0 and len(reported) > 1
+    measure_divergence(loader(), reference, progress=Recorder())
+    assert sum(reported) == 0
+
+
+@pytest.mark.slow
+def test_a_real_vocabulary_takes_bounded_memory(smollm2, data, tmp_path, monkeypatch):
+    """49,152 entries: the log-probabilities of the text are 24 times a block."""
+    text = (data / "wikitext2" / "wiki.valid.tokens").read_text(encoding="utf-8")[:5000]
+    model, tokenizer = load(smollm2)
+    windows = cut_windows(encode(tokenizer, text), 512, 1)
+    monkeypatch.setattr(scoring, "BLOCK_BYTES", 4 << 20)
+    reference = open_reference(
+        windows, model_hash="smollm2", load=lambda: model, directory=tmp_path / "cache"
+    )
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    found = measure_divergence(model, reference)
+    extra_bytes = mx.get_peak_memory() - before
+    print(f"\n{extra_bytes / 2**20:.0f} MiB beside the model: {found}")
+    assert found.positions == 512 and found.kl_p99 < 1e-6
+    assert extra_bytes < 4 * windows.size * 49_152

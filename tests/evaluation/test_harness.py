@@ -1,0 +1,187 @@
+"""lm-evaluation-harness gets the same answers from this package as from a plain model."""
+
+import builtins
+import importlib
+import sys
+from contextlib import nullcontext
+
+import pytest
+from lm_eval.api.instance import Instance
+from local_harness import PlainLM, answers, arc_task, responses
+
+from splitquant_mlx import RecipeError, load
+from splitquant_mlx.data.questions import load_questions
+from splitquant_mlx.evaluation.harness import SplitQuantLM, run_task
+
+
+@pytest.fixture(scope="module")
+def small(stories):
+    return load(stories)
+
+
+@pytest.fixture(scope="module")
+def questions(data):
+    found = load_questions(data / "arc" / "ARC-Easy-validation.jsonl")
+    return sorted(found, key=lambda q: len(q.question) + sum(map(len, q.choices)))[:25]
+
+
+def requests(kind, *arguments):
+    return [
+        Instance(request_type=kind, doc={}, arguments=arguments_, idx=i)
+        for i, arguments_ in enumerate(arguments)
+    ]
+
+
+@pytest.mark.parametrize(("num_shots", "count"), [(0, 20), (1, 8)])
+def test_a_task_gives_the_same_answers(num_shots, count, small, questions):
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    task = arc_task(questions[:20], questions[20:])
+    theirs = simple_evaluate(
+        model=PlainLM(*small, 512),
+        tasks=[task],
+        num_fewshot=num_shots,
+        limit=count,
+        task_manager=TaskManager(include_defaults=False),
+    )
+    ours = run_task(*small, task, num_shots=num_shots, limit=count)
+    for found, wanted in zip(responses(ours), responses(theirs), strict=True):
+        assert found == pytest.approx(wanted, abs=1e-3)
+    for metric in ("acc", "acc_norm"):
+        assert answers(ours, metric) == answers(theirs, metric)
+        assert len(answers(ours, metric)) == count
+    figures = ours["results"]["arc_local"]
+    assert {name for name in figures if "," in name} == {
+        f"{metric}{part},none" for metric in ("acc", "acc_norm") for part in ("", "_stderr")
+    }
+
+
+def test_log_likelihoods_of_any_pair(small):
+    plain, ours = PlainLM(*small, 512), SplitQuantLM(*small)
+    pairs = requests(
+        "loglikelihood",
+        ("Once upon a time", ", there was"),
+        ("", "Once upon a time"),
+        ("Once upon a ", "time"),
+        ("Once upon a time", " a big red zebra"),
+        ("and then " * 300, "they went home"),
+    )
+    found = ours.loglikelihood(pairs, disable_tqdm=True)
+    wanted = plain.loglikelihood(pairs, disable_tqdm=True)
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in wanted], abs=1e-3)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in wanted]
+    assert {greedy for _, greedy in found} == {True, False}
+
+
+def test_rolling_windows_score_every_token_once(small, data):
+    text = (data / "tinystories" / "tinystories_sample.txt").read_text(encoding="utf-8")[:600]
+    plain, ours = PlainLM(*small, 512), SplitQuantLM(*small)
+    texts = requests("loglikelihood_rolling", (text,), (text[:50],))
+    wanted = plain.loglikelihood_rolling(texts)
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(wanted, abs=1e-3)
+    tokens = ours.tok_encode(text)
+    ours.max_length = 32
+    (found,) = ours.loglikelihood_rolling(texts[:1])
+    assert len(tokens) > 3 * 32
+    # windows of 32: the first predicts all its tokens, the others theirs after one of context
+    total = 0.0
+    for start in range(0, len(tokens), 32):
+        end = min(start + 32, len(tokens))
+        before = tokens[max(end - 33, 0) : start] if start else [plain.prefix_token_id]
+        scored = [(None, before, tokens[start:end])]
+        total += plain._loglikelihood_tokens(scored)[0][0]
+    assert found == pytest.approx(total, abs=1e-3)
+
+
+def test_generation_stops_where_it_is_told_to(small):
+    from mlx_lm import generate
+
+    ours, prompt = SplitQuantLM(*small), "Once upon a time"
+    whole = generate(*small, prompt, max_tokens=60)
+    (found,) = ours.generate_until(requests("generate_until", (prompt, {"max_gen_toks": 60})))
+    assert found == whole.split("</s>")[0] and len(found) > 60
+    asked = requests(
+        "generate_until",
+        (prompt, {"max_gen_toks": 60, "until": ["."]}),
+        (prompt, {"max_gen_toks": 5, "until": "no such text"}),
+        (prompt, {"max_gen_toks": 60, "until": [whole[20:30], "."]}),
+        ("and then " * 400 + prompt, {"max_gen_toks": 8, "until": []}),
+    )
+    first, second, third, long = ours.generate_until(asked)
+    assert first == whole.split(".")[0]
+    assert 0 < len(second) < 60 and whole.startswith(second)
+    assert third == whole.split(".")[0].split(whole[20:30])[0]
+    assert long
+
+
+def test_a_task_that_generates_more_than_the_model_reads(small):
+    asked = requests("generate_until", ("Once", {"max_gen_toks": 512}))
+    with pytest.raises(RecipeError, match="generates 512 tokens, the model reads 512 at most"):
+        SplitQuantLM(*small).generate_until(asked)
+
+
+def test_the_opening_token_comes_once(small):
+    ours = SplitQuantLM(*small)
+    opening = small[1].decode([ours.prefix_token_id])
+    assert ours.tok_encode(opening + "Once") == ours.tok_encode("Once")
+    assert ours.tok_encode("Once")[0] == ours.prefix_token_id
+    assert ours.tok_encode("Once", add_special_tokens=False) == ours.tok_encode("Once")[1:]
+
+
+def test_progress_adds_up(small):
+    reported = []
+
+    class Recorder:
+        def task(self, label, total=None):
+            reported.append(-total)
+            return nullcontext(reported.append)
+
+    ours = SplitQuantLM(*small, progress=Recorder())
+    ours.loglikelihood(requests("loglikelihood", ("Once", " upon"), ("a", "b")), disable_tqdm=True)
+    ours.generate_until(requests("generate_until", ("Once", {"max_gen_toks": 2})))
+    assert sum(reported) == 0 and len(reported) == 5
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "expected"),
+    [
+        ({"task": "x"}, {"chat_template": True}, "chat_template: the tokenizer has none"),
+        (
+            {"task": "x", "dataset_path": "json", "dataset_kwargs": {"data_files": "/none.json"}},
+            {},
+            "lm-evaluation-harness cannot run the task",
+        ),
+    ],
+)
+def test_refusals(task, options, expected, small, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(RecipeError) as caught:
+        run_task(*small, task, **options)
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_task_that_does_not_exist(small, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    # reading all fourteen thousand tasks that do exist takes a minute
+    original = TaskManager.__init__
+    monkeypatch.setattr(
+        TaskManager, "__init__", lambda self, **_: original(self, include_defaults=False)
+    )
+    with pytest.raises(RecipeError, match="has no task 'arc_hard': see `lm-eval ls tasks`"):
+        run_task(*small, "arc_hard")
+
+
+def test_without_lm_evaluation_harness(monkeypatch):
+    original = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name.startswith("lm_eval"):
+            raise ModuleNotFoundError(name)
+        return original(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.delitem(sys.modules, "splitquant_mlx.evaluation.harness")
+    with pytest.raises(RecipeError, match=r'pip install "splitquant-mlx\[lm-eval\]"'):
+        importlib.import_module("splitquant_mlx.evaluation.harness")

@@ -1,0 +1,318 @@
+"""Tokenizers rebuilt from GGUF metadata against the originals, id for id."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.formats.gguf_tokenizer import build_tokenizer, write_tokenizer
+
+STORIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "models" / "stories260K"
+TEXTS = [
+    "Once upon a time, there was a little girl named Lily.",
+    " leading and trailing ",
+    "two  blanks   three\n\nnew\tlines \r\n end",
+    "Don't, they'LL, I'd; we've: it's 'quoted' (1) [2] {3}",
+    "0 12 345 6789 3.14159 1,000,000 ½ ²",
+    "naïve café 日本語 Привет мир 🙂🙃 e\u0301 ﬁ",
+    "snake_case CamelCase x==y; a->b /* c */ #!",
+    "<s> is no token here, nor is <unk",
+    "",
+]
+
+
+def stories_metadata():
+    """Return what llama.cpp's converter keeps of the stories260K tokenizer."""
+    if not STORIES.is_dir():
+        pytest.skip(f"{STORIES} is absent: the tiny real checkpoints are not on this machine")
+    model = json.loads((STORIES / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    merged = list(dict.fromkeys("".join(merge) for merge in model["merges"]))
+    ranks = {piece: rank for rank, piece in enumerate(merged)}
+    types = [2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259)
+    scores = [-float(ranks.get(token, len(ranks) + i)) for i, token in enumerate(tokens)]
+    return {
+        "general.architecture": "llama",
+        "llama.context_length": 512,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * 259 + scores[259:],
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+
+
+@pytest.fixture(scope="module")
+def stories():
+    return stories_metadata()
+
+
+@pytest.fixture(scope="module")
+def rebuilt(stories):
+    return build_tokenizer(stories)
+
+
+@pytest.fixture(scope="module")
+def original():
+    stories_metadata()
+    return Tokenizer.from_file(str(STORIES / "tokenizer.json"))
+
+
+def test_sentencepiece_ids_are_those_of_the_original(rebuilt, original):
+    sample = STORIES.parents[1] / "tinystories" / "tinystories_sample.txt"
+    texts = TEXTS + sample.read_text(encoding="utf-8").split("\n")[:400]
+    for text in texts:
+        ids = original.encode(text).ids
+        assert rebuilt.encode(text).ids == ids
+        assert rebuilt.decode(ids) == original.decode(ids)
+    assert rebuilt.get_vocab() == original.get_vocab()
+
+
+@given(text=st.text(max_size=60))
+@settings(max_examples=200, deadline=1000)
+def test_sentencepiece_ids_of_any_text(rebuilt, original, text):
+    assert rebuilt.encode(text).ids == original.encode(text).ids
+
+
+def test_merges_are_those_transformers_derives_from_scores(stories, rebuilt):
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    tokens, scores = stories["tokenizer.ggml.tokens"], stories["tokenizer.ggml.scores"]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    expected = generate_merges(vocab, dict(zip(tokens, scores, strict=True)))
+    merges = json.loads(rebuilt.to_str())["model"]["merges"]
+    assert [tuple(merge) for merge in merges] == expected
+
+
+def test_special_tokens_stay_whole_inside_text(rebuilt, original):
+    text = "One</s><s> two"
+    assert rebuilt.encode(text).ids == original.encode(text).ids
+
+
+def test_equal_scores_merge_in_the_order_of_ids(stories, original):
+    # Converters that have only a tokenizer.json write one score for all.
+    flat = {**stories, "tokenizer.ggml.scores": [-1000.0] * 512}
+    assert build_tokenizer(flat).encode(TEXTS[0]).ids == original.encode(TEXTS[0]).ids
+
+
+@pytest.mark.parametrize(
+    ("flags", "first", "last"),
+    [
+        ({}, 1, None),
+        ({"add_bos_token": True, "add_eos_token": True}, 1, 2),
+        ({"add_bos_token": False}, None, None),
+        ({"add_bos_token": False, "add_eos_token": True}, None, 2),
+    ],
+)
+def test_bos_and_eos_are_added_as_the_metadata_says(stories, flags, first, last):
+    keys = {f"tokenizer.ggml.{key}": value for key, value in flags.items()}
+    tokenizer = build_tokenizer({**stories, **keys})
+    bare = tokenizer.encode("the end", add_special_tokens=False).ids
+    before, after = [i for i in [first] if i], [i for i in [last] if i]
+    assert tokenizer.encode("the end").ids == [*before, *bare, *after]
+    pair = tokenizer.encode("the end", "the end").ids
+    assert pair == [*before, *bare, *after] * 2
+
+
+def test_no_space_prefix(stories):
+    tokenizer = build_tokenizer({**stories, "tokenizer.ggml.add_space_prefix": False})
+    ids = tokenizer.encode("the end", add_special_tokens=False).ids
+    assert tokenizer.id_to_token(ids[0]) in {"t", "th", "the"}
+    assert tokenizer.decode(ids) == "the end"
+
+
+def test_written_directory_loads_as_a_transformers_tokenizer(stories, original, tmp_path):
+    from transformers import AutoTokenizer
+
+    template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+    write_tokenizer({**stories, "tokenizer.chat_template": template}, tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS:
+        assert loaded.encode(text) == original.encode(text).ids
+    assert (loaded.bos_token, loaded.eos_token, loaded.unk_token) == ("<s>", "</s>", "<unk>")
+    assert loaded.model_max_length == 512
+    message = [{"role": "user", "content": "hi"}]
+    assert loaded.apply_chat_template(message, tokenize=False) == "<s>hi</s>"
+
+
+def split(pattern):
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def byte_level(use_regex):
+    options = {"add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+    return {"type": "ByteLevel", **options}
+
+
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|@| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# The pre_tokenizer and normalizer of the published tokenizer.json of one model of each family.
+PUBLISHED = {
+    "gpt-2": ([byte_level(True)], None),
+    "smollm": ([{"type": "Digits", "individual_digits": True}, byte_level(True)], None),
+    "llama-bpe": ([split(WORDS.replace("@", r"\p{N}{1,3}")), byte_level(False)], None),
+    "qwen2": ([split(WORDS.replace("@", r"\p{N}")), byte_level(False)], {"type": "NFC"}),
+}
+
+
+def published(pre):
+    """Train a small tokenizer whose text handling is the published one; returns it and metadata."""
+    cuts, normalizer = PUBLISHED[pre]
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    control = ["<|begin|>", "<|end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, initial_alphabet=alphabet, special_tokens=control, show_progress=False
+    )
+    words = ["1234 123 12 56 789 they'll THEY'LL don't x== y== \n\n \t 日本語 café e\u0301 end"]
+    trained.train_from_iterator((TEXTS + words) * 3, trainer)
+    content = json.loads(trained.to_str())
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": cuts}
+    content["normalizer"] = normalizer
+    content["model"]["ignore_merges"] = pre == "llama-bpe"
+    vocab = content["model"]["vocab"]
+    tokens = sorted(vocab, key=vocab.__getitem__)
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2),
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in content["model"]["merges"]],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    return Tokenizer.from_str(json.dumps(content)), metadata
+
+
+@pytest.mark.parametrize("pre", PUBLISHED)
+def test_byte_level_ids_are_those_of_the_published_pipeline(pre):
+    reference, metadata = published(pre)
+    rebuilt = build_tokenizer(metadata)
+    for text in [*TEXTS, "they'll THEY'LL 1234 12345", "x==\n\n  y==\r\n", "a<|end|>b <|begin|>"]:
+        ids = reference.encode(text).ids
+        assert rebuilt.encode(text).ids == ids
+        assert rebuilt.decode(ids) == reference.decode(ids)
+    assert rebuilt.get_vocab() == reference.get_vocab()
+
+
+def test_pre_tokenizers_differ_where_they_should():
+    _, metadata = published("gpt-2")
+    text = "1234 they'LL"
+    ids = {
+        pre: tuple(build_tokenizer({**metadata, "tokenizer.ggml.pre": pre}).encode(text).ids)
+        for pre in PUBLISHED
+    }
+    assert len(set(ids.values())) >= 3
+
+
+def test_missing_or_default_pre_is_gpt2():
+    reference, metadata = published("gpt-2")
+    without = {key: value for key, value in metadata.items() if not key.endswith(".pre")}
+    for variant in (without, {**metadata, "tokenizer.ggml.pre": "default"}):
+        assert build_tokenizer(variant).encode(TEXTS[3]).ids == reference.encode(TEXTS[3]).ids
+
+
+def test_llama_bpe_takes_whole_pieces_and_adds_bos_by_default():
+    _, metadata = published("llama-bpe")
+    metadata["tokenizer.ggml.tokens"].append("unmerged")
+    metadata["tokenizer.ggml.token_type"].append(1)
+    del metadata["tokenizer.ggml.add_bos_token"]
+    last = len(metadata["tokenizer.ggml.tokens"]) - 1
+    assert build_tokenizer(metadata).encode("unmerged").ids == [0, last]
+
+
+def test_user_defined_tokens_are_whole_but_not_special():
+    _, metadata = published("smollm")
+    metadata["tokenizer.ggml.tokens"] += ["<think>", "   "]
+    metadata["tokenizer.ggml.token_type"] += [4, 4]
+    tokenizer = build_tokenizer(metadata)
+    first = len(metadata["tokenizer.ggml.tokens"]) - 2
+    ids = tokenizer.encode("a<think>   b").ids
+    assert ids[1:3] == [first, first + 1]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a<think>   b"
+    assert tokenizer.decode([0, *ids], skip_special_tokens=True) == "a<think>   b"
+
+
+def test_missing_types_still_keep_the_named_tokens_whole():
+    _, metadata = published("smollm")
+    del metadata["tokenizer.ggml.token_type"]
+    assert build_tokenizer(metadata).encode("<|begin|>a<|end|>").ids[::2] == [0, 1]
+
+
+GPT2_ERRORS = {
+    "unknown pre": ({"pre": "brand-new"}, "'brand-new', wanted one of .*smollm"),
+    "pre no string": ({"pre": [1]}, "tokenizer.ggml.pre"),
+    "unknown model": ({"model": "t5"}, "'t5', wanted 'gpt2' or 'llama'"),
+    "no model": ({"model": None}, "wanted 'gpt2' or 'llama'"),
+    "no tokens": ({"tokens": None}, "wanted a list of strings"),
+    "numbers for tokens": ({"tokens": [1, 2]}, "wanted a list of strings"),
+    "same token twice": ({"tokens": ["a", "b", "a"]}, r"tokens\[2\] is 'a'"),
+    "giant token": ({"tokens": ["a" * 5000]}, r"tokens\[0\]"),
+    "types short": ({"token_type": [1]}, "token_type has 1 finite numbers"),
+    "bos too large": ({"bos_token_id": 10**6}, "bos_token_id is 1000000"),
+    "eos no integer": ({"eos_token_id": "x"}, "eos_token_id is 'x'"),
+    "no merges": ({"merges": None}, "merges is missing"),
+    "foreign merge": ({"merges": ["zz qq"]}, "corrupt"),
+    "merge without blank": ({"merges": ["ab"]}, "corrupt"),
+    "merge no string": ({"merges": [3]}, "corrupt"),
+}
+
+
+@pytest.mark.parametrize("name", GPT2_ERRORS)
+def test_unusable_metadata_is_refused_before_writing(name, tmp_path):
+    changes, message = GPT2_ERRORS[name]
+    _, metadata = published("gpt-2")
+    metadata |= {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+    with pytest.raises(CheckpointError, match=message) as caught:
+        write_tokenizer({k: v for k, v in metadata.items() if v is not None}, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("scores", [None, [0.0], [float("nan")] * 512, ["x"] * 512, 3])
+def test_scores_must_be_finite_and_one_a_token(stories, scores):
+    with pytest.raises(CheckpointError, match=r"scores has \d+ finite numbers, wanted 512"):
+        build_tokenizer({**stories, "tokenizer.ggml.scores": scores})
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 63), 1 << 64)
+    | st.floats()
+    | st.text(max_size=5),
+    lambda children: st.lists(children, max_size=5),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=2000)
+@given(data=st.data())
+def test_any_metadata_gives_a_tokenizer_or_a_checkpoint_error(data):
+    metadata = {
+        "tokenizer.ggml.model": data.draw(st.sampled_from(["gpt2", "llama"])),
+        "tokenizer.ggml.tokens": ["<s>", "a", "b", "ab", "<0x00>"],
+        "tokenizer.ggml.scores": [0.0, -1.0, -2.0, -3.0, 0.0],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.bos_token_id": 0,
+    }
+    keys = ["tokens", "scores", "merges", "token_type", "pre", "model", "add_bos_token"]
+    keys += ["bos_token_id", "unknown_token_id", "add_space_prefix"]
+    for key in data.draw(st.lists(st.sampled_from(keys), min_size=1, max_size=3)):
+        metadata[f"tokenizer.ggml.{key}"] = data.draw(ANYTHING)
+    try:
+        build_tokenizer(metadata).encode("ab c")
+    except CheckpointError as exc:
+        assert "\n" not in str(exc)

@@ -1,0 +1,364 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from importlib import import_module
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+
+from splitquant_mlx.cli import run
+from splitquant_mlx.cli.console import printable
+from splitquant_mlx.errors import CheckpointError, RecipeError
+from splitquant_mlx.inference.chat import Conversation, Decoder, Decoding, encode
+from splitquant_mlx.models.loader import load
+
+COMMAND = [sys.executable, "-m", "splitquant_mlx", "chat", "--device", "cpu"]
+STORY = "Once upon a time"
+
+
+class Letters:
+    """Stand in for a tokenizer: a token a character, and a template that marks roles."""
+
+    has_chat_template = True
+
+    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt, **options):
+        assert not tokenize
+        if any(message["content"] == "refuse this" for message in messages):
+            raise TypeError("roles must alternate")
+        turns = "".join(f"<{message['role'][0]}>{message['content']}" for message in messages)
+        return turns + "<a>" * add_generation_prompt
+
+    def encode(self, text, add_special_tokens):
+        return [ord(letter) for letter in "^" * add_special_tokens + text]
+
+
+class Parrot:
+    """Stand in for a model: keep the prompts, answer with the same words each time."""
+
+    def __init__(self, *words):
+        self.words = words
+        self.prompts = []
+
+    def __call__(self, prompt, stop):
+        self.prompts.append("".join(map(chr, prompt)))
+        for word in self.words:
+            yield SimpleNamespace(text=word)
+            if stop():
+                return
+
+
+def say(conversation, message, stop=lambda: False) -> str:
+    return "".join(response.text for response in conversation.answer(message, stop))
+
+
+def test_the_whole_conversation_is_in_every_prompt():
+    parrot = Parrot("yes", "!")
+    conversation = Conversation(Letters(), parrot, system_prompt="be brief")
+    assert say(conversation, "one") == "yes!"
+    say(conversation, "two")
+    conversation.reset()
+    say(conversation, "three")
+    assert parrot.prompts == [
+        "<s>be brief<u>one<a>",
+        "<s>be brief<u>one<a>yes!<u>two<a>",
+        "<s>be brief<u>three<a>",
+    ]
+
+
+def test_without_a_template_the_text_is_continued():
+    parrot = Parrot("b")
+    tokenizer = Letters()
+    tokenizer.has_chat_template = False
+    conversation = Conversation(tokenizer, parrot)
+    say(conversation, "a")
+    say(conversation, "c")
+    assert parrot.prompts == ["^a", "^ab\nc"]
+
+
+def test_a_stopped_answer_is_kept_as_far_as_it_went():
+    conversation = Conversation(Letters(), Parrot("one", "two", "three"))
+    heard = []
+    for response in conversation.answer("count", stop=lambda: len(heard) == 2):
+        heard.append(response.text)
+    for _ in conversation.answer("again"):
+        break  # leaving the loop stops it, too
+    assert [message["content"] for message in conversation.messages[1::2]] == ["onetwo", "one"]
+
+
+@pytest.mark.parametrize("stream", [Parrot(), Parrot("")])
+def test_a_message_without_an_answer_is_forgotten(stream):
+    conversation = Conversation(Letters(), stream, system_prompt="be brief")
+    assert say(conversation, "hello") == ""
+    assert [message["role"] for message in conversation.messages] == ["system"]
+
+
+def test_what_the_template_refuses_is_forgotten():
+    conversation = Conversation(Letters(), Parrot("yes"))
+    with pytest.raises(CheckpointError, match="roles must alternate"):
+        say(conversation, "refuse this")
+    assert conversation.messages == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", -2),
+        ("temp", -1.0),
+        ("temp", float("nan")),
+        ("top_p", 1.5),
+        ("min_p", -0.1),
+        ("top_k", -1),
+        ("max_kv_size", 4),
+        ("kv_bits", 7),
+        ("kv_group_size", 48),
+        ("quantized_kv_start", -1),
+    ],
+)
+def test_settings_out_of_range_are_refused(setting, value):
+    with pytest.raises(RecipeError, match=f"--{setting.replace('_', '-')}: wanted .*{value}"):
+        Decoding(**{setting: value})
+
+
+def test_a_limited_kv_cache_cannot_be_quantized():
+    with pytest.raises(RecipeError, match="--kv-bits and --max-kv-size"):
+        Decoding(kv_bits=4, max_kv_size=512)
+
+
+def test_generated_text_cannot_drive_the_terminal():
+    assert printable("a\x1b[2Jb\x07\r\n\tc\x9b5n\x7f") == "a[2Jb\n\tc5n"
+    assert printable("naïve 👩\u200d🚀 日本\u3000語") == "naïve 👩\u200d🚀 日本\u3000語"
+
+
+@pytest.fixture(scope="module")
+def loaded(split_stories):
+    return load(split_stories)
+
+
+def tokens(loaded, prompt, decoding=None, decoder=None):
+    """Return the tokens a decoder, by default a fresh one, says after `prompt`; and the last."""
+    decoder = decoder or Decoder(*loaded, decoding or Decoding(max_tokens=24))
+    responses = list(decoder(prompt, lambda: False))
+    return [response.token for response in responses], responses[-1]
+
+
+@pytest.mark.parametrize("trimmable", [True, False])
+def test_the_reused_kv_cache_changes_nothing(loaded, monkeypatch, trimmable):
+    from mlx_lm.models.cache import KVCache
+
+    monkeypatch.setattr(KVCache, "is_trimmable", lambda self: trimmable)
+    decoder = Decoder(*loaded, Decoding(max_tokens=24))
+    first = loaded[1].encode(STORY + " there was a dog")
+    answer, _ = tokens(loaded, first, decoder=decoder)
+    extended = first + answer + loaded[1].encode("\nThe dog")
+    other_end = extended[:-2] + loaded[1].encode("cat")
+    for prompt, in_cache in (
+        (extended, len(first + answer)),
+        (other_end, len(extended) - 2 if trimmable else 0),
+        (other_end, len(other_end) - 1 if trimmable else 0),
+        (loaded[1].encode("A"), 1 if trimmable else 0),
+    ):
+        said, last = tokens(loaded, prompt, decoder=decoder)
+        assert said == tokens(loaded, prompt)[0]
+        assert last.prompt_tokens == len(prompt) - in_cache
+
+
+def test_a_conversation_is_what_a_fresh_start_would_say(split_stories):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    loaded = load(split_stories, tokenizer_config={"chat_template": template})
+    decoding = Decoding(max_tokens=24)
+    conversation = Conversation(loaded[1], Decoder(*loaded, decoding), system_prompt="Be kind")
+    for message in ("Tell me a story", "And then?", "Why?"):
+        said = say(conversation, message)
+        prompt = encode(loaded[1], conversation.messages[:-1])
+        fresh = Decoder(*loaded, decoding)(prompt, lambda: False)
+        assert said == "".join(response.text for response in fresh)
+    assert len(conversation.messages) == 7
+
+
+def test_bytes_that_are_no_text_can_be_said(loaded):
+    assert encode(loaded[1], [{"role": "user", "content": "caf\udcff"}])
+
+
+def test_an_empty_prompt_is_refused():
+    tokenizer = Letters()
+    tokenizer.encode = lambda text, add_special_tokens: []
+    with pytest.raises(RecipeError, match="the prompt is empty"):
+        encode(tokenizer, [{"role": "user", "content": ""}])
+
+
+def test_a_full_rotating_cache_is_extended_or_built_anew(loaded):
+    decoder = Decoder(*loaded, Decoding(max_tokens=24, max_kv_size=16))
+    first = loaded[1].encode(STORY + " there was a dog and a cat and a big red ball")
+    assert len(first) > 16
+    answer, _ = tokens(loaded, first, decoder=decoder)
+    extended = first + answer + loaded[1].encode("\nThe dog")
+    _, last = tokens(loaded, extended, decoder=decoder)
+    assert last.prompt_tokens == len(extended) - len(first + answer)
+    said, last = tokens(loaded, first, decoder=decoder)
+    assert last.prompt_tokens == len(first)
+    assert said == answer
+
+
+def test_the_cache_is_right_after_a_stop(loaded):
+    decoder = Decoder(*loaded, Decoding(max_tokens=24))
+    prompt = loaded[1].encode(STORY)
+    heard = []
+    for response in decoder(prompt, lambda: len(heard) == 3):
+        heard.append(response.token)
+    assert len(heard) == 3
+    for response in decoder(prompt + heard, lambda: False):
+        assert response.prompt_tokens == 1
+        heard.append(response.token)
+        if len(heard) == 6:
+            break
+    assert (
+        heard + tokens(loaded, prompt + heard, decoder=decoder)[0][:18] == tokens(loaded, prompt)[0]
+    )
+
+
+def test_a_long_prompt_can_be_stopped(loaded, monkeypatch):
+    module = sys.modules["mlx_lm.generate"]
+    in_chunks = partial(module.stream_generate, prefill_step_size=16)
+    monkeypatch.setattr(module, "stream_generate", in_chunks)
+    decoder = Decoder(*loaded, Decoding(max_tokens=24))
+    prompt = loaded[1].encode(STORY) * 10
+    calls = iter([False, False, True])
+    assert list(decoder(prompt, lambda: next(calls))) == []
+    said, last = tokens(loaded, prompt, decoder=decoder)
+    assert last.prompt_tokens == len(prompt) - 2 * 16
+    assert said == tokens(loaded, prompt)[0]
+
+
+def test_an_interrupted_computation_leaves_no_cache(loaded):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    decoder = Decoder(*loaded, Decoding(max_tokens=24))
+    prompt = loaded[1].encode(STORY)
+    expected, _ = tokens(loaded, prompt, decoder=decoder)
+    with pytest.raises(KeyboardInterrupt):
+        list(decoder(prompt + expected, interrupt))
+    said, last = tokens(loaded, prompt, decoder=decoder)
+    assert (said, last.prompt_tokens) == (expected, len(prompt))
+
+
+def test_settings_the_model_cannot_take_are_named(loaded):
+    with pytest.raises(RecipeError, match=r"cannot run this model with these settings: .*top_k"):
+        tokens(loaded, [1], Decoding(temp=1, top_k=100_000))
+    assert 0 <= mx.random.uniform().item() < 1, "the random state is of no use any more"
+
+
+def test_piped_lines_are_answered(split_stories, loaded):
+    lines = f"{STORY}\nh\n/nonsense \x07\n\n/reset\n{STORY}\nq\nThis is not read\n"
+    result = subprocess.run(
+        [*COMMAND, "--model", str(split_stories), "-m", "24"],
+        input=lines,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stderr
+    said = loaded[1].decode(tokens(loaded, loaded[1].encode(STORY))[0])
+    assert (
+        result.stdout.split("\n") == [said.strip(), said.strip(), ""]
+        or result.stdout == (said + "\n") * 2
+    )
+    assert "no chat template" in result.stderr
+    assert "Ctrl-D" in result.stderr
+    assert "unknown command /nonsense" in result.stderr
+    assert "forgotten" in result.stderr
+
+
+class Terminal:
+    """Run a command in a terminal of its own, where Ctrl-C and Ctrl-D are what they are."""
+
+    TAKE_IT = (
+        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+
+    def __init__(self, *arguments: str) -> None:
+        self._end, inside = os.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.TAKE_IT, *arguments],
+            stdin=inside,
+            stdout=inside,
+            stderr=inside,
+            start_new_session=True,
+            env={**os.environ, "TERM": "dumb"},
+        )
+        os.close(inside)
+        os.set_blocking(self._end, False)
+        self._unread = ""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.process.kill()
+        self.process.wait()
+        os.close(self._end)
+
+    def type(self, keys: str) -> None:
+        os.write(self._end, keys.encode())
+
+    def read_until(self, text: str, within_s: float = 30) -> str:
+        """Return the output up to `text`."""
+        deadline = time.monotonic() + within_s
+        while text not in self._unread:
+            assert time.monotonic() < deadline, f"no {text!r} in {self._unread!r}"
+            try:
+                self._unread += os.read(self._end, 65536).decode(errors="replace")
+            except OSError:  # nothing there yet, or nobody there any more
+                time.sleep(0.02)
+        found, _, self._unread = self._unread.partition(text)
+        return found
+
+
+@pytest.fixture
+def terminal(split_stories):
+    with Terminal(*COMMAND[1:], "--model", str(split_stories), "-m", "-1") as terminal:
+        assert "/help" in terminal.read_until("\n> ")
+        yield terminal
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal):
+    for _ in range(2):
+        terminal.type(f"{STORY}\n")
+        terminal.read_until("little")
+        terminal.type("\x03")
+        assert "tokens-per-sec" in terminal.read_until("\n> ")
+    terminal.type("\x03")
+    assert "Ctrl-C again" in terminal.read_until("\n> ")
+    terminal.type("/what\n")
+    terminal.read_until("unknown command /what")
+    terminal.read_until("\n> ")
+    terminal.type("\x03")
+    terminal.read_until("Ctrl-C again")
+    terminal.type("\x03")
+    assert terminal.process.wait(timeout=10) == 0
+
+
+def test_ctrl_c_before_the_warning_is_out_leaves(split_stories, monkeypatch):
+    def interrupt(text):
+        if "no chat template" not in text:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupt)
+    monkeypatch.setattr(import_module("splitquant_mlx.cli.chat"), "_note", interrupt)
+    assert run(["chat", "--model", str(split_stories)]) == 0
+
+
+def test_ctrl_d_leaves(terminal):
+    terminal.type("\x04")
+    assert terminal.process.wait(timeout=10) == 0
+
+
+def test_a_terminated_chat_ends(terminal):
+    terminal.process.terminate()
+    assert terminal.process.wait(timeout=10) == -signal.SIGTERM

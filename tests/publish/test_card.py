@@ -1,0 +1,204 @@
+"""A card says what the manifest and the measurements say, and holds whatever strangers wrote."""
+
+import json
+import math
+import re
+import shutil
+
+import pytest
+import tiny
+import yaml
+from fake_hub import COMMIT
+
+from splitquant_mlx import Recipe, SplitQuantError, convert
+from splitquant_mlx.models.checkpoint import read_headers
+from splitquant_mlx.models.source import Source
+from splitquant_mlx.progress import Silent
+from splitquant_mlx.publish.card import is_own, make_card
+from splitquant_mlx.publish.files import check_converted
+from splitquant_mlx.publish.measurements import find_measurements
+from splitquant_mlx.publish.upload import prepare_upload
+from splitquant_mlx.recipe import Calibration
+
+README = """---
+license: llama3.2
+license_name: Llama 3.2
+language: [en, no]
+base_model: org/parent
+tags: [chat, mlx]
+pipeline_tag: text-generation
+model-index: [{name: x}]
+---
+# Original
+"""
+EVIL = "x`|\n---\nlicense: mit\n---\n<script>alert(1)</script>[a](http://evil)\x1b]0;owned\x07"
+FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("cards")
+    source = tiny.write_checkpoint(home / "source")
+    (source / "README.md").write_text(README)
+    (source / "LICENSE").write_text("text")
+    named = Source(name="org/original", path=source, revision=COMMIT)
+    convert(named, home / "split")
+    convert(named, home / "plain", recipe=Recipe(method="rtn", bits=8))
+    return home
+
+
+def card(path, repo="user/name", results=(), **options):
+    converted = check_converted(path)
+    return make_card(converted, repo, find_measurements(converted, results, Silent()), **options)
+
+
+def table(text):
+    return yaml.safe_load(FRONT.match(text)[1])
+
+
+def edited(home, tmp_path, **changes):
+    """Return a copy of the plain model whose manifest was changed."""
+    model = shutil.copytree(home / "plain", tmp_path / "edited")
+    manifest = json.loads((model / "splitquant.json").read_text())
+    (model / "splitquant.json").write_text(json.dumps({**manifest, **changes}))
+    return model
+
+
+def test_what_the_original_says_of_itself_is_carried_over(home):
+    text = card(home / "split")
+    assert table(text) == {
+        "base_model": "org/original",
+        "base_model_relation": "quantized",
+        "language": ["en", "no"],
+        "library_name": "mlx",
+        "license": "llama3.2",
+        "license_name": "Llama 3.2",
+        "pipeline_tag": "text-generation",
+        "tags": ["chat", "mlx", "splitquant-mlx", "splitquant"],
+    }
+    assert f"[org/original](https://huggingface.co/org/original) at revision `{COMMIT}`" in text
+    assert "That of the original: `Llama 3.2`. See `LICENSE`." in text
+    assert is_own(text) and not is_own(text.replace("Measured", "measured"))
+
+
+def test_bits_a_weight_are_stored_bits_over_those_of_the_original(home):
+    original = sum(math.prod(shape) for shape in tiny.make_shapes(tiny.make_config()).values())
+    # for every 64 codes a scale and a bias: of float16 where split, else of the model's float32
+    for name, linear in (("split", 3 * (4 + 32 / 64)), ("plain", 8 + 64 / 64)):
+        headers = read_headers(home / name).values()
+        whole = 8 * sum(header.nbytes for header in headers) / original
+        text = card(home / name)
+        assert f"| bits/weight, converted linear layers | {linear:.2f} |" in text
+        assert f"| bits/weight, whole model | {whole:.2f} |" in text
+        assert "Nothing yet." in text
+
+
+def test_how_it_is_run_depends_on_its_layers(home):
+    plain, split = card(home / "plain"), card(home / "split")
+    assert "mlx_lm.generate --model user/name --prompt" in plain
+    assert "trust-remote-code" not in plain and "LM Studio" in plain
+    assert "splitquant-mlx chat --model user/name" in split
+    assert "mlx_lm.generate --model user/name --trust-remote-code" in split
+    assert "runs [`splitquant_model.py`](splitquant_model.py) from this repo" in split
+    assert "It is the file that splitquant-mlx" in split and "stores 3 codes" in split
+    assert "LM Studio" not in split
+
+
+def test_changed_code_is_not_said_to_be_ours(home, tmp_path):
+    model = shutil.copytree(home / "split", tmp_path / "model")
+    (model / "splitquant_model.py").write_text("print('hello')")
+    assert "It is the file that splitquant-mlx" not in card(model)
+
+
+def test_the_commands_are_those_of_stock_mlx_lm(home):
+    from mlx_lm.generate import setup_arg_parser
+
+    (line,) = re.findall(r"mlx_lm\.generate (.*)", card(home / "split"))
+    known = setup_arg_parser()._option_string_actions
+    assert {word for word in line.split() if word.startswith("--")} <= set(known)
+
+
+@pytest.mark.parametrize(
+    ("changes", "base", "relation"),
+    [
+        ({"revision": None, "source": "/home/me/model"}, "org/parent", None),
+        ({"revision": None, "source": "/c/models--o--m/snapshots/" + "a" * 40}, "o/m", "quantized"),
+        ({"revision": None, "source": "x", "source_card": {}}, None, None),
+        ({"source": "evil](http://x)"}, "org/parent", None),
+    ],
+)
+def test_the_base_model_is_what_is_known_of_it(home, tmp_path, changes, base, relation):
+    text = card(edited(home, tmp_path, **changes))
+    found = table(text)
+    assert (found.get("base_model"), found.get("base_model_relation")) == (base, relation)
+    assert "/home/me" not in text and "](http://x)" not in text
+    named = table(card(tmp_path / "edited", base_model="a/b"))
+    assert (named["base_model"], named["base_model_relation"]) == ("a/b", "quantized")
+
+
+def test_a_base_model_that_is_no_repo(home):
+    for name in ("a/b/c", "a b", "x](y)", "", "-/../"):
+        with pytest.raises(SplitQuantError, match="base model"):
+            prepare_upload(home / "plain", "user/name", base_model=name)
+
+
+HOSTILE = {
+    "source": {"source": EVIL, "revision": EVIL},
+    "card": {"source_card": {"license": EVIL, "tags": [EVIL, "---", "ok"], "evil": EVIL}},
+    "card of tables": {"source_card": {"license": {"a": 1}, "tags": {"b": 2}, "language": 1}},
+    "versions": {"versions": {EVIL: EVIL}, "device": EVIL},
+    "recipe": {"recipe": {"method": "rtn", "bits": 8, "include": [EVIL, "```"]}},
+}
+
+
+@pytest.mark.parametrize("changes", HOSTILE.values(), ids=HOSTILE)
+def test_what_strangers_wrote_stays_text(home, tmp_path, changes):
+    text = card(edited(home, tmp_path, **changes))
+    known = {
+        "base_model", "base_model_relation", "language", "library_name", "license",
+        "license_name", "pipeline_tag", "tags",
+    }  # fmt: skip
+    assert set(table(text)) <= known and table(text).get("license") in ("llama3.2", None)
+    assert all(c.isprintable() or c == "\n" for c in text)
+    body = FRONT.sub("", text)
+    fenced = re.sub(r"^```\w*\n.*?^```$", "", body, flags=re.DOTALL | re.MULTILINE)
+    assert fenced.count("```") == 0
+    outside = re.sub(r"`[^`\n]*`", "", fenced)
+    for dangerous in ("script", "evil", "---\nlicense"):
+        assert dangerous not in outside
+    assert len(re.findall(r"^---$", text, re.MULTILINE)) == 2
+
+
+def test_notes_of_a_stranger_stay_text(home, tmp_path):
+    manifest = json.loads((home / "plain" / "splitquant.json").read_text())
+    manifest["layers"][0]["note"] = EVIL
+    text = card(edited(home, tmp_path, layers=manifest["layers"]))
+    assert "script" in text and "script" not in re.sub(r"`[^`\n]*`", "", text)
+
+
+def test_the_user_is_told_what_to_look_at(home, tmp_path):
+    assert prepare_upload(home / "plain", "user/name").notes == ()
+    model = edited(home, tmp_path, source="/home/me/x", revision=None, source_card={})
+    (model / "diary.txt").write_text("mine")
+    notes = " ".join(prepare_upload(model, "user/name").notes)
+    for wanted in ("diary.txt", "--base-model", "names its path: /home/me/x", "no licence"):
+        assert wanted in notes
+
+
+@pytest.mark.parametrize("method", ["imatrix", "gptq", "auto"])
+def test_a_calibrated_model_says_what_it_was_calibrated_on(home, tmp_path, monkeypatch, method):
+    monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
+    calibration = Calibration(num_samples=2, sequence_length=16)
+    recipe = Recipe(method=method, calibration=calibration)
+    convert(home / "source", tmp_path / "own", recipe=recipe)
+    text = card(tmp_path / "own")
+    assert "calibrated on text that the original wrote itself" in text
+    assert "trust-remote-code" not in text
+    assert ("of each layer its own" in text) == (method == "auto")
+    file = tmp_path / "text.txt"
+    file.write_text("w3 w5 w8 " * 40)
+    calibration = Calibration(text=str(file), num_samples=2, sequence_length=16)
+    recipe = Recipe(method=method, calibration=calibration)
+    convert(home / "source", tmp_path / "file", recipe=recipe)
+    text = card(tmp_path / "file")
+    assert "calibrated on a text" in text and str(tmp_path) not in text

@@ -1,0 +1,135 @@
+"""GPTQ and coordinate descent: against brute force, and what each step promises."""
+
+import itertools
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from splitquant_mlx import Quantized, dequantize
+from splitquant_mlx.quantization.gptq import compensate, cost, quantize_compensated, regularized
+from splitquant_mlx.quantization.imatrix import quantize_weighted
+
+
+def problem(seed, out=24, channels=128, tokens=400, rank=12):
+    """Return a weight and the Gram matrix of correlated inputs with a few loud channels."""
+    rng = np.random.default_rng(seed)
+    mix = rng.standard_normal((rank, channels)) * 2
+    x = rng.standard_normal((tokens, rank)) @ mix + rng.standard_normal((tokens, channels))
+    x[:, rng.integers(0, channels, 2)] *= 10
+    w = rng.standard_normal((out, channels)).astype(np.float32)
+    return w, (x.T @ x / tokens).astype(np.float32)
+
+
+def output_error(w, quantized, h, **settings_):
+    error = np.array(w, np.float64) - np.array(dequantize(quantized, **settings_), np.float64)
+    return np.sum((error @ h) * error)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    bits=st.sampled_from([2, 3, 4, 6]),
+    group_size=st.sampled_from([32, 64]),
+    dtype=st.sampled_from([mx.float16, mx.bfloat16, mx.float32]),
+)
+def test_the_cost_never_rises(seed, bits, group_size, dtype):
+    w, gram = problem(seed)
+    h = regularized(gram)
+    columns = np.ascontiguousarray(w.T)
+    grid = compensate(columns, h, dtype, bits, group_size)
+    costs = [cost(columns, grid, h)]
+    for _ in range(3):
+        grid.descend(columns, h)
+        costs.append(cost(columns, grid, h))
+        grid.refit(columns, h)
+        costs.append(cost(columns, grid, h))
+    slack = 1e-5 * costs[0]
+    assert all(after <= before + slack for before, after in itertools.pairwise(costs)), costs
+    assert costs[-1] < costs[0]
+    packed = grid.packed()
+    np.testing.assert_array_equal(
+        np.array(dequantize(packed, bits=bits, group_size=group_size)).T.round(5),
+        grid.values().round(5),
+    )
+
+
+@pytest.mark.parametrize("bits", [3, 4, 5])
+def test_better_methods_have_a_lower_error(bits):
+    w, gram = problem(5, out=64, channels=256)
+    h = regularized(gram).astype(np.float64)
+    array, own = mx.array(w), {"bits": bits, "group_size": 64}
+    plain = Quantized(*mx.quantize(array, 64, bits))
+    fitted = quantize_weighted(array, mx.array(np.diagonal(gram).copy()), **own)
+    compensated = quantize_compensated(array, gram, **own, sweeps=0)
+    swept = quantize_compensated(array, gram, **own, sweeps=3)
+    errors = [output_error(w, q, h, **own) for q in (plain, fitted, compensated, swept)]
+    assert errors[1] < 0.95 * errors[0]
+    assert errors[2] < 0.9 * errors[1]
+    assert errors[3] < 0.97 * errors[2]
+
+
+def test_compensation_is_gptq_as_published():
+    """Against the inverse-Hessian form of the paper (algorithm 1), one row, fixed scales."""
+    w, gram = problem(7, out=5, channels=64)
+    h = regularized(gram)
+    columns = np.ascontiguousarray(w.T)
+    grid = compensate(columns, h, mx.float32, 4, 64)
+    scale, bias = grid.scales[0].astype(np.float64), grid.biases[0].astype(np.float64)
+    inverse = np.linalg.inv(h.astype(np.float64))
+    factor = np.linalg.cholesky(inverse).T
+    rest = columns.astype(np.float64)
+    for k in range(64):
+        codes = np.clip(np.rint((rest[k] - bias) / scale), 0, 15)
+        error = (rest[k] - codes * scale - bias) / factor[k, k]
+        rest[k + 1 :] -= factor[k, k + 1 :, None] * error
+        np.testing.assert_array_equal(codes, grid.codes[k])
+
+
+def test_descent_ends_where_no_single_code_can_be_better():
+    w, gram = problem(9, out=3, channels=32)
+    h = regularized(gram)
+    columns = np.ascontiguousarray(w.T)
+    grid = compensate(columns, h, mx.float32, 2, 32)
+    for _ in range(20):
+        grid.descend(columns, h)
+    best = cost(columns, grid, h)
+    for channel, row, code in itertools.product(range(32), range(3), range(4)):
+        before = grid.codes[channel, row]
+        grid.codes[channel, row] = code
+        assert cost(columns, grid, h) >= best * (1 - 1e-5)
+        grid.codes[channel, row] = before
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda gram: gram * 0,
+        lambda gram: gram * np.outer(np.arange(128) > 3, np.arange(128) > 3),
+        lambda gram: np.ones_like(gram),
+        lambda gram: gram * 1e12,
+        lambda gram: gram * 1e-20,
+    ],
+    ids=["no input", "dead channels", "rank one", "huge", "tiny"],
+)
+def test_degenerate_inputs(spoil):
+    w, gram = problem(11)
+    quantized = quantize_compensated(mx.array(w), spoil(gram).astype(np.float32))
+    error = np.abs(w - np.array(dequantize(quantized)))
+    assert np.isfinite(error).all()
+    assert error.max() < 3
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("size", [1e2, 1e6])
+def test_groups_of_equal_weights_under_large_inputs(size, dtype):
+    rng = np.random.default_rng(0)
+    x = size * (1 + rng.normal(size=(256, 128)))
+    w = rng.normal(size=(16, 128))
+    w[:, :64] = w[:, :1]
+    w[3, 64:] = 0.5 + 1e-6 * w[3, 64:]
+    quantized = quantize_compensated(mx.array(w).astype(dtype), (x.T @ x / 256).astype(np.float32))
+    error = np.abs(w - np.array(dequantize(quantized).astype(mx.float32)))
+    assert error.max() < 0.5

@@ -1,0 +1,251 @@
+"""A study runs to its report, goes on where it stopped, and says what it could not measure."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import pytest
+
+from splitquant_mlx.bench.programs import Run
+from splitquant_mlx.cli import run
+from splitquant_mlx.errors import SourceError
+from splitquant_mlx.report import load_report
+from splitquant_mlx.runtime.workspace import workspace
+from splitquant_mlx.study import data as study_data
+from splitquant_mlx.study import runner
+from splitquant_mlx.study.results import load_results
+from splitquant_mlx.study.runner import run_study
+from splitquant_mlx.study.spec import load_study
+
+STUDY = """
+title = "Stories"
+model = "{model}"
+notes = ["A note."]
+[measure]
+arc = ["arc_easy"]
+questions = 6
+text_tokens = 512
+context_length = 128
+prompt_tokens = {prompt_tokens}
+generation_tokens = 2
+trials = 1
+[recipe]
+embeddings = "keep"
+lm_head = "keep"
+group_size = 32
+[[variants]]
+name = "plain"
+method = "rtn"
+[[variants]]
+name = "split"
+[paper]
+source = "arXiv:2503.07657"
+claims = [{{ what = "time", value = 126, unit = "s" }}]
+"""
+
+
+@pytest.fixture
+def study(stories, tmp_path):
+    """Return a function that writes the study, and the data it wants."""
+
+    def write(prompt_tokens=0, **changes):
+        text = STUDY.format(model=stories, prompt_tokens=prompt_tokens)
+        for old, new in changes.items():
+            text = text.replace(old, new)
+        file = tmp_path / "stories.toml"
+        file.write_text(text)
+        return file
+
+    return write
+
+
+@pytest.fixture
+def files(data):
+    return {
+        "arc_easy": data / "arc" / "ARC-Easy-validation.jsonl",
+        "text": data / "tinystories" / "tinystories_sample.txt",
+    }
+
+
+def options(files):
+    return [part for name, file in files.items() for part in ("--data", f"{name}={file}")]
+
+
+def test_a_study_ends_in_a_report_of_what_was_measured(study, files, tmp_path, capsys):
+    home = tmp_path / "out"
+    arguments = ["run", str(study(4)), "--output-dir", str(home), *options(files)]
+    assert run(arguments) == 0
+    shown = capsys.readouterr().out
+    rows = {row.variant: row for row in load_report(home).rows}
+    assert list(rows) == ["original", "plain", "split"]
+    original, plain, split = rows.values()
+    assert original.is_reference and original.bits_per_weight == 32 and original.kl is None
+    assert 0 < split.kl < plain.kl
+    assert plain.linear_bits_per_weight < split.linear_bits_per_weight
+    assert plain.accuracies["ARC-E"].value == sum(plain.accuracies["ARC-E"].correct) / 6
+    assert set(plain.accuracies) == {"ARC-E", "ARC-E norm", "ARC-E letter"}
+    assert all(row.decode_tokens_per_s > 0 and row.run_peak_bytes > 1e7 for row in rows.values())
+    assert plain.convert_seconds > 0 and plain.convert_peak_bytes > 1e7
+    page = (home / "report.html").read_text(encoding="utf-8")
+    assert "A note." in page and "126" in page and "<svg" in page
+    assert f"{split.kl:.3g}"[:4] in shown
+    assert not any((home / "models").glob("*")), "the models were to be removed"
+    weights = json.loads(next(home.glob("split*.weights.json")).read_text())["values"]
+    assert len(weights["cut_points"]) == 2 and sum(weights["counts"]) > 1000
+
+
+@pytest.mark.slow
+def test_what_is_done_is_not_done_again(study, files, tmp_path):
+    home = tmp_path / "out"
+    chosen = load_study(study())
+    run_study(chosen, home, data=files)
+    first = {file.name: file.stat().st_mtime_ns for file in home.glob("*.*.json")}
+    next(home.glob("split*.kl.json")).unlink()
+    run_study(chosen, home, data=files)
+    second = {file.name: file.stat().st_mtime_ns for file in home.glob("*.*.json")}
+    changed = [name for name in second if second[name] != first[name]]
+    assert len(changed) == 1 and changed[0].endswith(".kl.json")
+    run_study(load_study(study(**{"text_tokens = 512": "text_tokens = 256"})), home, data=files)
+    third = {file.name: file.stat().st_mtime_ns for file in home.glob("*.*.json")}
+    changed = {name.split(".", 1)[1] for name in third if third[name] != second[name]}
+    assert changed == {"perplexity.json", "kl.json"}
+
+
+def test_a_killed_study_goes_on(study, files, tmp_path):
+    home = tmp_path / "out"
+    command = [sys.executable, "-m", "splitquant_mlx", "run", str(study())]
+    command += ["--output-dir", str(home), "--device", "cpu", *options(files)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 100
+        while not list(home.glob("plain*.kl.json")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    before = {file.name: file.stat().st_mtime_ns for file in home.glob("*.*.json")}
+    assert any(name.endswith("kl.json") for name in before)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    after = {file.name: file.stat().st_mtime_ns for file in home.glob("*.*.json")}
+    assert before.items() <= after.items() and len(after) > len(before)
+    assert (home / "report.html").is_file()
+    left = {path.name for path in home.iterdir() if path.suffix not in (".json", ".html", ".md")}
+    assert left == {"models"} and not list((home / "models").iterdir())
+
+
+SMALL = """
+model = "{model}"
+[measure]
+arc = []
+text_tokens = 256
+context_length = 128
+prompt_tokens = 0
+[[variants]]
+name = "split"
+"""
+
+
+@pytest.fixture
+def small(stories, files, tmp_path):
+    """Return the command of a small study, and its directory of results."""
+    file, home = tmp_path / "small.toml", tmp_path / "out"
+    file.write_text(SMALL.format(model=stories))
+    options = ["--data", f"text={files['text']}", "--device", "cpu"]
+    return ["run", str(file), "--output-dir", str(home), *options], home
+
+
+def values_of(home):
+    return {
+        (result.variant, result.part): {
+            name: value
+            for name, value in result.values.items()
+            if name not in ("seconds", "peak_bytes")
+        }
+        for result in load_results(home)
+    }
+
+
+def test_two_studies_in_one_directory(small, capsys):
+    command, home = small
+    home.mkdir()
+    with workspace(home / ".running", "a study"):
+        assert run(command) == 2
+    err = capsys.readouterr().err
+    assert f"a study in {home} is under way already, in process {os.getpid()}" in err
+    assert err.count("\n") == 1 and not list(home.iterdir())
+
+
+@pytest.mark.slow
+def test_a_study_killed_anywhere_goes_on(small, tmp_path):
+    command, home = small
+    assert run(command) == 0
+    wanted, names = values_of(home), {path.name for path in home.iterdir()}
+    shutil.rmtree(home)
+    program = [sys.executable, "-m", "splitquant_mlx", *command]
+    rng, points, began = random.Random(0), 0, time.monotonic()
+    while not (home / "report.md").exists():
+        with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            with suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=rng.uniform(1, 3) + 0.5 * points)
+            process.kill()
+            _, err = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), err
+        if any(home.glob("*.*.json")):
+            assert values_of(home).items() <= wanted.items()
+        points += 1
+        assert time.monotonic() - began < 300
+    assert run(command) == 0
+    assert points > 2 and values_of(home) == wanted
+    assert {path.name for path in home.iterdir()} == names
+    assert not any((home / "models").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [False, True])
+def test_a_model_left_by_a_killed_study_is_used_if_it_is_whole(small, monkeypatch, damage):
+    command, home = small
+    assert run([*command, "--keep-models"]) == 0
+    wanted, model = values_of(home), home / "models" / "split" / "model.safetensors"
+    next(home.glob("split*.kl.json")).unlink()
+    if damage:
+        with model.open("r+b") as file:
+            file.seek(-100, os.SEEK_END)
+            file.write(bytes(100))
+    made = model.stat().st_mtime_ns
+    assert run([*command, "--keep-models"]) == 0
+    assert (model.stat().st_mtime_ns != made) == damage
+    assert values_of(home) == wanted
+
+
+def test_what_the_hub_does_not_give_is_named(study, tmp_path, monkeypatch):
+    def unreachable(*args):
+        raise SourceError("the hub cannot be reached")
+
+    def run_here(command):
+        assert run(command[3:]) == 0
+        return Run(started=0, seconds=1, peak_bytes=1, output="")
+
+    monkeypatch.setattr(runner, "run_program", run_here)
+    monkeypatch.setattr(study_data, "fetch_questions", unreachable)
+    monkeypatch.setattr(study_data, "fetch_wikitext", unreachable)
+    run_study(load_study(study()), tmp_path / "out")
+    report = load_report(tmp_path / "out")
+    assert [row.kl for row in report.rows] == [None, None, None]
+    assert all(row.bits_per_weight for row in report.rows)
+    assert any("arc_easy was not measured" in note for note in report.study.notes)
+    assert any("text was not measured" in note for note in report.study.notes)
+
+
+def test_a_bad_data_file_stops_the_study(study, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"id": "1"}\n')
+    arguments = ["run", str(study()), "--output-dir", str(tmp_path / "out")]
+    assert run([*arguments, "--data", f"arc_easy={bad}"]) == 2
+    assert "bad.jsonl, line 1" in capsys.readouterr().err
+    assert run([*arguments, "--data", "arc_hard=x"]) == 2
+    assert "--data: wanted NAME=FILE" in capsys.readouterr().err

@@ -1,0 +1,88 @@
+"""A study's TOML file: what it may say, and what is said of a wrong one."""
+
+from pathlib import Path
+
+import pytest
+
+from splitquant_mlx import RecipeError
+from splitquant_mlx.study.spec import load_study, slug
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+STUDY = """
+model = "some/model"
+[measure]
+arc = ["arc_easy"]
+questions = 5
+[recipe]
+group_size = 32
+[[variants]]
+name = "plain"
+method = "rtn"
+[[variants]]
+name = "fine"
+group_size = 128
+"""
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(text):
+        file = tmp_path / "mine.toml"
+        file.write_text(text, encoding="utf-8")
+        return file
+
+    return write
+
+
+def test_variants_share_the_recipe_and_may_differ_from_it(written):
+    study = load_study(written(STUDY))
+    assert (study.name, study.title, study.model) == ("mine", "mine", "some/model")
+    plain, fine = study.variants["plain"], study.variants["fine"]
+    assert (plain.method, plain.group_size) == ("rtn", 32)
+    assert (fine.method, fine.group_size) == ("splitquant", 128)
+    assert (study.measure.arc, study.measure.questions) == (("arc_easy",), 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("model =", "modl ="), "unknown key 'modl'"),
+        (('model = "some/model"', "model = 3"), "model: wanted a str"),
+        (('model = "some/model"', ""), "model is missing"),
+        (('name = "plain"', ""), "every variant wants a name"),
+        (('name = "fine"', 'name = "Plain!"'), "the name is taken"),
+        (('name = "fine"', 'name = "original"'), "the name is taken"),
+        (('method = "rtn"', 'method = "best"'), "variant 'plain': method: wanted one of"),
+        (('["arc_easy"]', '["arc_hard"]'), "arc: wanted a list of"),
+        (("questions = 5", "questions = -1"), "questions: wanted a whole number of 0 or more"),
+        (("questions = 5", "questions = true"), "questions: wanted a whole number"),
+        (("questions = 5", "context_length = 1"), "context_length: wanted a whole number of 2"),
+        (("questions = 5", "answers = 5"), "unknown key 'answers' in measure"),
+        (("questions = 5", "trials = 0"), "trials: wanted a whole number of 1"),
+    ],
+)
+def test_a_wrong_study_is_refused_by_name(written, change, message):
+    old, new = change
+    assert old in STUDY
+    with pytest.raises(RecipeError) as refused:
+        load_study(written(STUDY.replace(old, new, 1)))
+    assert "mine.toml" in str(refused.value) and message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_papers_study_has_the_papers_table():
+    study = load_study(RECIPES / "paper.toml")
+    assert study.model == "meta-llama/Llama-3.2-1B-Instruct"
+    rows = {(r.method, r.bits, r.granularity) for r in study.variants.values()}
+    assert rows == {
+        (method, bits, granularity)
+        for method in ("rtn", "splitquant")
+        for bits in (2, 4, 8)
+        for granularity in ("tensor", "channel", "group")
+    }
+    assert {claim["value"] for claim in study.paper["claims"]} == {11.76, 126}
+
+
+def test_slugs_are_file_names():
+    assert slug("INT4 / g64, split") == "int4-g64-split"
+    assert slug("../..") == "variant"
