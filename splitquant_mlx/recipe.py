@@ -73,8 +73,9 @@ class Recipe:
         embeddings: "keep" or "quantize"; None is "keep" for splitquant, as in the paper, and
             else "quantize", as in mlx_lm.convert.
         lm_head: "keep", "quantize" or "split"; None as for embeddings.
-        include: glob patterns; when given, only linear layers that match one are converted.
-        exclude: glob patterns of linear layers to keep as they are.
+        include: glob patterns over layer paths, such as "*.mlp.*"; when given, only layers that
+            match one are converted, embeddings and heads among them.
+        exclude: glob patterns of layers to keep as they are.
         embedding_bits: bits of embeddings and lm_head where they are quantized; None is 6 for
             imatrix and gptq, as in mlx_lm.gptq, and else `bits`.
         layers: settings of single layers, by path: {"bits": ..., "group_size": ...}.

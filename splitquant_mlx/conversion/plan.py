@@ -61,7 +61,8 @@ def make_plan(recipe: Recipe, model: nn.Module, vocab_size: int | None = None) -
         vocab_size: the width of the output head, to know it by when it is not called lm_head.
 
     Raises:
-        RecipeError: when no linear layer is selected, or the group size fits none of them.
+        RecipeError: when no layer is selected, a pattern of the recipe matches no layer, or the
+            group size fits none of them.
     """
     predicate = getattr(model, "quant_predicate", None)
     modules = dict(model.named_modules())
@@ -78,6 +79,7 @@ def make_plan(recipe: Recipe, model: nn.Module, vocab_size: int | None = None) -
             "the recipe that was made for it"
         )
     plan = Plan(recipe=recipe, layers=layers)
+    _require_matches(plan)
     _require_fit(plan)
     return plan
 
@@ -149,12 +151,12 @@ def _settings(recipe: Recipe, path: str, kind: str) -> tuple[int, int, str]:
 
 def _wanted_action(recipe: Recipe, path: str, kind: str) -> tuple[str, str]:
     """Return the action for a layer and, where the recipe cannot have it, why it differs."""
-    if kind == "embedding":
-        return str(recipe.embeddings), ""
     if any(fnmatchcase(path, pattern) for pattern in recipe.exclude):
         return "keep", "excluded"
     if recipe.include and not any(fnmatchcase(path, pattern) for pattern in recipe.include):
         return "keep", "not included"
+    if kind == "embedding":
+        return str(recipe.embeddings), ""
     if kind == "lm_head":
         return str(recipe.lm_head), ""
     if recipe.method != "splitquant":
@@ -174,15 +176,28 @@ def _fit(recipe: Recipe, kind: str, action: str, tied: bool) -> str:
     return "gptq" if recipe.method == "gptq" else "imatrix"
 
 
+def _require_matches(plan: Plan) -> None:
+    """Raise RecipeError for an include or exclude pattern that matches no layer."""
+    for option in ("include", "exclude"):
+        for pattern in getattr(plan.recipe, option):
+            if not any(fnmatchcase(path, pattern) for path in plan.layers):
+                raise RecipeError(
+                    f"{option} pattern {pattern!r} matches no layer of this model: expected a glob "
+                    f"pattern over layer paths such as {', '.join([*plan.layers][:3])}"
+                )
+
+
 def _require_fit(plan: Plan) -> None:
     recipe = plan.recipe
     linear = [layer for layer in plan.layers.values() if layer.kind in ("linear", "experts")]
     selected = [layer for layer in linear if layer.note not in ("excluded", "not included")]
     if not selected:
+        if any(layer.action != "keep" for layer in plan.layers.values()):
+            return
         if recipe.include or recipe.exclude:
             raise RecipeError(
-                "include and exclude leave no layer to convert: wanted glob patterns over layer "
-                f"paths such as {next(iter(plan.layers), 'model.layers.0.mlp.up_proj')!r}"
+                "include and exclude leave no layer to convert: embeddings and lm_head are "
+                f"{recipe.embeddings!r} and {recipe.lm_head!r} in this recipe"
             )
         raise RecipeError("this model has no linear layer to convert")
     unfit = ("group size", "no group size", "this architecture")

@@ -141,7 +141,8 @@ def test_more_bits_and_finer_granularity_are_closer(babyllama, tmp_path):
 
 
 def test_recipe_chooses_layers(babyllama, tmp_path):
-    recipe = Recipe(include=("*.mlp.*",), exclude=("*.4.*",), embeddings="quantize", clusters=2)
+    patterns = ("*.mlp.*", "*.embed_tokens")
+    recipe = Recipe(include=patterns, exclude=("*.4.*",), embeddings="quantize", clusters=2)
     manifest = convert(babyllama, tmp_path / "out", recipe=recipe)
     actions = {layer.path: layer.action for layer in manifest.layers}
     assert actions["model.layers.0.mlp.up_proj"] == "split"

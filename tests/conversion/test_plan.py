@@ -1,0 +1,48 @@
+"""What a recipe's patterns select, on a model whose parameters are never read."""
+
+import pytest
+
+from splitquant_mlx.conversion.plan import make_plan
+from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.models.checkpoint import open_checkpoint
+from splitquant_mlx.recipe import Recipe
+from tests.support import tiny
+
+EMBEDDING, HEAD, MLP = "model.embed_tokens", "lm_head", "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("plan") / "model"
+    return open_checkpoint(tiny.write_checkpoint(directory, tie_word_embeddings=False)).model
+
+
+def converted(model, **settings):
+    plan = make_plan(Recipe(method="rtn", group_size=32, **settings), model, tiny.VOCAB)
+    return {path for path, layer in plan.layers.items() if layer.action != "keep"}
+
+
+def test_every_layer_is_converted_without_patterns(model):
+    assert {EMBEDDING, HEAD, MLP} < converted(model)
+
+
+@pytest.mark.parametrize("pattern", ["*embed*", "lm_head", "*.1.mlp.up_proj"])
+def test_exclude_reaches_every_kind_of_layer(model, pattern):
+    left = converted(model) - converted(model, exclude=(pattern,))
+    assert left == {{"*embed*": EMBEDDING, "lm_head": HEAD}.get(pattern, MLP)}
+
+
+@pytest.mark.parametrize("path", [EMBEDDING, HEAD, MLP])
+def test_include_selects_one_layer_alone(model, path):
+    assert converted(model, include=(path,)) == {path}
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_pattern_that_matches_nothing_is_named(model, option):
+    with pytest.raises(RecipeError, match=rf"{option} pattern '\*\.nosuch' matches no layer"):
+        converted(model, **{option: ("*.mlp.*", "*.nosuch")})
+
+
+def test_patterns_that_leave_nothing_are_refused(model):
+    with pytest.raises(RecipeError, match="leave no layer to convert"):
+        converted(model, exclude=("*",))
