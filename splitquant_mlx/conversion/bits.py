@@ -24,7 +24,7 @@ from splitquant_mlx.runtime.cache import kept
 
 OPTIONS: tuple[Option, ...] = (
     (2, 64), (2, 32), (3, 128), (3, 64), (3, 32), (4, 128), (4, 64), (4, 32),
-    (5, 128), (5, 64), (6, 128), (6, 64), (8, 64),
+    (5, 128), (5, 64), (5, 32), (6, 128), (6, 64), (6, 32), (8, 64), (8, 32),
 )  # fmt: skip
 TOKENS = 4096  # that sensitivities are measured on
 

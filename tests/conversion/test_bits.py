@@ -3,10 +3,10 @@
 import pytest
 
 from splitquant_mlx import Recipe
-from splitquant_mlx.conversion.bits import choose_bits
+from splitquant_mlx.conversion.bits import OPTIONS, choose_bits
 from splitquant_mlx.models.lazy import Opened
 from splitquant_mlx.progress import Silent
-from splitquant_mlx.recipe import Calibration
+from splitquant_mlx.recipe import BITS, Calibration
 
 CALIBRATION = Calibration(num_samples=4, sequence_length=32)
 
@@ -44,3 +44,7 @@ def test_what_the_recipe_says_of_a_layer_stands(stories, cache):
     found = choose_bits(Opened(stories), recipe, Silent()).recipe.layers
     assert found[path]["bits"] == 8
     assert len({layer["bits"] for layer in found.values()}) > 1
+
+
+def test_a_width_that_64_does_not_divide_may_have_any_bits():
+    assert {bits for bits, size in OPTIONS if size == 32} == set(BITS)
