@@ -5,29 +5,63 @@ first and globally, it answers mlx's calls (measured: 280 against 5 GFLOP/s in f
 """
 
 import ctypes
+import importlib.util
+import os
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 LIBRARIES = ("libopenblas.so.0", "libopenblas.so")
 ADVICE = "install OpenBLAS (Debian, Ubuntu: apt install libopenblas0) for much faster CPU runs"
 
 
 def preload() -> bool | None:
-    """Load OpenBLAS; to be called before the first import of mlx.core in the process.
+    """Load OpenBLAS; call it before the first import of mlx.core in the process.
+
+    A system's own OpenBLAS comes first, then the one of the package ngsolve-openblas.
 
     Returns:
-        True when OpenBLAS is there, False when it is not, None where mlx does not need it.
+        True when OpenBLAS is loaded, False when there is none, None where mlx does not need it.
     """
     if sys.platform != "linux":
         return None
-    for library in LIBRARIES:
+    for load in (*map(_loader, LIBRARIES), _load_from_wheel):
         try:
-            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+            load()
         except OSError:
             continue
         return True
     return False
+
+
+def _loader(library: str | Path) -> Callable[[], object]:
+    return lambda: ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def _load_from_wheel() -> None:
+    """Load ngsolve-openblas with the Fortran runtime that mlx's wheel brings.
+
+    The library asks for "libgfortran.so.5" and looks in its own directory first; mlx's copy has
+    another name. Both are linked into one directory for the time of loading.
+    """
+    openblas = next(_package_files("ngsolve_openblas", "libopenblas*.so"), None)
+    fortran = next(_package_files("mlx", "../mlx_cpu.libs/libgfortran-*.so.5*"), None)
+    if openblas is None or fortran is None:
+        raise FileNotFoundError("no wheel of OpenBLAS")
+    ctypes.CDLL(str(fortran))
+    with tempfile.TemporaryDirectory() as links:
+        os.symlink(fortran, f"{links}/libgfortran.so.5")
+        os.symlink(openblas, f"{links}/{openblas.name}")
+        _loader(f"{links}/{openblas.name}")()
+
+
+def _package_files(package: str, pattern: str) -> Iterator[Path]:
+    """Yield files of an installed package, without importing it."""
+    spec = importlib.util.find_spec(package)
+    for home in spec.submodule_search_locations or () if spec else ():
+        yield from Path(home).glob(pattern)
 
 
 @contextmanager

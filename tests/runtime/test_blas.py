@@ -1,0 +1,34 @@
+"""OpenBLAS is there after pip install alone, and computes mlx's products."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PRODUCT = """
+from splitquant_mlx.runtime import blas
+blas.LIBRARIES = ()  # as on a system without OpenBLAS
+assert blas.preload() is True
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+assert (mx.ones((64, 32)) @ mx.ones((32, 16)) == 32).all()
+print(open("/proc/self/maps").read())
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="the wheel is for x86-64"
+)
+def test_openblas_comes_with_the_package():
+    done = subprocess.run([sys.executable, "-c", PRODUCT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "ngsolve_openblas/libopenblas" in done.stdout
+
+
+def test_a_machine_without_any_is_told_so(monkeypatch):
+    from splitquant_mlx.runtime import blas
+
+    monkeypatch.setattr(blas, "LIBRARIES", ())
+    monkeypatch.setattr(blas, "_package_files", lambda package, pattern: iter(()))
+    assert blas.preload() is (False if sys.platform == "linux" else None)
