@@ -1,4 +1,4 @@
-"""Read GGUF files without trusting them, with numpy and a memory map alone.
+"""Read GGUF files without trusting them: our own header checks, the gguf package's block formats.
 
 A little-endian GGUF file of version 2 or 3 is, in this order (ggml, docs/gguf.md),
 
@@ -9,13 +9,17 @@ A little-endian GGUF file of version 2 or 3 is, in this order (ggml, docs/gguf.m
 
 A string is a u64 length and its bytes; an array is an element type u32, a u64 count and the
 elements. Each declared length is compared with the bytes that are left before anything is
-allocated or looped over, so a corrupt file costs an error, never memory or time.
+allocated or looped over, so a corrupt file costs an error, never memory or time. A model in
+several files, `NAME-00001-of-0000N.gguf`, has its metadata in the first.
 """
 
 import math
 import mmap
-from collections.abc import Callable
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +32,8 @@ MAX_HEADER_BYTES = 1 << 26
 MAX_RANK = 4
 MAX_ARRAY_DEPTH = 4
 DEFAULT_ALIGNMENT = 32
+CHUNK_ENTRIES = 1 << 20
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 
 STRING, ARRAY = 8, 9
 SCALAR_KINDS = (0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12)
@@ -40,61 +46,127 @@ MIN_TENSOR_INFO_BYTES = 8 + 4 + 8 + 4 + 8
 
 
 class TensorInfo(NamedTuple):
-    """Describe one tensor: row-major shape (out, in), ggml type, place in the file in bytes."""
+    """Row-major shape (..., out, in), ggml type and place of a tensor: offset and size in bytes."""
 
     name: str
     shape: tuple[int, ...]
     type: str
     offset: int
     nbytes: int
+    part: int = 0
 
 
 @dataclass(frozen=True)
 class Gguf:
-    """Hold an open GGUF file: its metadata, its tensors' places and the mapped bytes."""
+    """An open GGUF model: its metadata, its tensors' places and the mapped bytes of each file."""
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
-    data: mmap.mmap = field(repr=False)
+    parts: tuple[mmap.mmap, ...] = field(repr=False)
+
+
+def gguf_files(path: Path) -> list[Path]:
+    """Return the files of the model that `path` belongs to, by its name; whether they exist or not.
+
+    A file called `NAME-0000K-of-0000N.gguf` belongs to N files, any other stands alone.
+    """
+    match = PART.fullmatch(path.name)
+    if match is None:
+        return [path]
+    stem, count = match[1], match[3]
+    return [path.with_name(f"{stem}-{n:05d}-of-{count}.gguf") for n in range(1, int(count) + 1)]
 
 
 def open_gguf(path: Path) -> Gguf:
-    """Map `path` and read all of it but the tensors' values.
+    """Map the file `path`, or all files of the model that it is a part of; read no tensor's values.
 
     Raises:
-        SourceError: the file cannot be opened.
-        CheckpointError: it is no GGUF file, truncated, corrupt, or of an unsupported tensor type.
+        SourceError: a file cannot be opened.
+        CheckpointError: a file is no GGUF file, truncated, corrupt, of an unsupported tensor type,
+            or a part that does not belong to the others.
     """
-    data = _map(path)
-    cursor = _Cursor(path, data)
-    cursor.claim(4, "the magic number")
-    if data[:4] != b"GGUF":
-        raise CheckpointError(f"{path}: starts with {data[:4]!r}, wanted b'GGUF'; not a GGUF file")
-    version = cursor.scalar("<u4", "the version")
-    if version not in (2, 3):
-        raise cursor.error(f"GGUF version {version}, wanted 2 or 3 (little-endian)")
-    tensor_count = cursor.count(MIN_TENSOR_INFO_BYTES, "the number of tensors")
-    entry_count = cursor.count(MIN_METADATA_BYTES, "the number of metadata entries")
-    metadata = _read_metadata(cursor, entry_count)
-    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-    return Gguf(path, metadata, _read_tensor_infos(cursor, tensor_count, alignment), data)
+    files = gguf_files(path)
+    count = len(files)
+    first = _open_file(files[0])
+    if (declared := first.metadata.get("split.count", 1)) != count:
+        raise CheckpointError(
+            f"{files[0]}: the model is in {declared!r:.80} files by its metadata, {count} by "
+            "its name; expected names such as model-00001-of-00003.gguf: rename the files"
+        )
+    tensors, parts = dict(first.tensors), list(first.parts)
+    for number, file in enumerate(files[1:], start=1):
+        part = _open_file(file)
+        order = (part.metadata.get("split.no"), part.metadata.get("split.count"))
+        if order != (number, count) or tensors.keys() & part.tensors.keys():
+            raise CheckpointError(
+                f"{file}: expected part {number} of {count} (counted from 0), got {order!r:.80}; "
+                "it is of another model: fetch all parts again"
+            )
+        parts += part.parts
+        tensors |= {name: info._replace(part=number) for name, info in part.tensors.items()}
+    return Gguf(files[0], first.metadata, tensors, tuple(parts))
 
 
-def read_tensor(gguf: Gguf, name: str) -> np.ndarray:
-    """Return tensor `name`: float16 if it is stored so, else dequantized to float32.
+def read_tensor(gguf: Gguf, name: str, dtype: type[np.floating] = np.float32) -> np.ndarray:
+    """Return tensor `name` dequantized to `dtype`, converting a few rows at a time.
 
     Raises:
         CheckpointError: the file has no tensor of this name.
     """
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
     info = gguf.tensors.get(name)
     if info is None:
         raise CheckpointError(f"{gguf.path}: no tensor {name!r}; the file is incomplete")
-    _, dtype, decode = TYPES[info.type]
-    blocks = np.frombuffer(gguf.data, dtype, info.nbytes // dtype.itemsize, info.offset)
-    # Scales of a corrupt file may be infinite; whoever casts the values checks them.
-    with np.errstate(all="ignore"):
-        return decode(blocks).reshape(info.shape)
+    kind, width = GGMLQuantizationType[info.type], info.shape[-1]
+    stored = np.frombuffer(gguf.parts[info.part], np.uint8, info.nbytes, info.offset)
+    rows = stored.reshape(math.prod(info.shape[:-1]), -1)
+    values = np.empty((len(rows), width), dtype)
+
+    def convert(start: int) -> None:
+        # Scales of a corrupt file may be infinite; whoever casts the values checks them.
+        with np.errstate(all="ignore"):
+            values[start : start + step] = dequantize(rows[start : start + step], kind)
+
+    step = max(1, CHUNK_ENTRIES // width)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(convert, range(0, len(rows), step)))
+    return values.reshape(info.shape)
+
+
+@cache
+def block_types() -> dict[int, tuple[str, int, int]]:
+    """Return the types that the gguf package dequantizes: number -> name, entries and bytes."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    types = {}
+    for kind in GGMLQuantizationType:
+        block_size, nbytes = GGML_QUANT_SIZES[kind]
+        try:
+            dequantize(np.zeros((1, nbytes), np.uint8), kind)
+        except NotImplementedError:
+            continue
+        types[kind.value] = (kind.name, block_size, nbytes)
+    return types
+
+
+def _open_file(path: Path) -> Gguf:
+    data = _map(path)
+    cursor = _Cursor(path, data)
+    cursor.claim(4, "the magic number")
+    if data[:4] != b"GGUF":
+        raise CheckpointError(f"{path}: expected b'GGUF' first, got {data[:4]!r}; not a GGUF file")
+    version = cursor.scalar("<u4", "the version")
+    if version not in (2, 3):
+        raise cursor.error(f"expected GGUF version 2 or 3 (little-endian), got {version}")
+    tensor_count = cursor.count(MIN_TENSOR_INFO_BYTES, "the number of tensors")
+    entry_count = cursor.count(MIN_METADATA_BYTES, "the number of metadata entries")
+    metadata = _read_metadata(cursor, entry_count)
+    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    return Gguf(path, metadata, _read_tensor_infos(cursor, tensor_count, alignment), (data,))
 
 
 class _Cursor:
@@ -160,7 +232,7 @@ def _read_value(cursor: _Cursor, kind: int, what: str, depth: int = 0) -> Any:
     if kind == STRING:
         return cursor.string(what)
     if kind != ARRAY:
-        raise cursor.error(f"{what} has value type {kind}, wanted 0 to 12")
+        raise cursor.error(f"{what}: expected a value type from 0 to 12, got {kind}")
     if depth == MAX_ARRAY_DEPTH:
         raise cursor.error(f"{what} nests arrays more than {depth} deep")
     kind = cursor.scalar("<u4", what)
@@ -176,7 +248,7 @@ def _read_value(cursor: _Cursor, kind: int, what: str, depth: int = 0) -> Any:
 
 def _read_tensor_infos(cursor: _Cursor, count: int, alignment: Any) -> dict[str, TensorInfo]:
     if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1):
-        raise cursor.error(f"general.alignment is {alignment!r:.80}, wanted a power of two")
+        raise cursor.error(f"general.alignment: expected a power of two, got {alignment!r:.80}")
     tensors: dict[str, TensorInfo] = {}
     for number in range(count):
         info = _read_tensor_info(cursor, number)
@@ -187,8 +259,8 @@ def _read_tensor_infos(cursor: _Cursor, count: int, alignment: Any) -> dict[str,
     end = 0
     for name, info in sorted(tensors.items(), key=lambda item: item[1].offset):
         if info.offset % alignment or info.offset < end:
-            wanted = f"wanted a multiple of {alignment} from {end} on"
-            raise cursor.error(f"tensor {name!r:.80} has offset {info.offset}, {wanted}")
+            expected = f"expected an offset of at least {end}, a multiple of {alignment}"
+            raise cursor.error(f"tensor {name!r:.80}: {expected}, got {info.offset}")
         end = info.offset + info.nbytes
         if base + end > len(cursor.data):
             raise cursor.error(f"tensor {name!r:.80} ends at {base + end} of {len(cursor.data)}")
@@ -200,48 +272,17 @@ def _read_tensor_info(cursor: _Cursor, number: int) -> TensorInfo:
     what = f"tensor {name!r:.80}"
     rank = cursor.scalar("<u4", what)
     if not 1 <= rank <= MAX_RANK:
-        raise cursor.error(f"{what} has {rank} dimensions, wanted 1 to {MAX_RANK}")
+        raise cursor.error(f"{what}: expected 1 to {MAX_RANK} dimensions, got {rank}")
     shape = tuple(cursor.scalar("<u8", what) for _ in range(rank))[::-1]
     type_number = cursor.scalar("<u4", what)
-    type_name = TYPE_NAMES.get(type_number, f"ggml type {type_number}")
-    if type_name not in TYPES:
-        wanted = f"one of {', '.join(TYPES)}"
-        raise CheckpointError(f"{cursor.path}: {what} is {type_name}; convert it to {wanted}")
-    block_size, dtype, _ = TYPES[type_name]
+    if type_number not in block_types():
+        known = ", ".join(name for name, _, _ in block_types().values())
+        raise CheckpointError(
+            f"{cursor.path}: {what} is of ggml type {type_number}, expected one of {known}: take a "
+            "file of another type, or a newer gguf package (pip install -U gguf)"
+        )
+    type_name, block_size, block_bytes = block_types()[type_number]
     if 0 in shape or shape[-1] % block_size:
-        raise cursor.error(f"{what} has shape {shape}, wanted rows of whole {block_size}s")
-    nbytes = math.prod(shape) // block_size * dtype.itemsize
+        raise cursor.error(f"{what}: expected rows of whole blocks of {block_size}, got {shape}")
+    nbytes = math.prod(shape) // block_size * block_bytes
     return TensorInfo(name, shape, type_name, cursor.scalar("<u8", what), nbytes)
-
-
-class _Type(NamedTuple):
-    block_size: int
-    dtype: np.dtype
-    decode: Callable[[np.ndarray], np.ndarray]
-
-
-def _scales(blocks: np.ndarray, name: str = "scale") -> np.ndarray:
-    return blocks[name].astype(np.float32)[:, None]
-
-
-def _nibbles(blocks: np.ndarray) -> np.ndarray:
-    """Split bytes (blocks, 16) into codes (blocks, 32): the low halves come first."""
-    codes = blocks["codes"]
-    return np.concatenate([codes & 15, codes >> 4], axis=1).astype(np.float32)
-
-
-Q8_0 = np.dtype([("scale", "<f2"), ("codes", "i1", 32)])
-Q4_0 = np.dtype([("scale", "<f2"), ("codes", "u1", 16)])
-Q4_1 = np.dtype([("scale", "<f2"), ("bias", "<f2"), ("codes", "u1", 16)])
-TYPES = {
-    "F32": _Type(1, np.dtype("<f4"), lambda values: values),
-    "F16": _Type(1, np.dtype("<f2"), lambda values: values),
-    "BF16": _Type(1, np.dtype("<u2"), lambda bits: (bits.astype("<u4") << 16).view("<f4")),
-    "Q8_0": _Type(32, Q8_0, lambda blocks: _scales(blocks) * blocks["codes"]),
-    "Q4_0": _Type(32, Q4_0, lambda blocks: _scales(blocks) * (_nibbles(blocks) - 8)),
-    "Q4_1": _Type(32, Q4_1, lambda b: _scales(b) * _nibbles(b) + _scales(b, "bias")),
-}
-TYPE_NAMES = {
-    **{0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K"},
-    **{11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K", 30: "BF16"},
-}

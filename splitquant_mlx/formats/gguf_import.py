@@ -234,10 +234,11 @@ def _write_tensors(
 ) -> None:
     writer = ShardWriter(directory, [target.name for target in targets.values()])
     total = sum(gguf.tensors[name].nbytes for name in targets)
+    stored_as = np.float16 if dtype == mx.float16 else np.float32
     try:
         with progress.task("Unpacking", total) as advance:
             for name, target in targets.items():
-                values = read_tensor(gguf, name)
+                values = read_tensor(gguf, name, stored_as)
                 if target.heads:
                     values = _half_split(values, target.heads)
                 writer.add(target.name, _cast(name, values, dtype))
@@ -254,8 +255,6 @@ def _half_split(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _cast(name: str, values: np.ndarray, dtype: mx.Dtype) -> mx.array:
-    with np.errstate(over="ignore", invalid="ignore"):
-        values = values.astype(np.float16 if dtype == mx.float16 else np.float32, copy=False)
     if not np.isfinite(values).all():
         raise CheckpointError(f"tensor {name!r} has values not finite as {dtype}; {ELSEWHERE}")
     return mx.array(values, dtype)

@@ -3,13 +3,15 @@
 import struct
 import tracemalloc
 
+import gguf
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitquant_mlx.errors import CheckpointError, SourceError
-from splitquant_mlx.formats.gguf import DEFAULT_ALIGNMENT, TYPES, open_gguf, read_tensor
+from splitquant_mlx.formats import gguf as module
+from splitquant_mlx.formats.gguf import DEFAULT_ALIGNMENT, block_types, open_gguf, read_tensor
 
 U32, F32_VALUE, STRING, ARRAY = 4, 6, 8, 9
 F32, Q8_0, Q6_K = 0, 8, 14
@@ -68,24 +70,24 @@ def opened(path, content):
 
 
 def test_small_file_by_hand(tmp_path):
-    gguf = opened(tmp_path / "a.gguf", SMALL)
-    assert gguf.metadata == {
+    ours = opened(tmp_path / "a.gguf", SMALL)
+    assert ours.metadata == {
         "general.architecture": "llama",
         "scores": [0.0, 1.0, 2.0],
         "tokens": ["a", "bc"],
         "nested": [[5, 6]],
     }
-    assert gguf.tensors["x"].shape == (2, 4)
-    assert gguf.tensors["y"].type == "Q8_0"
-    np.testing.assert_array_equal(read_tensor(gguf, "x"), VECTOR.reshape(2, 4))
-    np.testing.assert_array_equal(read_tensor(gguf, "y"), 0.5 * np.arange(32)[None])
+    assert ours.tensors["x"].shape == (2, 4)
+    assert ours.tensors["y"].type == "Q8_0"
+    np.testing.assert_array_equal(read_tensor(ours, "x"), VECTOR.reshape(2, 4))
+    np.testing.assert_array_equal(read_tensor(ours, "y"), 0.5 * np.arange(32)[None])
     with pytest.raises(CheckpointError, match="no tensor 'z'"):
-        read_tensor(gguf, "z")
+        read_tensor(ours, "z")
 
 
 def test_version_2_reads_as_version_3(tmp_path):
-    gguf = opened(tmp_path / "a.gguf", SMALL[:4] + u32(2) + SMALL[8:])
-    np.testing.assert_array_equal(read_tensor(gguf, "x"), VECTOR.reshape(2, 4))
+    ours = opened(tmp_path / "a.gguf", SMALL[:4] + u32(2) + SMALL[8:])
+    np.testing.assert_array_equal(read_tensor(ours, "x"), VECTOR.reshape(2, 4))
 
 
 def test_string_that_is_not_utf8_is_replaced(tmp_path):
@@ -94,7 +96,6 @@ def test_string_that_is_not_utf8_is_replaced(tmp_path):
 
 
 def test_metadata_as_the_gguf_package_writes_it(tmp_path):
-    gguf = pytest.importorskip("gguf")
     path = tmp_path / "a.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     values = {
@@ -128,20 +129,81 @@ def test_metadata_as_the_gguf_package_writes_it(tmp_path):
     np.testing.assert_array_equal(read_tensor(ours, "y"), -tensor)
 
 
-@pytest.mark.parametrize("kind", TYPES)
-def test_every_type_decodes_as_the_gguf_package_does(tmp_path, kind):
-    gguf = pytest.importorskip("gguf")
-    values = np.random.default_rng(0).normal(size=(6, 96)).astype(np.float32)
-    type_number = gguf.GGMLQuantizationType[kind]
-    raw = gguf.quants.quantize(values, type_number)
+KINDS = [name for name, _, _ in block_types().values()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_type_decodes_as_the_gguf_package_does(tmp_path, monkeypatch, kind):
+    number = gguf.GGMLQuantizationType[kind]
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[number]
+    shape = (5, 3, 2 * block_size)
+    raw = np.random.default_rng(0).integers(0, 256, (5, 3, 2 * block_bytes), dtype=np.uint8)
+    with np.errstate(all="ignore"):  # random scales overflow and are no numbers
+        expected = gguf.quants.dequantize(raw, number).reshape(shape)
     path = tmp_path / "a.gguf"
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tensor("x", raw, raw_dtype=type_number)
+    writer.add_tensor("x", raw, raw_dtype=number)
     close(writer)
-    ours = read_tensor(open_gguf(path), "x")
-    assert ours.shape == values.shape
-    assert ours.dtype == (np.float16 if kind == "F16" else np.float32)
-    np.testing.assert_array_equal(ours, gguf.quants.dequantize(raw, type_number))
+    monkeypatch.setattr(module, "CHUNK_ENTRIES", 5 * block_size)  # two rows at a time of fifteen
+    opened = open_gguf(path)
+    assert opened.tensors["x"].shape == shape
+    assert read_tensor(opened, "x").dtype == np.float32
+    np.testing.assert_array_equal(read_tensor(opened, "x"), expected)
+    with np.errstate(all="ignore"):
+        half = expected.astype(np.float16)
+    np.testing.assert_array_equal(read_tensor(opened, "x", np.float16), half)
+
+
+def test_the_types_are_those_that_people_have():
+    common = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4"
+    assert set(common.split()) <= set(KINDS)
+
+
+def part(number, names, count=2):
+    split = [entry("split.no", 2, struct.pack("<H", number))]
+    split += [entry("split.count", 2, struct.pack("<H", count))]
+    model = [entry("general.name", STRING, string("m"))] if number == 0 else []
+    infos = [info(name, (8,), offset=32 * n) for n, name in enumerate(names)]
+    data = b"".join((VECTOR + ord(name)).tobytes() for name in names)
+    return gguf_bytes(split + model, infos, data)
+
+
+def parts(directory, **contents):
+    files = [directory / f"m-{n:05d}-of-00002.gguf" for n in (1, 2)]
+    for file, content in zip(files, (part(0, "ab"), part(1, "c")), strict=True):
+        file.write_bytes(contents.get(f"part{file.name[6]}", content))
+    return files
+
+
+@pytest.mark.parametrize("named", [0, 1])
+def test_parts_are_one_model_whichever_is_named(tmp_path, named):
+    opened = open_gguf(parts(tmp_path)[named])
+    assert opened.metadata["general.name"] == "m"
+    assert list(opened.tensors) == ["a", "b", "c"]
+    for name in "abc":
+        np.testing.assert_array_equal(read_tensor(opened, name), VECTOR + ord(name))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (part(1, "a"), "expected part 1 of 2"),
+        (part(0, "c"), r"expected part 1 of 2 .*got \(0, 2\)"),
+        (SMALL, r"got \(None, None\)"),
+    ],
+)
+def test_a_part_of_another_model_is_refused(tmp_path, content, message):
+    with pytest.raises(CheckpointError, match=message):
+        open_gguf(parts(tmp_path, part2=content)[0])
+
+
+def test_missing_and_renamed_parts_are_named(tmp_path):
+    first, second = parts(tmp_path)
+    second.unlink()
+    with pytest.raises(SourceError, match=r"m-00002-of-00002\.gguf: cannot be read"):
+        open_gguf(first)
+    with pytest.raises(CheckpointError, match=r"in 2 files .*, 1 by its name"):
+        open_gguf(first.rename(tmp_path / "renamed.gguf"))
 
 
 def close(writer):
@@ -155,7 +217,7 @@ HUGE = (1 << 64) - 1
 BROKEN = {
     "no GGUF": (b"PK\3\4" + SMALL[4:], "not a GGUF file"),
     "empty": (b"", "empty"),
-    "version 1": (gguf_bytes(version=1), "version 1, wanted 2 or 3"),
+    "version 1": (gguf_bytes(version=1), "version 2 or 3 .*, got 1"),
     "big-endian": (gguf_bytes(version=3 << 24), "little-endian"),
     "tensor count": (gguf_bytes(counts=(HUGE, 0)), "the number of tensors"),
     "entry count": (gguf_bytes(counts=(0, 1 << 40)), "metadata entries"),
@@ -165,36 +227,39 @@ BROKEN = {
     "strings": (gguf_bytes([entry("k", ARRAY, array(STRING, 1 << 32))]), "metadata 'k' counts"),
     "arrays": (gguf_bytes([entry("k", ARRAY, array(ARRAY, 1 << 32))]), "metadata 'k' counts"),
     "depth": (gguf_bytes([entry("k", ARRAY, array(ARRAY, 1) * 9)], data=b"\0" * 99), "nests"),
-    "value type": (gguf_bytes([entry("k", 13, u64(0))]), "value type 13"),
-    "element type": (gguf_bytes([entry("k", ARRAY, array(99, 1, u64(0)))]), "value type 99"),
+    "value type": (gguf_bytes([entry("k", 13, u64(0))]), "value type from 0 to 12, got 13"),
+    "element type": (gguf_bytes([entry("k", ARRAY, array(99, 1, u64(0)))]), "got 99"),
     "key twice": (gguf_bytes([entry("k", U32, u32(1))] * 2), "'k' occurs twice"),
     "tensor twice": (gguf_bytes([], [info("x", (1,))] * 2, bytes(64)), "'x' occurs twice"),
-    "rank 0": (gguf_bytes([], [info("x", ())], bytes(64)), "'x' has 0 dimensions"),
-    "rank 5": (gguf_bytes([], [info("x", (1,) * 5)], bytes(64)), "'x' has 5 dimensions"),
+    "rank 0": (gguf_bytes([], [info("x", ())], bytes(64)), "'x'.*dimensions, got 0"),
+    "rank 5": (gguf_bytes([], [info("x", (1,) * 5)], bytes(64)), "'x'.*dimensions, got 5"),
     "rank huge": (gguf_bytes([], [string("x") + u32(1 << 31)], bytes(64)), "dimensions"),
-    "no rows": (gguf_bytes([], [info("x", (0, 4))], bytes(64)), r"shape \(0, 4\)"),
+    "no rows": (gguf_bytes([], [info("x", (0, 4))], bytes(64)), r"got \(0, 4\)"),
     "size": (gguf_bytes([], [info("x", (1 << 63, 4))], bytes(64)), "'x' ends at"),
     "size wraps": (gguf_bytes([], [info("x", (1 << 62, 1 << 62))], bytes(64)), "'x' ends at"),
-    "blocks": (gguf_bytes([], [info("x", (2, 48), Q8_0)], bytes(200)), "whole 32s"),
-    "K quant": (gguf_bytes([], [info("x", (256,), Q6_K)], bytes(999)), "'x' is Q6_K; .*F32, F16"),
-    "new type": (gguf_bytes([], [info("x", (1,), 77)], bytes(64)), "'x' is ggml type 77; .*Q4_1"),
+    "blocks": (gguf_bytes([], [info("x", (2, 48), Q8_0)], bytes(200)), "whole blocks of 32"),
+    "K quant": (gguf_bytes([], [info("x", (128,), Q6_K)], bytes(999)), "whole blocks of 256"),
+    "new type": (
+        gguf_bytes([], [info("x", (1,), 77)], bytes(64)),
+        "'x' is of ggml type 77, .*Q4_1",
+    ),
     "misaligned": (gguf_bytes([], [info("x", (1,), offset=4)], bytes(64)), "multiple of 32"),
     "overlap": (
         gguf_bytes([], [info("x", (16,)), info("y", (8,), offset=32)], bytes(128)),
-        "'y' has offset 32, wanted a multiple of 32 from 64 on",
+        "'y': expected an offset of at least 64, a multiple of 32, got 32",
     ),
     "past the end": (gguf_bytes([], [info("x", (16,), offset=32)], bytes(64)), "'x' ends at"),
     "offset huge": (gguf_bytes([], [info("x", (1,), offset=1 << 63)], bytes(64)), "'x' ends at"),
     **{
         f"alignment {value}": (
             gguf_bytes([entry("general.alignment", U32, u32(value))]),
-            f"alignment is {value}, wanted a power of two",
+            f"expected a power of two, got {value}",
         )
         for value in (0, 3, 48)
     },
     "alignment text": (
         gguf_bytes([entry("general.alignment", STRING, string("32"))]),
-        "alignment is '32'",
+        "got '32'",
     ),
 }
 
@@ -234,9 +299,9 @@ def test_every_truncation_is_refused(tmp_path):
 def test_a_large_alignment_moves_the_data(tmp_path):
     entries = [entry("general.alignment", U32, u32(1024))]
     content = gguf_bytes(entries, [info("x", (8,))], VECTOR.tobytes(), alignment=1024)
-    gguf = opened(tmp_path / "a.gguf", content)
-    assert gguf.tensors["x"].offset == 1024 > DEFAULT_ALIGNMENT
-    np.testing.assert_array_equal(read_tensor(gguf, "x"), VECTOR)
+    ours = opened(tmp_path / "a.gguf", content)
+    assert ours.tensors["x"].offset == 1024 > DEFAULT_ALIGNMENT
+    np.testing.assert_array_equal(read_tensor(ours, "x"), VECTOR)
 
 
 @pytest.fixture(scope="module")
@@ -251,8 +316,8 @@ def test_changed_bytes_give_a_file_or_a_checkpoint_error(scratch, changes):
     for position, value in changes.items():
         content[position] = value
     try:
-        gguf = opened(scratch, bytes(content))
-        for name, tensor in gguf.tensors.items():
-            assert read_tensor(gguf, name).shape == tensor.shape
+        ours = opened(scratch, bytes(content))
+        for name, tensor in ours.tensors.items():
+            assert read_tensor(ours, name).shape == tensor.shape
     except CheckpointError as exc:
         assert "\n" not in str(exc)
