@@ -9,13 +9,15 @@ import numpy as np
 
 from splitquant_mlx.calibration.self_text import BATCH_TEXTS, beginnings, sample_tokens
 from splitquant_mlx.data.text import cut_windows, encode, load_text
-from splitquant_mlx.models.lazy import Opened
+from splitquant_mlx.models.lazy import LazyModel
 from splitquant_mlx.progress import Progress
 from splitquant_mlx.recipe import SELF, Calibration
 from splitquant_mlx.runtime.cache import kept
 
 
-def calibration_tokens(opened: Opened, calibration: Calibration, progress: Progress) -> np.ndarray:
+def calibration_tokens(
+    opened: LazyModel, calibration: Calibration, progress: Progress
+) -> np.ndarray:
     """Return tokens (texts, length) int32 to calibrate a model on.
 
     What the model writes is kept in the cache directory, by a hash of the model, the settings and

@@ -15,7 +15,7 @@ from splitquant_mlx.calibration.sensitivity import Option, predict_divergence
 from splitquant_mlx.calibration.tokens import calibration_tokens
 from splitquant_mlx.conversion.plan import LayerPlan, make_plan
 from splitquant_mlx.models.checkpoint import open_checkpoint
-from splitquant_mlx.models.lazy import Opened, open_model
+from splitquant_mlx.models.lazy import LazyModel, open_model
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.quantization.allocate import allocate
@@ -56,7 +56,7 @@ def forecast(
         return choose_bits(opened, recipe, progress)
 
 
-def choose_bits(opened: Opened, recipe: Recipe, progress: Progress) -> Forecast:
+def choose_bits(opened: LazyModel, recipe: Recipe, progress: Progress) -> Forecast:
     """Choose for a model what an "auto" recipe asks for.
 
     Raises:
@@ -103,7 +103,7 @@ def choose_bits(opened: Opened, recipe: Recipe, progress: Progress) -> Forecast:
 
 
 def _sensitivities(
-    opened: Opened,
+    opened: LazyModel,
     tokens: np.ndarray,
     options: Mapping[str, list[Option]],
     seed: int,

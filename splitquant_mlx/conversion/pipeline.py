@@ -24,7 +24,7 @@ from splitquant_mlx.formats.patch import replace_tensors
 from splitquant_mlx.formats.shard_writer import MAX_SHARD_BYTES, ShardWriter
 from splitquant_mlx.models.checkpoint import Checkpoint, check_unchanged, open_checkpoint, stamp
 from splitquant_mlx.models.directory import as_directory
-from splitquant_mlx.models.lazy import Opened
+from splitquant_mlx.models.lazy import LazyModel
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.models.source import Source, resolve
 from splitquant_mlx.progress import Progress, Silent
@@ -75,7 +75,7 @@ def convert(
         own = {source.path: stamp(source.path)} if source.path.is_file() else {}
         with as_directory(source, progress, scratch=staging) as directory:
             checkpoint = open_checkpoint(directory)
-            opened = Opened(directory, progress=progress)
+            opened = LazyModel(directory, progress=progress)
             chosen = recipe
             if recipe.method == "auto":
                 forecast = choose_bits(opened, recipe, progress)

@@ -17,7 +17,7 @@ from splitquant_mlx.evaluation.divergence import measure_divergence
 from splitquant_mlx.evaluation.paired import compare
 from splitquant_mlx.evaluation.perplexity import measure_perplexity
 from splitquant_mlx.evaluation.reference import open_reference
-from splitquant_mlx.models.lazy import Opened, open_model
+from splitquant_mlx.models.lazy import LazyModel, open_model
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.runtime.cache import cache_directory
 from splitquant_mlx.runtime.environment import describe_machine, versions
@@ -122,7 +122,7 @@ def evaluate(
 
 
 def _answer(
-    own: Opened, other: Opened | None, task: Task, group: Group | None, progress: Progress
+    own: LazyModel, other: LazyModel | None, task: Task, group: Group | None, progress: Progress
 ) -> dict[str, Any]:
     """Have a model, and the one to compare it with, answer the same questions."""
     read = load_questions(task.data) if task.data else fetch_questions(task.name)
@@ -132,7 +132,7 @@ def _answer(
     if num_shots:
         shots = load_questions(task.shots) if task.shots else fetch_questions(task.name, "train")
 
-    def answers(opened: Opened) -> ArcResult:
+    def answers(opened: LazyModel) -> ArcResult:
         key = (opened.hash, task.name, task.protocol, num_shots, [q.id for q in questions])
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
         if group is not None and group.rank():
@@ -160,7 +160,9 @@ def _answer(
     return values
 
 
-def _perplexity(own: Opened, task: Task, group: Group | None, progress: Progress) -> dict[str, Any]:
+def _perplexity(
+    own: LazyModel, task: Task, group: Group | None, progress: Progress
+) -> dict[str, Any]:
     text = _text(task)
     tokens = encode(own.tokenizer, text)
     if task.limit:
@@ -177,7 +179,7 @@ def _perplexity(own: Opened, task: Task, group: Group | None, progress: Progress
 
 
 def _divergence(
-    own: Opened, other: Opened, task: Task, group: Group | None, progress: Progress
+    own: LazyModel, other: LazyModel, task: Task, group: Group | None, progress: Progress
 ) -> dict[str, Any]:
     text = _text(task)
     windows = cut_windows(encode(other.tokenizer, text), task.context_length, task.limit)
@@ -196,7 +198,7 @@ def _text(task: Task) -> str:
     return load_text(task.data) if task.data else fetch_wikitext()
 
 
-def _harness(own: Opened, task: Task, group: Group | None, progress: Progress) -> dict[str, Any]:
+def _harness(own: LazyModel, task: Task, group: Group | None, progress: Progress) -> dict[str, Any]:
     from splitquant_mlx.evaluation.harness import run_task
 
     if task.data or task.shots:

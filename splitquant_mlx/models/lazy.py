@@ -1,4 +1,4 @@
-"""Hold a model directory, of which model, tokenizer and hash are had when first asked for."""
+"""A model directory whose model, tokenizer and content hash load on first access."""
 
 import hashlib
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ CHUNK_BYTES = 1 << 20
 def model_hash(directory: Path, progress: Progress | None = None) -> str:
     """Return a SHA-256 over all that a checkpoint's predictions depend on.
 
-    That is config.json, tokenizer.json and every .safetensors file: name, size and the whole
-    content, at about a second a gigabyte.
+    That is config.json, tokenizer.json and every .safetensors file: name, size in bytes and the
+    whole content, at about 1 s/GB.
 
     Raises:
         CheckpointError: when there are no weights, or a file cannot be read.
@@ -48,8 +48,14 @@ def model_hash(directory: Path, progress: Progress | None = None) -> str:
     return digest.hexdigest()
 
 
-class Opened:
-    """Give what evaluations want of the model in the directory `path`."""
+class LazyModel:
+    """A model directory whose model, tokenizer and content hash load on first access.
+
+    Args:
+        path: the directory.
+        trust_remote_code: run Python files that the checkpoint brings along.
+        progress: progress reporter of the hash.
+    """
 
     def __init__(
         self, path: Path, *, trust_remote_code: bool = False, progress: Progress | None = None
@@ -70,7 +76,7 @@ class Opened:
 
     @cached_property
     def hash(self) -> str:
-        """Return what names the model by its content; see `model_hash`."""
+        """Return the hash of the content; see `model_hash`."""
         return model_hash(self.path, self._progress)
 
     def load(self) -> nn.Module:
@@ -81,7 +87,7 @@ class Opened:
 @contextmanager
 def open_model(
     model: str, *, revision: str | None, trust_remote_code: bool, progress: Progress
-) -> Iterator[Opened]:
-    """Open a repo id, directory or .gguf file. Raises SplitQuantError when it cannot be had."""
+) -> Iterator[LazyModel]:
+    """Open a repo id, directory or .gguf file. Raises SplitQuantError when it is not usable."""
     with as_directory(resolve(model, revision=revision), progress) as path:
-        yield Opened(path, trust_remote_code=trust_remote_code, progress=progress)
+        yield LazyModel(path, trust_remote_code=trust_remote_code, progress=progress)

@@ -31,7 +31,7 @@ from splitquant_mlx.evaluation.perplexity import measure_perplexity
 from splitquant_mlx.evaluation.reference import open_reference
 from splitquant_mlx.formats.manifest import load_manifest
 from splitquant_mlx.models.directory import as_directory
-from splitquant_mlx.models.lazy import Opened
+from splitquant_mlx.models.lazy import LazyModel
 from splitquant_mlx.models.source import Source, resolve
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.recipe import Recipe
@@ -130,7 +130,7 @@ class _Runner:
         self.data = data
         self.keep_models = keep_models
         self.progress = progress
-        self.reference = Opened(original, progress=progress)
+        self.reference = LazyModel(original, progress=progress)
         self.done = {
             (result.variant, result.part): result.settings
             for result in (load_results(directory) if any(directory.glob("*.*.json")) else [])
@@ -138,7 +138,7 @@ class _Runner:
 
     def measure_original(self) -> None:
         """Measure the model as it is."""
-        quality = self._quality(Opened(self.original), ORIGINAL)
+        quality = self._quality(LazyModel(self.original), ORIGINAL)
         parts = {"convert": ({}, lambda: original_values(self.original)), **quality}
         self._take(
             ORIGINAL,
@@ -149,7 +149,7 @@ class _Runner:
         """Convert the model by one recipe and measure what came of it."""
         home = self.directory / "models" / slug(name)
         sweep(home)
-        opened = Opened(home)
+        opened = LazyModel(home)
         parts: dict[str, tuple[dict[str, Any], Measurement]] = {
             "convert": ({}, lambda: self._convert(recipe, home)),
             **self._quality(opened, name, recipe),
@@ -242,10 +242,10 @@ class _Runner:
         if manifest is None:
             raise CheckpointError(f"{home} was converted without a manifest")
         values = convert_values(manifest, recipe, run.peak_bytes)
-        return {**values, "model_hash": Opened(home, progress=self.progress).hash}
+        return {**values, "model_hash": LazyModel(home, progress=self.progress).hash}
 
     def _quality(
-        self, opened: Opened, name: str, recipe: Recipe | None = None
+        self, opened: LazyModel, name: str, recipe: Recipe | None = None
     ) -> dict[str, tuple[dict[str, Any], Measurement]]:
         measure = self.study.measure
         parts: dict[str, tuple[dict[str, Any], Measurement]] = {}
@@ -260,7 +260,7 @@ class _Runner:
             parts["perplexity"] = (windows.settings, lambda: self._perplexity(opened, windows))
         return parts
 
-    def _divergence(self, opened: Opened) -> dict[str, tuple[dict[str, Any], Measurement]]:
+    def _divergence(self, opened: LazyModel) -> dict[str, tuple[dict[str, Any], Measurement]]:
         windows = self._windows
         if windows is None:
             return {}
@@ -288,7 +288,7 @@ class _Runner:
         return {"speed": (settings, lambda: speed_values(path, workload, measure.trials))}
 
     def _arc(
-        self, opened: Opened, task: str, protocol: str, questions: list[Question], variant: str
+        self, opened: LazyModel, task: str, protocol: str, questions: list[Question], variant: str
     ) -> dict[str, Any]:
         journal = self._journal(task, protocol)
         shots = self.study.measure.num_shots if protocol == "loglikelihood" else 0
@@ -307,7 +307,7 @@ class _Runner:
         values = dataclasses.asdict(found)
         return {name: values[name] for name in values if name not in ("task", "protocol", "ids")}
 
-    def _perplexity(self, opened: Opened, windows: "_Windows") -> dict[str, Any]:
+    def _perplexity(self, opened: LazyModel, windows: "_Windows") -> dict[str, Any]:
         found = measure_perplexity(
             opened.model,
             windows.tokens.reshape(-1),

@@ -15,7 +15,7 @@ from splitquant_mlx.calibration.statistics import Moments, gram, mean_square
 from splitquant_mlx.calibration.tokens import calibration_tokens
 from splitquant_mlx.evaluation.divergence import divergence, log_probabilities
 from splitquant_mlx.models.checkpoint import parameters
-from splitquant_mlx.models.lazy import Opened
+from splitquant_mlx.models.lazy import LazyModel
 from splitquant_mlx.progress import Silent
 from splitquant_mlx.quantization.gptq import quantize_compensated
 from splitquant_mlx.quantization.imatrix import quantize_weighted
@@ -132,20 +132,20 @@ def test_a_chat_template_gives_beginnings_of_its_own(stories):
 def test_text_is_written_once(stories, tmp_path, monkeypatch):
     monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path))
     settings = Calibration(num_samples=3, sequence_length=16)
-    first = calibration_tokens(Opened(stories), settings, Silent())
+    first = calibration_tokens(LazyModel(stories), settings, Silent())
     monkeypatch.setattr("splitquant_mlx.calibration.tokens.sample_tokens", None)
-    np.testing.assert_array_equal(calibration_tokens(Opened(stories), settings, Silent()), first)
+    np.testing.assert_array_equal(calibration_tokens(LazyModel(stories), settings, Silent()), first)
     (kept,) = (tmp_path / "calibration").iterdir()
     kept.write_bytes(b"damaged")
     with pytest.raises(TypeError):
-        calibration_tokens(Opened(stories), settings, Silent())
+        calibration_tokens(LazyModel(stories), settings, Silent())
 
 
 def test_text_from_a_file_is_taken_evenly(stories, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("Once upon a time there was a cat. " * 200 + "The end came soon. " * 200)
     settings = Calibration(text=str(file), num_samples=4, sequence_length=32)
-    tokens = calibration_tokens(Opened(stories), settings, Silent())
+    tokens = calibration_tokens(LazyModel(stories), settings, Silent())
     assert tokens.shape == (4, 32)
     tokenizer = load(stories)[1]
     assert "cat" in tokenizer.decode(tokens[0].tolist())

@@ -36,7 +36,7 @@ from splitquant_mlx.evaluation.divergence import measure_divergence  # noqa: E40
 from splitquant_mlx.evaluation.perplexity import measure_perplexity  # noqa: E402
 from splitquant_mlx.evaluation.reference import open_reference  # noqa: E402
 from splitquant_mlx.inference.chat import Conversation, Decoder, Decoding  # noqa: E402
-from splitquant_mlx.models.lazy import Opened  # noqa: E402
+from splitquant_mlx.models.lazy import LazyModel  # noqa: E402
 from splitquant_mlx.models.loader import load  # noqa: E402
 from splitquant_mlx.runtime.environment import describe_machine, versions  # noqa: E402
 
@@ -103,7 +103,7 @@ def one_loop(source: Path, recipe: Recipe, room: Path) -> None:
     for message in ("w5 w6 w7", "w8", "w9 w10"):
         for _ in conversation.answer(message):
             pass
-    opened, original = Opened(room / "model"), Opened(source)
+    opened, original = LazyModel(room / "model"), LazyModel(source)
     tokens = np.arange(256, dtype=np.int32) * 7 % tiny.VOCAB
     measure_perplexity(opened.model, tokens, context_length=64)
     evaluate_arc(opened.model, opened.tokenizer, QUESTIONS, task="soak")
