@@ -45,6 +45,10 @@ results:
     splitquant-mlx run recipes/smollm2.toml --output-dir docs/results/smollm2
     python docs/figures.py
 
+# the documentation, served on this machine while it is edited
+docs:
+    mkdocs serve
+
 lint:
     ruff check .
     ruff format --check .

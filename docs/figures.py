@@ -1,4 +1,4 @@
-r"""Write the README's tables and RESULTS.md from JSON that the program wrote.
+r"""Write the tables of the README and of the pages here from JSON that the program wrote.
 
     splitquant-mlx demo && cp <cache>/demo/demo.json docs/
     splitquant-mlx bench make-checkpoint llama-3.2-1b llama-3.2-1b
@@ -18,12 +18,13 @@ r"""Write the README's tables and RESULTS.md from JSON that the program wrote.
         --output-dir docs/results/sizes
     python docs/figures.py
 
-With --check nothing is written; the exit code says whether both are up to date.
+With --check nothing is written; the exit code says whether all are up to date.
 """
 
 import json
 import re
 import sys
+from itertools import product
 from pathlib import Path
 
 from splitquant_mlx.report import load_report, markdown
@@ -170,10 +171,7 @@ def results() -> str:
 
 
 def main() -> None:
-    """Bring README.md and RESULTS.md up to date, or check that they are."""
-    readme = DOCS.parent / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    wanted = text
+    """Bring the README and the pages up to date, or check that they are."""
     writers = {
         "demo": demo_table,
         "bench": bench_table,
@@ -187,10 +185,14 @@ def main() -> None:
         for name, write in writers.items()
     }
     tables["sizes"] = sizes_table(DOCS / "results" / "sizes")
-    for name, rows in tables.items():
+    pages = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
+    files = {page: page.read_text(encoding="utf-8") for page in pages}
+    for page, name in product(pages, tables):
         marks = re.compile(MARKS.format(name), re.DOTALL)
-        wanted = marks.sub(lambda found, rows=rows: found[1] + rows + found[2], wanted)
-    files = {readme: wanted, DOCS.parent / "RESULTS.md": results()}
+        files[page] = marks.sub(
+            lambda found, name=name: found[1] + tables[name] + found[2], files[page]
+        )
+    files[DOCS / "results.md"] = results()
     for file, content in files.items():
         if "--check" not in sys.argv:
             file.write_text(content, encoding="utf-8")
