@@ -63,8 +63,9 @@ class Recipe:
             (round to nearest, what `mlx_lm.convert -q` does), "imatrix" (rtn with scales fitted
             under the importance of the inputs), "gptq" (codes that make up for each other's errors
             as well) or "auto" (gptq with bits and group size chosen for each layer).
-        bits: bits of a code; None takes the mode's own (4, mxfp8: 8).
+        bits: bits of a code; None takes the mode's own (4, mxfp8: 8). Not for auto.
         group_size: inputs that share scales and biases; None takes the mode's own (affine: 64).
+            Not for auto.
         granularity: one scale a "group", a "channel" (output row) or a "tensor" (part).
         mode: mlx's quantization mode; all but "affine" are for rtn at group granularity.
         clusters: parts a layer is split into, 2 to 8 (the paper's k, 3).
@@ -144,8 +145,26 @@ class Recipe:
             if not is_list or not all(isinstance(pattern, str) for pattern in patterns):
                 raise RecipeError(f"{name}: wanted a list of glob patterns, got {patterns!r}")
             object.__setattr__(self, name, tuple(patterns))
+        self._refuse_unused()
         self._check_layers()
         self._check_calibration()
+
+    def _refuse_unused(self) -> None:
+        """Refuse what the method would ignore; what has its default value was not asked for."""
+        for name, default in (("clusters", 3), ("kmeans", "exact")):
+            value = getattr(self, name)
+            if self.method != "splitquant" and value != default:
+                raise RecipeError(f"{name} is for method 'splitquant', got method {self.method!r}")
+        for name, default in (("bits", 4), ("group_size", 64)):
+            if self.method == "auto" and (value := getattr(self, name)) is not None:
+                if value != default:  # which recipes of auto used to have
+                    raise RecipeError(f"{name} is not for method 'auto': use target_bpw")
+                object.__setattr__(self, name, None)
+        if self.embedding_bits is not None and (self.embeddings, self.lm_head) == ("keep",) * 2:
+            raise RecipeError(
+                "embedding_bits: embeddings and lm_head are kept unquantized: set one of them to "
+                "'quantize', or leave embedding_bits out"
+            )
 
     def _check_layers(self) -> None:
         if self.embedding_bits is not None:
@@ -250,6 +269,8 @@ def _build(kind: type[Built], values: Mapping[str, Any]) -> Built:
 def load_recipe(path: Path) -> Recipe:
     """Read a TOML recipe. Raises RecipeError naming the file when it is missing or wrong."""
     values = read_toml(path)
+    if "variants" in values:
+        raise RecipeError(f"{path} is a study, not a recipe: splitquant-mlx run {path}")
     try:
         return Recipe.from_dict(values)
     except RecipeError as exc:

@@ -17,7 +17,7 @@ PATTERNS = st.lists(st.text(max_size=8), max_size=3).map(tuple)
 @given(
     recipe=st.builds(
         Recipe,
-        method=st.sampled_from(["rtn", "splitquant"]),
+        method=st.just("splitquant"),
         bits=st.sampled_from(BITS),
         group_size=st.sampled_from(GROUP_SIZES),
         granularity=st.sampled_from(GRANULARITIES),
@@ -104,6 +104,11 @@ def test_defaults_are_the_paper_for_splitquant_and_mlx_lm_for_rtn():
         {"method": "auto", "max_kl": 0},
         {"method": "auto", "max_kl": float("nan")},
         {"method": "auto", "target_bpw": "4.5"},
+        {"method": "auto", "bits": 2},
+        {"method": "auto", "group_size": 32},
+        {"method": "rtn", "clusters": 5},
+        {"method": "gptq", "kmeans": "sklearn"},
+        {"embedding_bits": 6},
         {"bits": True},
         {"bits": "4"},
         {"group_size": 48},
@@ -135,6 +140,7 @@ def test_bad_settings_are_refused(settings):
         ("bits = ", "not valid TOML"),
         ("include = 'a'", "wanted a list"),
         ("bits = 7", "wanted one of 2, 3, 4, 5, 6, 8, got 7"),
+        ("[variants.a]", "is a study, not a recipe: splitquant-mlx run "),
     ],
 )
 def test_bad_files_are_named(tmp_path, text, message):

@@ -118,6 +118,10 @@ def _study(name: str, values: dict[str, Any]) -> Study:
             raise RecipeError(f"variant {variant!r}: the name is taken")
         settings = {**values["recipe"], **own}
         del settings["name"]
+        if settings.get("method") == "auto":  # which chooses them; the other variants share them
+            for key in ("bits", "group_size"):
+                if key not in own:
+                    settings.pop(key, None)
         try:
             variants[variant] = Recipe.from_dict(settings)
         except RecipeError as exc:
