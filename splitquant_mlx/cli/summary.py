@@ -57,7 +57,7 @@ def print_forecast(found: "Forecast") -> None:
     Console(highlight=False).print(table)
 
 
-def _option(settings: Mapping[str, int]) -> str:
+def _option(settings: Mapping[str, object]) -> str:
     return f"{settings['bits']} g{settings['group_size']}"
 
 

@@ -166,9 +166,9 @@ def test_tensors_are_replaced_in_their_own_type(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "refine is not for method 'splitquant'"),
-        ({"method": "rtn", "mode": "mxfp4"}, "refine has mode 'affine'"),
-        ({"method": "rtn", "granularity": "channel"}, "refine has mode 'affine', granularity"),
+        ({}, "refine: not for method 'splitquant'"),
+        ({"method": "rtn", "mode": "mxfp4"}, "mode: expected 'affine' with refine, got 'mxfp4'"),
+        ({"method": "rtn", "granularity": "channel"}, "granularity: expected 'group' with refine"),
     ],
 )
 def test_recipes_that_cannot_be_refined(settings, message):

@@ -178,7 +178,7 @@ DAMAGED = {
     "no weights": (lambda m: (m / "model.safetensors").unlink(), "is missing"),
     "no model file": (lambda m: (m / "splitquant_model.py").unlink(), "is missing, or no file"),
     "another's manifest": (edit("splitquant.json", stored_bytes=7), "speaks of 7"),
-    "a recipe of its own": (edit("splitquant.json", recipe={"a": 1}), "unknown recipe key"),
+    "a recipe of its own": (edit("splitquant.json", recipe={"a": 1}), "a: unknown key"),
     "foreign code": (edit("config.json", model_file="evil.py"), "other code is never published"),
     "no config": (lambda m: (m / "config.json").unlink(), "has no config.json"),
     "a pipe of a card": (lambda m: (m / "README.md").mkdir(), "is no file"),

@@ -52,7 +52,7 @@ def test_variants_share_the_recipe_and_may_differ_from_it(written):
         (('name = "plain"', ""), "every variant wants a name"),
         (('name = "fine"', 'name = "Plain!"'), "the name is taken"),
         (('name = "fine"', 'name = "original"'), "the name is taken"),
-        (('method = "rtn"', 'method = "best"'), "variant 'plain': method: wanted one of"),
+        (('method = "rtn"', 'method = "best"'), "variant 'plain': method: expected 'splitquant'"),
         (('["arc_easy"]', '["arc_hard"]'), "arc: wanted a list of"),
         (("questions = 5", "questions = -1"), "questions: wanted a whole number of 0 or more"),
         (("questions = 5", "questions = true"), "questions: wanted a whole number"),

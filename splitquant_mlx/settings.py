@@ -1,0 +1,128 @@
+"""Settings and records as frozen, keyword-only dataclasses that pydantic validates.
+
+This is the package's one dialect of validation: types and `Field` constraints state what a value
+may be, and an error is one line, "key: expected X, got Y". A field's description stands once, in
+the "Attributes" section of its class; command-line help and the recipe reference are made from it.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from functools import wraps
+from typing import Annotated, Any, TypeVar, get_args
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as validated_dataclass
+from typing_extensions import dataclass_transform
+
+from splitquant_mlx.errors import RecipeError
+
+T = TypeVar("T")
+# types are not converted, unknown keys are errors
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+PositiveInt = Annotated[int, Field(ge=1, lt=2**63)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
+# TOML and JSON have lists only
+Strings = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
+def settings(cls: type[T]) -> type[T]:
+    """Make `cls` a frozen, keyword-only dataclass that raises RecipeError for a bad value."""
+    built: Any = record(cls)
+    construct = built.__init__
+
+    @wraps(construct)
+    def __init__(self: Any, **values: Any) -> None:
+        try:
+            construct(self, **values)
+        except ValidationError as exc:
+            raise RecipeError(explain(exc, built)) from None
+
+    built.__init__ = __init__
+    return built
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
+def record(cls: type[T]) -> type[T]:
+    """Make `cls` a frozen, keyword-only dataclass that raises ValidationError for a bad value."""
+    config = getattr(cls, "__pydantic_config__", STRICT)
+    return validated_dataclass(cls, frozen=True, kw_only=True, config=config)  # type: ignore[return-value]
+
+
+def from_mapping(kind: type[T], values: Mapping[str, Any]) -> T:
+    """Build settings from the plain values of TOML or JSON. Raises RecipeError."""
+    if not isinstance(values, Mapping):
+        raise RecipeError(f"expected a table, got {values!r:.80}")
+    if bad := next((key for key in values if not str(key).isidentifier()), None):
+        raise RecipeError(f"{bad!r:.80}: unknown key, expected one of {', '.join(_names(kind))}")
+    return kind(**values)
+
+
+def nested(kind: type[T]) -> BeforeValidator:
+    """Return the annotation of a field of class `kind` that may be given as a mapping."""
+    return BeforeValidator(
+        lambda value: from_mapping(kind, value) if isinstance(value, Mapping) else value
+    )
+
+
+def explain(exc: ValidationError, kind: Any = None) -> str:
+    """Return the first problem of a validation on one line: "key: expected X, got Y".
+
+    Args:
+        exc: the error.
+        kind: the class that was validated, whose fields are listed for an unknown key.
+    """
+    problem = exc.errors(include_url=False, include_context=False)[0]
+    path, message = problem["loc"], problem["msg"]
+    where = ".".join(map(str, path)) or "content"
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = ", ".join(_names(kind, path[:-1]))
+        return f"{where:.80}: unknown key" + (f", expected one of {known}" if known else "")
+    if problem["type"].startswith("dataclass"):
+        message = "Input should be a valid dictionary"
+    if problem["type"].startswith("missing"):
+        return f"{where:.80}: expected a value, got none"
+    expected = re.sub(r"^Input should be (a valid |an instance of )?", "expected ", message)
+    for theirs, ours in WORDS.items():
+        expected = expected.replace(theirs, ours)
+    return " ".join(f"{where:.80}: {expected}, got {problem['input']!r:.80}".split())
+
+
+# pydantic's words for what TOML and JSON call otherwise
+WORDS = {
+    "expected integer": "expected an integer",
+    "expected string": "expected a string",
+    "expected number": "expected a number",
+    "expected boolean": "expected true or false",
+    "expected dictionary": "expected a table",
+    "expected tuple": "expected a list",
+    "expected list": "expected a list",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+}
+
+
+def load_json(kind: Any, text: str | bytes) -> Any:
+    """Return an instance of `kind` from JSON. Raises ValueError with a message of one line."""
+    try:
+        return TypeAdapter(kind).validate_json(text)
+    except ValidationError as exc:
+        raise ValueError(explain(exc, kind)) from None
+
+
+def descriptions(kind: type) -> dict[str, str]:
+    """Return each field's description from the "Attributes" section of the class's docstring."""
+    _, _, section = (kind.__doc__ or "").partition("Attributes:\n")
+    entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12,}.*)*)", section, re.MULTILINE)
+    found = {name: " ".join(text.split()) for name, text in entries}
+    return {field.name: found[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+
+
+def _names(kind: Any, path: tuple[int | str, ...] = ()) -> list[str]:
+    """Return the field names of a settings class, or of the one that `path` leads to in it."""
+    if not dataclasses.is_dataclass(kind):
+        inner = [_names(argument, path) for argument in get_args(kind)]
+        return next(filter(None, inner), [])
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    return _names(fields.get(str(path[0])), path[1:]) if path else list(fields)
