@@ -24,7 +24,7 @@ from splitquant_mlx.cli.serve import serve
 from splitquant_mlx.cli.upload import upload
 from splitquant_mlx.cli.verify import verify
 from splitquant_mlx.errors import RankError, SplitQuantError
-from splitquant_mlx.models.source import hide_token
+from splitquant_mlx.models.hub import hide_token
 
 PROGRAM = "splitquant-mlx"
 # click's UsageError, which typer brings along under a name of its own in some versions

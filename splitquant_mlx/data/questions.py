@@ -15,7 +15,7 @@ from typing import Any
 
 from splitquant_mlx.data.text import _read_utf8
 from splitquant_mlx.errors import RecipeError, SourceError, one_line
-from splitquant_mlx.models.source import _explain
+from splitquant_mlx.models.hub import explain
 
 ARC = "allenai/ai2_arc"
 FOLDERS = {"arc_challenge": "ARC-Challenge", "arc_easy": "ARC-Easy"}
@@ -105,7 +105,7 @@ def fetch_questions(task: str, split: str = "test") -> list[Question]:
         file = hf_hub_download(ARC, name, repo_type="dataset")
     except Exception as exc:  # see source.py: the hub's exceptions share no root
         missing = "is not in the cache, and the hub cannot be reached"
-        raise _explain(exc, ARC, None, otherwise=missing) from exc
+        raise explain(exc, ARC, None, otherwise=missing) from exc
     return load_questions(Path(file))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from splitquant_mlx.errors import RecipeError, SourceError, one_line
-from splitquant_mlx.models.source import _explain, answer_within
+from splitquant_mlx.models.hub import answer_within, explain
 
 SEPARATOR = "\n\n"
 WIKITEXT = "Salesforce/wikitext"
@@ -70,7 +70,7 @@ def _fetch(repo: str, name: str) -> Path:
         return Path(hf_hub_download(repo, name, repo_type="dataset"))
     except Exception as exc:  # see source.py: the hub's exceptions share no root
         missing = "is not in the cache, and the hub cannot be reached"
-        raise _explain(exc, repo, None, otherwise=missing) from exc
+        raise explain(exc, repo, None, otherwise=missing) from exc
 
 
 def text_hash(text: str) -> str:

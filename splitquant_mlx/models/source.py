@@ -6,20 +6,16 @@ that is missing or holds nothing to quantize is refused before gigabytes are dow
 their cache, progress bars and log-in are those of huggingface_hub.
 """
 
-import errno
 import json
 import re
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, wait
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from splitquant_mlx.errors import SourceError
+from splitquant_mlx.models.hub import answer_within, endpoint, explain
 
 # Subfolders hold other formats (onnx, original) and training checkpoints, and `consolidated*` is a
 # second copy of the same weights; pickles and Python files could run code, so none is fetched.
@@ -30,9 +26,7 @@ ALLOW = (
 IGNORE = ("*/*", "consolidated*")
 WEIGHTS = "*.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pickle", ".pkl")
-T = TypeVar("T")
 ABANDONED_S = 3600  # since a download wrote last
-LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +109,12 @@ def _from_hub(repo: str, revision: str | None, timeout_s: float | None) -> Sourc
             limit_s, lambda: HfApi().model_info(repo, revision=revision, timeout=limit_s)
         )
     except (HFValidationError, RevisionNotFoundError) as exc:
-        raise _explain(exc, repo, revision) from exc
+        raise explain(exc, repo, revision) from exc
     except Exception as exc:
         if found := cached(repo, revision=revision):
             return found
         unreachable = f"is not in the cache, and {endpoint()} cannot be reached"
-        raise _explain(exc, repo, revision, otherwise=unreachable) from exc
+        raise explain(exc, repo, revision, otherwise=unreachable) from exc
     _check_files(repo, [file.rfilename for file in info.siblings or ()])
     try:
         # the weights last: where they all are, a download that was killed had got all the rest
@@ -128,7 +122,7 @@ def _from_hub(repo: str, revision: str | None, timeout_s: float | None) -> Sourc
         source = _snapshot(repo, companions.revision)
     except Exception as exc:
         broken = "the download broke off; the same command carries on with the files it lacks"
-        raise _explain(exc, repo, revision, otherwise=broken) from exc
+        raise explain(exc, repo, revision, otherwise=broken) from exc
     _check_snapshot(source)
     _remove_abandoned(source.path.parents[1] / "blobs")
     return source
@@ -140,26 +134,6 @@ def _remove_abandoned(blobs: Path) -> None:
         with suppress(OSError):
             if time.time() - file.stat().st_mtime > ABANDONED_S:
                 file.unlink()
-
-
-def answer_within(limit_s: float, request: Callable[[], T]) -> T:
-    """Call `request` and give up after `limit_s`. Raises TimeoutError, or what `request` raised.
-
-    The client's own time limit is for each read, and covers neither a name server that hangs nor
-    the telemetry request that it sends first. The thread left behind holds up no exit.
-    """
-    answer: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            answer.set_result(request())
-        except BaseException as exc:
-            answer.set_exception(exc)
-
-    threading.Thread(target=run, daemon=True).start()
-    if not wait([answer], timeout=limit_s).done:
-        raise TimeoutError(f"no answer within {limit_s:g} s")
-    return answer.result()
 
 
 def _snapshot(
@@ -211,66 +185,6 @@ def _check_snapshot(source: Source) -> None:
             raise SourceError(f"{source.name}: its model.safetensors.index.json is broken") from exc
         if missing := sorted(shards - names):
             raise SourceError(f"{source.name} lacks files that its index names: {_some(missing)}")
-
-
-def _explain(
-    exc: BaseException, repo: str, revision: str | None, otherwise: str = "cannot be fetched"
-) -> SourceError:
-    """Say on one line what failed and what to do, without the hub's own (long) messages."""
-    from huggingface_hub import constants, errors
-
-    if isinstance(exc, errors.LocalEntryNotFoundError) and exc.__cause__:
-        exc = exc.__cause__
-    hub, status = endpoint(), getattr(getattr(exc, "response", None), "status_code", None)
-    if isinstance(exc, errors.HFValidationError):
-        return SourceError(f"{repo!r} is neither an existing path nor a repo id such as org/name")
-    if isinstance(exc, errors.RevisionNotFoundError):
-        reason = f"there is no revision {revision!r}: see its branches and tags at {hub}/{repo}"
-    elif isinstance(exc, errors.GatedRepoError):
-        reason = f"the repo is gated: ask for access at {hub}/{repo} and {LOG_IN}"
-    elif isinstance(exc, errors.RepositoryNotFoundError) or status == 404:
-        reason = f"no such path, and no such repo at {hub} (if it is private, {LOG_IN})"
-    elif isinstance(exc, errors.OfflineModeIsEnabled):
-        reason = "is not in the cache, and HF_HUB_OFFLINE forbids to fetch it: unset that"
-    elif status == 429:
-        reason = f"too many requests to {hub} (429): wait some minutes, or {LOG_IN}"
-    elif status in (401, 403):
-        reason = f"{hub} refused access ({status}): the token may be wrong or lack rights; {LOG_IN}"
-    elif status is not None:
-        reason = f"{hub} answered with HTTP status {status}: try again later"
-    elif getattr(exc, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(exc):
-        reason = f"the disk is full: free some space in {constants.HF_HUB_CACHE} or set HF_HOME"
-    elif isinstance(exc, OSError) and exc.strerror:
-        reason = f"cannot be stored in {constants.HF_HUB_CACHE}: {exc.strerror}"
-    else:
-        reason = f"{otherwise} ({detail(exc)})"
-    return SourceError(f"{repo}: {reason}")
-
-
-def endpoint() -> str:
-    """Return the hub's address without a user name and password."""
-    from huggingface_hub import constants
-
-    return re.sub(r"//[^/@]*@", "//", constants.ENDPOINT)
-
-
-def detail(exc: BaseException) -> str:
-    """Return the exception's class and first line, without the token."""
-    line = next(iter(str(exc).strip().splitlines()), "")
-    return f"{type(exc).__name__}: {hide_token(line)}" if line else type(exc).__name__
-
-
-def hide_token(text: str) -> str:
-    """Return `text` without the user's token for the hub, however it is quoted."""
-    # a malformed header is quoted whole, so the token would show escaped rather than as it is
-    hidden = re.sub(r"Bearer [^'\"\n]*", "Bearer ***", text)
-    hidden = re.sub(r"\bhf_\w{8,}", "***", hidden)
-    if "huggingface_hub" in sys.modules:  # else nothing can have read it
-        from huggingface_hub import get_token
-
-        if token := get_token():
-            hidden = hidden.replace(token, "***")
-    return hidden
 
 
 def _some(names: list[str]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from splitquant_mlx.errors import UploadError, one_line
 from splitquant_mlx.formats.manifest import FILE_NAME, MODEL_FILE
-from splitquant_mlx.models.source import LOG_IN, answer_within, detail, endpoint, hide_token
+from splitquant_mlx.models.hub import LOG_IN, answer_within, detail, endpoint, hide_token
 
 AGAIN = "`splitquant-mlx upload` goes on from there"
 
