@@ -15,7 +15,7 @@ from typing import Any
 
 from splitquant_mlx.data.text import _read_utf8
 from splitquant_mlx.errors import RecipeError, SourceError, one_line
-from splitquant_mlx.models.hub import explain
+from splitquant_mlx.models.hub import fetch_dataset_file
 
 ARC = "allenai/ai2_arc"
 FOLDERS = {"arc_challenge": "ARC-Challenge", "arc_easy": "ARC-Easy"}
@@ -94,19 +94,12 @@ def fetch_questions(task: str, split: str = "test") -> list[Question]:
         RecipeError: when there is no such task or split.
         SourceError: when they cannot be fetched.
     """
-    from huggingface_hub import hf_hub_download
-
     if task not in FOLDERS:
         raise RecipeError(f"task: wanted {' or '.join(FOLDERS)}, got {task!r}")
     if split not in SPLITS:
         raise RecipeError(f"{task}: wanted the split {', '.join(SPLITS)}, got {split!r}")
     name = f"{FOLDERS[task]}/{split}-00000-of-00001.parquet"
-    try:
-        file = hf_hub_download(ARC, name, repo_type="dataset")
-    except Exception as exc:  # see source.py: the hub's exceptions share no root
-        missing = "is not in the cache, and the hub cannot be reached"
-        raise explain(exc, ARC, None, otherwise=missing) from exc
-    return load_questions(Path(file))
+    return load_questions(fetch_dataset_file(ARC, name))
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:

@@ -7,14 +7,13 @@ WikiText-2 that is what GPTQ and the documentation of transformers do, so that f
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from splitquant_mlx.errors import RecipeError, SourceError, one_line
-from splitquant_mlx.models.hub import answer_within, explain
+from splitquant_mlx.models.hub import fetch_dataset_file
 
 SEPARATOR = "\n\n"
 WIKITEXT = "Salesforce/wikitext"
@@ -53,24 +52,8 @@ def fetch_wikitext(split: str = "test") -> str:
     """
     if split not in WIKITEXT_SPLITS:
         raise RecipeError(f"WikiText-2: wanted {' or '.join(WIKITEXT_SPLITS)}, got {split!r}")
-    return load_text(_fetch(WIKITEXT, f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet"))
-
-
-def _fetch(repo: str, name: str) -> Path:
-    """Return a file of a data set from the hub's cache, without any network, else from the hub."""
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
-
-    with suppress(OSError):
-        return Path(hf_hub_download(repo, name, repo_type="dataset", local_files_only=True))
-    limit_s = constants.HF_HUB_ETAG_TIMEOUT
-    try:
-        # one request, not repeated: the download would try for half a minute
-        url = hf_hub_url(repo, name, repo_type="dataset")
-        answer_within(limit_s, lambda: get_hf_file_metadata(url, timeout=limit_s))
-        return Path(hf_hub_download(repo, name, repo_type="dataset"))
-    except Exception as exc:  # see source.py: the hub's exceptions share no root
-        missing = "is not in the cache, and the hub cannot be reached"
-        raise explain(exc, repo, None, otherwise=missing) from exc
+    name = f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet"
+    return load_text(fetch_dataset_file(WIKITEXT, name))
 
 
 def text_hash(text: str) -> str:

@@ -4,11 +4,13 @@ import errno
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
-from splitquant_mlx.errors import SourceError
+from splitquant_mlx.errors import SourceError, one_line
 
 T = TypeVar("T")
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
@@ -35,37 +37,93 @@ def answer_within(limit_s: float, request: Callable[[], T]) -> T:
 
 
 def explain(
-    exc: BaseException, repo: str, revision: str | None, otherwise: str = "cannot be fetched"
-) -> SourceError:
-    """Say on one line what failed and what to do, without the hub's own (long) messages."""
-    from huggingface_hub import constants, errors
+    exc: BaseException, repo: str, *, revision: str | None = None, otherwise: str | None = None
+) -> str:
+    """Return on one line what failed and what to do, without the hub's own (long) messages.
 
-    if isinstance(exc, errors.LocalEntryNotFoundError) and exc.__cause__:
-        exc = exc.__cause__
-    hub, status = endpoint(), getattr(getattr(exc, "response", None), "status_code", None)
-    if isinstance(exc, errors.HFValidationError):
-        return SourceError(f"{repo!r} is neither an existing path nor a repo id such as org/name")
-    if isinstance(exc, errors.RevisionNotFoundError):
+    Args:
+        exc: what huggingface_hub, its HTTP library or its storage client raised.
+        repo: USER/NAME.
+        revision: branch, tag or commit that was asked for.
+        otherwise: what to say where nothing better is known; None is that the repo cannot be
+            fetched.
+    """
+    from huggingface_hub import errors
+
+    hub, causes = endpoint(), list(_causes(exc))
+    statuses = [getattr(getattr(e, "response", None), "status_code", None) for e in causes]
+    status = next((status for status in statuses if status is not None), None)
+    said = next((str(m) for e in causes if (m := getattr(e, "server_message", None))), "")
+    said = f" ({hide_token(one_line(ValueError(said)))[:300]})" if said else ""
+    quota = any(word in said.lower() for word in ("quota", "storage limit", "storage patterns"))
+    otherwise = otherwise or f"is not in the cache, and {hub} cannot be reached"
+
+    def is_a(kind: type[BaseException]) -> bool:
+        return any(isinstance(e, kind) for e in causes)
+
+    if is_a(errors.HFValidationError):
+        return f"{repo!r} is neither an existing path nor a repo id such as org/name"
+    if is_a(errors.LocalTokenNotFoundError):
+        reason = f"you are not logged in: {LOG_IN}"
+    elif is_a(errors.OfflineModeIsEnabled):
+        reason = f"{otherwise} (HF_HUB_OFFLINE is set: unset it)"
+    elif is_a(errors.RevisionNotFoundError):
         reason = f"there is no revision {revision!r}: see its branches and tags at {hub}/{repo}"
-    elif isinstance(exc, errors.GatedRepoError):
+    elif is_a(errors.GatedRepoError):
         reason = f"the repo is gated: ask for access at {hub}/{repo} and {LOG_IN}"
-    elif isinstance(exc, errors.RepositoryNotFoundError) or status == 404:
+    elif status in (402, 413, 507) or quota:
+        reason = f"storage quota exceeded at {hub} ({status}){said}"
+    elif is_a(errors.RepositoryNotFoundError) or status == 404:
         reason = f"no such path, and no such repo at {hub} (if it is private, {LOG_IN})"
-    elif isinstance(exc, errors.OfflineModeIsEnabled):
-        reason = "is not in the cache, and HF_HUB_OFFLINE forbids to fetch it: unset that"
     elif status == 429:
         reason = f"too many requests to {hub} (429): wait some minutes, or {LOG_IN}"
     elif status in (401, 403):
-        reason = f"{hub} refused access ({status}): the token may be wrong or lack rights; {LOG_IN}"
+        rights = f"the token may be wrong or lack rights; {LOG_IN}"
+        reason = f"{hub} refused access ({status}){said}: {rights}"
     elif status is not None:
-        reason = f"{hub} answered with HTTP status {status}: try again later"
-    elif getattr(exc, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(exc):
-        reason = f"the disk is full: free some space in {constants.HF_HUB_CACHE} or set HF_HOME"
-    elif isinstance(exc, OSError) and exc.strerror:
-        reason = f"cannot be stored in {constants.HF_HUB_CACHE}: {exc.strerror}"
+        reason = f"{hub} answered with HTTP status {status}{said}: try again later"
     else:
-        reason = f"{otherwise} ({detail(exc)})"
-    return SourceError(f"{repo}: {reason}")
+        reason = _explain_disk(exc) or f"{otherwise} ({detail(exc)})"
+    return f"{repo}: {reason}"
+
+
+def _explain_disk(exc: BaseException) -> str:
+    """Explain an error of this machine's disk; empty for any other."""
+    from huggingface_hub import constants
+
+    number = getattr(exc, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(exc):
+        return f"the disk is full: free some space in {constants.HF_HUB_CACHE} or set HF_HOME"
+    if isinstance(exc, OSError) and exc.strerror:
+        return f"cannot use {exc.filename or constants.HF_HUB_CACHE}: {exc.strerror}"
+    return ""
+
+
+def _causes(exc: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception and what led to it."""
+    while exc is not None:
+        yield exc
+        exc = exc.__cause__
+
+
+def fetch_dataset_file(repo: str, name: str) -> Path:
+    """Return a file of a data set from the hub's cache, without any network, else from the hub.
+
+    Raises:
+        SourceError: when it cannot be fetched.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    with suppress(OSError):
+        return Path(hf_hub_download(repo, name, repo_type="dataset", local_files_only=True))
+    limit_s = constants.HF_HUB_ETAG_TIMEOUT
+    try:
+        # one request, not repeated: the download would try for half a minute
+        url = hf_hub_url(repo, name, repo_type="dataset")
+        answer_within(limit_s, lambda: get_hf_file_metadata(url, timeout=limit_s))
+        return Path(hf_hub_download(repo, name, repo_type="dataset"))
+    except Exception as exc:  # the hub's exceptions share no root
+        raise SourceError(explain(exc, repo)) from exc
 
 
 def endpoint() -> str:

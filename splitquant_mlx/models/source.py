@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from splitquant_mlx.errors import SourceError
-from splitquant_mlx.models.hub import answer_within, endpoint, explain
+from splitquant_mlx.models.hub import answer_within, explain
 
 # Subfolders hold other formats (onnx, original) and training checkpoints, and `consolidated*` is a
 # second copy of the same weights; pickles and Python files could run code, so none is fetched.
@@ -109,12 +109,11 @@ def _from_hub(repo: str, revision: str | None, timeout_s: float | None) -> Sourc
             limit_s, lambda: HfApi().model_info(repo, revision=revision, timeout=limit_s)
         )
     except (HFValidationError, RevisionNotFoundError) as exc:
-        raise explain(exc, repo, revision) from exc
+        raise SourceError(explain(exc, repo, revision=revision)) from exc
     except Exception as exc:
         if found := cached(repo, revision=revision):
             return found
-        unreachable = f"is not in the cache, and {endpoint()} cannot be reached"
-        raise explain(exc, repo, revision, otherwise=unreachable) from exc
+        raise SourceError(explain(exc, repo, revision=revision)) from exc
     _check_files(repo, [file.rfilename for file in info.siblings or ()])
     try:
         # the weights last: where they all are, a download that was killed had got all the rest
@@ -122,7 +121,7 @@ def _from_hub(repo: str, revision: str | None, timeout_s: float | None) -> Sourc
         source = _snapshot(repo, companions.revision)
     except Exception as exc:
         broken = "the download broke off; the same command carries on with the files it lacks"
-        raise explain(exc, repo, revision, otherwise=broken) from exc
+        raise SourceError(explain(exc, repo, revision=revision, otherwise=broken)) from exc
     _check_snapshot(source)
     _remove_abandoned(source.path.parents[1] / "blobs")
     return source

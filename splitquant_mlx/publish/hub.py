@@ -1,13 +1,12 @@
 """Send a checkpoint to the hub. Requests, retries, bars and the token are huggingface_hub's."""
 
-import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from glob import escape
 from pathlib import Path
 
-from splitquant_mlx.errors import UploadError, one_line
+from splitquant_mlx.errors import UploadError
 from splitquant_mlx.formats.manifest import FILE_NAME, MODEL_FILE
-from splitquant_mlx.models.hub import LOG_IN, answer_within, detail, endpoint, hide_token
+from splitquant_mlx.models.hub import LOG_IN, answer_within, endpoint, explain
 
 AGAIN = "`splitquant-mlx upload` goes on from there"
 
@@ -37,7 +36,7 @@ def check_login(repo: str) -> None:
     try:
         user = answer_within(constants.HF_HUB_ETAG_TIMEOUT, lambda: HfApi().whoami())
     except Exception as exc:
-        raise _explain(exc, repo) from exc
+        raise _upload_error(exc, repo) from exc
     token = user.get("auth", {}).get("accessToken") or {}
     if token.get("role") == "read":
         raise UploadError(f"{repo}: the token may only read: {LOG_IN} with one that may write")
@@ -99,49 +98,10 @@ def send(
     except UploadError:
         raise
     except Exception as exc:  # of the hub client, its HTTP library and its storage client
-        raise _explain(exc, repo) from exc
+        raise _upload_error(exc, repo) from exc
     return str(done.pr_url or f"{endpoint()}/{repo}")
 
 
-def _explain(exc: BaseException, repo: str) -> UploadError:
-    """Say on one line what failed and what to do."""
-    from huggingface_hub import errors
-
-    hub, causes = endpoint(), list(_causes(exc))
-    statuses = [getattr(getattr(e, "response", None), "status_code", None) for e in causes]
-    status = next((status for status in statuses if status is not None), None)
-    said = next((str(m) for e in causes if (m := getattr(e, "server_message", None))), "")
-    said = f" ({hide_token(one_line(ValueError(said)))[:300]})" if said else ""
-    full = any(word in said.lower() for word in ("quota", "storage limit", "storage patterns"))
-    if isinstance(exc, errors.LocalTokenNotFoundError):
-        reason = f"you are not logged in: {LOG_IN}"
-    elif isinstance(exc, errors.OfflineModeIsEnabled):
-        reason = "HF_HUB_OFFLINE forbids to send anything: unset that"
-    elif isinstance(exc, errors.RevisionNotFoundError):
-        reason = f"there is no such revision; see {hub}/{repo}"
-    elif status in (402, 413, 507) or full:
-        reason = f"{hub} has no more room for you ({status}): free some, or pay for more{said}"
-    elif status == 401:
-        reason = f"{hub} does not know your token (401): {LOG_IN}"
-    elif status == 403:
-        reason = f"you may not write there (403): is the name yours, the token one to write?{said}"
-    elif status == 404:
-        reason = f"{hub} has no such repo, or hides it from you (404): {LOG_IN}"
-    elif status == 429:
-        reason = f"too many requests to {hub} (429): wait some minutes; {AGAIN}"
-    elif status is not None:
-        reason = f"{hub} answered with HTTP status {status}{said}: try later; {AGAIN}"
-    elif isinstance(exc, OSError) and exc.errno in (errno.ENOENT, errno.EACCES, errno.EIO):
-        reason = f"{exc.filename or 'a file'} cannot be read: {exc.strerror}"
-    elif isinstance(exc, ValueError):
-        reason = f"refused: {hide_token(one_line(exc))[:300]}"
-    else:
-        reason = f"{hub} cannot be reached, or was lost ({detail(exc)}); {AGAIN}"
-    return UploadError(f"{repo}: {reason}")
-
-
-def _causes(exc: BaseException | None) -> Iterator[BaseException]:
-    """Yield an exception and what led to it."""
-    while exc is not None:
-        yield exc
-        exc = exc.__cause__
+def _upload_error(exc: BaseException, repo: str) -> UploadError:
+    lost = f"{endpoint()} cannot be reached, or was lost"
+    return UploadError(f"{explain(exc, repo, otherwise=lost)}; {AGAIN}")

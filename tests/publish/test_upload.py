@@ -211,18 +211,18 @@ def test_a_card_written_by_hand_is_kept_or_replaced_as_told(hub, model, upload, 
 
 
 FAILURES = {
-    "no right": (Failure(status=403, where="/api/repos/create"), "you may not write there (403)"),
-    "token unknown": (Failure(status=401, where="whoami"), "does not know your token (401)"),
+    "no right": (Failure(status=403, where="/api/repos/create"), "refused access (403)"),
+    "token unknown": (Failure(status=401, where="whoami"), "refused access (401)"),
     "no right to commit": (
         Failure(status=403, where="/commit/", message="You need write access, ]0;owned"),
         "(You need write access",
     ),
     "private quota": (
         Failure(status=403, where="/commit/", message="Private repository storage limit reached"),
-        "has no more room for you",
+        "storage quota exceeded",
     ),
-    "storage full": (Failure(status=507, where="/storage/"), "has no more room for you"),
-    "too large": (Failure(status=413, where="/commit/"), "has no more room for you"),
+    "storage full": (Failure(status=507, where="/storage/"), "storage quota exceeded"),
+    "too large": (Failure(status=413, where="/commit/"), "storage quota exceeded"),
     "too many": (Failure(status=429, where="whoami"), "wait some minutes"),
     "bad request": (Failure(status=400, where="/commit/", message="Bad\nyaml"), "(Bad yaml)"),
     "broken": (Failure(status=500, where="whoami"), "HTTP status 500"),
