@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from local_harness import PlainLM, answers, arc_task, responses
-from splitquant_mlx.evaluate import arc, protocols
 
 from splitquant_mlx import CheckpointError, RecipeError, load
 from splitquant_mlx.data.questions import Question, load_questions
+from splitquant_mlx.evaluation import arc, protocols
 from splitquant_mlx.evaluation.arc import evaluate_arc
 from splitquant_mlx.evaluation.protocols import draw_shots, encode_question
 

@@ -10,13 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy_llama import NumpyLlama
-from splitquant_mlx.evaluate import reference as module
-from splitquant_mlx.evaluate import scoring
 
 from splitquant_mlx import CheckpointError, Recipe, RecipeError, SourceError, convert, load
 from splitquant_mlx.data.text import cut_windows, encode
+from splitquant_mlx.evaluation import reference as module
+from splitquant_mlx.evaluation import scoring
 from splitquant_mlx.evaluation.divergence import divergence, log_probabilities, measure_divergence
-from splitquant_mlx.evaluation.reference import model_hash, open_reference
+from splitquant_mlx.evaluation.reference import open_reference
+from splitquant_mlx.models.dense import for_scoring
+from splitquant_mlx.models.lazy import model_hash
 from splitquant_mlx.models.loader import load_model
 
 TOLERANCE = 1e-4
@@ -85,7 +87,7 @@ def test_agrees_with_numpy(name, recipe, data, tmp_path, request):
     reference = open_reference(
         windows, model_hash="", load=lambda: load_model(source), directory=tmp_path / "cache"
     )
-    found = measure_divergence(scoring.for_scoring(load_model(tmp_path / "model")), reference)
+    found = measure_divergence(for_scoring(load_model(tmp_path / "model")), reference)
     original, converted = NumpyLlama(source), NumpyLlama(tmp_path / "model")
     log_p, log_q = (
         np.concatenate([model(window) for window in windows]) for model in (original, converted)
@@ -128,7 +130,7 @@ def test_a_model_does_not_differ_from_itself(rows, opened, loader, windows, monk
 
 
 def test_the_cache_serves_without_the_model_and_changes_nothing(opened, loader, split_stories):
-    model = scoring.for_scoring(load_model(split_stories))
+    model = for_scoring(load_model(split_stories))
     first = measure_divergence(model, opened())
     assert loader.calls == 1
     again = opened()

@@ -9,9 +9,9 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy_llama import NumpyLlama
-from splitquant_mlx.evaluate import scoring
 
 from splitquant_mlx import RecipeError, load
+from splitquant_mlx.evaluation import scoring
 from splitquant_mlx.evaluation.loglikelihood import context_length, fit, score
 from splitquant_mlx.models.loader import load_model
 

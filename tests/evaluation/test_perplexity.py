@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy_llama import NumpyLlama, window_nlls
-from splitquant_mlx.evaluate import perplexity as module
-from splitquant_mlx.evaluate import scoring
 
 from splitquant_mlx import Recipe, RecipeError, convert, load
 from splitquant_mlx.data.text import encode
+from splitquant_mlx.evaluation import perplexity as module
+from splitquant_mlx.evaluation import scoring
 from splitquant_mlx.evaluation.perplexity import measure_perplexity
+from splitquant_mlx.models.dense import for_scoring
 from splitquant_mlx.models.loader import load_model
 
 TOLERANCE = 1e-4
@@ -57,7 +58,7 @@ def test_quantized_models_agree_with_numpy(name, recipe, story, tmp_path, reques
     nlls = window_nlls(NumpyLlama(tmp_path / "model"), tokens, 64, 48)
     quantized = load_model(tmp_path / "model")
     check(measure_perplexity(quantized, tokens, context_length=64, stride=48), nlls)
-    dense = scoring.for_scoring(quantized)
+    dense = for_scoring(quantized)
     check(measure_perplexity(dense, tokens, context_length=64, stride=48), nlls)
 
 

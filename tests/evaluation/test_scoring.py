@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from splitquant_mlx.evaluate import scoring
 from tiny import VOCAB, write_checkpoint
 
 from splitquant_mlx import QuantizedSplitLinear, Recipe, RecipeError, convert
+from splitquant_mlx.evaluation import scoring
+from splitquant_mlx.models.dense import for_scoring
 from splitquant_mlx.models.loader import load_model
 
 # of the largest logit: both compute in float32, in another order
@@ -44,7 +45,7 @@ def test_dense_and_quantized_models_agree(source, name, tmp_path, request):
     model = load_model(tmp_path / "model")
     assert any(isinstance(module, QUANTIZED) for module in model.modules())
     wanted = logits_of(model, vocabulary)
-    dense = scoring.for_scoring(model)
+    dense = for_scoring(model)
     assert not any(isinstance(module, QUANTIZED) for module in dense.modules())
     found = logits_of(dense, vocabulary)
     assert np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max()
@@ -56,7 +57,7 @@ def test_a_gpu_runs_the_model_as_it_is(split_stories, monkeypatch):
     model = load_model(split_stories)
     kinds = [type(module) for module in model.modules()]
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    assert scoring.for_scoring(model) is model
+    assert for_scoring(model) is model
     assert [type(module) for module in model.modules()] == kinds
 
 

@@ -8,15 +8,13 @@ import shutil
 import pytest
 import tiny
 import yaml
+from cards import card
 from fake_hub import COMMIT
 
 from splitquant_mlx import Recipe, SplitQuantError, convert
 from splitquant_mlx.models.checkpoint import read_headers
 from splitquant_mlx.models.source import Source
-from splitquant_mlx.progress import Silent
-from splitquant_mlx.publish.card import is_own, make_card
-from splitquant_mlx.publish.files import check_converted
-from splitquant_mlx.publish.measurements import find_measurements
+from splitquant_mlx.publish.card import is_own
 from splitquant_mlx.publish.upload import prepare_upload
 from splitquant_mlx.recipe import Calibration
 
@@ -45,11 +43,6 @@ def home(tmp_path_factory):
     convert(named, home / "split")
     convert(named, home / "plain", recipe=Recipe(method="rtn", bits=8))
     return home
-
-
-def card(path, repo="user/name", results=(), **options):
-    converted = check_converted(path)
-    return make_card(converted, repo, find_measurements(converted, results, Silent()), **options)
 
 
 def table(text):

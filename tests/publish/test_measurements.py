@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
-from test_card import card
+from cards import card
 
 from splitquant_mlx import Recipe, SplitQuantError, convert
 from splitquant_mlx.cli import run

@@ -9,8 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 import typer
-from made_up_study import MACHINE, result, results, study, write_study
-from test_report import tables
+from made_up_study import MACHINE, result, results, study, tables, write_study
 from typer.testing import CliRunner
 
 from splitquant_mlx.cli.report import report as report_command

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_up_study import QUESTIONS, VARIANTS, result, results, study, write_study
+from made_up_study import QUESTIONS, VARIANTS, result, results, study, tables, write_study
 from rich.console import Console
 from scipy.stats import binomtest
 from sklearn.isotonic import isotonic_regression
@@ -39,19 +39,6 @@ def files(directory):
     """Return the JSON files' values by (variant, part)."""
     contents = [json.loads(file.read_text()) for file in directory.glob("*.*.json")]
     return {(content["variant"], content["part"]): content["values"] for content in contents}
-
-
-def tables(text):
-    """Parse Markdown's tables into {title: {variant: {heading: cell}}}."""
-    found = {}
-    for section in text.split("\n## ")[1:]:
-        lines = [line for line in section.splitlines() if line.startswith("|")]
-        cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
-        plain = [[re.sub(r"\\(.)", r"\1", cell) for cell in row] for row in cells]
-        if plain:
-            title = section.splitlines()[0]
-            found[title] = {r[0]: dict(zip(plain[0], r, strict=True)) for r in plain[2:]}
-    return found
 
 
 def shown(cell):

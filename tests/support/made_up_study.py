@@ -1,6 +1,7 @@
 """Write a study's results as a run would: a dozen variants with made-up, plausible figures."""
 
 import random
+import re
 
 from splitquant_mlx.study.results import Claim, Paper, Result, StudyRecord, save, save_study
 
@@ -146,3 +147,16 @@ def write_study(directory, *, without=(), **changes):
             save(made, directory)
     save_study(study(**changes), directory)
     return directory
+
+
+def tables(text: str) -> dict:
+    """Parse Markdown's tables into {title: {variant: {heading: cell}}}."""
+    found = {}
+    for section in text.split("\n## ")[1:]:
+        lines = [line for line in section.splitlines() if line.startswith("|")]
+        cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+        plain = [[re.sub(r"\\(.)", r"\1", cell) for cell in row] for row in cells]
+        if plain:
+            title = section.splitlines()[0]
+            found[title] = {r[0]: dict(zip(plain[0], r, strict=True)) for r in plain[2:]}
+    return found
