@@ -109,7 +109,7 @@ def count_work(shape: Shape, recipe: Recipe, dtype: str = "bfloat16") -> Work:
     """
     config = shape.config(dtype)
     model = build_model(Path("."), config)
-    plan = make_plan(recipe, model, shape.vocab_size)
+    plan = make_plan(recipe, model, config)
     read_bytes, kept_bytes = (getattr(mx, name).size for name in (dtype, recipe.dtype or dtype))
     arrays = parameters(model)
     weights = sum(array.size for array in arrays.values())
@@ -117,7 +117,7 @@ def count_work(shape: Shape, recipe: Recipe, dtype: str = "bfloat16") -> Work:
     codes = {"split": 0, "quantize": 0}
     for name, array in arrays.items():
         layer = plan.layers.get(name.removesuffix(".weight"))
-        if layer is None or layer.bits is None or layer.group_size is None:
+        if layer is None or not layer.bits:
             total += array.size * kept_bytes
             continue
         split = layer.action == "split"

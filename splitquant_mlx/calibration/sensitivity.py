@@ -9,8 +9,8 @@ other, so the terms between rows vanish in the mean, and a sample of rows tells 
 
     KL ~ 1/2 sum_r mean_t (g_tr (D x_t)_r)^2     nats a token
 
-gptq has the roundings of a row make up for each other, which some layers gain more by than others:
-a fifth of the divergence is left in SmolLM2-135M's o_proj, two fifths in its down_proj. The gain is
+gptq compensates rounding errors within a row, from which some layers gain more than others: a fifth
+of the divergence is left in SmolLM2-135M's o_proj, two fifths in its down_proj. The gain is
 measured for one option of each layer, on other tokens than those it is compensated on.
 
 At the output head the distribution itself is at hand, and the sum over rows is weighted by
@@ -28,10 +28,10 @@ import mlx.nn as nn
 import numpy as np
 
 from splitquant_mlx.calibration.blocks import Pass, start_pass, tapped
-from splitquant_mlx.calibration.statistics import gram
+from splitquant_mlx.calibration.statistics import hessian
 from splitquant_mlx.progress import Progress
 from splitquant_mlx.quantization.affine import Quantized, dequantize
-from splitquant_mlx.quantization.gptq import quantize_compensated
+from splitquant_mlx.quantization.gptq import gptq_quantize
 from splitquant_mlx.quantization.imatrix import quantize_weighted
 
 Option = tuple[int, int]  # bits, group_size
@@ -55,7 +55,7 @@ def predict_divergence(
         tokens: (texts, length) to predict on.
         options: by the path of a linear layer, head or embedding.
         seed: of the tokens drawn for the gradients.
-        progress: told of every block.
+        progress: progress reporter.
 
     Raises:
         RecipeError: when the model is not built of blocks that can be called one by one.
@@ -70,7 +70,7 @@ def predict_divergence(
             entered.append(list(run.states))
             run.advance(index)
             advance(1)
-        found, gradients = _at_the_head(run, outer, options, seed)
+        found, gradients = _head_sensitivity(run, outer, options, seed)
         advance(1)
         for index in reversed(range(len(prefixes))):
             run.states = entered.pop()
@@ -80,18 +80,18 @@ def predict_divergence(
                 for path in options
                 if path.startswith(prefix)
             }
-            predicted, gradients = _in_a_block(run, index, own, gradients)
+            predicted, gradients = _block_sensitivities(run, index, own, gradients)
             found.update({prefix + path: values for path, values in predicted.items()})
             advance(1)
         for path in outer:
             if isinstance(dict(model.named_modules())[path], nn.Embedding):
-                looked_up = _at_the_input(model, path, options[path], gradients)
+                looked_up = _embedding_sensitivity(model, path, options[path], gradients)
                 for option, value in looked_up.items():
                     found[path][option] = found[path].get(option, 0.0) + value
     return {path: found[path] for path in options}
 
 
-def _in_a_block(
+def _block_sensitivities(
     run: Pass, index: int, options: Options, gradients: list[mx.array]
 ) -> tuple[dict[str, dict[Option, float]], list[mx.array]]:
     """Go back through a block: its layers' divergences, and the gradients at its input."""
@@ -122,7 +122,7 @@ def _in_a_block(
                 fed[path].append(_rows(x))
                 back[path].append(_rows(g))
     found = {
-        path: _of_a_layer(
+        path: _layer_sensitivity(
             weights[path], mx.concatenate(fed[path]), mx.concatenate(back[path]), options[path]
         )
         for path in options
@@ -130,7 +130,7 @@ def _in_a_block(
     return found, before
 
 
-def _of_a_layer(
+def _layer_sensitivity(
     w: mx.array, x: mx.array, g: mx.array, options: Sequence[Option]
 ) -> dict[Option, float]:
     """Return the divergences of a layer w (out, in) from its inputs and the gradients behind it."""
@@ -142,29 +142,27 @@ def _of_a_layer(
     def divergence(error: mx.array) -> mx.array:
         return share * mx.square((x @ error.T) * g).sum() / len(x) / 2
 
-    found = _each(rows, mx.square(x).mean(0), options, divergence)
-    left = _left_by_gptq(rows, x, g, options[len(options) // 2])
+    found = _per_option(rows, mx.square(x).mean(0), options, divergence)
+    left = _gptq_residual_ratio(rows, x, g, options[len(options) // 2])
     return {option: left * value for option, value in found.items()}
 
 
-def _left_by_gptq(rows: mx.array, x: mx.array, g: mx.array, option: Option) -> float:
+def _gptq_residual_ratio(rows: mx.array, x: mx.array, g: mx.array, option: Option) -> float:
     """Return the share of the divergence of fitted scales that compensation leaves, at most 1."""
     seen = 3 * len(x) // 4
     bits, group_size = option
-    h = gram(x[:seen]) / seen
+    h = hessian(x[:seen]) / seen
 
     def divergence(quantized: Quantized) -> float:
         error = rows - dequantize(quantized, bits=bits, group_size=group_size)
         return mx.square((x[seen:] @ error.T) * g[seen:]).sum().item()  # type: ignore[return-value]
 
     plain = divergence(quantize_weighted(rows, mx.diag(h), bits=bits, group_size=group_size))
-    compensated = divergence(
-        quantize_compensated(rows, np.array(h), bits=bits, group_size=group_size)
-    )
+    compensated = divergence(gptq_quantize(rows, np.array(h), bits=bits, group_size=group_size))
     return min(1.0, compensated / plain) if plain else 1.0
 
 
-def _at_the_head(
+def _head_sensitivity(
     run: Pass, outer: list[str], options: Options, seed: int
 ) -> tuple[dict[str, dict[Option, float]], list[mx.array]]:
     """Draw tokens; return the divergences of the head's layer and the gradients before the head."""
@@ -193,7 +191,7 @@ def _at_the_head(
     for path in heads:
         x, weight = mx.concatenate(fed), sum(spread) / len(spread) / 2
         rows = _some_rows(block_weight(run.model, path))
-        predicted[path] = _each(
+        predicted[path] = _per_option(
             rows,
             mx.square(x).mean(0),
             options[path],
@@ -202,7 +200,7 @@ def _at_the_head(
     return predicted, gradients
 
 
-def _at_the_input(
+def _embedding_sensitivity(
     model: nn.Module, path: str, options: Sequence[Option], gradients: list[mx.array]
 ) -> dict[Option, float]:
     """Return what the errors of looked-up rows do, all rows' errors taken to be alike."""
@@ -212,10 +210,10 @@ def _at_the_input(
     def divergence(error: mx.array) -> mx.array:
         return (mx.square(error).mean(0) * square).sum() / 2
 
-    return _each(rows, mx.ones(rows.shape[1]), options, divergence)
+    return _per_option(rows, mx.ones(rows.shape[1]), options, divergence)
 
 
-def _each(
+def _per_option(
     w: mx.array,
     importance: mx.array,
     options: Sequence[Option],

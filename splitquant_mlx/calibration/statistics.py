@@ -1,93 +1,111 @@
-"""Measure the second moments of what each layer of a model is fed."""
+"""Second moments of the inputs of a model's layers, block by block."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from splitquant_mlx.calibration.blocks import Pass, Tap, start_pass, tapped
+from splitquant_mlx.calibration.blocks import Tap, start_pass, tapped
 
-Moment = Callable[[mx.array], mx.array]
+Statistic = Callable[[mx.array], mx.array]
 
 
-def mean_square(x: mx.array) -> mx.array:
-    """Return sum x_j^2 (in,) over the rows of x (n, in): the diagonal of `gram`."""
+def sum_of_squares(x: mx.array) -> mx.array:
+    """Return sum x_j^2 (in,) over the rows of x (n, in): the diagonal of `hessian`."""
     return (x * x).sum(0)
 
 
-def gram(x: mx.array) -> mx.array:
-    """Return x^T x (in, in)."""
+def hessian(x: mx.array) -> mx.array:
+    """Return x^T x (in, in), half the Hessian of the layer's squared output error."""
     return x.T @ x
 
 
-class Moments:
-    """Give the moments of one layer after the other, in the model's order.
-
-    A block is run when the first of its layers is asked for, and its moments are dropped when a
-    layer of the next one is, so that those of one block are in memory at a time.
-
-    Args:
-        model: the unquantized model, lazily loaded; its blocks are taken from it as they are done.
-        tokens: (texts, length) that it is run on.
-        paths: the layers that will be asked for.
-        moment: `mean_square` or `gram`.
+@dataclass(frozen=True, kw_only=True)
+class InputStatistics:
+    """Statistics of the inputs of some layers.
 
     Attributes:
-        after_blocks: those of `paths` that are in no block; they are to be asked for last.
+        prefix: begins the paths of all parameters of the block, as in "model.layers.0."; empty
+            for those that are in no block.
+        means: by the path of a layer, the mean over all tokens of its statistic, float32.
     """
 
-    def __init__(self, model: nn.Module, tokens: np.ndarray, paths: list[str], moment: Moment):
-        self._pass: Pass = start_pass(model, tokens)
-        self._moment = moment
-        self._next = 0
-        self._found: dict[str, mx.array] = {}
-        self._tokens = tokens.size
-        names = {id(module): path for path, module in model.named_modules()}
-        prefixes = [f"{names[id(block)]}." for block in self._pass.blocks]
-        self._inner = [
-            [path.removeprefix(prefix) for path in paths if path.startswith(prefix)]
-            for prefix in prefixes
-        ]
-        self._prefixes = prefixes
-        self.after_blocks = [path for path in paths if not path.startswith(tuple(prefixes))]
+    prefix: str
+    means: Mapping[str, mx.array]
 
-    def __getitem__(self, path: str) -> mx.array:
-        """Return the mean over all tokens of the moment of the inputs of a layer, float32."""
-        while path not in self._found:
-            self._advance()
-        return self._found[path]
 
-    def _advance(self) -> None:
-        index = self._next
-        if index > len(self._prefixes):
-            raise KeyError("layers are to be asked for in the model's order")
-        self._next += 1
-        self._found = {}
-        if index == len(self._prefixes):
-            with tapped(self._pass.model, self.after_blocks) as taps:
-                for state in self._pass.states:
-                    self._pass.finish(state)
-                    self._add(taps, "")
-        else:
-            block, prefix = self._pass.blocks[index], self._prefixes[index]
-            with tapped(block, self._inner[index]) as taps:
-                self._pass.advance(index, lambda: self._add(taps, prefix))
-            self._pass.release(index)
-        self._found = {path: total / self._tokens for path, total in self._found.items()}
-        mx.eval(self._found)
+def iterate_blocks(
+    model: nn.Module, tokens: np.ndarray, statistics: Mapping[str, Statistic]
+) -> Iterator[InputStatistics]:
+    """Run a model block by block, and yield what the layers of each block are fed.
 
-    def _add(self, taps: dict[str, Tap], prefix: str) -> None:
-        shared: dict[int, mx.array] = {}  # q, k and v are fed the same array
+    Only one block's weights and statistics are held here at a time; a block's weights are taken
+    from the model when it is done. What comes last is for the layers that are in no block.
+
+    Args:
+        model: the unquantized model, lazily loaded; it cannot be run again.
+        tokens: (texts, length) that it is run on.
+        statistics: what to gather, by the path of the layer.
+
+    Raises:
+        RecipeError: when the model is not built of blocks that can be called one by one.
+    """
+    run = start_pass(model, tokens)
+    names = {id(module): path for path, module in model.named_modules()}
+    prefixes = [f"{names[id(block)]}." for block in run.blocks]
+    for index, prefix in enumerate(prefixes):
+        own = {
+            path.removeprefix(prefix): statistic
+            for path, statistic in statistics.items()
+            if path.startswith(prefix)
+        }
+        sums = _Sums(own)
+        with tapped(run.blocks[index], list(own)) as taps:
+            run.advance(index, lambda sums=sums, taps=taps: sums.add(taps))
+        run.release(index)
+        means = sums.means(tokens.size)
+        yield InputStatistics(
+            prefix=prefix, means={prefix + path: mean for path, mean in means.items()}
+        )
+    outer = {
+        path: statistic
+        for path, statistic in statistics.items()
+        if not path.startswith(tuple(prefixes))
+    }
+    sums = _Sums(outer)
+    with tapped(model, list(outer)) as taps:
+        for state in run.states if outer else ():
+            run.finish(state)
+            sums.add(taps)
+    yield InputStatistics(prefix="", means=sums.means(tokens.size))
+
+
+class _Sums:
+    """Sums of the statistics of what tapped layers were called with."""
+
+    def __init__(self, statistics: Mapping[str, Statistic]):
+        self._statistics = statistics
+        self._sums: dict[str, mx.array] = {}
+
+    def add(self, taps: Mapping[str, Tap]) -> None:
+        """Take what the taps hold."""
+        shared: dict[tuple[int, Statistic], mx.array] = {}  # q, k and v are fed the same array
         for path, tap in taps.items():
-            x = tap.inputs
-            if x is None:
+            if (x := tap.inputs) is None:
                 continue
-            if id(x) not in shared:
-                rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
-                shared[id(x)] = self._moment(rows)
-            before = self._found.get(prefix + path)
-            self._found[prefix + path] = shared[id(x)] if before is None else before + shared[id(x)]
-        mx.eval(self._found)
+            key = id(x), self._statistics[path]
+            if key not in shared:
+                shared[key] = key[1](x.reshape(-1, x.shape[-1]).astype(mx.float32))
+            before = self._sums.get(path)
+            self._sums[path] = shared[key] if before is None else before + shared[key]
+        mx.eval(self._sums)
         for tap in taps.values():
             tap.inputs = None
+
+    def means(self, tokens: int) -> dict[str, mx.array]:
+        """Return the sums over the number of tokens."""
+        means = {path: total / tokens for path, total in self._sums.items()}
+        mx.eval(means)
+        return means

@@ -1,10 +1,9 @@
 """Choose bits and group size of every layer, for a target of bits/weight or of KL divergence."""
 
-import dataclasses
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
 
@@ -13,8 +12,9 @@ import numpy as np
 
 from splitquant_mlx.calibration.sensitivity import Option, predict_divergence
 from splitquant_mlx.calibration.tokens import calibration_tokens
-from splitquant_mlx.conversion.plan import LayerPlan, make_plan
-from splitquant_mlx.models.checkpoint import open_checkpoint
+from splitquant_mlx.conversion.converter import source_array
+from splitquant_mlx.conversion.plan import LayerPlan, Plan, make_plan
+from splitquant_mlx.models.checkpoint import Checkpoint, open_checkpoint
 from splitquant_mlx.models.lazy import LazyModel, open_model
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.progress import Progress, Silent
@@ -64,8 +64,8 @@ def choose_bits(opened: LazyModel, recipe: Recipe, progress: Progress) -> Foreca
         SplitQuantError: when the model or the calibration text cannot be used.
     """
     checkpoint = open_checkpoint(opened.path)
-    chosen = dataclasses.replace(recipe, method="gptq", target_bpw=None, max_kl=None)
-    plan = make_plan(chosen, checkpoint.model, checkpoint.config.get("vocab_size"))
+    chosen = replace(recipe, method="gptq", target_bpw=None, max_kl=None)
+    plan = make_plan(chosen, checkpoint.model, checkpoint.config)
     layers = {
         path: layer
         for path, layer in plan.layers.items()
@@ -76,21 +76,14 @@ def choose_bits(opened: LazyModel, recipe: Recipe, progress: Progress) -> Foreca
     tokens = calibration_tokens(opened, calibration, progress)
     texts = max(1, TOKENS // tokens.shape[1])
     divergence = _sensitivities(opened, tokens[:texts], options, calibration.seed, progress)
-    overhead = _scale_bits(chosen, checkpoint.config)
-    stored = {
-        path: {
-            (bits, size): math.prod(layers[path].shape) * (bits + overhead / size)
-            for bits, size in options[path]
-        }
-        for path in layers
-    }
+    stored = {path: _stored_bits(checkpoint, plan, path, options[path]) for path in layers}
     entries = sum(math.prod(layer.shape) for layer in layers.values())
     if recipe.max_kl is not None:
         found = allocate(stored, divergence, recipe.max_kl)
     else:
         found = allocate(divergence, stored, (recipe.target_bpw or 0) * entries)
     return Forecast(
-        recipe=dataclasses.replace(
+        recipe=replace(
             chosen,
             layers={
                 path: {"bits": bits, "group_size": size} for path, (bits, size) in found.items()
@@ -143,10 +136,16 @@ def _options(layer: LayerPlan, recipe: Recipe) -> list[Option]:
         and (bits is None or option[0] == bits)
         and (size is None or option[1] == size)
     ]
-    return found or [(layer.bits or 0, layer.group_size or 0)]
+    return found or [(layer.bits, layer.group_size)]
 
 
-def _scale_bits(recipe: Recipe, config: Mapping[str, object]) -> int:
-    """Return the bits of a scale and a bias together, which have the type of the weights."""
-    dtype = recipe.dtype or config.get("torch_dtype") or config.get("dtype")
-    return 64 if dtype == "float32" else 32
+def _stored_bits(
+    checkpoint: Checkpoint, plan: Plan, path: str, options: Sequence[Option]
+) -> dict[Option, float]:
+    """Return the stored size of a layer at each option, bits."""
+    dtype = source_array(checkpoint, plan.dtype, f"{path}.weight").dtype
+    layer = plan.layers[path]
+    return {
+        (bits, size): 8.0 * replace(layer, bits=bits, group_size=size).stored_bytes(dtype)
+        for bits, size in options
+    }

@@ -1,18 +1,19 @@
 """Compare a converted checkpoint with the model that it was made from, weight by weight."""
 
-import math
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
+from splitquant_mlx.conversion.converter import source_array
+from splitquant_mlx.conversion.plan import stored_dtype
 from splitquant_mlx.conversion.weight import BLOCK, SAMPLE
-from splitquant_mlx.conversion.worker import source_weight
 from splitquant_mlx.errors import CheckpointError, RecipeError, one_line
 from splitquant_mlx.formats.manifest import LayerRecord, Manifest
 from splitquant_mlx.models.checkpoint import open_checkpoint, read_headers
 from splitquant_mlx.progress import Progress
 from splitquant_mlx.quantization.affine import Quantized, dequantize
+from splitquant_mlx.quantization.noise import decibels, row_squares
 from splitquant_mlx.recipe import Recipe
 
 TOLERANCE_DB = 0.05
@@ -50,7 +51,7 @@ def compare(directory: Path, manifest: Manifest, original: Path, progress: Progr
             f"the original has {checkpoint.source_bytes} bytes, the manifest says "
             f"{manifest.source_bytes}"
         )
-    names = list(checkpoint.weights)
+    names, dtype = list(checkpoint.weights), stored_dtype(recipe, checkpoint.config)
     with progress.task("Comparing", len(names)) as advance:
         for name in names:
             path, _, leaf = name.rpartition(".")
@@ -59,7 +60,8 @@ def compare(directory: Path, manifest: Manifest, original: Path, progress: Progr
                 part: stored.pop(f"{path}.{part}", None)
                 for part in ((leaf,) if layer is None else (leaf, "scales", "biases"))
             }
-            w = source_weight(checkpoint, recipe, name)
+            w = source_array(checkpoint, dtype, name)
+            del checkpoint.weights[name]
             found = tensors[leaf]
             if found is None:
                 problems.append(f"{name} is missing")
@@ -107,6 +109,7 @@ def _signal_to_noise(
         leaf: None if array is None else array.reshape(w.shape[0], -1)
         for leaf, array in tensors.items()
     }
+    sizes = {"bits": layer.bits, "group_size": layer.group_size, "mode": layer.mode}
     signal, noise = [], []
     step = max(1, BLOCK // w.shape[1])
     for start in range(0, w.shape[0], step):
@@ -114,23 +117,14 @@ def _signal_to_noise(
             leaf: None if array is None else array[start : start + step]
             for leaf, array in rows.items()
         }
-        w_hat = dequantize(
-            Quantized(block["weight"], block["scales"], block["biases"]),  # type: ignore[arg-type]
-            bits=layer.bits or 0,
-            group_size=layer.group_size or 0,
-            mode=layer.mode or "affine",
-        )
-        exact = np.array(w[start : start + step].astype(mx.float32)).astype(np.float64)
-        parts = np.array(w_hat).reshape(len(exact), -1, exact.shape[1])
-        noise.append(((exact - parts.sum(axis=1, dtype=np.float64)) ** 2).sum(axis=1))
-        signal.append((exact**2).sum(axis=1))
+        stored = Quantized(block["weight"], block["scales"], block["biases"])  # type: ignore[arg-type]
+        w_hat = dequantize(stored, **sizes)  # type: ignore[arg-type]
+        squares = row_squares(w[start : start + step], w_hat)
+        signal.append(squares[0])
+        noise.append(squares[1])
     signals, noises = np.concatenate(signal), np.concatenate(noise)
     sampled = slice(None, None, -(-w.size // SAMPLE))
     return (
-        _decibel(signals[sampled].sum(), noises[sampled].sum()),
-        _decibel(signals.sum(), noises.sum()),
+        decibels(signals[sampled].sum(), noises[sampled].sum()),
+        decibels(signals.sum(), noises.sum()),
     )
-
-
-def _decibel(signal: float, noise: float) -> float:
-    return 10 * math.log10(signal / noise) if signal and noise else math.inf

@@ -1,30 +1,39 @@
 """Decide from recipe and model what happens to every layer, before any weight is read."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.models.checkpoint import parameters
-from splitquant_mlx.recipe import CALIBRATED, GROUP_SIZES, MODES, Recipe
+from splitquant_mlx.nn.split_layers import scale_dtype
+from splitquant_mlx.recipe import CALIBRATED, DTYPES, GROUP_SIZES, MODES, Recipe
+
+Predicate = Callable[[str, nn.Module], bool | dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """Say what happens to one layer that holds a weight matrix.
+    """Everything that happens to one layer that holds a weight matrix.
 
     Attributes:
         path: the module's path, such as "model.layers.0.mlp.up_proj".
         kind: "linear", "lm_head", "embedding", "experts" (a stack of expert matrices) or "other".
         action: "split", "quantize" or "keep".
         shape: of the weight, (..., out, in).
-        bits: bits of a code; None when kept.
-        group_size: inputs that share a scale; None when kept.
+        quantizer: name in `quantizers.QUANTIZERS`; empty when kept.
+        bits: per code; 0 when kept.
+        group_size: inputs that share a scale; 0 when kept.
         mode: mlx's quantization mode.
-        fit: how codes and scales are found: "rtn", "imatrix" or "gptq".
+        granularity: one scale per "group", "channel" or "tensor".
+        clusters: parts the weight is split into; 1 unless split.
+        kmeans: "exact" or "sklearn".
+        sweeps: rounds of coordinate descent of gptq.
         note: why this layer is not treated as the recipe says for its kind; empty if it is.
     """
 
@@ -32,33 +41,78 @@ class LayerPlan:
     kind: str
     action: str
     shape: tuple[int, ...]
-    bits: int | None = None
-    group_size: int | None = None
+    quantizer: str = ""
+    bits: int = 0
+    group_size: int = 0
     mode: str = "affine"
-    fit: str = "rtn"
+    granularity: str = "group"
+    clusters: int = 1
+    kmeans: str = "exact"
+    sweeps: int = 0
     note: str = ""
+
+    def tensors(self, dtype: mx.Dtype) -> dict[str, tuple[mx.Dtype, tuple[int, ...]]]:
+        """Return type and shape of what is stored of a weight of type `dtype`, by leaf name."""
+        if self.action == "keep":
+            return {"weight": (dtype, self.shape)}
+        *rows, width = self.shape
+        width *= self.clusters
+        scales = (*rows, width // self.group_size)
+        found = {"weight": (mx.uint32, (*rows, width * self.bits // 32))}
+        if self.mode != "affine":
+            return {**found, "scales": (mx.uint8, scales)}
+        # a split float16 or float32 layer may have scales in bfloat16, which is as large
+        kind = (scale_dtype(dtype) or mx.float16) if self.action == "split" else dtype
+        return {**found, "scales": (kind, scales), "biases": (kind, scales)}
+
+    def stored_bytes(self, dtype: mx.Dtype) -> int:
+        """Return the stored size of a weight of type `dtype`, bytes."""
+        return sum(kind.size * math.prod(shape) for kind, shape in self.tensors(dtype).values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Hold the whole plan: one entry for each layer with a weight, by path, in model order."""
+    """The whole plan.
 
-    recipe: Recipe
-    layers: dict[str, LayerPlan]
+    Attributes:
+        layers: one entry for each layer with a weight, by path, in model order.
+        dtype: type that floating tensors are cast to before they are converted or stored; None
+            leaves them in their own.
+    """
 
-    @property
-    def exceptions(self) -> list[LayerPlan]:
-        """Return the layers that are not treated as the recipe says for their kind."""
-        return [layer for layer in self.layers.values() if layer.note]
+    layers: Mapping[str, LayerPlan]
+    dtype: mx.Dtype | None
+
+    def layer_of(self, name: str) -> LayerPlan | None:
+        """Return the layer whose weight is parameter `name`; None for any other parameter."""
+        path, _, leaf = name.rpartition(".")
+        return self.layers.get(path) if leaf == "weight" else None
+
+    def tensors(
+        self, arrays: Mapping[str, mx.array]
+    ) -> dict[str, tuple[mx.Dtype, tuple[int, ...]]]:
+        """Return type and shape of every tensor of the converted checkpoint, by name.
+
+        Args:
+            arrays: the parameters by name, in the types that they are converted in.
+        """
+        found = {}
+        for name, array in arrays.items():
+            if layer := self.layer_of(name):
+                stored = layer.tensors(array.dtype)
+                found |= {f"{layer.path}.{leaf}": kind for leaf, kind in stored.items()}
+            else:
+                found[name] = array.dtype, tuple(array.shape)
+        return found
 
 
-def make_plan(recipe: Recipe, model: nn.Module, vocab_size: int | None = None) -> Plan:
+def make_plan(recipe: Recipe, model: nn.Module, config: Mapping[str, Any]) -> Plan:
     """Plan the conversion of `model`.
 
     Args:
         recipe: the settings.
         model: mlx-lm's model; only names, types and shapes are looked at.
-        vocab_size: the width of the output head, to know it by when it is not called lm_head.
+        config: its config.json.
 
     Raises:
         RecipeError: when no layer is selected, a pattern of the recipe matches no layer, or the
@@ -66,22 +120,33 @@ def make_plan(recipe: Recipe, model: nn.Module, vocab_size: int | None = None) -
     """
     predicate = getattr(model, "quant_predicate", None)
     modules = dict(model.named_modules())
-    tied = not any(_kind(path, m, vocab_size) == "lm_head" for path, m in modules.items())
-    layers = {}
+    kinds = {}
     for name in parameters(model):
         path, _, leaf = name.rpartition(".")
         if leaf == "weight" and modules[path].weight.ndim >= 2:
-            kind = _kind(path, modules[path], vocab_size)
-            layers[path] = _plan_layer(recipe, path, kind, modules[path], predicate, tied)
+            kinds[path] = _kind(path, modules[path], config.get("vocab_size"))
+    tied = "lm_head" not in kinds.values()
+    layers = {
+        path: _plan_layer(recipe, path, kind, modules[path], predicate, tied)
+        for path, kind in kinds.items()
+    }
     if unknown := [path for path in recipe.layers if path not in layers]:
         raise RecipeError(
             f"the recipe has settings for {unknown[0]!r}, which is no layer of this model: take "
             "the recipe that was made for it"
         )
-    plan = Plan(recipe=recipe, layers=layers)
-    _require_matches(plan)
-    _require_fit(plan)
-    return plan
+    _require_matches(recipe, layers)
+    _require_convertible_layer(recipe, layers)
+    return Plan(layers=layers, dtype=stored_dtype(recipe, config))
+
+
+def stored_dtype(recipe: Recipe, config: Mapping[str, Any]) -> mx.Dtype | None:
+    """Return the type that recipe or checkpoint want unquantized tensors in; None: as they are."""
+    text_config = config.get("text_config") or {}
+    name = (
+        recipe.dtype or config.get("torch_dtype") or config.get("dtype") or text_config.get("dtype")
+    )
+    return getattr(mx, name) if name in DTYPES else None
 
 
 def _kind(path: str, module: nn.Module, vocab_size: int | None) -> str:
@@ -98,11 +163,10 @@ def _plan_layer(
     path: str,
     kind: str,
     module: nn.Module,
-    predicate: Callable[[str, nn.Module], bool | dict[str, Any]] | None,
+    predicate: Predicate | None,
     tied: bool,
 ) -> LayerPlan:
-    weight = module["weight"]
-    shape = tuple(weight.shape)
+    shape = tuple(module["weight"].shape)
 
     def keep(note: str = "") -> LayerPlan:
         return LayerPlan(path=path, kind=kind, action="keep", shape=shape, note=note)
@@ -132,10 +196,14 @@ def _plan_layer(
         kind=kind,
         action=action,
         shape=shape,
+        quantizer=_quantizer_for(recipe, kind, action, tied),
         bits=bits,
         group_size=fitting[0],
         mode=mode,
-        fit=_fit(recipe, kind, action, tied),
+        granularity=recipe.granularity,
+        clusters=recipe.clusters if action == "split" else 1,
+        kmeans=recipe.kmeans,
+        sweeps=recipe.sweeps or 0,
         note=note,
     )
 
@@ -143,10 +211,11 @@ def _plan_layer(
 def _settings(recipe: Recipe, path: str, kind: str) -> tuple[int, int, str]:
     """Return bits, group_size and mode that the recipe has for a layer."""
     own = recipe.layers.get(path, {})
-    bits, group_size = recipe.bits or 0, recipe.group_size or 0
+    assert recipe.bits is not None and recipe.group_size is not None  # filled in by Recipe
+    bits = recipe.bits
     if kind in ("embedding", "lm_head"):
         bits = recipe.embedding_bits or bits
-    return own.get("bits", bits), own.get("group_size", group_size), recipe.mode
+    return own.get("bits", bits), own.get("group_size", recipe.group_size), recipe.mode
 
 
 def _wanted_action(recipe: Recipe, path: str, kind: str) -> tuple[str, str]:
@@ -167,32 +236,33 @@ def _wanted_action(recipe: Recipe, path: str, kind: str) -> tuple[str, str]:
     return "split", ""
 
 
-def _fit(recipe: Recipe, kind: str, action: str, tied: bool) -> str:
-    """Return how a layer is fitted: only layers that are fed hidden states have moments."""
+def _quantizer_for(recipe: Recipe, kind: str, action: str, tied: bool) -> str:
+    """Return the quantizer's name: only layers that are fed hidden states can be calibrated."""
     fed = kind in ("linear", "lm_head") or (kind == "embedding" and tied)
-    unfitted = recipe.calibration is None or recipe.method == "rtn"  # which refine may calibrate
-    if unfitted or action == "keep" or not fed:
+    calibrated = fed and recipe.calibration is not None
+    if action == "split":
+        return "splitquant_imatrix" if calibrated else "splitquant"
+    if not calibrated or recipe.method == "rtn":  # which refine may calibrate
         return "rtn"
     return "gptq" if recipe.method == "gptq" else "imatrix"
 
 
-def _require_matches(plan: Plan) -> None:
+def _require_matches(recipe: Recipe, layers: Mapping[str, LayerPlan]) -> None:
     """Raise RecipeError for an include or exclude pattern that matches no layer."""
     for option in ("include", "exclude"):
-        for pattern in getattr(plan.recipe, option):
-            if not any(fnmatchcase(path, pattern) for path in plan.layers):
+        for pattern in getattr(recipe, option):
+            if not any(fnmatchcase(path, pattern) for path in layers):
                 raise RecipeError(
                     f"{option} pattern {pattern!r} matches no layer of this model: expected a glob "
-                    f"pattern over layer paths such as {', '.join([*plan.layers][:3])}"
+                    f"pattern over layer paths such as {', '.join([*layers][:3])}"
                 )
 
 
-def _require_fit(plan: Plan) -> None:
-    recipe = plan.recipe
-    linear = [layer for layer in plan.layers.values() if layer.kind in ("linear", "experts")]
+def _require_convertible_layer(recipe: Recipe, layers: Mapping[str, LayerPlan]) -> None:
+    linear = [layer for layer in layers.values() if layer.kind in ("linear", "experts")]
     selected = [layer for layer in linear if layer.note not in ("excluded", "not included")]
     if not selected:
-        if any(layer.action != "keep" for layer in plan.layers.values()):
+        if any(layer.action != "keep" for layer in layers.values()):
             return
         if recipe.include or recipe.exclude:
             raise RecipeError(
@@ -210,17 +280,3 @@ def _require_fit(plan: Plan) -> None:
         raise RecipeError(
             f"group size {recipe.group_size} divides the width of no layer ({widths}): {advice}"
         )
-
-
-def parameter_names(plan: Plan, model: nn.Module) -> list[str]:
-    """Return the names of all tensors that the converted checkpoint will hold."""
-    names = []
-    for name in parameters(model):
-        path, _, leaf = name.rpartition(".")
-        layer = plan.layers.get(path)
-        names.append(name)
-        if leaf == "weight" and layer is not None and layer.action != "keep":
-            names.append(f"{path}.scales")
-            if layer.mode == "affine":
-                names.append(f"{path}.biases")
-    return names

@@ -1,6 +1,6 @@
-"""Remember what is finished of a conversion, and take it up when the conversion was interrupted.
+"""Record what is finished of a conversion, and resume it when it was interrupted.
 
-A journal beside the shards has one record for every finished one. It is gone on with only by a
+A journal beside the shards has one record for every finished one. It is resumed only by a
 conversion of the same source with the same settings and versions, and a shard only where its hash
 is still the recorded one.
 """
@@ -73,8 +73,8 @@ def open_journal(path: Path, key: Mapping[str, Any]) -> Journal:
         return Journal(path, key)
 
 
-class Ledger:
-    """Keep the account of a conversion, beginning with what an interrupted one had finished.
+class ConversionState:
+    """State of a conversion, beginning with what an interrupted one finished.
 
     Attributes:
         records: of the layers done, by path, in model order.
@@ -101,8 +101,8 @@ class Ledger:
         """Add a layer all of whose tensors were given to the writer."""
         self.records[record.path] = record
 
-    def has(self, name: str, layer: LayerPlan | None) -> bool:
-        """Tell whether all that comes of parameter `name`, the weight of `layer`, was taken up."""
+    def is_done(self, name: str, layer: LayerPlan | None) -> bool:
+        """Return whether all tensors made of parameter `name`, the weight of `layer`, are there."""
         if layer is None:
             return name not in self._writer.missing
         names = {name, f"{layer.path}.scales", f"{layer.path}.biases"}

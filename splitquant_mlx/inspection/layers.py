@@ -63,9 +63,7 @@ def inspect_model(
     if (manifest := load_manifest(directory)) is not None:
         return Inspection(layers=manifest.layers, manifest=manifest)
     checkpoint = open_checkpoint(directory)
-    plan = make_plan(
-        Recipe(clusters=clusters), checkpoint.model, checkpoint.config.get("vocab_size")
-    )
+    plan = make_plan(Recipe(clusters=clusters), checkpoint.model, checkpoint.config)
     records = []
     with (progress or Silent()).task("Clustering", len(plan.layers)) as advance:
         for layer in plan.layers.values():
@@ -115,8 +113,7 @@ def layer_histogram(directory: Path, path: str, *, clusters: int = 3, bins: int 
 
 def _require_finite(directory: Path, path: str, w: mx.array) -> None:
     try:
-        if mx.issubdtype(w.dtype, mx.floating):
-            require_finite(w)
+        require_finite(w)
     except ValueError as exc:
         raise CheckpointError(f"{directory}: layer {path!r} {exc}: download it again") from exc
 

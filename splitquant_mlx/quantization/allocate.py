@@ -14,27 +14,27 @@ GAP = 1e-3
 
 def allocate(
     loss: Mapping[str, Mapping[Option, float]],
-    weight: Mapping[str, Mapping[Option, float]],
+    cost: Mapping[str, Mapping[Option, float]],
     budget: float,
 ) -> dict[str, Option]:
-    """Choose an option for every item with the least total loss at a total weight in the budget.
+    """Choose an option for every item with the least total loss at a total cost within the budget.
 
     The multiple-choice knapsack problem, solved to a relative gap of 0.1 % by HiGHS.
 
     Args:
         loss: of every item at every option.
-        weight: like `loss`.
-        budget: the most the weights of the chosen options may sum to.
+        cost: like `loss`.
+        budget: the most that the costs of the chosen options may sum to.
 
     Raises:
-        RecipeError: when even the lightest options exceed the budget.
+        RecipeError: when even the cheapest options exceed the budget.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp  # a second that others need not wait
 
     choices = [(item, option) for item in loss for option in loss[item]]
     losses = np.array([loss[item][option] for item, option in choices])
-    weights = np.array([weight[item][option] for item, option in choices])
-    least = sum(min(weight[item].values()) for item in loss)
+    costs = np.array([cost[item][option] for item, option in choices])
+    least = sum(min(cost[item].values()) for item in loss)
     if least > budget:
         raise RecipeError(f"a budget of {budget:g} is below {least:g}, the least that is possible")
     items = {item: row for row, item in enumerate(loss)}
@@ -48,7 +48,7 @@ def allocate(
         bounds=Bounds(0, 1),
         constraints=[
             LinearConstraint(once, 1, 1),
-            LinearConstraint(weights[None] / budget, ub=1),
+            LinearConstraint(costs[None] / budget, ub=1),
         ],
         options={"mip_rel_gap": GAP},
     )

@@ -1,12 +1,12 @@
-"""Round a weight so that the errors of its input channels cancel in the layer's output.
+"""GPTQ: compensate each column's rounding error in the columns not yet quantized.
 
 With X the inputs that a layer sees, an error E = W - W_hat (out, in) costs
 
-    |X E^T|^2 = tr(E H E^T),   H = X^T X / n   (the Gram matrix of the inputs).
+    |X E^T|^2 = tr(E H E^T),   H = X^T X / n   (the Hessian, halved).
 
-`compensate` goes through the channels in order and moves every weight, before it is rounded, to
-where it best makes up for the errors already made: GPTQ (Frantar et al., arXiv:2210.17323), in the
-form that QuIP (Chee et al., arXiv:2307.13304, section 3) shows to be the same, which needs no
+`compensated_grid` goes through the channels in order and moves every weight, before it is rounded,
+to where it best compensates the errors already made: GPTQ (Frantar et al., arXiv:2210.17323), in
+the form that QuIP (Chee et al., arXiv:2307.13304, section 3) shows to be the same, which needs no
 inverse: with H = U D U^T, U unit upper triangular, channel k is rounded to the grid point nearest
 to w_k + sum_{j<k} e_j U_jk.
 
@@ -16,7 +16,7 @@ gives each group the scale and bias, rounded as they are stored, that are best f
 all others fixed. Neither raises the cost.
 
 H is measured on a few thousand tokens, and what it says of pairs of channels holds less well for
-other texts than what it says of single ones. `regularized` therefore scales the entries off the
+other texts than what it says of single ones. `damped_hessian` therefore scales the entries off the
 diagonal down; with none of them left, the cost is that of `fit.py`.
 
 Arrays here are numpy's and transposed, (in, out), so that a channel is contiguous.
@@ -30,20 +30,20 @@ from splitquant_mlx.quantization.imatrix import fit_scales
 
 # twelve layers of SmolLM2-135M, calibrated on 18,000 tokens of its own: the divergence predicted on
 # WikiText-2 is 13 % higher with 0.1 and 15 % with 0.6 (geometric means)
-DIAGONAL_SHARE = 0.3
+OFF_DIAGONAL_SHRINKAGE = 0.3
 DAMPING = 1e-3  # of the mean of the diagonal
 SWEEPS = 3
 STEP = 32  # channels between two large products
 
 
-def quantize_compensated(
-    w: mx.array, gram: np.ndarray, *, bits: int = 4, group_size: int = 64, sweeps: int = SWEEPS
+def gptq_quantize(
+    w: mx.array, hessian: np.ndarray, *, bits: int = 4, group_size: int = 64, sweeps: int = SWEEPS
 ) -> Quantized:
     """Quantize `w` by GPTQ, then `sweeps` rounds of coordinate descent and refits.
 
     Args:
         w: float weight (out, in), `in` a multiple of `group_size`.
-        gram: mean of x x^T over the layer's inputs x, (in, in) float32.
+        hessian: mean of x x^T over the layer's inputs x, (in, in) float32.
         bits: bits of a code.
         group_size: inputs that share scale and bias.
         sweeps: rounds of `descend`.
@@ -51,9 +51,9 @@ def quantize_compensated(
     Returns:
         Codes, scales and biases, the latter in the dtype of `w`.
     """
-    h = regularized(gram)
+    h = damped_hessian(hessian)
     columns = np.ascontiguousarray(np.array(w.astype(mx.float32)).T)
-    grid = compensate(columns, h, w.dtype, bits, group_size)
+    grid = compensated_grid(columns, h, w.dtype, bits, group_size)
     for _ in range(sweeps):
         grid.descend(columns, h)
         grid.refit(columns, h)
@@ -62,11 +62,11 @@ def quantize_compensated(
     return grid.packed()
 
 
-def regularized(gram: np.ndarray) -> np.ndarray:
-    """Return `gram` in units of its mean diagonal, less of it off the diagonal, no zero on that."""
-    diagonal = np.diagonal(gram)
+def damped_hessian(hessian: np.ndarray) -> np.ndarray:
+    """Return `hessian` over its mean diagonal, shrunk off the diagonal, damped on it."""
+    diagonal = np.diagonal(hessian)
     unit = float(diagonal.mean()) or 1.0
-    h = (gram * ((1 - DIAGONAL_SHARE) / unit)).astype(np.float32, copy=False)
+    h = (hessian * ((1 - OFF_DIAGONAL_SHRINKAGE) / unit)).astype(np.float32, copy=False)
     np.fill_diagonal(h, diagonal / unit + DAMPING)
     return h
 
@@ -161,10 +161,10 @@ class Grid:
         return np.array(mx.array(values).astype(self.dtype).astype(mx.float32))
 
 
-def compensate(
+def compensated_grid(
     columns: np.ndarray, h: np.ndarray, dtype: mx.Dtype, bits: int, group_size: int
 ) -> Grid:
-    """Round `columns` (in, out) channel by channel, each making up for those before it.
+    """Round `columns` (in, out) channel by channel, compensating the errors of those before.
 
     A group's scales are fitted to its compensated weights, under the diagonal of h, right before
     its first channel is rounded.

@@ -1,4 +1,4 @@
-"""Calibration: text a model writes, moments of what its layers are fed, sensitivities."""
+"""Calibration: text a model writes, statistics of its layers' inputs, sensitivities."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,13 +11,13 @@ from tokenizers import processors
 from splitquant_mlx import RecipeError, dequantize, load
 from splitquant_mlx.calibration.self_text import beginnings, sample_tokens
 from splitquant_mlx.calibration.sensitivity import predict_divergence
-from splitquant_mlx.calibration.statistics import Moments, gram, mean_square
+from splitquant_mlx.calibration.statistics import hessian, iterate_blocks, sum_of_squares
 from splitquant_mlx.calibration.tokens import calibration_tokens
 from splitquant_mlx.evaluation.divergence import divergence, log_probabilities
 from splitquant_mlx.models.checkpoint import parameters
 from splitquant_mlx.models.lazy import LazyModel
 from splitquant_mlx.progress import Silent
-from splitquant_mlx.quantization.gptq import quantize_compensated
+from splitquant_mlx.quantization.gptq import gptq_quantize
 from splitquant_mlx.quantization.imatrix import quantize_weighted
 from splitquant_mlx.recipe import Calibration
 
@@ -37,6 +37,11 @@ class Recorder(nn.Module):
         return self.layer(x)
 
 
+def input_means(model, tokens, paths, statistic):
+    blocks = iterate_blocks(model, tokens, dict.fromkeys(paths, statistic))
+    return {path: mean for block in blocks for path, mean in block.means.items()}
+
+
 def linear_paths(model):
     linear = {path for path, module in model.named_modules() if type(module) is nn.Linear}
     weights = [name.removesuffix(".weight") for name in parameters(model)]
@@ -44,18 +49,19 @@ def linear_paths(model):
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_moments_are_those_of_a_plain_run(tmp_path, architecture):
+def test_statistics_are_those_of_a_plain_run(tmp_path, architecture):
     source = tiny.write_checkpoint(tmp_path / "source", architecture)
     model = load(source)[0]
     paths = linear_paths(model)
-    found = Moments(load(source)[0], TOKENS, paths, gram)
-    diagonals = Moments(load(source)[0], TOKENS, paths, mean_square)
+    found = input_means(load(source)[0], TOKENS, paths, hessian)
+    diagonals = input_means(load(source)[0], TOKENS, paths, sum_of_squares)
+    assert found.keys() == diagonals.keys() == set(paths)
     seen = {path: [] for path in paths}
     modules = dict(model.named_modules())
     recorders = [(path, Recorder(modules[path], seen[path])) for path in paths]
     model.update_modules(tree_unflatten(recorders))
     mx.eval(model(mx.array(TOKENS)))
-    for path in [p for p in paths if "layers" in p] + [p for p in paths if "layers" not in p]:
+    for path in paths:
         (x,) = seen[path]
         wanted = np.array(x.T @ x) / TOKENS.size
         scale = np.abs(wanted).max()
@@ -65,17 +71,15 @@ def test_moments_are_those_of_a_plain_run(tmp_path, architecture):
         )
 
 
-def test_moments_of_a_tied_head_and_out_of_order(tmp_path):
+def test_a_tied_head_comes_after_the_blocks(tmp_path):
     source = tiny.write_checkpoint(tmp_path / "source")
-    model = load(source)[0]
-    moments = Moments(model, TOKENS, ["model.layers.1.mlp.up_proj", "model.embed_tokens"], gram)
-    assert moments.after_blocks == ["model.embed_tokens"]
+    up, head = "model.layers.1.mlp.up_proj", "model.embed_tokens"
+    blocks = list(iterate_blocks(load(source)[0], TOKENS, {head: hessian, up: sum_of_squares}))
+    assert [block.prefix for block in blocks] == ["model.layers.0.", "model.layers.1.", ""]
+    assert [list(block.means) for block in blocks] == [[], [up], [head]]
     hidden = load(source)[0].model(mx.array(TOKENS)).reshape(-1, tiny.HIDDEN)
     wanted = np.array(hidden.T @ hidden) / TOKENS.size
-    found = np.array(moments["model.embed_tokens"])
-    np.testing.assert_allclose(found, wanted, atol=1e-4 * wanted.max())
-    with pytest.raises(KeyError, match="in the model's order"):
-        moments["model.layers.1.mlp.up_proj"]
+    np.testing.assert_allclose(np.array(blocks[-1].means[head]), wanted, atol=1e-4 * wanted.max())
 
 
 def test_a_model_without_blocks_is_refused():
@@ -86,7 +90,7 @@ def test_a_model_without_blocks_is_refused():
             return tokens
 
     with pytest.raises(RecipeError, match="a odd model cannot be calibrated"):
-        Moments(Odd(), TOKENS, [], gram)
+        next(iterate_blocks(Odd(), TOKENS, {}))
 
 
 def test_text_is_seeded_and_begins_in_three_ways(stories):
@@ -169,12 +173,12 @@ def test_predicted_divergence_is_the_measured_one(stories):
     options = {path: [(3, 32), (4, 32)] for path in [*paths, "model.embed_tokens"]}
     found = predict_divergence(model, tokens, options, seed=0, progress=Silent())
     wanted = [log_probabilities(model, text) for text in other.tolist()]
-    moments = Moments(load(stories)[0], tokens, paths, gram)
+    means = input_means(load(stories)[0], tokens, paths, hessian)
     ratios = {}
     for path in [paths[0], paths[3], paths[4], paths[-1]]:
         assert found[path][3, 32] > 2 * found[path][4, 32] > 0
         weight = model_weight(model, path)
-        quantized = quantize_compensated(weight, np.array(moments[path]), bits=3, group_size=32)
+        quantized = gptq_quantize(weight, np.array(means[path]), bits=3, group_size=32)
         measured = with_quantized(model, path, quantized, wanted, other)
         ratios[path] = found[path][3, 32] / measured
     assert all(0.5 < ratio < 2 for ratio in ratios.values()), ratios

@@ -18,7 +18,7 @@ from splitquant_mlx import (
     load_manifest,
     split_model,
 )
-from splitquant_mlx.conversion import weight
+from splitquant_mlx.conversion import quantizers
 from splitquant_mlx.evaluation.divergence import divergence, log_probabilities
 from splitquant_mlx.models.dense import dense_weight, dequantized
 from splitquant_mlx.models.loader import load_model
@@ -71,7 +71,7 @@ def test_a_large_weight_is_quantized_in_pieces_to_the_same_bytes(
     recipe = Recipe(method="rtn", mode=mode)
     hashes = []
     for target, large in (("whole", 1 << 24), ("pieces", 1 << 12)):
-        monkeypatch.setattr(weight, "LARGE", large)
+        monkeypatch.setattr(quantizers, "LARGE", large)
         hashes.append(convert(stories, tmp_path / target, recipe=recipe).files)
     assert hashes[0] == hashes[1]
 

@@ -18,7 +18,9 @@ def model(tmp_path_factory):
 
 
 def converted(model, **settings):
-    plan = make_plan(Recipe(method="rtn", group_size=32, **settings), model, tiny.VOCAB)
+    plan = make_plan(
+        Recipe(method="rtn", group_size=32, **settings), model, {"vocab_size": tiny.VOCAB}
+    )
     return {path for path, layer in plan.layers.items() if layer.action != "keep"}
 
 

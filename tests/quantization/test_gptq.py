@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitquant_mlx import Quantized, dequantize
-from splitquant_mlx.quantization.gptq import compensate, cost, quantize_compensated, regularized
+from splitquant_mlx.quantization.gptq import compensated_grid, cost, damped_hessian, gptq_quantize
 from splitquant_mlx.quantization.imatrix import quantize_weighted
 
 
@@ -36,10 +36,10 @@ def output_error(w, quantized, h, **settings_):
     dtype=st.sampled_from([mx.float16, mx.bfloat16, mx.float32]),
 )
 def test_the_cost_never_rises(seed, bits, group_size, dtype):
-    w, gram = problem(seed)
-    h = regularized(gram)
+    w, hessian = problem(seed)
+    h = damped_hessian(hessian)
     columns = np.ascontiguousarray(w.T)
-    grid = compensate(columns, h, dtype, bits, group_size)
+    grid = compensated_grid(columns, h, dtype, bits, group_size)
     costs = [cost(columns, grid, h)]
     for _ in range(3):
         grid.descend(columns, h)
@@ -58,13 +58,13 @@ def test_the_cost_never_rises(seed, bits, group_size, dtype):
 
 @pytest.mark.parametrize("bits", [3, 4, 5])
 def test_better_methods_have_a_lower_error(bits):
-    w, gram = problem(5, out=64, channels=256)
-    h = regularized(gram).astype(np.float64)
+    w, hessian = problem(5, out=64, channels=256)
+    h = damped_hessian(hessian).astype(np.float64)
     array, own = mx.array(w), {"bits": bits, "group_size": 64}
     plain = Quantized(*mx.quantize(array, 64, bits))
-    fitted = quantize_weighted(array, mx.array(np.diagonal(gram).copy()), **own)
-    compensated = quantize_compensated(array, gram, **own, sweeps=0)
-    swept = quantize_compensated(array, gram, **own, sweeps=3)
+    fitted = quantize_weighted(array, mx.array(np.diagonal(hessian).copy()), **own)
+    compensated = gptq_quantize(array, hessian, **own, sweeps=0)
+    swept = gptq_quantize(array, hessian, **own, sweeps=3)
     errors = [output_error(w, q, h, **own) for q in (plain, fitted, compensated, swept)]
     assert errors[1] < 0.95 * errors[0]
     assert errors[2] < 0.9 * errors[1]
@@ -73,10 +73,10 @@ def test_better_methods_have_a_lower_error(bits):
 
 def test_compensation_is_gptq_as_published():
     """Against the inverse-Hessian form of the paper (algorithm 1), one row, fixed scales."""
-    w, gram = problem(7, out=5, channels=64)
-    h = regularized(gram)
+    w, hessian = problem(7, out=5, channels=64)
+    h = damped_hessian(hessian)
     columns = np.ascontiguousarray(w.T)
-    grid = compensate(columns, h, mx.float32, 4, 64)
+    grid = compensated_grid(columns, h, mx.float32, 4, 64)
     scale, bias = grid.scales[0].astype(np.float64), grid.biases[0].astype(np.float64)
     inverse = np.linalg.inv(h.astype(np.float64))
     factor = np.linalg.cholesky(inverse).T
@@ -89,10 +89,10 @@ def test_compensation_is_gptq_as_published():
 
 
 def test_descent_ends_where_no_single_code_can_be_better():
-    w, gram = problem(9, out=3, channels=32)
-    h = regularized(gram)
+    w, hessian = problem(9, out=3, channels=32)
+    h = damped_hessian(hessian)
     columns = np.ascontiguousarray(w.T)
-    grid = compensate(columns, h, mx.float32, 2, 32)
+    grid = compensated_grid(columns, h, mx.float32, 2, 32)
     for _ in range(20):
         grid.descend(columns, h)
     best = cost(columns, grid, h)
@@ -106,17 +106,17 @@ def test_descent_ends_where_no_single_code_can_be_better():
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda gram: gram * 0,
-        lambda gram: gram * np.outer(np.arange(128) > 3, np.arange(128) > 3),
-        lambda gram: np.ones_like(gram),
-        lambda gram: gram * 1e12,
-        lambda gram: gram * 1e-20,
+        lambda hessian: hessian * 0,
+        lambda hessian: hessian * np.outer(np.arange(128) > 3, np.arange(128) > 3),
+        lambda hessian: np.ones_like(hessian),
+        lambda hessian: hessian * 1e12,
+        lambda hessian: hessian * 1e-20,
     ],
     ids=["no input", "dead channels", "rank one", "huge", "tiny"],
 )
 def test_degenerate_inputs(spoil):
-    w, gram = problem(11)
-    quantized = quantize_compensated(mx.array(w), spoil(gram).astype(np.float32))
+    w, hessian = problem(11)
+    quantized = gptq_quantize(mx.array(w), spoil(hessian).astype(np.float32))
     error = np.abs(w - np.array(dequantize(quantized)))
     assert np.isfinite(error).all()
     assert error.max() < 3
@@ -130,6 +130,6 @@ def test_groups_of_equal_weights_under_large_inputs(size, dtype):
     w = rng.normal(size=(16, 128))
     w[:, :64] = w[:, :1]
     w[3, 64:] = 0.5 + 1e-6 * w[3, 64:]
-    quantized = quantize_compensated(mx.array(w).astype(dtype), (x.T @ x / 256).astype(np.float32))
+    quantized = gptq_quantize(mx.array(w).astype(dtype), (x.T @ x / 256).astype(np.float32))
     error = np.abs(w - np.array(dequantize(quantized).astype(mx.float32)))
     assert error.max() < 0.5

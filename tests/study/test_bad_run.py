@@ -175,8 +175,8 @@ def test_names_cannot_drive_the_terminal(refusal, tmp_path):
 SLOW = """
 import sys, time
 from splitquant_mlx.cli import run
-from splitquant_mlx.conversion import worker
-read = worker.Worker._read
+from splitquant_mlx.conversion.converter import Converter
+read = Converter._read
 def slow_read(self, name):
     w = read(self, name)
     if "layers.1" in name:
@@ -184,7 +184,7 @@ def slow_read(self, name):
         for _ in range(300):  # a signal may reach another thread, and not cut a sleep short
             time.sleep(0.1)
     return w
-worker.Worker._read = slow_read
+Converter._read = slow_read
 sys.exit(run(sys.argv[1:]))
 """
 

@@ -1,0 +1,203 @@
+"""Convert a checkpoint's parameters as planned, and write them.
+
+Reading, converting and writing overlap. Only a few weights are in memory at a time, so its peak
+depends on the largest tensors and the number of cores, not on the number of layers.
+"""
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any
+from weakref import WeakSet
+
+import mlx.core as mx
+
+from splitquant_mlx.calibration.statistics import InputStatistics
+from splitquant_mlx.conversion.plan import LayerPlan, Plan
+from splitquant_mlx.conversion.resume import ConversionState
+from splitquant_mlx.conversion.weight import Converted, convert_weight, require_finite
+from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.formats.manifest import LayerRecord
+from splitquant_mlx.formats.shard_writer import ShardWriter
+from splitquant_mlx.models.checkpoint import FLOATS, Checkpoint, check_unchanged, parameters
+from splitquant_mlx.progress import Progress
+from splitquant_mlx.runtime.blas import one_thread_for_numpy
+
+FLOAT_TYPES = tuple(FLOATS.values())
+
+
+class Converter:
+    """Convert every parameter of the model as planned, and write it.
+
+    This thread reads, calibrates and writes. On the CPU, threads of a pool convert weights in
+    between, one per core; a GPU does one weight at a time, in this thread. Either way there are at
+    most two more large weights in memory than are being worked on.
+
+    What the conversion's state holds already is not done again.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, plan: Plan, writer: ShardWriter, state: ConversionState
+    ):
+        self.checkpoint = checkpoint
+        self.plan = plan
+        self.writer = writer
+        self.state = state
+
+    def run(
+        self, progress: Progress, calibration: Iterable[InputStatistics] | None = None
+    ) -> list[LayerRecord]:
+        """Write all tensors, the layers of one block after the other.
+
+        Args:
+            progress: progress reporter.
+            calibration: statistics of the layers' inputs; None where no quantizer needs any.
+
+        Returns:
+            A record of each planned layer.
+        """
+        splits = any(layer.action == "split" for layer in self.plan.layers.values())
+        label = "Splitting and quantizing" if splits else "Quantizing"
+        on_cpu = mx.default_device() == mx.cpu
+        threads = os.cpu_count() or 1 if on_cpu else 1
+        total = sum(array.nbytes for array in self.checkpoint.weights.values())
+        waiting: deque[tuple[str, float, Callable[[], Converted]]] = deque()
+        large = 0  # norms and biases would fill the queue while a core has nothing to do
+        with (
+            progress.task(label, total) as advance,
+            one_thread_for_numpy(),
+            _pool(threads) as submit,
+        ):
+            for name, inputs in self._inputs(calibration):
+                nbytes, layer = self.checkpoint.weights[name].nbytes, self.plan.layer_of(name)
+                if self.state.is_done(name, layer):
+                    del self.checkpoint.weights[name]
+                    advance(nbytes)
+                    continue
+                w = self._read(name)
+                work = partial(self._convert, name, w, inputs)
+                waiting.append((name, nbytes, submit(work).result if on_cpu else work))
+                large += layer is not None
+                del w, work
+                while large > threads + 1:
+                    large -= self.plan.layer_of(waiting[0][0]) is not None
+                    advance(self._finish(*waiting.popleft()))
+            while waiting:
+                advance(self._finish(*waiting.popleft()))
+        with self.state.timed("write"):
+            self.writer.close()
+        return [self.state.records[path] for path in self.plan.layers]
+
+    def _inputs(
+        self, calibration: Iterable[InputStatistics] | None
+    ) -> Iterator[tuple[str, mx.array | None]]:
+        """Yield the parameters in the order of conversion, with what their layers are fed."""
+        left = list(parameters(self.checkpoint.model))
+        if calibration is None:
+            yield from ((name, None) for name in left)
+            return
+        blocks = iter(calibration)
+        while True:
+            with self.state.timed("calibrate"):
+                block = next(blocks, None)
+            if block is None:
+                return
+            names = [name for name in left if name.startswith(block.prefix)]
+            left = [name for name in left if not name.startswith(block.prefix)]
+            yield from ((name, block.means.get(name.removesuffix(".weight"))) for name in names)
+            del block  # before the next one is run
+
+    def _read(self, name: str) -> mx.array:
+        with self.state.timed("read"):
+            w = source_array(self.checkpoint, self.plan.dtype, name)
+            del self.checkpoint.weights[name]
+            try:
+                mx.eval(w)
+            except Exception as exc:  # a file that changed or became unreadable under us
+                raise CheckpointError(
+                    f"{self.checkpoint.path}: tensor {name!r} cannot be read: {exc}"
+                ) from exc
+        return w
+
+    def _convert(self, name: str, w: mx.array, inputs: mx.array | None) -> Converted:
+        try:
+            if layer := self.plan.layer_of(name):
+                return convert_weight(w, layer, inputs)
+            require_finite(w)
+            return Converted(tensors={name: w})
+        except ValueError as exc:
+            check_unchanged(self.checkpoint)
+            raise CheckpointError(
+                f"{self.checkpoint.path}: tensor {name!r} {exc} as "
+                f"{str(w.dtype).rpartition('.')[2]}: the checkpoint is damaged, or needs --dtype "
+                "bfloat16 or float32, or this layer is to be kept (--exclude)"
+            ) from exc
+
+    def _finish(self, name: str, nbytes: float, result: Callable[[], Converted]) -> float:
+        """Wait for a weight and write it; returns the size of its source."""
+        found, layer = result(), self.plan.layer_of(name)
+        for stage, seconds in found.seconds.items():
+            self.state.seconds[stage] += seconds
+        prefix = f"{layer.path}." if layer else ""
+        with self.state.timed("write"):
+            for leaf, tensor in found.tensors.items():
+                self.writer.add(prefix + leaf, tensor)
+        if layer:
+            self.state.add(_record(layer, found))
+        return nbytes
+
+
+@cache
+def _threads(number: int) -> ThreadPoolExecutor:
+    """Return threads that stay: each in which mlx computes leaves one of mlx's own behind."""
+    return ThreadPoolExecutor(number)
+
+
+@contextmanager
+def _pool(threads: int) -> Iterator[Callable[[Callable[[], Any]], Future[Any]]]:
+    """Yield a function that has work done; drop, on an error or Ctrl-C, what has not begun."""
+    futures: WeakSet[Future[Any]] = WeakSet()
+
+    def submit(work: Callable[[], Any]) -> Future[Any]:
+        future = _threads(threads).submit(work)
+        futures.add(future)
+        return future
+
+    try:
+        yield submit
+    finally:
+        left = tuple(futures)
+        for future in left:
+            future.cancel()
+        wait(left)
+
+
+def source_array(checkpoint: Checkpoint, dtype: mx.Dtype | None, name: str) -> mx.array:
+    """Return a parameter of a checkpoint, unread, cast to `dtype` where that applies to it."""
+    w = checkpoint.weights[name]
+    casts = getattr(checkpoint.model, "cast_predicate", lambda name: True)
+    return w.astype(dtype) if dtype and w.dtype in FLOAT_TYPES and casts(name) else w
+
+
+def _record(layer: LayerPlan, found: Converted) -> LayerRecord:
+    nbytes = sum(tensor.nbytes for tensor in found.tensors.values())
+    kept = layer.action == "keep"
+    return LayerRecord(
+        path=layer.path,
+        kind=layer.kind,
+        action=layer.action,
+        shape=layer.shape,
+        nbytes=nbytes,
+        bits_per_weight=8 * nbytes / math.prod(layer.shape),
+        bits=None if kept else layer.bits,
+        group_size=None if kept else layer.group_size,
+        mode=None if kept else layer.mode,
+        clusters=layer.clusters if layer.action == "split" else None,
+        cut_points=found.cut_points,
+        snr_db=found.snr_db,
+        note=layer.note,
+    )

@@ -1,0 +1,139 @@
+"""The quantizers by name: each makes codes, scales and biases of a weight, as its plan says.
+
+A new method is a function here, its entry in `QUANTIZERS`, and the rule in `plan` that chooses it.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from splitquant_mlx.calibration.statistics import Statistic, hessian, sum_of_squares
+from splitquant_mlx.conversion.plan import LayerPlan
+from splitquant_mlx.nn.split_layers import scale_dtype
+from splitquant_mlx.quantization.affine import (
+    Quantized,
+    code_parts,
+    concatenate,
+    quantize,
+    round_scales,
+)
+from splitquant_mlx.quantization.gptq import gptq_quantize
+from splitquant_mlx.quantization.imatrix import code_parts_weighted, quantize_weighted
+from splitquant_mlx.quantization.split import cluster_weight, parts_of
+from splitquant_mlx.quantization.split_cpu import code_split
+
+BLOCK = 1 << 19  # entries
+LARGE = 1 << 24  # entries that one core is not left alone with
+
+
+class Outcome(NamedTuple):
+    """Result of a quantizer.
+
+    Attributes:
+        quantized: codes, scales and biases; of a split weight, the parts side by side.
+        cut_points: of a split weight, ascending.
+        cluster_s: time of the clustering, s.
+    """
+
+    quantized: Quantized
+    cut_points: tuple[float, ...] = ()
+    cluster_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantizer:
+    """One way to quantize a weight.
+
+    Attributes:
+        apply: makes an `Outcome` of a weight (..., out, in), its plan, and the mean of the
+            statistic over the layer's inputs, None where there is no `statistic`. Raises
+            ValueError for a weight that it cannot quantize.
+        statistic: of the layer's inputs, which it needs; None where it needs none.
+    """
+
+    apply: Callable[[mx.array, LayerPlan, mx.array | None], Outcome]
+    statistic: Statistic | None = None
+
+
+def _rtn(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
+    """Round to nearest, on all cores where one would be at it when all other layers are done."""
+
+    def rounded(rows: mx.array) -> Quantized:
+        found = quantize(
+            rows,
+            bits=layer.bits,
+            group_size=layer.group_size,
+            granularity=layer.granularity,
+            mode=layer.mode,
+        )
+        mx.eval([array for array in found if array is not None])
+        return found
+
+    apart = w.ndim == 2 and layer.granularity != "tensor" and mx.default_device() == mx.cpu
+    if not apart or w.size <= LARGE:
+        return Outcome(rounded(w))
+    rows = max(1, LARGE // w.shape[1])
+    pieces = _helpers().map(lambda start: rounded(w[start : start + rows]), range(0, len(w), rows))
+    return Outcome(concatenate(list(pieces), axis=0))
+
+
+@cache
+def _helpers() -> ThreadPoolExecutor:
+    """Return threads that stay, as mlx keeps something for each in which it computes."""
+    return ThreadPoolExecutor(os.cpu_count())
+
+
+def _imatrix(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
+    assert inputs is not None
+    return Outcome(quantize_weighted(w, inputs, bits=layer.bits, group_size=layer.group_size))
+
+
+def _gptq(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
+    sizes = {"bits": layer.bits, "group_size": layer.group_size}
+    return Outcome(gptq_quantize(w, np.array(inputs), **sizes, sweeps=layer.sweeps))
+
+
+def _splitquant(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
+    """Split by k-means, and quantize every part; with `inputs`, under the importance of channels.
+
+    Large weights go through in blocks of rows, whose intermediate arrays fit in the processor's
+    cache and do not add to the peak of memory.
+    """
+    started = time.perf_counter()
+    clustering = cluster_weight(w, layer.clusters, layer.kmeans)
+    cluster_s = time.perf_counter() - started
+    sizes = {"bits": layer.bits, "group_size": layer.group_size}
+    if inputs is None and layer.granularity == "group" and mx.default_device() == mx.cpu:
+        coded = code_split(w, clustering.upper_bounds, layer.clusters, **sizes)
+    else:
+        # one scale per tensor has to see the whole tensor
+        rows = len(w) if layer.granularity == "tensor" else max(1, BLOCK // w.shape[1])
+        blocks = []
+        for start in range(0, len(w), rows):
+            full = w[start : start + rows].astype(mx.float32)
+            parts = parts_of(full, clustering, layer.clusters)
+            if inputs is None:
+                block = code_parts(parts, **sizes, granularity=layer.granularity)
+            else:
+                block = code_parts_weighted(parts, inputs, **sizes)
+            mx.eval(block)
+            blocks.append(block)
+        coded = concatenate(blocks, axis=0)
+    quantized = round_scales(coded, layer.bits, scale_dtype(w.dtype))
+    return Outcome(quantized, clustering.cut_points, cluster_s)
+
+
+QUANTIZERS = {
+    "rtn": Quantizer(apply=_rtn),
+    "imatrix": Quantizer(apply=_imatrix, statistic=sum_of_squares),
+    "gptq": Quantizer(apply=_gptq, statistic=hessian),
+    "splitquant": Quantizer(apply=_splitquant),
+    "splitquant_imatrix": Quantizer(apply=_splitquant, statistic=sum_of_squares),
+}
