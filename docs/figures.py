@@ -131,9 +131,10 @@ def cost_table(cost: dict) -> str:
     return "\n".join(lines) + f"\n\nLargest error of the fit: {error:.0%} of a measured time.\n"
 
 
-def sizes_table(study: Path) -> str:
+def sizes_table(study: Path, only: tuple[float, ...] = ()) -> str:
     """Return what each method keeps, by size; the closest of each size is in bold.
 
+    `only` names the sizes to show, in bits/weight of the linear layers; none shows all.
     Divergences are also given as a ratio to that of rtn at the same size, where there is one.
     """
     found: dict[str, dict] = {}
@@ -150,6 +151,8 @@ def sizes_table(study: Path) -> str:
         "|---|---|---|---|---|---|",
     ]
     for bits, rows in sorted(sizes.items()):
+        if only and bits not in only:
+            continue
         plain = [kl for kl, variant in rows if variant.startswith("rtn")]
         for kl, variant in sorted(rows, reverse=True):
             cells = (
@@ -185,6 +188,7 @@ def main() -> None:
         for name, write in writers.items()
     }
     tables["sizes"] = sizes_table(DOCS / "results" / "sizes")
+    tables["at-4.5"] = sizes_table(DOCS / "results" / "sizes", only=(4.5, 13.5))
     pages = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
     files = {page: page.read_text(encoding="utf-8") for page in pages}
     for page, name in product(pages, tables):

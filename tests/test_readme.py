@@ -1,4 +1,4 @@
-"""Every command and every example of the README runs, with tiny models in place of the large."""
+"""Every command and example of the README and of the pages runs, with a tiny model in place."""
 
 import io
 import re
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 SMALL = {
     "meta-llama/Llama-3.2-1B-Instruct": "tiny",
     "--port 8080": "--port 0",
@@ -52,27 +53,38 @@ group_size = 32
 """
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def commands():
-    lines = "".join(blocks("bash")).splitlines()
+def commands(text=README):
+    lines = "".join(blocks("bash", text)).splitlines()
     return [line for line in lines if line.startswith("splitquant-mlx ")]
+
+
+# in the README's order, which is the order in which they depend on one another
+OF_PAGES = {
+    line: None
+    for page in PAGES
+    for line in commands(page.read_text(encoding="utf-8"))
+    if line not in (*commands(), "splitquant-mlx demo")  # which CI runs
+}
 
 
 @pytest.fixture(scope="module")
 def home(stories, data, tmp_path_factory):
-    """Return a working directory whose mlx_model the first command has made."""
+    """Return a working directory with a model of default name, and what the first command makes."""
     home = tmp_path_factory.mktemp("home")
     shutil.copytree(stories, home / "tiny")
     shutil.copy(data / "arc" / "ARC-Easy-validation.jsonl", home / "arc.jsonl")
     text = (data / "tinystories" / "tinystories_sample.txt").read_text(encoding="utf-8")
     (home / "text.txt").write_text(text[:4000], encoding="utf-8")
     (home / "small.toml").write_text(STUDY)
-    command = [*PROGRAM, *arguments(commands()[0])]
-    done = subprocess.run(command, cwd=home, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setenv("SPLITQUANT_CACHE", "cache")
+        assert run(["convert", "--model", "tiny", "--mlx-path", "mlx_model"]) == 0
+        assert run(arguments(commands()[0])) == 0
     return home
 
 
@@ -92,24 +104,22 @@ def convert_here(command, target):
     return Run(started=0, seconds=1, peak_bytes=1, output=""), seconds
 
 
-@pytest.mark.parametrize("line", commands()[1:])
+@pytest.mark.parametrize(
+    "line", [*commands()[1:], *(pytest.param(line, marks=pytest.mark.slow) for line in OF_PAGES)]
+)
 def test_command_runs(line, home, monkeypatch, capsys):
-    """In this process, but for the first, and for the one that a signal ends."""
+    """In this process, but for the one that a signal ends."""
     monkeypatch.chdir(home)
     monkeypatch.setenv("SPLITQUANT_CACHE", "cache")
     if line.startswith("splitquant-mlx serve"):
         with subprocess.Popen([*PROGRAM, *arguments(line)], stdout=subprocess.PIPE) as server:
-            assert b"Serving mlx_model at http://127.0.0.1:" in server.stdout.readline()
+            assert b"at http://127.0.0.1:" in server.stdout.readline()
             server.terminate()
         return
     monkeypatch.setattr("sys.stdin", io.StringIO("Once upon a time\n"))
     monkeypatch.setattr("splitquant_mlx.bench.conversion.run_conversion", convert_here)
     monkeypatch.setattr(clustering, "bench_kmeans", partial(bench_kmeans, side=64, trials=1))
     assert run(arguments(line)) == 0, capsys.readouterr().err
-
-
-def test_first_command_converts_to_the_default_place(home):
-    assert (home / "mlx_model" / "splitquant.json").is_file()
 
 
 def test_the_two_commands_at_the_top_are_what_ci_runs():
@@ -121,21 +131,28 @@ def test_the_two_commands_at_the_top_are_what_ci_runs():
         assert any(line == wanted or line.startswith(f"{wanted} -q") for line in script), part
 
 
-def test_python_example_runs(stories, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "docs" / "api.md"], ids=lambda p: p.name
+)
+def test_python_example_runs(page, stories, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("python")
+    (code,) = blocks("python", page.read_text(encoding="utf-8"))
     names = {}
     exec(code.replace("path/or/repo", str(stories)), names)
     assert (tmp_path / "out" / "splitquant.json").is_file()
     assert names["manifest"].linear_bits_per_weight == pytest.approx(13.5)
 
 
-def test_file_tree_names_every_module():
+def test_file_tree_names_every_package():
     tree = README[README.index("splitquant_mlx/\n") :]
-    listed = set(re.findall(r"(\w+)\.py", tree))
-    modules = {file.stem for file in (ROOT / "splitquant_mlx").glob("*.py")}
-    small = {"__init__", "__main__", "_version", "errors", "progress", "cache", "blas"}
-    assert modules - small <= listed
+    listed = set(re.findall(r"(\w+)/", tree))
+    packages = {path.parent.name for path in (ROOT / "splitquant_mlx").glob("*/__init__.py")}
+    assert packages <= listed
+
+
+def test_links_lead_somewhere():
+    for link in re.findall(r"\]\((?!http)([^)#]+)", README):
+        assert (ROOT / link).exists(), link
 
 
 def test_published_figures_are_those_of_the_json():
