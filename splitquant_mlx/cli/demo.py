@@ -7,6 +7,8 @@ import typer
 
 from splitquant_mlx.cli.options import Device, start
 
+BAR_WIDTH = 20
+
 
 def demo(
     model: Annotated[
@@ -17,14 +19,14 @@ def demo(
     ] = None,
     device: Device = None,
 ) -> None:
-    """Get a small real chat model, convert it plain and split, and compare the two."""
+    """Fetch a small real chat model, convert it plain, calibrated and split, and compare them."""
     start(device)
     from rich.console import Console
     from rich.table import Table
 
     from splitquant_mlx.cli.console import Bars, plain, size
     from splitquant_mlx.demo.model import fetch_demo_model
-    from splitquant_mlx.demo.run import QUESTION, run_demo, save_results
+    from splitquant_mlx.demo.run import QUESTION, RECOMMENDED, run_demo, save_results
     from splitquant_mlx.models.source import resolve
     from splitquant_mlx.runtime.cache import cache_directory
 
@@ -35,18 +37,20 @@ def demo(
     console = Console(highlight=False)
     table = Table(box=None, padding=(0, 2, 0, 0), title=plain(source.name), title_justify="left")
     table.add_column("method", no_wrap=True)
-    for name in ("bits/weight", "size", "KL, nats", "top-1", "tokens/s", "took"):
-        table.add_column(name, justify="right")
+    for name in ("bits/weight", "size", "took", "top-1", "KL, nats"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    worst = max(result.divergence.kl_mean for result in results if result.divergence)
     for result in results:
-        found = result.divergence
+        distance = result.divergence
         table.add_row(
             result.method,
-            f"{result.bits_per_weight:.2f}",
+            f"{result.bits_per_weight:.1f}",
             size(result.nbytes),
-            f"{found.kl_mean:.3f}" if found else "",
-            f"{found.top1_agreement:.1%}" if found else "",
-            f"{result.tokens_per_s:.1f}",
             f"{result.seconds:.1f} s" if result.seconds else "",
+            f"{distance.top1_agreement:.0%}" if distance else "",
+            f"{distance.kl_mean:.3f}" if distance else "",
+            "█" * max(1, round(BAR_WIDTH * distance.kl_mean / worst)) if distance else "",
         )
     console.print(table)
     if source.path.suffix == ".gguf":
@@ -58,5 +62,6 @@ def demo(
     console.print(f"[bold]{QUESTION}[/]")
     for result in results:
         console.print(f"  {result.method}: {plain(result.answer)}", markup=False)
-    next_command = f"splitquant-mlx chat --model {shlex.quote(str(results[-1].path))}"
+    chosen = next(result.path for result in results if result.method == RECOMMENDED)
+    next_command = f"splitquant-mlx chat --model {shlex.quote(str(chosen))}"
     console.print(f"\nNext: {next_command}", markup=False, soft_wrap=True)
