@@ -7,7 +7,7 @@ import typer
 
 from splitquant_mlx.cli.options import Device, start
 
-BAR_WIDTH = 20
+BAR_WIDTH = 16
 
 
 def demo(
@@ -24,7 +24,7 @@ def demo(
     from rich.console import Console
     from rich.table import Table
 
-    from splitquant_mlx.cli.console import Bars, plain, size
+    from splitquant_mlx.cli.console import Bars, plain
     from splitquant_mlx.demo.model import fetch_demo_model
     from splitquant_mlx.demo.run import QUESTION, RECOMMENDED, run_demo, save_results
     from splitquant_mlx.models.source import resolve
@@ -39,15 +39,15 @@ def demo(
     table.add_column("method", no_wrap=True)
     for name in ("bits/weight", "size", "took", "top-1", "KL, nats"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
+    table.add_column("", no_wrap=True, overflow="crop")
     worst = max(result.divergence.kl_mean for result in results if result.divergence)
     for result in results:
         distance = result.divergence
         table.add_row(
             result.method,
             f"{result.bits_per_weight:.1f}",
-            size(result.nbytes),
-            f"{result.seconds:.1f} s" if result.seconds else "",
+            f"{result.nbytes / 1e6:.1f} MB",
+            f"{result.seconds:.0f} s" if result.seconds else "",
             f"{distance.top1_agreement:.0%}" if distance else "",
             f"{distance.kl_mean:.3f}" if distance else "",
             "█" * max(1, round(BAR_WIDTH * distance.kl_mean / worst)) if distance else "",
