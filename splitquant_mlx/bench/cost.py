@@ -20,7 +20,7 @@ import numpy as np
 
 from splitquant_mlx.bench.random_checkpoint import Shape
 from splitquant_mlx.conversion.plan import make_plan
-from splitquant_mlx.models.checkpoint import build_model, parameters
+from splitquant_mlx.models.architecture import build_model, parameters
 from splitquant_mlx.recipe import Recipe
 
 

@@ -23,7 +23,8 @@ from splitquant_mlx.conversion.weight import Converted, convert_weight, require_
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.manifest import LayerRecord
 from splitquant_mlx.formats.shard_writer import ShardWriter
-from splitquant_mlx.models.checkpoint import FLOATS, Checkpoint, check_unchanged, parameters
+from splitquant_mlx.models.architecture import parameters
+from splitquant_mlx.models.checkpoint import FLOATS, Checkpoint, check_unchanged
 from splitquant_mlx.progress import Progress
 from splitquant_mlx.runtime.blas import one_thread_for_numpy
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.models.checkpoint import parameters
+from splitquant_mlx.models.architecture import parameters
 from splitquant_mlx.nn.split_layers import scale_dtype
 from splitquant_mlx.recipe import CALIBRATED, DTYPES, GROUP_SIZES, MODES, Recipe
 

@@ -16,7 +16,8 @@ from splitquant_mlx.conversion.save import TABLES, config_tables
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.manifest import FILE_NAME, LayerRecord, Manifest, load_manifest
 from splitquant_mlx.formats.safetensors import TensorHeader
-from splitquant_mlx.models.checkpoint import read_config, read_headers
+from splitquant_mlx.models.checkpoint import read_headers
+from splitquant_mlx.models.config import read_config
 from splitquant_mlx.models.directory import as_directory
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.models.source import Source

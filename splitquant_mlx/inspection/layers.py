@@ -11,7 +11,8 @@ from splitquant_mlx.conversion.plan import make_plan
 from splitquant_mlx.conversion.weight import require_finite
 from splitquant_mlx.errors import CheckpointError, RecipeError
 from splitquant_mlx.formats.manifest import LayerRecord, Manifest, load_manifest
-from splitquant_mlx.models.checkpoint import open_checkpoint, read_config
+from splitquant_mlx.models.checkpoint import open_checkpoint
+from splitquant_mlx.models.config import read_config
 from splitquant_mlx.models.dense import dense_weight
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.progress import Progress, Silent

@@ -18,13 +18,9 @@ from mlx.utils import tree_map
 
 from splitquant_mlx.errors import CheckpointError, one_line
 from splitquant_mlx.formats.manifest import MODEL_FILE
-from splitquant_mlx.models.checkpoint import (
-    check_config,
-    find_classes,
-    read_config,
-    read_headers,
-    settle_random_state,
-)
+from splitquant_mlx.models.architecture import find_classes, settle_random_state
+from splitquant_mlx.models.checkpoint import read_headers
+from splitquant_mlx.models.config import check_config, read_config
 from splitquant_mlx.models.directory import as_directory
 from splitquant_mlx.models.sharding import divide
 from splitquant_mlx.models.source import Source, resolve

@@ -14,7 +14,7 @@ from splitquant_mlx.calibration.sensitivity import predict_divergence
 from splitquant_mlx.calibration.statistics import hessian, iterate_blocks, sum_of_squares
 from splitquant_mlx.calibration.tokens import calibration_tokens
 from splitquant_mlx.evaluation.divergence import divergence, log_probabilities
-from splitquant_mlx.models.checkpoint import parameters
+from splitquant_mlx.models.architecture import parameters
 from splitquant_mlx.models.lazy import LazyModel
 from splitquant_mlx.progress import Silent
 from splitquant_mlx.quantization.gptq import gptq_quantize

@@ -1,0 +1,107 @@
+"""Read config.json and check what no model has, before anything is built from it."""
+
+import json
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+from splitquant_mlx.errors import CheckpointError
+
+SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "vocab_size", "head_dim",
+)  # fmt: skip
+# the numbers an architecture loops over when it is built
+COUNTS = re.compile(r"(?:\w+_)?(?:num|n)_(?:\w+_)?(layers?|experts)")
+MAX_EXPERTS = 10_000
+MAX_NESTING = 50
+# what is read whole; the largest tokenizers in use are of some 30 MB
+TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+MAX_TEXT_BYTES = 1 << 28
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read config.json. Raises CheckpointError when there is none or it is not usable."""
+    _check_files(path)
+    file = path / "config.json"
+    refuse_special_file(file)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise CheckpointError(
+            f"{path} is not a model directory: it has no config.json (wanted: config.json, "
+            "*.safetensors and tokenizer files)"
+        ) from exc
+    except OSError as exc:
+        raise CheckpointError(f"{file}: {exc.strerror or exc}") from exc
+    except (ValueError, RecursionError) as exc:
+        raise CheckpointError(f"{file} is not valid JSON: {exc}") from exc
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise CheckpointError(f"{file}: wanted a table with a model_type, such as 'llama'")
+    return config
+
+
+def check_config(path: Path, config: dict[str, Any], tensors: int) -> None:
+    """Refuse what no model has, before a loop of a thousand million layers is entered.
+
+    Args:
+        path: the checkpoint, for messages.
+        config: its config.json.
+        tensors: how many its files hold.
+
+    Raises:
+        CheckpointError: when a size is no number, or the layers are more than the tensors.
+    """
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise CheckpointError(f"{path}: config.json: architectures is no list of names")
+    if not isinstance(config.get("text_config"), (dict, type(None))):
+        raise CheckpointError(f"{path}: config.json: text_config is no table")
+    tables: list[tuple[Any, int]] = [(config, 0)]
+    while tables:
+        table, depth = tables.pop()
+        if depth > MAX_NESTING:
+            raise CheckpointError(f"{path}: config.json nests more than {MAX_NESTING} deep")
+        values = table.values() if isinstance(table, dict) else table
+        tables += [(value, depth + 1) for value in values if isinstance(value, (dict, list))]
+        for key, value in table.items() if isinstance(table, dict) else ():
+            if key in SIZES and isinstance(value, (str, int, float)):
+                if type(value) is not int or value < 0:
+                    raise CheckpointError(
+                        f"{path}: config.json: {key} is {value!r}, wanted a whole number"
+                    )
+            counted = COUNTS.fullmatch(key)
+            if counted and isinstance(value, int):
+                limit = max(tensors, MAX_EXPERTS if counted[1] == "experts" else 0)
+                if value > limit:
+                    raise CheckpointError(
+                        f"{path}: config.json has {key} {value}, the files hold only {tensors} "
+                        "tensors: one of the two is from another model"
+                    )
+
+
+def _check_files(path: Path) -> None:
+    """Refuse pipes and devices, which never end, and giants: mlx-lm and transformers read them."""
+    try:
+        files = sorted(path.iterdir())
+    except OSError:
+        return  # to read config.json says what is wrong
+    for file in files:
+        try:
+            status = file.stat()
+        except OSError:
+            continue  # a broken link, which is missed where it is wanted
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise CheckpointError(f"{file} is not a file: download it again")
+        if file.suffix in TEXTS and status.st_size > MAX_TEXT_BYTES:
+            raise CheckpointError(
+                f"{file} has {status.st_size} bytes, wanted at most {MAX_TEXT_BYTES}: download it "
+                "again, or move it elsewhere if it is not the model's"
+            )
+
+
+def refuse_special_file(file: Path) -> None:
+    """Raise CheckpointError for a directory, or a pipe, which would be waited for for ever."""
+    if file.exists() and not file.is_file():
+        raise CheckpointError(f"{file} is not a file: download it again")
