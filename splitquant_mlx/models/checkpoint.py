@@ -19,6 +19,7 @@ from splitquant_mlx.errors import CheckpointError, one_line
 from splitquant_mlx.formats.safetensors import TensorHeader, read_header
 from splitquant_mlx.models.architecture import build_model, parameters
 from splitquant_mlx.models.config import check_config, read_config, refuse_special_file
+from splitquant_mlx.models.config_forms import check_function, normalize
 
 FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
 SUFFIX = ".safetensors"
@@ -33,12 +34,13 @@ class Checkpoint:
 
     Attributes:
         path: the directory.
-        config: config.json.
+        config: config.json, with the keys of both forms; see `config_forms`.
         model: mlx-lm's model of it, its parameters not evaluated and not the checkpoint's.
         weights: parameter name -> lazy array, named and laid out as the model wants them. Pop
             what you read: an array that was evaluated stays in memory as long as it is held.
         source_bytes: size of all tensors in the files.
         stamps: of every file that is read, to notice that it changed meanwhile; see `stamp`.
+        warnings: how mlx-lm's model differs from transformers' on some texts, one sentence each.
     """
 
     path: Path
@@ -47,6 +49,7 @@ class Checkpoint:
     weights: dict[str, mx.array]
     source_bytes: int
     stamps: dict[Path, Stamp]
+    warnings: tuple[str, ...] = ()
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -77,11 +80,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 f"{header.file}: tensor {name!r} has dtype {header.dtype}, wanted one of "
                 f"{', '.join(FLOATS)}: cast the checkpoint to one of them first"
             )
+    config = normalize(path, config)
     model = build_model(path, config)
+    warnings = tuple(check_function(path, model, config))
     weights = _load_lazily(path, headers, model)
     _check_parameters(path, model, weights)
     source_bytes = sum(header.nbytes for header in headers.values())
-    return Checkpoint(path, config, model, weights, source_bytes, stamps)
+    return Checkpoint(path, config, model, weights, source_bytes, stamps, warnings)
 
 
 def read_headers(path: Path) -> dict[str, TensorHeader]:

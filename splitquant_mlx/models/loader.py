@@ -18,9 +18,10 @@ from mlx.utils import tree_map
 
 from splitquant_mlx.errors import CheckpointError, one_line
 from splitquant_mlx.formats.manifest import MODEL_FILE
-from splitquant_mlx.models.architecture import find_classes, settle_random_state
+from splitquant_mlx.models.architecture import settle_random_state
 from splitquant_mlx.models.checkpoint import read_headers
 from splitquant_mlx.models.config import check_config, read_config
+from splitquant_mlx.models.config_forms import check_function, normalize
 from splitquant_mlx.models.directory import as_directory
 from splitquant_mlx.models.sharding import divide
 from splitquant_mlx.models.source import Source, resolve
@@ -83,10 +84,10 @@ def load_model(
     config = read_config(directory)
     headers = read_headers(directory)
     check_config(directory, config, len(headers))
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"model_config": {}}
     foreign = config.get("model_file")
     if isinstance(config.get("splitquant"), dict) and foreign in (None, MODEL_FILE):
-        options["model_config"] = {"model_file": None}
+        options["model_config"]["model_file"] = None
         options["get_model_classes"] = lambda config: (model_file.Model, model_file.ModelArgs)
     elif foreign and not trust_remote_code:
         raise CheckpointError(
@@ -96,9 +97,12 @@ def load_model(
     elif foreign:
         options["trust_remote_code"] = True
     if not options.get("trust_remote_code"):
-        find_classes(directory, config)  # which says what is wrong
+        config = normalize(directory, config)  # which says what is wrong
+        options["model_config"] |= {k: v for k, v in config.items() if k != "model_file"}
     with _readable(directory):
         model, _ = mlx_lm_load_model(directory, lazy=True, **options)
+    if not options.get("trust_remote_code"):
+        check_function(directory, model, config)
     if group is not None and not alone(group):
         layout = [config, [[name, h.dtype, h.shape] for name, h in sorted(headers.items())]]
         digest = hashlib.sha256(json.dumps(layout).encode()).hexdigest()

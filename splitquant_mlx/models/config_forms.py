@@ -1,0 +1,224 @@
+"""Bring a config.json into the form that mlx-lm's classes read, and keep the form it came in.
+
+transformers 5 writes `rope_parameters`, `dtype`, `num_local_experts`, ... where mlx-lm's classes
+read `rope_theta`, `rope_scaling`, `partial_rotary_factor`, `torch_dtype`, `num_experts`; a class
+takes its own default for a key that it does not find. The configuration class of transformers
+knows both forms of every architecture and its defaults: what it reads from config.json is written
+out in both forms, so mlx-lm, mlx-vlm and transformers read the result as the same model.
+"""
+
+import copy
+import dataclasses
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mlx.nn as nn
+
+from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.models.architecture import find_classes
+from splitquant_mlx.models.config import SIZES
+from splitquant_mlx.models.rotary import check_rotary
+
+ROPE_TYPES = {"su": "longrope", "deepseek_yarn": "yarn"}
+# how the base of the windowed layers is called, beside the `rope_theta` of the others
+LOCAL_BASES = ("rope_local_base_freq", "rope_local_theta", "swa_rope_theta")
+# what a class may call a value that config.json gives under another of the names
+SYNONYMS = (
+    ("rope_theta", "rotary_emb_base", "rope_freq_constant", "rope_embedding_base"),
+    ("partial_rotary_factor", "rotary_pct"),
+    ("torch_dtype", "dtype"),
+    ("num_experts", "num_local_experts", "n_routed_experts"),
+    ("sliding_window", "sliding_window_size"),
+)
+ROPE_KEYS = {"rope_parameters", "rope_scaling", *SYNONYMS[0], *SYNONYMS[1], *LOCAL_BASES}
+NEVER_GUESSED = set(SIZES) - {"head_dim", "num_key_value_heads"}
+NOT_SETTINGS = ("quantization", "quantization_config", "splitquant", "model_file", "auto_map")
+# every how manieth layer attends to all tokens, where the others have a window or no attention
+PERIODS = ("sliding_window_pattern", "full_attention_interval")
+Fields = dict[str, dataclasses.Field[Any]]
+
+
+def normalize(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json with the keys of both forms.
+
+    Args:
+        path: the checkpoint, for messages.
+        config: its config.json, of either form.
+
+    Raises:
+        CheckpointError: when mlx-lm has no such architecture, or its class has no key for what
+            config.json says of its layers.
+    """
+    model_class, _ = find_classes(path, config)
+    fields = settings_fields(sys.modules[model_class.__module__])
+    reference = text_reference(reference_config(config))
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return _complete(path, config, reference, fields)
+    reference = reference or reference_config(text)
+    written = reference.to_diff_dict() if reference else {}
+    written = {key: value for key, value in written.items() if key not in NOT_SETTINGS}
+    return {**config, "text_config": _complete(path, {**written, **text}, reference, fields)}
+
+
+def check_function(path: Path, model: nn.Module, config: dict[str, Any]) -> list[str]:
+    """Compare what mlx-lm's model computes with what config.json asks for.
+
+    Args:
+        path: the checkpoint, for messages.
+        model: built from `config`.
+        config: config.json, normalized.
+
+    Returns:
+        What differs for some texts only, one sentence each.
+
+    Raises:
+        CheckpointError: when it computes something else.
+    """
+    reference = text_reference(reference_config(config))
+    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    tables = rope_parameters(text, reference)
+    settings = {**text, **({} if reference is None else reference.to_dict())}
+    return check_rotary(path, model, tables, settings)
+
+
+def settings_fields(module: ModuleType) -> Fields:
+    """Return the keys that the dataclasses of one of mlx-lm's modules read.
+
+    A module of a multimodal model takes the classes of a language model from another one.
+    """
+    fields: Fields = {}
+    for value in vars(module).values():
+        if isinstance(value, ModuleType) and value.__name__.startswith("mlx_lm.models."):
+            fields |= settings_fields(value)
+        elif isinstance(value, type) and dataclasses.is_dataclass(value):
+            fields |= {field.name: field for field in dataclasses.fields(value)}
+    return fields
+
+
+def reference_config(config: dict[str, Any]) -> Any:
+    """Return transformers' reading of a config.json; None where it has no class that reads it."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    settings = {key: value for key, value in config.items() if key not in NOT_SETTINGS}
+    try:
+        with _silenced():
+            return CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(settings))
+    except Exception:  # no such class, or it wants other values than mlx-lm's class of that name
+        return None
+
+
+def text_reference(reference: Any) -> Any:
+    """Return the part of transformers' configuration that describes the language model."""
+    return reference.get_text_config(decoder=True) if reference is not None else None
+
+
+def rope_parameters(config: dict[str, Any], reference: Any) -> dict[str, dict[str, Any]]:
+    """Return the settings of rotary embeddings by layer type, of type '' where all are alike.
+
+    Each has a rope_type and, where config.json or its class in transformers gives them, a
+    rope_theta and a partial_rotary_factor.
+    """
+    found = getattr(reference, "rope_parameters", None) or config.get("rope_parameters")
+    found = found or config.get("rope_scaling")
+    found = found if isinstance(found, dict) else {}
+    nested = {kind: table for kind, table in found.items() if isinstance(table, dict)}
+    return {kind: _rope_table(table, config) for kind, table in (nested or {"": found}).items()}
+
+
+def _rope_table(table: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    table = {key: value for key, value in table.items() if value is not None}
+    for names in SYNONYMS[:2]:
+        value = next((config[name] for name in names if config.get(name) is not None), None)
+        if value is not None:
+            table.setdefault(names[0], value)
+    kind = table.pop("type", "default")
+    kind = table.get("rope_type", kind)
+    return {**table, "rope_type": ROPE_TYPES.get(kind, kind)}
+
+
+def _complete(path: Path, config: dict[str, Any], reference: Any, fields: Fields) -> dict[str, Any]:
+    """Return a table of settings, not nested, with the keys that it lacks."""
+    given = {key: value for key, value in config.items() if value is not None}
+    known: dict[str, Any] = {"rope_scaling": None} if "rope_scaling" in fields else {}
+    names = getattr(reference, "attribute_map", {})
+    for field in fields.keys() - ROPE_KEYS:
+        if field in NEVER_GUESSED and names.get(field) not in given:
+            continue
+        value = getattr(reference, field, None)
+        if _is_plain(value) and (value is not None or hasattr(reference, field)):
+            known[field] = copy.deepcopy(value)
+    for names in SYNONYMS:
+        value = next((given[name] for name in names if name in given), None)
+        if value is not None:
+            known |= {name: value for name in names if name in fields}
+    rope = _rope_forms(rope_parameters(config, reference), fields)
+    return {**config, **known, **given, **rope, **_layer_period(path, reference, fields)}
+
+
+def _rope_forms(tables: dict[str, dict[str, Any]], fields: Fields) -> dict[str, Any]:
+    """Return the keys of both forms that say the same of rotary embeddings."""
+    table = tables.get("full_attention") or next(iter(tables.values()))
+    local = tables.get("sliding_attention", table)
+    if "rope_theta" not in table:
+        return {}
+    scaling = {k: v for k, v in table.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    forms = {
+        **{name: table["rope_theta"] for name in SYNONYMS[0] if name in fields},
+        **{name: local["rope_theta"] for name in LOCAL_BASES if name in fields},
+        "rope_theta": table["rope_theta"],
+        "rope_parameters": table if "" in tables else tables,
+    }
+    if table["rope_type"] != "default":
+        forms["rope_scaling"] = {**scaling, "type": table["rope_type"]}
+    if "partial_rotary_factor" in table:
+        names = [*SYNONYMS[1][1:], "partial_rotary_factor"]
+        forms |= {n: table["partial_rotary_factor"] for n in names if n in fields or n == names[-1]}
+    return forms
+
+
+def _layer_period(path: Path, reference: Any, fields: Fields) -> dict[str, Any]:
+    """Return the pattern of layers as a class without `layer_types` reads it."""
+    types, keys = getattr(reference, "layer_types", None), [key for key in PERIODS if key in fields]
+    if not types or not keys or "layer_types" in fields:
+        return {}
+    is_full = [kind == "full_attention" for kind in types]
+    if "str" in str(fields[keys[0]].type):
+        pattern = "".join("G" if full else "L" for full in is_full)
+        return {keys[0]: None if all(is_full) else pattern}
+    period = is_full.index(True) + 1 if True in is_full else getattr(reference, "_" + keys[0], 0)
+    if is_full != [period > 0 and (n + 1) % period == 0 for n in range(len(types))]:
+        raise CheckpointError(
+            f"{path}: config.json: layer_types {types} have no period, which is all that mlx-lm's "
+            "class of this architecture reads"
+        )
+    return {keys[0]: period}
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether `value` can be an entry of config.json."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(v) for key, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, int, float))
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Keep what transformers says of settings that it does not know off the user's terminal."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

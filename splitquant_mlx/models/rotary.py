@@ -1,0 +1,188 @@
+"""Check the rotary embeddings of a model of mlx-lm against what config.json asks for.
+
+Which keys a class reads, and what it makes of them, differs from class to class. So the layers
+that were built are measured: rotating a vector at position 1 shows the angle and the length that
+each of its pairs gets. The formulas of what is asked for are those of transformers'
+modeling_rope_utils.
+"""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from splitquant_mlx.errors import CheckpointError
+
+ROTARY = re.compile(r"rope|rotary", re.IGNORECASE)
+LAYER = re.compile(r"layers\.(\d+)\.")
+TOLERANCE = 1e-3
+Table = dict[str, Any]
+
+
+def check_rotary(
+    path: Path, model: nn.Module, tables: dict[str, Table], config: Table
+) -> list[str]:
+    """Compare what every rotary embedding of `model` does with what is asked for.
+
+    Args:
+        path: the checkpoint, for messages.
+        model: mlx-lm's model.
+        tables: settings by layer type, of type '' where all layers are alike; see
+            `config_forms.rope_parameters`.
+        config: the settings of the language model in config.json, with all keys.
+
+    Returns:
+        What differs for some lengths of text only, one sentence each.
+
+    Raises:
+        CheckpointError: when it does something else, or the kind of rotary embedding is unknown.
+    """
+    kinds = config.get("layer_types") or ()
+    notes: set[str] = set()
+    for name, module in model.named_modules():
+        if not ROTARY.search(type(module).__name__) or re.search("vision|visual|audio", name):
+            continue
+        layer = LAYER.search(name)
+        kind = "" if "" in tables else kinds[int(layer[1])] if layer and kinds else None
+        table = tables.get(kind) if kind is not None else None
+        if not table or "rope_theta" not in table:
+            continue
+        found = measured(module)
+        try:
+            wanted = expected(table, len(found) * 2, config)
+        except (KeyError, TypeError, ValueError, ArithmeticError) as exc:
+            raise CheckpointError(
+                f"{path}: config.json: rotary embeddings {table}: {type(exc).__name__}: {exc}"
+            ) from exc
+        if not _close(found, wanted[0]):
+            if len(wanted) == 1 or not _close(found, wanted[1]):
+                raise CheckpointError(
+                    f"{path}: config.json asks for rotary embeddings {table}, but mlx-lm's "
+                    f"{type(model).__module__.rpartition('.')[2]} rotates otherwise "
+                    f"({_difference(found, wanted[0])} in {name}): its output would be wrong"
+                )
+            notes.add(
+                "mlx-lm uses the long factors of rotary embeddings for texts of every length, "
+                f"transformers the short ones up to {table['original_max_position_embeddings']} "
+                "tokens"
+            )
+    return sorted(notes)
+
+
+def measured(module: nn.Module) -> np.ndarray:
+    """Return what a rotary embedding does to each pair, as complex numbers (pairs,).
+
+    The angle is the frequency, in radians per token, the length the factor on the vector.
+    """
+    dims: int = getattr(module, "dims", None) or module.dim  # type: ignore[assignment]
+    pairs = np.arange(dims // 2)
+    one = module(mx.eye(dims)[:1].reshape(1, 1, 1, dims), offset=1)
+    first, second = pairs, pairs + dims // 2
+    if one[0, 0, 0, 1].item():  # consecutive entries are rotated together
+        first, second = 2 * pairs, 2 * pairs + 1
+    x = np.zeros(dims, np.float32)
+    x[first] = 1
+    y = np.array(module(mx.array(x).reshape(1, 1, 1, dims), offset=1)).reshape(dims)
+    return y[first] + 1j * y[second]
+
+
+def expected(table: Table, dims: int, config: Table) -> list[np.ndarray]:
+    """Return what is asked for: frequencies and factor as `measured` gives them.
+
+    Args:
+        table: rope_type, rope_theta and what belongs to the type.
+        dims: size of what is rotated in the model that was built.
+        config: the settings of the language model.
+
+    Returns:
+        One array; for longrope two, for short and for long texts.
+
+    Raises:
+        KeyError, TypeError, ValueError: a setting is missing, or is none that is known.
+    """
+    kind, base = table["rope_type"], table["rope_theta"]
+    width = config.get("head_dim") or 0
+    if "partial_rotary_factor" in table and width and kind != "proportional":
+        if int(width * table["partial_rotary_factor"]) // 2 != dims // 2:
+            raise ValueError(f"mlx-lm rotates {dims} of {width} dimensions")
+    frequencies = base ** -(np.arange(0, dims, 2) / dims)
+    if kind in ("default", "mrope", "dynamic"):  # the last differs on long texts only
+        return [_turn(frequencies)]
+    if kind == "linear":
+        return [_turn(frequencies / table["factor"])]
+    if kind == "llama3":
+        return [_turn(_llama3(frequencies, table))]
+    if kind == "yarn":
+        return [_turn(_yarn(frequencies, table), _yarn_factor(table))]
+    if kind == "longrope":
+        return _longrope(frequencies, table, config)
+    if kind == "proportional":
+        rotated = int(table.get("partial_rotary_factor", 1.0) * dims // 2)
+        still = np.arange(dims // 2) >= rotated
+        return [_turn(np.where(still, 0, frequencies / table.get("factor", 1.0)))]
+    raise ValueError(f"unknown rope_type {kind!r}")
+
+
+def _turn(frequencies: np.ndarray, factor: float = 1.0) -> np.ndarray:
+    return factor * np.exp(1j * frequencies)
+
+
+def _llama3(frequencies: np.ndarray, table: Table) -> np.ndarray:
+    low, high = table["low_freq_factor"], table["high_freq_factor"]
+    turns = table["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 - smooth) * frequencies / table["factor"] + smooth * frequencies
+
+
+def _yarn(frequencies: np.ndarray, table: Table) -> np.ndarray:
+    dims, base = 2 * len(frequencies), table["rope_theta"]
+
+    def dimension(rotations: float) -> float:
+        length = table["original_max_position_embeddings"] / (rotations * 2 * math.pi)
+        return dims * math.log(length) / (2 * math.log(base))
+
+    low, high = dimension(table.get("beta_fast") or 32), dimension(table.get("beta_slow") or 1)
+    if table.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dims - 1)
+    ramp = np.clip((np.arange(dims // 2) - low) / ((high - low) or 0.001), 0, 1)
+    return frequencies / table["factor"] * ramp + frequencies * (1 - ramp)
+
+
+def _yarn_factor(table: Table) -> float:
+    def scale(mscale: float) -> float:
+        return 0.1 * mscale * math.log(table["factor"]) + 1 if table["factor"] > 1 else 1.0
+
+    if table.get("attention_factor") is not None:
+        return table["attention_factor"]
+    if table.get("mscale") and table.get("mscale_all_dim"):
+        return scale(table["mscale"]) / scale(table["mscale_all_dim"])
+    return scale(1)
+
+
+def _longrope(frequencies: np.ndarray, table: Table, config: Table) -> list[np.ndarray]:
+    original = table["original_max_position_embeddings"]
+    factor = table.get("factor") or config["max_position_embeddings"] / original
+    length = table.get("attention_factor")
+    if length is None:
+        length = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    lists = (np.asarray(table[key], float) for key in ("short_factor", "long_factor"))
+    return [_turn(frequencies / factors, length) for factors in lists]
+
+
+def _close(found: np.ndarray, wanted: np.ndarray) -> bool:
+    return found.shape == wanted.shape and _error(found, wanted) < TOLERANCE
+
+
+def _error(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Return the largest relative difference of frequencies (or factors)."""
+    angles = np.abs(np.angle(found) - np.angle(wanted)) / np.maximum(np.abs(np.angle(wanted)), 1e-7)
+    return max(angles.max(), np.abs(np.abs(found) / np.abs(wanted) - 1).max())
+
+
+def _difference(found: np.ndarray, wanted: np.ndarray) -> str:
+    return f"frequencies off by up to {_error(found, wanted):.1%}"

@@ -1,0 +1,99 @@
+"""A config.json as transformers 4 and as transformers 5 writes it describes the same model."""
+
+import json
+
+import mlx.core as mx
+import pytest
+import tiny
+
+from splitquant_mlx import Recipe, convert
+from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.models.loader import load_model
+
+TOKENS = mx.array([[n * 7 % tiny.VOCAB for n in range(150)]])
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+SCALINGS = {
+    "default": {"rope_type": "default"},
+    "llama3": LLAMA3,
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+}
+
+
+def write_both_forms(directory, architecture, base, scaling):
+    """Write one model twice, with the config.json of transformers 4 and of transformers 5."""
+    old = tiny.write_checkpoint(directory / "old", architecture)
+    new = tiny.write_checkpoint(directory / "new", architecture)
+    config = json.loads((old / "config.json").read_text())
+    config.pop("rope_theta", None)
+    config.pop("rope_scaling", None)
+    is_scaled = scaling["rope_type"] != "default"
+    olds = {"rope_theta": base, "torch_dtype": "float32"}
+    olds |= {"rope_scaling": {**scaling, "type": scaling["rope_type"]}} if is_scaled else {}
+    rope: dict = {"rope_theta": base, **scaling}
+    if architecture == "gemma3_text":
+        rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default"}}
+    news = {"rope_parameters": rope, "dtype": "float32"}
+    (old / "config.json").write_text(json.dumps({**config, **olds}))
+    (new / "config.json").write_text(json.dumps({**config, **news}))
+    return old, new
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_scalings_are_read_from_both_forms(tmp_path, architecture, kind):
+    old, new = write_both_forms(tmp_path, architecture, 250_000.0, SCALINGS[kind])
+    wanted = load_model(old)(TOKENS)
+    assert mx.array_equal(load_model(new)(TOKENS), wanted).item()
+    plain, _ = write_both_forms(tmp_path / "plain", architecture, 10_000.0, SCALINGS["default"])
+    assert mx.max(mx.abs(load_model(plain)(TOKENS) - wanted)).item() > 1e-3
+
+
+@pytest.mark.parametrize("architecture", [a for a in tiny.ARCHITECTURES if a != "llama"])
+def test_the_base_is_read_from_both_forms(tmp_path, architecture):
+    old, new = write_both_forms(tmp_path, architecture, 250_000.0, SCALINGS["default"])
+    assert mx.array_equal(load_model(new)(TOKENS), load_model(old)(TOKENS)).item()
+
+
+def test_the_result_has_both_forms(tmp_path):
+    from mlx_lm.utils import load_model as stock_load_model
+    from transformers import AutoConfig
+
+    old, new = write_both_forms(tmp_path, "llama", 250_000.0, LLAMA3)
+    for source in (old, new):
+        convert(source, tmp_path / "out", recipe=Recipe(method="rtn", bits=8), overwrite=True)
+        ours = load_model(tmp_path / "out")(TOKENS)
+        assert mx.array_equal(stock_load_model(tmp_path / "out")[0](TOKENS), ours).item()
+        found, wanted = (AutoConfig.from_pretrained(d) for d in (tmp_path / "out", new))
+        kept = {k: v for k, v in found.rope_parameters.items() if k != "type"}
+        assert kept == wanted.rope_parameters == {"rope_theta": 250_000.0, **LLAMA3}
+
+
+@pytest.mark.parametrize(
+    "scaling, message",
+    [
+        ({"rope_type": "spiral", "factor": 2.0}, "spiral"),
+        ({"rope_type": "llama3", "factor": 8.0}, "low_freq_factor"),
+        ({**SCALINGS["yarn"], "truncate": False}, "truncate"),
+        ({**SCALINGS["yarn"], "attention_factor": 1.5}, "attention_factor"),
+    ],
+)
+def test_settings_that_mlx_lm_does_not_have_are_refused(tmp_path, scaling, message):
+    _, new = write_both_forms(tmp_path, "llama", 10_000.0, scaling)
+    with pytest.raises(CheckpointError, match=message):
+        convert(new, tmp_path / "out", recipe=Recipe(method="rtn", bits=8))
+    with pytest.raises(CheckpointError, match=message):
+        load_model(new)
+
+
+def test_a_scaling_that_the_class_does_not_read_is_refused(tmp_path):
+    """mlx-lm's Gemma 2 has plain rotary embeddings only."""
+    _, new = write_both_forms(tmp_path, "gemma2", 10_000.0, SCALINGS["linear"])
+    with pytest.raises(CheckpointError, match=r"gemma2 rotates otherwise"):
+        load_model(new)
