@@ -9,6 +9,10 @@ class SplitQuantError(Exception):
     """Root of every error this package raises on purpose."""
 
 
+class SplitQuantWarning(UserWarning):
+    """Says what was done otherwise than one may expect; the command line shows it as a note."""
+
+
 def one_line(exc: BaseException) -> str:
     """Return the message of another library's exception on one line."""
     return " ".join(str(exc).split())

@@ -3,7 +3,9 @@
 import signal
 import sys
 import traceback
+import warnings
 from types import FrameType
+from typing import Any
 
 import typer
 
@@ -23,7 +25,7 @@ from splitquant_mlx.cli.run import run as run_study
 from splitquant_mlx.cli.serve import serve
 from splitquant_mlx.cli.upload import upload
 from splitquant_mlx.cli.verify import verify
-from splitquant_mlx.errors import RankError, SplitQuantError
+from splitquant_mlx.errors import RankError, SplitQuantError, SplitQuantWarning
 from splitquant_mlx.models.hub import hide_token
 
 PROGRAM = "splitquant-mlx"
@@ -76,6 +78,7 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     says itself.
     """
     rank, prefix = launched_rank(), ""
+    warnings.showwarning = _show_note
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup makes it
             signal.signal(number, _interrupt)
@@ -108,6 +111,16 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
         print(printable(hide_token(shown)), end="", file=sys.stderr)
     print(f"{PROGRAM}: error: {prefix}{plain(hide_token(message))}", file=sys.stderr)
     return 2
+
+
+def _show_note(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any
+) -> None:
+    """Print our own warnings on one line, and those of other packages as Python does."""
+    if issubclass(category, SplitQuantWarning):
+        print(f"{PROGRAM}: note: {plain(hide_token(str(message)))}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno), end="", file=sys.stderr)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -8,14 +8,15 @@ not know are refused: a wrong cut gives a model that runs and is quietly worse.
 
 import json
 import math
-from dataclasses import dataclass
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.errors import CheckpointError, SplitQuantWarning
+from splitquant_mlx.formats.gguf_pretokenizers import PRE_TOKENIZERS
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)
 # The longest in use are runs of some 250 blanks.
@@ -26,43 +27,32 @@ SPACE = "▁"
 ELSEWHERE = "take the model from a Hugging Face directory instead"
 
 
-@dataclass(frozen=True, kw_only=True)
-class PreTokenizer:
-    """Say how a byte-level vocabulary cuts text before its merges apply.
-
-    Args:
-        split: regular expression of the cut; None is that of GPT-2.
-        digits: cut every digit off first.
-        whole_pieces: a cut that is a piece of the vocabulary is taken whole, merges or not.
-        add_bos: start with the BOS token where the metadata does not say.
-        compose: bring text to Unicode NFC first.
-    """
-
-    split: str | None = None
-    digits: bool = False
-    whole_pieces: bool = False
-    add_bos: bool = False
-    compose: bool = False
+# role: GGUF name
+ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom"}
+# llama.cpp's list of what ends an answer, whatever the metadata says of it
+END_TOKENS = frozenset(
+    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <turn|> "
+    "<|endoftext|> <|end_of_text|> <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <end_of_utterance> <eos> "
+    "<\uff5cend▁of▁sentence\uff5c> [e~[".split()
+)
+# in OpenAI's harmony format, `<|end|>` ends a message and not the answer
+HARMONY = "<|channel|>"
 
 
-def _words(numbers: str) -> str:
-    return (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + numbers + r"|"
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )
-
-
-GPT2 = PreTokenizer()
-SMOLLM = PreTokenizer(digits=True)
-LLAMA3 = PreTokenizer(split=_words(r"\p{N}{1,3}"), whole_pieces=True, add_bos=True)
-QWEN2 = PreTokenizer(split=_words(r"\p{N}"), compose=True)
-# The names are those of llama.cpp's src/llama-vocab.cpp.
-PRE_TOKENIZERS = {
-    **{"default": GPT2, "gpt-2": GPT2, "olmo": GPT2},
-    **{"smollm": SMOLLM, "starcoder": SMOLLM, "refact": SMOLLM},
-    **{"llama-bpe": LLAMA3, "llama3": LLAMA3, "llama-v3": LLAMA3, "falcon3": LLAMA3},
-    **{"qwen2": QWEN2, "deepseek-r1-qwen": QWEN2},
-}
+def end_token_ids(metadata: dict[str, Any]) -> list[int]:
+    """Return the ids of the tokens that end an answer: EOS first, then EOT, EOM and the like."""
+    ids = [metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
+    tokens = metadata.get("tokenizer.ggml.tokens") or []
+    types = metadata.get("tokenizer.ggml.token_type") or []
+    ids += [
+        number
+        for number, (token, kind) in enumerate(zip(tokens, types, strict=False))
+        if token in END_TOKENS and kind in (CONTROL, USER_DEFINED)
+    ]
+    found = list(dict.fromkeys(number for number in ids if number is not None))
+    if HARMONY in tokens:
+        found = [number for number in found if tokens[number] != "<|end|>"]
+    return found
 
 
 def write_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
@@ -75,7 +65,11 @@ def write_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        **{f"{role}_token": token for role, token in _named_tokens(metadata).items()},
+        **{
+            f"{role}_token": token
+            for role, token in _named_tokens(metadata).items()
+            if role not in ("eot", "eom")
+        },
     }
     context_length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     if isinstance(context_length, int):
@@ -97,7 +91,7 @@ def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
         raise CheckpointError(
-            f"tokenizer.ggml.model is {kind!r:.80}, wanted 'gpt2' or 'llama'; {ELSEWHERE}"
+            f"tokenizer.ggml.model: expected 'gpt2' or 'llama', got {kind!r:.80}; {ELSEWHERE}"
         )
     build = _byte_level if kind == "gpt2" else _sentencepiece
     vocabulary = _read_vocabulary(metadata)
@@ -110,6 +104,13 @@ def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
     except Exception as exc:  # what the tokenizers library raises has no class of its own
         reason = f"{str(exc)!r:.200}"
         raise CheckpointError(f"tokenizer.ggml is corrupt ({reason}); fetch it again") from exc
+    if kind == "gpt2" and metadata.get("tokenizer.ggml.pre", "default") == "default":
+        warnings.warn(
+            "the file does not say how its tokenizer cuts text (tokenizer.ggml.pre): cut as GPT-2 "
+            f"does it, which may make answers worse; {ELSEWHERE}, or a newer file",
+            SplitQuantWarning,
+            stacklevel=2,
+        )
     return tokenizer
 
 
@@ -126,15 +127,19 @@ def _read_vocabulary(metadata: dict[str, Any]) -> _Vocabulary:
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
         raise CheckpointError(
-            f"tokenizer.ggml.tokens is {tokens!r:.80}, wanted a list of strings; {ELSEWHERE}"
+            f"tokenizer.ggml.tokens: expected a list of strings, got {tokens!r:.80}; {ELSEWHERE}"
         )
     ids: dict[str, int] = {}
     for number, token in enumerate(tokens):
-        if ids.setdefault(token, number) != number or len(token) > MAX_PIECE_CHARS:
+        if len(token) > MAX_PIECE_CHARS:
             raise CheckpointError(
-                f"tokenizer.ggml.tokens[{number}] is {token!r:.80}, wanted a piece of at most "
-                f"{MAX_PIECE_CHARS} characters that no other id has; the file is corrupt"
+                f"tokenizer.ggml.tokens[{number}]: expected at most {MAX_PIECE_CHARS} characters, "
+                f"got {token!r:.80}; the file is corrupt"
             )
+        # padding of a vocabulary repeats a piece, which only the first id stands for
+        ids[token if token not in ids else f"[PAD{number}]"] = number
+    if len(ids) != len(tokens):
+        raise CheckpointError("tokenizer.ggml.tokens: pieces occur twice; the file is corrupt")
     types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(ids))
     return _Vocabulary(ids, _numbers(types, "token_type", len(ids)), _named_tokens(metadata))
 
@@ -144,24 +149,24 @@ def _numbers(values: Any, key: str, count: int) -> list[Any]:
     numbers = [x for x in values if isinstance(x, int | float) and math.isfinite(x)]
     if not count == len(values) == len(numbers):
         raise CheckpointError(
-            f"tokenizer.ggml.{key} has {len(numbers)} finite numbers, wanted {count}, one for each "
-            "token; the file is incomplete or corrupt"
+            f"tokenizer.ggml.{key}: expected {count} finite numbers, one for each token, got "
+            f"{len(numbers)}; the file is incomplete or corrupt"
         )
     return numbers
 
 
 def _named_tokens(metadata: dict[str, Any]) -> dict[str, str]:
-    """Return the text of the tokens that have a role: bos, eos, unk, pad."""
+    """Return the text of the tokens that have a role: bos, eos, unk, pad, and other ends."""
     tokens = metadata["tokenizer.ggml.tokens"]
     named = {}
-    for role, key in {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}.items():
+    for role, key in ROLES.items():
         number = metadata.get(f"tokenizer.ggml.{key}_token_id")
         if number is None:
             continue
         if type(number) is not int or not 0 <= number < len(tokens):
             raise CheckpointError(
-                f"tokenizer.ggml.{key}_token_id is {number!r:.80}, wanted an id below "
-                f"{len(tokens)}; the file is corrupt"
+                f"tokenizer.ggml.{key}_token_id: expected an id below {len(tokens)}, got "
+                f"{number!r:.80}; the file is corrupt"
             )
         named[role] = tokens[number]
     return named
@@ -169,22 +174,21 @@ def _named_tokens(metadata: dict[str, Any]) -> dict[str, str]:
 
 def _byte_level(metadata: dict[str, Any], vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
     name = metadata.get("tokenizer.ggml.pre", "default")
-    pre = PRE_TOKENIZERS.get(str(name))
+    pre = PRE_TOKENIZERS.get("gpt-2" if name == "default" else str(name))
     if pre is None:
         known = ", ".join(PRE_TOKENIZERS)
         raise CheckpointError(
-            f"tokenizer.ggml.pre is {name!r:.80}, wanted one of {known}; {ELSEWHERE}"
+            f"tokenizer.ggml.pre: expected one of {known}, got {name!r:.80}; {ELSEWHERE}"
         )
     merges = metadata.get("tokenizer.ggml.merges")
     if not isinstance(merges, list):
-        raise CheckpointError(f"tokenizer.ggml.merges is missing, wanted a list; {ELSEWHERE}")
+        raise CheckpointError(f"tokenizer.ggml.merges: expected a list, got none; {ELSEWHERE}")
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     tokenizer = Tokenizer(models.BPE(vocabulary.ids, pairs, ignore_merges=pre.whole_pieces))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            *([pre_tokenizers.Digits(individual_digits=True)] if pre.digits else []),
-            *([pre_tokenizers.Split(Regex(pre.split), "isolated")] if pre.split else []),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.split is None),
+            *(pre_tokenizers.Split(Regex(cut), "isolated") for cut in pre.cuts),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
@@ -222,8 +226,8 @@ def _merges(vocabulary: _Vocabulary, scores: list[float]) -> list[tuple[str, str
     pieces = vocabulary.of_type(NORMAL, UNUSED)
     if (size := sum(len(piece) ** 2 for piece in pieces)) > MAX_CUT_CHARS:
         raise CheckpointError(
-            f"tokenizer.ggml.tokens has pieces so long that their squares sum to {size}, wanted at "
-            f"most {MAX_CUT_CHARS}; {ELSEWHERE}"
+            f"tokenizer.ggml.tokens: expected pieces whose squared lengths sum to at most "
+            f"{MAX_CUT_CHARS}, got {size}; {ELSEWHERE}"
         )
     return [
         (piece[:cut], piece[cut:])

@@ -24,7 +24,7 @@ def as_directory(
     if source.path.is_dir():
         yield source.path
         return
-    from splitquant_mlx.formats.gguf_import import import_gguf
+    from splitquant_mlx.models.gguf_import import import_gguf
 
     with tempfile.TemporaryDirectory(prefix=".gguf-", dir=scratch) as unpacked:
         import_gguf(source.path, Path(unpacked), progress or Silent())

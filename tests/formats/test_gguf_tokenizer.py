@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from splitquant_mlx.errors import CheckpointError
-from splitquant_mlx.formats.gguf_tokenizer import build_tokenizer, write_tokenizer
+from splitquant_mlx.errors import CheckpointError, SplitQuantWarning
+from splitquant_mlx.formats.gguf_tokenizer import build_tokenizer, end_token_ids, write_tokenizer
 
 STORIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "models" / "stories260K"
 TEXTS = [
@@ -217,11 +217,57 @@ def test_pre_tokenizers_differ_where_they_should():
     assert len(set(ids.values())) >= 3
 
 
-def test_missing_or_default_pre_is_gpt2():
+def test_missing_or_default_pre_is_cut_as_gpt2_with_a_note():
     reference, metadata = published("gpt-2")
     without = {key: value for key, value in metadata.items() if not key.endswith(".pre")}
     for variant in (without, {**metadata, "tokenizer.ggml.pre": "default"}):
-        assert build_tokenizer(variant).encode(TEXTS[3]).ids == reference.encode(TEXTS[3]).ids
+        with pytest.warns(SplitQuantWarning, match="cut as GPT-2"):
+            rebuilt = build_tokenizer(variant)
+        assert rebuilt.encode(TEXTS[3]).ids == reference.encode(TEXTS[3]).ids
+
+
+@pytest.mark.parametrize(
+    ("pre", "text", "pieces"),
+    [
+        ("gpt-2", "1234 don't", ["1234", " don", "'t"]),
+        ("smollm", "1234 x", ["1", "2", "3", "4", " x"]),
+        ("llama-bpe", "1234 DON'T", ["123", "4", " DON", "'T"]),
+        ("qwen2", "12 a.b", ["1", "2", " a", ".b"]),
+        ("tekken", "helloWorld 12", ["hello", "World", " ", "1", "2"]),
+        ("gpt-4o", "don't 1234/x/\n", ["don't", " ", "123", "4", "/x", "/\n"]),
+        ("deepseek-v3", "1234日本 x_y", ["123", "4", "日本", " x", "_y"]),
+        ("deepseek-coder", "a\nb 12!", ["a", "\n", "b", " ", "1", "2", "!"]),
+        ("falcon", "a==b 1234", ["a", "==", "b", " ", "123", "4"]),
+        ("viking", "moi 12!", ["moi", " ", "1", "2", "!"]),
+    ],
+)
+def test_cuts_of_text(pre, text, pieces):
+    # checked against llama.cpp's own tokenizer
+    metadata = published("gpt-2")[1] | {"tokenizer.ggml.pre": pre}
+    cuts = build_tokenizer(metadata).pre_tokenizer.pre_tokenize_str(text)
+    decode = decoders.ByteLevel().decode
+    assert [decode([piece]) for piece, _ in cuts] == pieces
+
+
+def test_ends_of_an_answer_are_found_by_name_too():
+    metadata = {
+        "tokenizer.ggml.tokens": ["a", "<|im_end|>", "<|endoftext|>", "<|end|>", "<EOT>"],
+        "tokenizer.ggml.token_type": [1, 3, 4, 3, 1],
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    assert end_token_ids(metadata) == [2, 1, 3]
+    metadata["tokenizer.ggml.tokens"][0] = "<|channel|>"  # harmony: the answer goes on
+    assert end_token_ids(metadata) == [2, 1]
+
+
+def test_a_piece_that_occurs_twice_stands_for_its_first_id():
+    _, metadata = published("gpt-2")
+    count = len(metadata["tokenizer.ggml.tokens"])
+    metadata["tokenizer.ggml.tokens"] += ["[PAD]", "[PAD]"]
+    metadata["tokenizer.ggml.token_type"] += [5, 5]
+    tokenizer = build_tokenizer(metadata)
+    assert tokenizer.get_vocab_size() == count + 2
+    assert tokenizer.token_to_id("[PAD]") == count
 
 
 def test_llama_bpe_takes_whole_pieces_and_adds_bos_by_default():
@@ -252,18 +298,17 @@ def test_missing_types_still_keep_the_named_tokens_whole():
 
 
 GPT2_ERRORS = {
-    "unknown pre": ({"pre": "brand-new"}, "'brand-new', wanted one of .*smollm"),
+    "unknown pre": ({"pre": "brand-new"}, "one of .*smollm.*got 'brand-new'"),
     "pre no string": ({"pre": [1]}, "tokenizer.ggml.pre"),
-    "unknown model": ({"model": "t5"}, "'t5', wanted 'gpt2' or 'llama'"),
-    "no model": ({"model": None}, "wanted 'gpt2' or 'llama'"),
-    "no tokens": ({"tokens": None}, "wanted a list of strings"),
-    "numbers for tokens": ({"tokens": [1, 2]}, "wanted a list of strings"),
-    "same token twice": ({"tokens": ["a", "b", "a"]}, r"tokens\[2\] is 'a'"),
+    "unknown model": ({"model": "t5"}, "'gpt2' or 'llama', got 't5'"),
+    "no model": ({"model": None}, "'llama', got None"),
+    "no tokens": ({"tokens": None}, "expected a list of strings"),
+    "numbers for tokens": ({"tokens": [1, 2]}, "expected a list of strings"),
     "giant token": ({"tokens": ["a" * 5000]}, r"tokens\[0\]"),
-    "types short": ({"token_type": [1]}, "token_type has 1 finite numbers"),
-    "bos too large": ({"bos_token_id": 10**6}, "bos_token_id is 1000000"),
-    "eos no integer": ({"eos_token_id": "x"}, "eos_token_id is 'x'"),
-    "no merges": ({"merges": None}, "merges is missing"),
+    "types short": ({"token_type": [1]}, "token_type: .*got 1"),
+    "bos too large": ({"bos_token_id": 10**6}, "bos_token_id: .*got 1000000"),
+    "eos no integer": ({"eos_token_id": "x"}, "eos_token_id: .*got 'x'"),
+    "no merges": ({"merges": None}, "merges: expected a list"),
     "foreign merge": ({"merges": ["zz qq"]}, "corrupt"),
     "merge without blank": ({"merges": ["ab"]}, "corrupt"),
     "merge no string": ({"merges": [3]}, "corrupt"),
@@ -283,7 +328,7 @@ def test_unusable_metadata_is_refused_before_writing(name, tmp_path):
 
 @pytest.mark.parametrize("scores", [None, [0.0], [float("nan")] * 512, ["x"] * 512, 3])
 def test_scores_must_be_finite_and_one_a_token(stories, scores):
-    with pytest.raises(CheckpointError, match=r"scores has \d+ finite numbers, wanted 512"):
+    with pytest.raises(CheckpointError, match="scores: expected 512 finite numbers"):
         build_tokenizer({**stories, "tokenizer.ggml.scores": scores})
 
 
@@ -303,6 +348,7 @@ ANYTHING = st.recursive(
 def test_any_metadata_gives_a_tokenizer_or_a_checkpoint_error(data):
     metadata = {
         "tokenizer.ggml.model": data.draw(st.sampled_from(["gpt2", "llama"])),
+        "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": ["<s>", "a", "b", "ab", "<0x00>"],
         "tokenizer.ggml.scores": [0.0, -1.0, -2.0, -3.0, 0.0],
         "tokenizer.ggml.merges": ["a b"],

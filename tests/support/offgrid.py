@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from splitquant_mlx.formats.gguf_import import import_gguf
+from splitquant_mlx.models.gguf_import import import_gguf
 from splitquant_mlx.progress import Silent
 
 BLOCK = 32

@@ -1,0 +1,394 @@
+"""Turn the metadata of a GGUF file into the config.json of the same model.
+
+The keys are those of llama.cpp's converters, which leave out what all models of an architecture
+share: that, and how the converters change the weights, is in `ARCHITECTURES`.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from splitquant_mlx.errors import CheckpointError, SplitQuantWarning
+from splitquant_mlx.formats.gguf import Gguf, read_tensor
+from splitquant_mlx.formats.gguf_tokenizer import ELSEWHERE, end_token_ids
+
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+MAX_SETTING = 1 << 40
+# The values of all published Llama 3.1, 3.2 and 3.3; GGUF keeps only the factors they lead to.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+EXPERTS = {
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+}
+LOCAL_EXPERTS = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+WINDOW = {"sliding_window": "attention.sliding_window"}
+MULTIPLIERS = {
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
+SOFTCAPS = {
+    f"{place}_logit_softcapping": f"{place}_logit_softcapping" for place in ("attn", "final")
+}
+
+
+# Every key that is read, or that says nothing which the tensors and the architecture do not say.
+KNOWN = frozenset(
+    "block_count context_length embedding_length feed_forward_length vocab_size "
+    "attention.head_count attention.head_count_kv attention.key_length attention.value_length "
+    "attention.layer_norm_rms_epsilon attention.layer_norm_epsilon attention.sliding_window "
+    "attention.sliding_window_pattern attention.temperature_scale rope.dimension_count "
+    "rope.freq_base rope.freq_base_swa rope.scale_linear rope.scaling.type rope.scaling.factor "
+    "rope.scaling.original_context_length rope.scaling.finetuned rope.scaling.attn_factor "
+    "rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow rope.scaling.yarn_log_multiplier "
+    "expert_count expert_used_count expert_feed_forward_length".split()
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """How the models of one GGUF architecture are described in config.json.
+
+    Args:
+        model_type: mlx-lm's name of the architecture.
+        settings: keys of config.json, each with the metadata key that holds its number.
+        fixed: what every model of the architecture has, and no file says.
+        interleaved: the converter reordered the rows of the query and key projections: llama.cpp
+            rotates neighbouring channels, transformers channel i with channel i + head_dim / 2.
+        biases: the settings that say which projections have biases.
+        norm_offset: what the converter added to the weights of norms.
+        partial_rotary: only a part of a head's channels may be rotated.
+        wide_range: activations outgrow float16.
+    """
+
+    model_type: str
+    settings: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    interleaved: bool = False
+    biases: tuple[str, ...] = ("attention_bias", "mlp_bias")
+    norm_offset: float = 0.0
+    partial_rotary: bool = False
+    wide_range: bool = False
+
+
+def _gemma(model_type: str, **settings: Any) -> Architecture:
+    return Architecture(model_type=model_type, norm_offset=1.0, wide_range=True, **settings)
+
+
+ARCHITECTURES = {
+    "llama": Architecture(model_type="llama", interleaved=True),
+    "qwen2": Architecture(model_type="qwen2"),
+    "qwen2moe": Architecture(
+        model_type="qwen2_moe",
+        settings={
+            **EXPERTS,
+            "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+        },
+    ),
+    "qwen3": Architecture(model_type="qwen3"),
+    "qwen3moe": Architecture(
+        model_type="qwen3_moe",
+        settings=EXPERTS,
+        fixed={"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
+    ),
+    "gemma": _gemma("gemma"),
+    "gemma2": _gemma("gemma2", settings={**WINDOW, **SOFTCAPS}),
+    "gemma3": _gemma("gemma3_text", settings=WINDOW, fixed={"sliding_window_pattern": 6}),
+    "phi3": Architecture(model_type="phi3", partial_rotary=True),
+    "olmo2": Architecture(model_type="olmo2"),
+    "olmoe": Architecture(
+        model_type="olmoe",
+        settings={key: EXPERTS[key] for key in ("num_experts", "num_experts_per_tok")},
+        fixed={"norm_topk_prob": False},
+    ),
+    "smollm3": Architecture(
+        model_type="smollm3", interleaved=True, fixed={"no_rope_layer_interval": 4}
+    ),
+    "granite": Architecture(model_type="granite", settings=MULTIPLIERS, interleaved=True),
+    "granitemoe": Architecture(
+        model_type="granitemoe", settings={**MULTIPLIERS, **LOCAL_EXPERTS}, interleaved=True
+    ),
+    "starcoder2": Architecture(
+        model_type="starcoder2", settings={"norm_epsilon": "attention.layer_norm_epsilon"}
+    ),
+    "gpt-oss": Architecture(
+        model_type="gpt_oss",
+        settings={**LOCAL_EXPERTS, **WINDOW, "intermediate_size": "expert_feed_forward_length"},
+    ),
+    "glm4": Architecture(model_type="glm4", partial_rotary=True),
+    "command-r": Architecture(
+        model_type="cohere",
+        settings={"layer_norm_eps": "attention.layer_norm_epsilon", "logit_scale": "logit_scale"},
+    ),
+    "cohere2": Architecture(
+        model_type="cohere2",
+        settings={
+            **WINDOW,
+            "layer_norm_eps": "attention.layer_norm_epsilon",
+            "logit_scale": "logit_scale",
+        },
+    ),
+    "seed_oss": Architecture(
+        model_type="seed_oss", biases=("attention_bias", "attention_out_bias", "mlp_bias")
+    ),
+    "mistral3": Architecture(model_type="ministral3", interleaved=True),
+    "ernie4_5": Architecture(model_type="ernie4_5", biases=("use_bias",)),
+}
+
+
+def architecture_of(metadata: dict[str, Any]) -> Architecture:
+    """Return what is known of the file's architecture.
+
+    Raises:
+        CheckpointError: when nothing is.
+    """
+    name = metadata.get("general.architecture")
+    found = ARCHITECTURES.get(str(name))
+    if found is None:
+        known = ", ".join(ARCHITECTURES)
+        raise CheckpointError(
+            f"architecture: expected one of {known}, got {name!r:.80}; {ELSEWHERE}"
+        )
+    return found
+
+
+def model_config(gguf: Gguf, dtype: str) -> dict[str, Any]:
+    """Return the config.json of the model that the metadata describes.
+
+    Args:
+        gguf: the opened file.
+        dtype: in which its weights will be stored.
+
+    Raises:
+        CheckpointError: when a setting is missing, no number, or not supported.
+    """
+    metadata, architecture = gguf.metadata, architecture_of(gguf.metadata)
+    layers, tokens = _number(metadata, "block_count", int), metadata.get("tokenizer.ggml.tokens")
+    embedding = gguf.tensors.get("token_embd.weight")
+    if layers > len(gguf.tensors) or embedding is None or not isinstance(tokens, list):
+        raise CheckpointError(
+            f"expected an embedding, tokens and tensors for {layers} layers, got "
+            f"{len(gguf.tensors)} tensors and tokens {tokens!r:.80}; the file is incomplete"
+        )
+    if len(tokens) > embedding.shape[0]:
+        raise CheckpointError(
+            f"tensor 'token_embd.weight': expected a row for each of {len(tokens)} tokens, got "
+            f"shape {embedding.shape}; the file is corrupt"
+        )
+    config = {
+        "model_type": architecture.model_type,
+        "vocab_size": embedding.shape[0],
+        "hidden_size": _number(metadata, "embedding_length", int),
+        "intermediate_size": _number(metadata, "feed_forward_length", int),
+        "num_hidden_layers": layers,
+        **_attention(metadata, architecture),
+        "max_position_embeddings": _number(metadata, "context_length", int),
+        "rms_norm_eps": _epsilon(metadata),
+        "rope_theta": _number(metadata, "rope.freq_base", float, 10000.0),
+        "hidden_act": "silu",
+        **{key: value for key, value in _biases(gguf).items() if key in architecture.biases},
+        "tie_word_embeddings": "output.weight" not in gguf.tensors,
+        "torch_dtype": dtype,
+        **architecture.fixed,
+    }
+    for key, name in architecture.settings.items():
+        kind = int if isinstance(metadata.get(_key(metadata, name)), int) else float
+        config[key] = _number(metadata, name, kind)
+    config |= _variant(gguf, config)
+    config |= _rope_scaling(gguf, config)
+    if (bos := metadata.get("tokenizer.ggml.bos_token_id")) is not None:
+        config["bos_token_id"] = bos
+    _note_unknown(metadata, architecture)
+    ends = end_token_ids(metadata)
+    return config | ({"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {})
+
+
+def _note_unknown(metadata: dict[str, Any], architecture: Architecture) -> None:
+    prefix = _key(metadata, "")
+    names = {key.removeprefix(prefix) for key in metadata if key.startswith(prefix)}
+    if unknown := sorted(names - KNOWN - set(architecture.settings.values())):
+        warnings.warn(
+            f"settings of the file that are not understood, and left out: {', '.join(unknown)}",
+            SplitQuantWarning,
+            stacklevel=3,
+        )
+
+
+def _key(metadata: dict[str, Any], name: str) -> str:
+    return f"{metadata.get('general.architecture')}.{name}"
+
+
+def _number(metadata: dict[str, Any], name: str, kind: type, default: Any = None) -> Any:
+    """Return a positive number; a float32 as its shortest decimal: 1e-05, not 9.99999974e-06."""
+    key = _key(metadata, name)
+    value = _collapsed(metadata.get(key, default))
+    if type(value) not in (int, kind) or not 0 < value < MAX_SETTING:
+        expected = f"a positive {kind.__name__} below {MAX_SETTING}"
+        raise CheckpointError(f"{key}: expected {expected}, got {value!r:.80}; {ELSEWHERE}")
+    return value if kind is int else float(str(np.float32(value)))
+
+
+def _collapsed(value: Any) -> Any:
+    """Return the one number that all layers have, where there is one for each of them."""
+    same = isinstance(value, list) and value and value.count(value[0]) == len(value)
+    return value[0] if same else value
+
+
+def _epsilon(metadata: dict[str, Any]) -> float:
+    name = "attention.layer_norm_rms_epsilon"
+    if _key(metadata, name) not in metadata:
+        name = "attention.layer_norm_epsilon"
+    return _number(metadata, name, float)
+
+
+def _attention(metadata: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+    heads = _number(metadata, "attention.head_count", int)
+    kv_heads = _number(metadata, "attention.head_count_kv", int, heads)
+    hidden = _number(metadata, "embedding_length", int)
+    head_dim = _number(metadata, "attention.key_length", int, max(1, hidden // heads))
+    value_dim = _number(metadata, "attention.value_length", int, head_dim)
+    rotated = _number(metadata, "rope.dimension_count", int, head_dim)
+    whole = rotated == head_dim or (architecture.partial_rotary and rotated < head_dim)
+    if head_dim != value_dim or head_dim % 2 or heads % kv_heads or not whole:
+        raise CheckpointError(
+            f"attention: expected equal even sizes of heads, got {heads} heads of {head_dim} "
+            f"channels, {rotated} of them rotated, and {kv_heads} value heads of {value_dim}; "
+            f"{ELSEWHERE}"
+        )
+    found: dict[str, Any] = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+    }
+    if architecture.partial_rotary:
+        found["partial_rotary_factor"] = rotated / head_dim
+    return found
+
+
+def _biases(gguf: Gguf) -> dict[str, bool]:
+    """Tell which projections have biases, under all names that architectures have for it."""
+    biased = {name.split(".")[-2] for name in gguf.tensors if name.endswith(".bias")}
+    attention = not biased.isdisjoint({"attn_q", "attn_k", "attn_v", "attn_output"})
+    mlp = not biased.isdisjoint({"ffn_gate", "ffn_up", "ffn_down"})
+    return {
+        "attention_bias": attention,
+        "attention_out_bias": "attn_output" in biased,
+        "mlp_bias": mlp,
+        "use_bias": attention or mlp,
+    }
+
+
+def _variant(gguf: Gguf, config: dict[str, Any]) -> dict[str, Any]:
+    """Return what tells models apart that share a GGUF architecture."""
+    metadata, name = gguf.metadata, gguf.metadata["general.architecture"]
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    if name == "llama" and metadata.get("llama.expert_count"):
+        experts = {key: _number(metadata, of, int) for key, of in LOCAL_EXPERTS.items()}
+        return {"model_type": "mixtral", **experts}
+    if name == "olmo2" and metadata.get("olmo2.attention.sliding_window"):
+        return {
+            "model_type": "olmo3",
+            "sliding_window": _number(metadata, "attention.sliding_window", int),
+        }
+    if name in ("gemma2", "gemma3"):
+        # only the 27B models scale their queries by another width than a head's (llama.cpp)
+        of_27b = layers == {"gemma2": 46, "gemma3": 62}[name]
+        scalar = config["hidden_size"] // heads if of_27b else config["head_dim"]
+        local = _number(metadata, "rope.freq_base_swa", float, 10000.0)
+        of_gemma3 = {"rope_local_base_freq": local} if name == "gemma3" else {}
+        if name == "gemma3" and "gemma3.rope.freq_base" not in metadata:
+            of_gemma3["rope_theta"] = 1e6
+        return {"query_pre_attn_scalar": scalar, **of_gemma3}
+    return {}
+
+
+def _rope_scaling(gguf: Gguf, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the rope_scaling of config.json; empty for plain rotary embeddings."""
+    metadata = gguf.metadata
+    if ROPE_TENSORS[1] in gguf.tensors:
+        return _long_rope(gguf)
+    legacy = metadata.get(_key(metadata, "rope.scale_linear"))
+    kind = metadata.get(_key(metadata, "rope.scaling.type"), "linear" if legacy else "none")
+    if ROPE_TENSORS[0] in gguf.tensors and kind == "none":
+        return _llama3_scaling(gguf, config)
+    if kind == "none":
+        return {}
+    if kind not in ("linear", "yarn") or ROPE_TENSORS[0] in gguf.tensors:
+        key = _key(metadata, "rope.scaling.type")
+        raise CheckpointError(
+            f"{key}: expected none, linear or yarn, got {kind!r:.80}; {ELSEWHERE}"
+        )
+    factor = _number(metadata, "rope.scaling.factor", float, legacy)
+    if kind == "linear":
+        return {"rope_scaling": {"rope_type": kind, "factor": factor}}
+    return _yarn(metadata, config, factor)
+
+
+def _yarn(metadata: dict[str, Any], config: dict[str, Any], factor: float) -> dict[str, Any]:
+    context = _number(metadata, "rope.scaling.original_context_length", int)
+    scaling: dict[str, Any] = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": context,
+    }
+    for name in ("beta_fast", "beta_slow"):
+        if _key(metadata, f"rope.scaling.yarn_{name}") in metadata:
+            scaling[name] = _number(metadata, f"rope.scaling.yarn_{name}", float)
+    if config["model_type"] == "gpt_oss":
+        scaling["truncate"] = False
+    if config["model_type"] != "ministral3":
+        return {"rope_scaling": scaling}
+    scaling |= {
+        "rope_theta": config["rope_theta"],
+        "mscale": 1.0,
+        "mscale_all_dim": _number(metadata, "rope.scaling.yarn_log_multiplier", float),
+        "llama_4_scaling_beta": _number(metadata, "attention.temperature_scale", float),
+    }
+    return {"rope_parameters": scaling}
+
+
+def _long_rope(gguf: Gguf) -> dict[str, Any]:
+    """Return the scaling of Phi-3's long models, whose factors for each frequency are tensors."""
+    factors = {
+        f"{length}_factor": read_tensor(gguf, f"rope_factors_{length}.weight").tolist()
+        for length in ("long", "short")
+    }
+    context = _number(gguf.metadata, "rope.scaling.original_context_length", int)
+    return {
+        "rope_scaling": {"type": "longrope", **factors},
+        "original_max_position_embeddings": context,
+    }
+
+
+def _llama3_scaling(gguf: Gguf, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the Llama 3 scaling that slows the head_dim / 2 frequencies as the file's factors do.
+
+    Wavelengths over context/low are slowed by `factor`, those under context/high not at all, and
+    in between 1/slow-down is linear in 1/wavelength (transformers, _compute_llama3_parameters).
+    """
+    factors, half = read_tensor(gguf, ROPE_TENSORS[0]), config["head_dim"] // 2
+    factor = float(factors.max())
+    low, high = LLAMA3_ROPE["low_freq_factor"], LLAMA3_ROPE["high_freq_factor"]
+    wavelengths = 2 * math.pi * config["rope_theta"] ** (np.arange(len(factors)) / len(factors))
+    turns = LLAMA3_ROPE["original_max_position_embeddings"] / wavelengths
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    with np.errstate(all="ignore"):
+        expected = 1 / ((1 - smooth) / factor + smooth)
+    if factors.shape != (half,) or not np.allclose(factors, expected, rtol=1e-4):
+        got = f"{factors.shape} up to {factor}"
+        raise CheckpointError(
+            f"tensor {ROPE_TENSORS[0]!r} holds factors {got}, expected {(half,)} of Llama 3.1 to "
+            f"3.3; {ELSEWHERE}"
+        )
+    return {"rope_scaling": {"factor": factor, **LLAMA3_ROPE}} if factor != 1 else {}

@@ -1,0 +1,171 @@
+"""Turn a GGUF file into a Hugging Face directory that mlx-lm loads.
+
+mlx-lm's own model of the architecture says which parameters there are, and of which shape; the
+gguf package's table of tensor names says what llama.cpp calls them. Names, shapes and settings are
+all checked before the first byte is written, and one tensor at a time is in memory.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.formats.gguf import Gguf, open_gguf, read_tensor
+from splitquant_mlx.formats.gguf_config import (
+    ROPE_TENSORS,
+    Architecture,
+    architecture_of,
+    model_config,
+)
+from splitquant_mlx.formats.gguf_tokenizer import ELSEWHERE, write_tokenizer
+from splitquant_mlx.formats.model_card import write_source_card
+from splitquant_mlx.formats.shard_writer import ShardWriter
+from splitquant_mlx.models.checkpoint import build_model, check_config, parameters
+from splitquant_mlx.progress import Progress, Silent
+
+# mlx-lm's name of a stack of experts, which llama.cpp's table knows as a layer's experts
+EXPERTS = re.compile(r"\.\w+\.switch_mlp\.")
+QUERY_OR_KEY = re.compile(r"\.self_attn\.([qk])_proj\.")
+# what the README of a hub repo calls it: GGUF name
+CARD = {
+    "license": "license",
+    "license_name": "license.name",
+    "license_link": "license.link",
+    "language": "languages",
+    "tags": "tags",
+}
+
+
+class _Target(NamedTuple):
+    """The parameter that a tensor becomes."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+def import_gguf(path: Path, directory: Path, progress: Progress | None = None) -> None:
+    """Write config.json, the tokenizer and safetensors shards for the model in `path`.
+
+    Files of only F32 tensors are stored as float32, of only F32 and BF16 as bfloat16, all others
+    as float16, or as bfloat16 where the architecture's activations outgrow float16. The caller
+    owns `directory`, which exists, and clears it after a failure.
+
+    Raises:
+        SourceError: the file cannot be opened.
+        CheckpointError: the file is corrupt or incomplete, or holds what is not supported here.
+    """
+    gguf = open_gguf(path)
+    try:
+        architecture = architecture_of(gguf.metadata)
+        dtype = _dtype(gguf, architecture)
+        config = model_config(gguf, str(dtype).removeprefix("mlx.core."))
+        targets = _targets(gguf, config)
+        write_tokenizer(gguf.metadata, directory)
+        _write_tensors(gguf, targets, config, dtype, directory, progress or Silent())
+    except CheckpointError as exc:
+        raise CheckpointError(f"{path}: {exc}") from exc
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    card = {key: gguf.metadata.get(f"general.{name}") for key, name in CARD.items()}
+    write_source_card(card, directory)
+
+
+def _dtype(gguf: Gguf, architecture: Architecture) -> mx.Dtype:
+    types = {info.type for info in gguf.tensors.values()}
+    if types == {"F32"}:
+        return mx.float32
+    return mx.bfloat16 if architecture.wide_range or types <= {"F32", "BF16"} else mx.float16
+
+
+def _targets(gguf: Gguf, config: dict[str, Any]) -> dict[str, _Target]:
+    """Return what each tensor becomes, by its GGUF name.
+
+    Raises:
+        CheckpointError: when tensors are missing, unknown, or of another shape than the model's.
+    """
+    check_config(Path("metadata"), config, len(gguf.tensors))
+    model = build_model(Path("metadata"), config)
+    name_of = _gguf_names(gguf.metadata["general.architecture"], config["num_hidden_layers"])
+    targets = {
+        name_of(name): _Target(name, tuple(array.shape))
+        for name, array in parameters(model).items()
+        if not (config["tie_word_embeddings"] and name == "lm_head.weight")
+    }
+    missing = sorted(targets.keys() - gguf.tensors.keys())
+    extra = sorted(gguf.tensors.keys() - targets.keys() - set(ROPE_TENSORS))
+    if missing or extra:
+        raise CheckpointError(
+            f"tensors missing from a {config['model_type']} model: {missing!r:.200}, unknown: "
+            f"{extra!r:.200}; the file is incomplete or of another architecture"
+        )
+    for name, target in targets.items():
+        shape = gguf.tensors[name].shape
+        if _without_ones(shape) != _without_ones(target.shape):
+            raise CheckpointError(
+                f"tensor {name!r}: expected shape {target.shape} from the metadata, got {shape}; "
+                "the file is corrupt"
+            )
+    return targets
+
+
+def _gguf_names(architecture: str, layers: int) -> Any:
+    """Return a function that gives the GGUF name of one of mlx-lm's parameters."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    number = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    table = get_tensor_name_map(number, layers)
+
+    def name_of(parameter: str) -> str:
+        known = EXPERTS.sub(".mlp.experts.", parameter)
+        found = table.get_name(known, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise CheckpointError(
+                f"the gguf package has no name for the parameter {parameter!r}; {ELSEWHERE}"
+            )
+        return found if found.endswith((".weight", ".bias")) else f"{found}.weight"
+
+    return name_of
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Leave out sizes of 1, which converters drop and add."""
+    return tuple(size for size in shape if size != 1)
+
+
+def _write_tensors(
+    gguf: Gguf,
+    targets: dict[str, _Target],
+    config: dict[str, Any],
+    dtype: mx.Dtype,
+    directory: Path,
+    progress: Progress,
+) -> None:
+    architecture = architecture_of(gguf.metadata)
+    heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
+    total = sum(gguf.tensors[name].nbytes for name in targets)
+    stored_as = np.float16 if dtype == mx.float16 else np.float32
+    with (
+        ShardWriter(directory, [target.name for target in targets.values()]) as writer,
+        progress.task("Unpacking", total) as advance,
+    ):
+        for name, target in targets.items():
+            values = read_tensor(gguf, name, stored_as)
+            projection = QUERY_OR_KEY.search(target.name)
+            if architecture.interleaved and projection:
+                values = _half_split(values, heads[projection[1]])
+            if architecture.norm_offset and target.name.endswith("norm.weight"):
+                values = values - np.array(architecture.norm_offset, stored_as)
+            if not np.isfinite(values).all():
+                raise CheckpointError(f"tensor {name!r}: values not finite as {dtype}; {ELSEWHERE}")
+            writer.add(target.name, mx.array(values.reshape(target.shape), dtype))
+            advance(gguf.tensors[name].nbytes)
+        writer.close()
+
+
+def _half_split(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Reorder the rows of each head from interleaved (0, d/2, 1, ...) to half-split (0, 1, ...)."""
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
