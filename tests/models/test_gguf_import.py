@@ -395,6 +395,7 @@ def one_layer(small, tmp_path_factory):
     return (scratch / "a.gguf").read_bytes(), start, scratch
 
 
+@pytest.mark.filterwarnings("ignore::splitquant_mlx.errors.SplitQuantWarning")
 @settings(max_examples=60, deadline=5000)
 @given(data=st.data())
 def test_changed_or_cut_file_imports_or_is_refused(one_layer, data):
