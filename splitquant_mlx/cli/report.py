@@ -42,12 +42,12 @@ def report(
 
 
 def _write(file: Path, text: str) -> None:
-    from splitquant_mlx.runtime.disk import write_whole
+    from splitquant_mlx.runtime.disk import write_atomic
 
     try:
         if file.exists() and not file.is_file():  # such as /dev/stdout
             file.write_text(text, encoding="utf-8")
         else:
-            write_whole(file.resolve(), text.encode())
+            write_atomic(file.resolve(), text.encode())
     except OSError as exc:
         raise TargetError(f"cannot write {file}: {exc.strerror or exc}") from exc

@@ -1,29 +1,29 @@
-"""Tell whether two models that answered the same questions differ: McNemar's exact test.
+"""McNemar's exact test of two models that answered the same questions.
 
-Questions that both answer right, or both wrong, say nothing about the difference. Of the n that
-only one of them answers right, each is the one's or the other's with probability 1/2 if the models
-are equally good (McNemar 1947, in its exact binomial form). The test sees differences that the
-standard errors of the two accuracies, which ignore that the questions are the same, hide.
+Questions that both models answer correctly, or both wrongly, carry no information about the
+difference. Of the n that exactly one model answers correctly, each belongs to either model with
+probability 1/2 if the models are equally good (McNemar 1947, exact binomial form). The test detects
+differences that the standard errors of the two accuracies hide, because they ignore the pairing.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from scipy.stats import binomtest
 
 from splitquant_mlx.errors import RecipeError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Hold how two models compare on the same questions.
+    """Result of McNemar's exact test of two models on the same questions.
 
     Attributes:
-        questions: their number.
-        only_first: how many only the first model answered right.
-        only_second: how many only the second did.
-        difference: accuracy of the first less that of the second.
-        p_value: probability of a split at least this uneven between equally good models,
-            two-sided; 1 when the models never differ.
+        questions: number of questions.
+        only_first: questions that only the first model answered correctly.
+        only_second: questions that only the second model answered correctly.
+        difference: accuracy of the first model minus that of the second.
+        p_value: two-sided; 1 when the models never differ.
     """
 
     questions: int
@@ -37,29 +37,24 @@ def compare(first: Sequence[int], second: Sequence[int]) -> Comparison:
     """Compare two models by their answers to the same questions in the same order.
 
     Args:
-        first: 1 for each question that the first model answered right, 0 for each other.
-        second: the same of the second model.
+        first: 1 for each question that the first model answered correctly, else 0.
+        second: the same for the second model.
 
     Raises:
-        RecipeError: when there are no answers, or not as many of the one as of the other.
+        RecipeError: when there are no answers, or the two numbers of answers differ.
     """
     if len(first) != len(second) or not first:
         raise RecipeError(
-            f"got {len(first)} answers of one model and {len(second)} of the other: wanted both "
-            "models' answers to the same questions"
+            "paired test: expected both models' answers to the same questions, got "
+            f"{len(first)} answers of one model and {len(second)} of the other"
         )
     only_first = sum(a > b for a, b in zip(first, second, strict=True))
     only_second = sum(a < b for a, b in zip(first, second, strict=True))
+    discordant = only_first + only_second
     return Comparison(
         questions=len(first),
         only_first=only_first,
         only_second=only_second,
         difference=(only_first - only_second) / len(first),
-        p_value=_binomial_p_value(only_first, only_second),
+        p_value=float(binomtest(only_first, discordant).pvalue) if discordant else 1.0,
     )
-
-
-def _binomial_p_value(a: int, b: int) -> float:
-    """Return the two-sided p-value of `a` heads and `b` tails of a fair coin."""
-    tail = sum(math.comb(a + b, i) for i in range(min(a, b) + 1))
-    return min(1.0, 2 * tail / 2 ** (a + b))

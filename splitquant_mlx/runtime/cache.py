@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from splitquant_mlx.runtime.disk import write_whole
+from splitquant_mlx.runtime.disk import write_atomic
 
 Value = TypeVar("Value")
 
@@ -50,5 +50,5 @@ def kept(
     value = compute()
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, pack(value))
+        write_atomic(file, pack(value))
     return value

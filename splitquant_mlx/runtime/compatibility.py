@@ -1,7 +1,7 @@
 """Refuse versions of mlx, mlx-lm and transformers that this package cannot work with.
 
-One that is too old is told by its number. And of mlx-lm more is used here than it promises to keep:
-a release that no longer has one of these names is refused before anything relies on it.
+A version that is too old is recognized by its number. This package also uses parts of mlx-lm that
+are not in its documented API: a release without one of these names is refused before use.
 """
 
 from functools import cache
@@ -14,7 +14,7 @@ from splitquant_mlx.errors import VersionError
 
 # as in pyproject.toml
 OLDEST = {"mlx": "0.31.2", "mlx-lm": "0.31.3", "transformers": "5.6"}
-# of mlx-lm, what is called, replaced or overridden without being part of its documented API
+# names of mlx-lm that are called, replaced or overridden and not in its documented API
 NAMES = {
     "mlx_lm.utils": ("_get_classes",),
     "mlx_lm.models.cache": (
@@ -43,18 +43,21 @@ NAMES = {
 
 
 def check_versions() -> None:
-    """Raise VersionError when an installed package is older than what this one needs."""
+    """Raise VersionError when an installed package is older than required."""
+    from packaging.version import Version
+
     for package, oldest in OLDEST.items():
-        found = _installed(package)
-        if found and _numbers(found) < _numbers(oldest):
+        installed = _installed(package)
+        # the release alone: a development version of 0.32.0 is accepted as 0.32.0
+        if installed and Version(installed).release < Version(oldest).release:
             raise VersionError(
-                f"{package} {found} is too old: splitquant-mlx {__version__} needs {oldest} or "
-                f"later: pip install -U {package}"
+                f"{package}: expected version {oldest} or later for splitquant-mlx {__version__}, "
+                f"got {installed}: pip install -U {package}"
             )
 
 
 def check_names(module: str) -> None:
-    """Raise VersionError when a module of mlx-lm has not all names that are used of it."""
+    """Raise VersionError when a module of mlx-lm lacks a name that this package uses."""
     check_versions()
     for name in NAMES[module]:
         try:
@@ -71,15 +74,5 @@ def check_names(module: str) -> None:
 def _installed(package: str) -> str | None:
     try:
         return version(package)
-    except PackageNotFoundError:  # it may be there all the same, from a build of one's own
+    except PackageNotFoundError:  # it may still be importable, from a local build
         return None
-
-
-def _numbers(text: str) -> list[int]:
-    """Return the leading numbers of a version: 0.32.0.dev1 is 0.32.0 here."""
-    numbers = []
-    for part in text.split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return numbers

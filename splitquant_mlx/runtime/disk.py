@@ -1,4 +1,4 @@
-"""Put files on the disk so that they outlive a power cut, hash them, and take them away."""
+"""Write files that survive a power failure; hash and remove files."""
 
 import fcntl
 import hashlib
@@ -11,7 +11,7 @@ CHUNK_BYTES = 1 << 18
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a directory's entries, are on the disk. Raises OSError."""
+    """Flush a file's content, or a directory's entries, to the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         sync_descriptor(descriptor)
@@ -20,18 +20,18 @@ def sync(path: Path) -> None:
 
 
 def sync_descriptor(descriptor: int) -> None:
-    """Do as `sync` with an open file."""
+    """Flush an open file to the disk."""
     os.fsync(descriptor)
-    # on macOS, fsync leaves the data in the disk's own cache
+    # on macOS, fsync leaves the data in the drive's cache
     if (full := getattr(fcntl, "F_FULLFSYNC", None)) is not None:
-        with suppress(OSError):  # a file system that has no such thing
+        with suppress(OSError):  # not supported by this file system
             fcntl.fcntl(descriptor, full)
 
 
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file, all of it or nothing. Raises OSError.
+def write_atomic(file: Path, content: bytes) -> None:
+    """Write a file atomically: the old content or the new, never a part of it. Raises OSError.
 
-    A process that is killed may leave a `.NAME.partial`, which the next call writes over.
+    A killed process may leave `.NAME.partial`, which the next call overwrites.
     """
     partial = file.with_name(f".{file.name}.partial")
     try:
@@ -56,7 +56,7 @@ def sha256(file: Path) -> str:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a directory with all it holds, as far as that can be done."""
+    """Remove a file, a link or a directory tree, as far as permissions allow."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return

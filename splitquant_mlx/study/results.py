@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from splitquant_mlx.errors import SplitQuantError, TargetError, one_line
-from splitquant_mlx.runtime.disk import write_whole
+from splitquant_mlx.runtime.disk import write_atomic
 from splitquant_mlx.runtime.environment import describe_machine, versions
 from splitquant_mlx.study.schema import (
     Checks,
@@ -249,7 +249,7 @@ def _write(content: Any, file: Path) -> None:
         raise SplitQuantError(f"{file.name} cannot be kept as JSON: {one_line(exc)}") from exc
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, written.encode())
+        write_atomic(file, written.encode())
     except OSError as exc:
         raise TargetError(f"cannot write {file}: {exc.strerror or exc}") from exc
 

@@ -54,8 +54,8 @@ def test_an_old_version_is_named_before_anything_is_done(
     model = [] if command == "doctor" else ["--model", stories]
     task = ["--task", "perplexity"] if command == "eval" else []
     err = refused(capsys, command, *model, *task)
-    assert f"{package} {found} is too old: " in err
-    assert f"needs {OLDEST[package]} or later: pip install -U {package}\n" in err
+    assert f"{package}: expected version {OLDEST[package]} or later for splitquant-mlx" in err
+    assert f"got {found}: pip install -U {package}\n" in err
     assert not list(tmp_path.iterdir())
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from splitquant_mlx.runtime.disk import remove, sha256, write_whole
+from splitquant_mlx.runtime.disk import remove, sha256, write_atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,7 +17,7 @@ KILLED = """
 import os, signal, sys
 from splitquant_mlx.runtime import disk
 disk.os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
-disk.write_whole(disk.Path(sys.argv[1]), b"new")
+disk.write_atomic(disk.Path(sys.argv[1]), b"new")
 """
 
 STARTS = """
@@ -35,10 +35,10 @@ def program(code, *arguments):
 
 def test_kill_leaves_the_old_content_and_the_next_write_nothing_else(tmp_path):
     file = tmp_path / "file"
-    write_whole(file, b"old")
+    write_atomic(file, b"old")
     assert program(KILLED, file).wait(30) == -signal.SIGKILL
     assert file.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
-    write_whole(file, b"newer")
+    write_atomic(file, b"newer")
     assert file.read_bytes() == b"newer" and list(tmp_path.iterdir()) == [file]
 
 
@@ -46,7 +46,7 @@ def test_a_link_in_the_way_is_not_written_through(tmp_path):
     (tmp_path / "diary").write_text("dear")
     (tmp_path / ".file.partial").symlink_to("diary")
     with pytest.raises(OSError):
-        write_whole(tmp_path / "file", b"x")
+        write_atomic(tmp_path / "file", b"x")
     assert (tmp_path / "diary").read_text() == "dear"
 
 
