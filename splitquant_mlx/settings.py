@@ -6,6 +6,7 @@ the "Attributes" section of its class; command-line help and the recipe referenc
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from functools import wraps
@@ -67,28 +68,35 @@ def nested(kind: type[T]) -> BeforeValidator:
 
 
 def explain(exc: ValidationError, kind: Any = None) -> str:
-    """Return the first problem of a validation on one line: "key: expected X, got Y".
+    """Return one problem of a validation on one line: "key: expected X, got Y".
+
+    An unknown key comes first: it explains why another one is missing.
 
     Args:
         exc: the error.
         kind: the class that was validated, whose fields are listed for an unknown key.
     """
-    problem = exc.errors(include_url=False, include_context=False)[0]
+    problems = exc.errors(include_url=False, include_context=False)
+    problem = min(problems, key=lambda problem: problem["type"] not in UNKNOWN_KEY)
     path, message = problem["loc"], problem["msg"]
     where = ".".join(map(str, path)) or "content"
-    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if problem["type"] in UNKNOWN_KEY:
         known = ", ".join(_names(kind, path[:-1]))
         return f"{where:.80}: unknown key" + (f", expected one of {known}" if known else "")
     if problem["type"].startswith("dataclass"):
         message = "Input should be a valid dictionary"
     if problem["type"].startswith("missing"):
         return f"{where:.80}: expected a value, got none"
+    if problem["type"] == "value_error":  # raised by this package, which says what it got
+        reason = message.removeprefix("Value error, ")
+        return f"{where:.80}: {reason}" if path else reason
     expected = re.sub(r"^Input should be (a valid |an instance of )?", "expected ", message)
     for theirs, ours in WORDS.items():
         expected = expected.replace(theirs, ours)
     return " ".join(f"{where:.80}: {expected}, got {problem['input']!r:.80}".split())
 
 
+UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
 # pydantic's words for what TOML and JSON call otherwise
 WORDS = {
     "expected integer": "expected an integer",
@@ -103,12 +111,19 @@ WORDS = {
 }
 
 
-def load_json(kind: Any, text: str | bytes) -> Any:
-    """Return an instance of `kind` from JSON. Raises ValueError with a message of one line."""
+def load_json(kind: type[T], content: str | bytes | Mapping[str, Any]) -> T:
+    """Return an instance of `kind` from JSON, or from a JSON object that was read before.
+
+    Raises:
+        ValueError: with a message of one line.
+    """
     try:
+        text = json.dumps(content) if isinstance(content, Mapping) else content
         return TypeAdapter(kind).validate_json(text)
     except ValidationError as exc:
         raise ValueError(explain(exc, kind)) from None
+    except TypeError as exc:  # what JSON cannot hold
+        raise ValueError(f"content: expected JSON values: {exc}") from None
 
 
 def descriptions(kind: type) -> dict[str, str]:

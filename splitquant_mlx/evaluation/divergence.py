@@ -18,16 +18,20 @@ from splitquant_mlx.evaluation.scoring import log_probabilities_of, log_probabil
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.runtime.ranks import Group, collect
 
+RESAMPLES = 2000
+
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """Hold the distance of a model from a reference over `positions` predictions.
+    """Distance of a model from a reference over `positions` predictions.
 
     Attributes:
         positions: number of predictions compared.
         kl_mean: mean KL divergence, nats.
         kl_median: median, nats.
         kl_p99: 99th percentile, nats.
+        kl_low, kl_high: 95 % confidence interval of kl_mean, nats, by bootstrap over windows of
+            text, whose positions depend on each other; None for a single window.
         top1_agreement: share of positions at which both find the same token most likely.
         standard_error: of kl_mean, nats, taking the positions for independent draws (those of
             one text are not quite); NaN for a single position.
@@ -37,6 +41,8 @@ class Divergence:
     kl_mean: float
     kl_median: float
     kl_p99: float
+    kl_low: float | None
+    kl_high: float | None
     top1_agreement: float
     standard_error: float
 
@@ -71,8 +77,8 @@ def measure_divergence(
 
         kl, same = _compare(reference, blocks())
     return _divergence(
-        np.concatenate(collect(group, kl.reshape(windows.shape).tolist())),
-        np.concatenate(collect(group, same.reshape(windows.shape).tolist())),
+        np.array(collect(group, kl.reshape(windows.shape).tolist())),
+        np.array(collect(group, same.reshape(windows.shape).tolist())),
     )
 
 
@@ -87,7 +93,8 @@ def divergence(reference: Iterable[mx.array], model: Iterable[mx.array]) -> Dive
     Raises:
         RecipeError: when there is nothing to compare, or the vocabularies differ.
     """
-    return _divergence(*_compare(reference, model))
+    kl, same = _compare(reference, model)
+    return _divergence(kl[None], same)
 
 
 def _compare(
@@ -109,15 +116,27 @@ def _compare(
 
 
 def _divergence(kl: np.ndarray, same: np.ndarray) -> Divergence:
-    count = len(kl)
+    """Return the statistics of divergences (windows, positions), nats."""
+    count, (low, high) = kl.size, bootstrap_interval(kl.mean(axis=1))
     return Divergence(
         positions=count,
         kl_mean=float(kl.mean()),
         kl_median=float(np.median(kl)),
         kl_p99=float(np.percentile(kl, 99)),
+        kl_low=low,
+        kl_high=high,
         top1_agreement=float(same.mean()),
         standard_error=float(kl.std(ddof=1)) / math.sqrt(count) if count > 1 else math.nan,
     )
+
+
+def bootstrap_interval(means: np.ndarray) -> tuple[float | None, float | None]:
+    """Return the 95 % bootstrap percentile interval of the mean of `means`, fixed seed."""
+    if len(means) < 2:
+        return None, None
+    draws = np.random.default_rng(0).choice(means, (RESAMPLES, len(means))).mean(axis=1)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def _kl(log_p: mx.array, log_q: mx.array) -> mx.array:

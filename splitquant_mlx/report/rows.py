@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from splitquant_mlx.report.pareto import dominates, pareto_front
-from splitquant_mlx.study.results import Result, StudyRecord, load_results, load_study
+from splitquant_mlx.study.results import Result, StudyRecord, load_results, load_study_record
 
 # heading, part, ending of the entries' names
 ARC = (
@@ -149,7 +149,7 @@ class Report:
 
 def load_report(directory: Path) -> Report:
     """Read a directory of results. Raises SplitQuantError when a file in it is unusable."""
-    return build_report(load_study(directory), load_results(directory))
+    return build_report(load_study_record(directory), load_results(directory))
 
 
 def build_report(study: StudyRecord, results: Iterable[Result]) -> Report:

@@ -1,4 +1,4 @@
-"""Keep the results of a study: one JSON file for each measured part of each variant.
+"""Results of a study on disk: one JSON file for each measured part of each variant.
 
 A study converts one model by several recipes, its variants, and measures parts of each: the
 conversion itself, ARC, perplexity, KL divergence, speed. Every file names the machine and the
@@ -11,123 +11,102 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field
 
 from splitquant_mlx.errors import SplitQuantError, TargetError, one_line
 from splitquant_mlx.runtime.disk import write_atomic
 from splitquant_mlx.runtime.environment import describe_machine, versions
-from splitquant_mlx.study.schema import (
-    Checks,
-    broken,
-    check,
-    check_values,
-    each,
-    finite,
-    line,
-    number,
-    optional,
-    table,
-    text,
-)
+from splitquant_mlx.settings import load_json, nested, record, settings
+from splitquant_mlx.study.schema import PARTS, Line, Number
 
 SCHEMA = 1
 STUDY_FILE = "study.json"
-NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+T = TypeVar("T")
 
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Result:
-    """Record one measured part of one variant.
+    """Result of measuring one part of one variant.
 
     Attributes:
         study: name of the study.
         variant: name of the variant.
-        part: what was measured, a name in `result_parts.PARTS`.
+        part: what was measured, a name in `schema.PARTS`.
         settings: what it was measured with.
-        values: what was found; `result_parts.PARTS` lists the entries of each part.
-        seconds: time the measurement took, s.
+        values: what was measured, the fields of the part's class in `schema.PARTS`.
+        seconds: time of the measurement, s.
         created: ISO 8601 time of its end, UTC.
         machine: as from `describe_machine`.
         versions: of Python and the packages.
+        schema: version of the file format.
     """
 
-    study: str
-    variant: str
-    part: str
-    settings: Mapping[str, Any]
-    values: Mapping[str, Any]
+    study: Line
+    variant: Line
+    part: Line
+    settings: dict[str, Any]
+    values: dict[str, Any]
     seconds: float
-    created: str = field(default_factory=_now)
-    machine: Mapping[str, Any] = field(default_factory=describe_machine)
-    versions: Mapping[str, str] = field(default_factory=versions)
+    created: Line = Field(default_factory=_now)
+    machine: dict[str, Any] = Field(default_factory=describe_machine)
+    versions: dict[str, str] = Field(default_factory=versions)
+    schema: Literal[1] = SCHEMA
+
+    def __post_init__(self) -> None:
+        if self.part not in PARTS:
+            raise ValueError(f"part: expected one of {', '.join(PARTS)}, got {self.part!r}")
+        try:
+            checked = load_json(PARTS[self.part], _encode(self.values))
+        except ValueError as exc:
+            raise ValueError(f"values.{exc}") from None
+        found = dataclasses.asdict(checked)
+        object.__setattr__(self, "values", {name: found[name] for name in self.values})
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class Claim:
-    """Hold one figure that a paper states."""
+    """A figure that a paper states."""
 
     what: str
-    value: float
+    value: Number
     unit: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class Paper:
-    """Hold a paper's figures, to stand beside ours."""
+    """A paper's figures, to stand beside those measured here."""
 
     source: str
-    claims: tuple[Claim, ...]
+    claims: Annotated[tuple[Annotated[Claim, nested(Claim)], ...], Field(strict=False)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class StudyRecord:
-    """Describe the study that a directory of results belongs to.
+    """Description of the study that a directory of results belongs to.
 
     Attributes:
         title: heading of its report.
         model: repo id or path of the model.
         reference_variant: the unquantized variant that the others are compared with.
         notes: what a reader should know.
-        paper: a publication whose figures are shown beside ours.
-        order: the variants in the order of the tables; others follow.
+        paper: a publication whose figures are shown beside those measured here.
+        order: the variants in the order of the study.
     """
 
     title: str
     model: str
-    reference_variant: str
+    reference_variant: Line
     notes: tuple[str, ...] = ()
     paper: Paper | None = None
-    order: tuple[str, ...] = ()
-
-
-_RESULT: Checks = {
-    "study": line,
-    "variant": line,
-    "part": line,
-    "settings": table,
-    "values": table,
-    "seconds": finite,
-    "created": line,
-    "machine": table,
-    "versions": table,
-}
-_STUDY: Checks = {
-    "title": text,
-    "model": text,
-    "reference_variant": line,
-    "notes": optional(each(text)),
-    "paper": optional(table),
-    "order": optional(each(line)),
-}
-_CLAIM: Checks = {"what": text, "value": number, "unit": text}
-_PAPER: Checks = {"source": text, "claims": each(table)}
+    order: tuple[Line, ...] = ()
 
 
 def result_file(directory: Path, variant: str, part: str) -> Path:
@@ -143,18 +122,14 @@ def result_file(directory: Path, variant: str, part: str) -> Path:
 
 
 def save(result: Result, directory: Path) -> Path:
-    """Write a result into `directory`, all of it or nothing, and return its file.
+    """Write a result into `directory` atomically and return its file.
 
     Raises:
-        SplitQuantError: when the result is not of the form that `load_results` reads.
+        SplitQuantError: when its settings cannot be written as JSON.
         TargetError: when the file cannot be written.
     """
-    if not line(result.variant):
-        raise SplitQuantError(f"variant: wanted a name of one printable line: {result.variant!r}")
     file = result_file(directory, result.variant, result.part)
-    content = _encode({"schema": SCHEMA, **dataclasses.asdict(result)})
-    _parse(content, file)
-    _write(content, file)
+    _write(_encode(dataclasses.asdict(result)), file)
     return file
 
 
@@ -192,41 +167,25 @@ def load_results(directory: Path) -> list[Result]:
 
 
 def load_result(file: Path) -> Result:
-    """Read one result. Raises SplitQuantError, naming the file, when it is broken or unknown."""
-    return _parse(read_content(file), file)
+    """Read one result. Raises SplitQuantError, naming the file, when it is not valid."""
+    return _load(Result, file)
 
 
-def load_study(directory: Path) -> StudyRecord:
-    """Read `directory`/study.json. Raises SplitQuantError when it is missing or broken."""
-    file = directory / STUDY_FILE
-    content = read_content(file)
-    check(content, _STUDY, file)
-    found = _decode(content.get("paper"))
-    if found is not None:
-        check(found, _PAPER, file, "paper.")
-        for claim in found["claims"]:
-            check(claim, _CLAIM, file, "paper.claims.")
-    return StudyRecord(
-        title=content["title"],
-        model=content["model"],
-        reference_variant=content["reference_variant"],
-        notes=tuple(content.get("notes") or ()),
-        paper=found and Paper(source=found["source"], claims=tuple(map(_claim, found["claims"]))),
-        order=tuple(content.get("order") or ()),
-    )
+def load_study_record(directory: Path) -> StudyRecord:
+    """Read `directory`/study.json. Raises SplitQuantError when it is missing or not valid."""
+    return _load(StudyRecord, directory / STUDY_FILE)
 
 
-def _claim(content: Mapping[str, Any]) -> Claim:
-    return Claim(**{name: content[name] for name in _CLAIM})
+def broken(file: Path, reason: str) -> SplitQuantError:
+    """Return the error that says what is wrong with a results file."""
+    return SplitQuantError(f"{file} is not a usable result: {reason}")
 
 
-def _parse(content: dict[str, Any], file: Path) -> Result:
-    if content.get("schema") != SCHEMA:
-        raise broken(file, f"schema {content.get('schema')!r}, wanted {SCHEMA}")
-    check(content, _RESULT, file)
-    values = _decode(content["values"])
-    check_values(content["part"], values, file)
-    return Result(**{**{name: content[name] for name in _RESULT}, "values": values})
+def _load(kind: type[T], file: Path) -> T:
+    try:
+        return load_json(kind, read_content(file))
+    except ValueError as exc:
+        raise broken(file, str(exc)) from exc
 
 
 def read_content(file: Path) -> dict[str, Any]:
@@ -236,9 +195,9 @@ def read_content(file: Path) -> dict[str, Any]:
     except OSError as exc:
         raise SplitQuantError(f"{file} cannot be read: {exc.strerror or exc}") from exc
     except (ValueError, RecursionError) as exc:
-        raise broken(file, f"no valid JSON ({exc})") from exc
+        raise broken(file, f"not valid JSON ({exc})") from exc
     if not isinstance(content, dict):
-        raise broken(file, "wanted a JSON object")
+        raise broken(file, "expected a JSON object")
     return content
 
 
@@ -246,7 +205,7 @@ def _write(content: Any, file: Path) -> None:
     try:
         written = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     except (TypeError, ValueError) as exc:
-        raise SplitQuantError(f"{file.name} cannot be kept as JSON: {one_line(exc)}") from exc
+        raise SplitQuantError(f"{file.name} cannot be written as JSON: {one_line(exc)}") from exc
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, written.encode())
@@ -260,11 +219,3 @@ def _encode(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _encode(item) for key, item in value.items()}
     return [_encode(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, str):
-        return NOT_FINITE.get(value, value)
-    if isinstance(value, Mapping):
-        return {key: _decode(item) for key, item in value.items()}
-    return [_decode(item) for item in value] if isinstance(value, list) else value

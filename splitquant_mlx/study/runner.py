@@ -39,18 +39,16 @@ from splitquant_mlx.runtime.disk import remove
 from splitquant_mlx.runtime.workspace import empty, workspace
 from splitquant_mlx.study.data import Data
 from splitquant_mlx.study.results import (
-    Claim,
-    Paper,
     Result,
     StudyRecord,
     load_results,
     save,
     save_study,
 )
-from splitquant_mlx.study.spec import ORIGINAL, Study, slug
+from splitquant_mlx.study.spec import FOREIGN, ORIGINAL, Study, slug
 from splitquant_mlx.study.values import (
     convert_values,
-    original_values,
+    measured_sizes,
     speed_values,
     weights_values,
 )
@@ -88,12 +86,15 @@ def run_study(
     ):
         found = Data(files=data or {})
         runner = _Runner(study, source, original, directory, scratch, found, keep_models, progress)
-        with progress.task(f"Study {study.name}", 1 + len(study.variants)) as advance:
+        with progress.task(study.title, 1 + len(study.variants)) as advance:
             runner.measure_original()
-            for name, recipe in study.variants.items():
+            for name, variant in study.variants.items():
                 runner.describe()
                 advance(1)
-                runner.measure(name, recipe)
+                if isinstance(variant, Recipe):
+                    runner.measure(name, variant)
+                else:
+                    runner.measure_foreign(name, variant)
             runner.describe()
             advance(1)
         runner.remove_journals()
@@ -139,7 +140,7 @@ class _Runner:
     def measure_original(self) -> None:
         """Measure the model as it is."""
         quality = self._quality(LazyModel(self.original), ORIGINAL)
-        parts = {"convert": ({}, lambda: original_values(self.original)), **quality}
+        parts = {"convert": ({}, lambda: measured_sizes(self.original, self.original, ORIGINAL)), **quality}
         self._take(
             ORIGINAL,
             {**parts, **self._speed(self.original)},
@@ -161,20 +162,31 @@ class _Runner:
         with _removed(home, self.keep_models):
             self._take(name, parts, recipe, home)
 
+    def measure_foreign(self, name: str, path: str) -> None:
+        """Measure a checkpoint that another program made of the same model."""
+        source = resolve(path)
+        with as_directory(source, self.progress, scratch=self.scratch) as home:
+            model = LazyModel(home)
+            parts: dict[str, tuple[dict[str, Any], Measurement]] = {
+                "convert": ({}, lambda: measured_sizes(home, self.original, FOREIGN)),
+                **self._quality(model, name),
+                **self._divergence(model),
+                **self._speed(home),
+            }
+            self._take(
+                name, {part: ({**own, "foreign": model.hash}, f) for part, (own, f) in parts.items()}
+            )
+
     def describe(self) -> None:
         """Write what the report says of the study."""
-        study, paper = self.study, self.study.paper
+        study = self.study
         missing = [f"{name} was not measured: {why}" for name, why in self.data.missing.items()]
         record = StudyRecord(
             title=study.title,
             model=self.source.name,
             reference_variant=ORIGINAL,
             notes=(*study.notes, *missing),
-            paper=Paper(
-                source=paper["source"], claims=tuple(Claim(**claim) for claim in paper["claims"])
-            )
-            if paper
-            else None,
+            paper=study.paper,
             order=(ORIGINAL, *study.variants),
         )
         save_study(record, self.directory)
@@ -241,7 +253,7 @@ class _Runner:
         manifest = load_manifest(home)
         if manifest is None:
             raise CheckpointError(f"{home} was converted without a manifest")
-        values = convert_values(manifest, recipe, run.peak_bytes)
+        values = convert_values(manifest, recipe, home, run.peak_bytes)
         return {**values, "model_hash": LazyModel(home, progress=self.progress).hash}
 
     def _quality(

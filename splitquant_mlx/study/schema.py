@@ -1,132 +1,144 @@
-"""Say what each part of a study's results holds, and check JSON content against it."""
+"""The values of each part of a study's results: one class per part, validated by pydantic."""
 
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from splitquant_mlx.errors import SplitQuantError
+from pydantic import AfterValidator, BeforeValidator, Field
 
-Checks = Mapping[str, Callable[[Any], bool]]
+from splitquant_mlx.settings import NonNegativeInt, record
 
-
-def number(value: Any) -> bool:
-    """Tell whether `value` is a number that fits 64 bits, infinity and NaN among them."""
-    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}  # which JSON lacks
 
 
-def finite(value: Any) -> bool:
-    """Tell whether `value` is a finite number."""
-    return number(value) and math.isfinite(value)
+def _number(value: Any) -> Any:
+    return NOT_FINITE.get(value, value) if isinstance(value, str) else value
 
 
-def text(value: Any) -> bool:
-    """Tell whether `value` is a string."""
-    return isinstance(value, str)
+def _line(value: str) -> str:
+    if not value.isprintable() or not value.strip():
+        raise ValueError(f"expected one printable line, got {value!r:.80}")
+    return value
 
 
-def line(value: Any) -> bool:
-    """Tell whether `value` is one printable line that is not blank."""
-    return isinstance(value, str) and value.isprintable() and value.strip() != ""
+Number = Annotated[float, Field(allow_inf_nan=True), BeforeValidator(_number)]
+Line = Annotated[str, AfterValidator(_line)]
+Answers = tuple[Literal[0, 1], ...]
 
 
-def table(value: Any) -> bool:
-    """Tell whether `value` is a JSON object."""
-    return isinstance(value, dict)
+@record
+class Conversion:
+    """Size and cost of a converted model; of a model that was not converted, its size.
+
+    Attributes:
+        method: the recipe's; "original" or "foreign" for a model that was not converted here.
+        bits_per_weight: stored bits over the original's parameters, whole model.
+        linear_bits_per_weight: the same for the linear layers.
+        stored_bytes: size of the tensors.
+        weight_file_bytes: size on disk of the model directory's weight files.
+        source_bytes: size of the original's tensors.
+        seconds: time of each stage, added up over threads, and wall time in "total", s.
+        peak_bytes: peak memory of the conversion.
+        bits, granularity, clusters: from the recipe.
+        model_hash: of the converted model.
+    """
+
+    method: Line
+    bits_per_weight: float
+    stored_bytes: NonNegativeInt
+    linear_bits_per_weight: float | None = None
+    weight_file_bytes: NonNegativeInt | None = None
+    source_bytes: NonNegativeInt | None = None
+    seconds: dict[Line, float] = Field(default_factory=dict)
+    peak_bytes: NonNegativeInt | None = None
+    bits: NonNegativeInt | None = None
+    granularity: Line | None = None
+    clusters: NonNegativeInt | None = None
+    model_hash: Line | None = None
 
 
-def optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Return a check that also takes None: JSON's null, or a missing entry."""
-    return lambda value: value is None or check(value)
+@record
+class ArcScore:
+    """Answers to multiple-choice questions; see `evaluation.arc.ArcResult`."""
+
+    questions: NonNegativeInt
+    num_shots: NonNegativeInt
+    accuracy: float
+    correct: Answers
+    standard_error: Number | None = None
+    accuracy_norm: float | None = None
+    standard_error_norm: Number | None = None
+    correct_norm: Answers | None = None
+
+    def __post_init__(self) -> None:
+        for answers in (self.correct, self.correct_norm):
+            if answers is not None and len(answers) != self.questions:
+                raise ValueError(f"expected {self.questions} answers, got {len(answers)}")
 
 
-def each(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """Return a check of a list, every item of which passes `check`."""
-    return lambda value: isinstance(value, list) and all(map(check, value))
+@record
+class PerplexityScore:
+    """Perplexity of a text; see `evaluation.perplexity.Perplexity`."""
+
+    perplexity: Number
+    standard_error: Number | None = None
+    mean_nll: Number | None = None
+    tokens: NonNegativeInt | None = None
+    context_length: NonNegativeInt | None = None
+    stride: NonNegativeInt | None = None
 
 
-def _answer(value: Any) -> bool:
-    return type(value) is int and value in (0, 1)
+@record
+class DivergenceScore:
+    """Distance from the original; see `evaluation.divergence.Divergence`."""
+
+    kl_mean: Number
+    kl_low: Number | None = None
+    kl_high: Number | None = None
+    kl_median: Number | None = None
+    kl_p99: Number | None = None
+    standard_error: Number | None = None
+    top1_agreement: float | None = None
+    positions: NonNegativeInt | None = None
 
 
-def _times(value: Any) -> bool:
-    return table(value) and all(map(line, value)) and all(map(finite, value.values()))
+@record
+class Speed:
+    """Speed of a model: medians of the trials; `_min` and `_max` of the slowest and fastest."""
+
+    decode_tokens_per_s: float
+    decode_tokens_per_s_min: float | None = None
+    decode_tokens_per_s_max: float | None = None
+    prefill_tokens_per_s: float | None = None
+    load_s: float | None = None
+    first_token_s: float | None = None
+    peak_bytes: NonNegativeInt | None = None
 
 
-_ARC: Checks = {
-    "questions": finite,
-    "accuracy": finite,
-    "standard_error": optional(number),
-    "accuracy_norm": optional(finite),
-    "standard_error_norm": optional(number),
-    "correct": each(_answer),
-    "correct_norm": optional(each(_answer)),
-    "num_shots": finite,
-}
-PARTS: Mapping[str, Checks] = {
-    "convert": {
-        "method": line,
-        "linear_bits_per_weight": optional(finite),
-        "bits_per_weight": finite,
-        "stored_bytes": finite,
-        "source_bytes": optional(finite),
-        "seconds": _times,
-        "peak_bytes": optional(finite),
-        "bits": optional(finite),
-        "granularity": optional(line),
-        "clusters": optional(finite),
-        "model_hash": optional(line),
-    },
-    "arc_challenge.loglikelihood": _ARC,
-    "arc_challenge.letter": _ARC,
-    "arc_easy.loglikelihood": _ARC,
-    "arc_easy.letter": _ARC,
-    "perplexity": {"perplexity": number, "standard_error": optional(number)},
-    "kl": {"kl_mean": number, "top1_agreement": optional(finite)},
-    "speed": {
-        "decode_tokens_per_s": finite,
-        "decode_tokens_per_s_min": optional(finite),
-        "decode_tokens_per_s_max": optional(finite),
-        "prefill_tokens_per_s": optional(finite),
-        "load_s": optional(finite),
-        "first_token_s": optional(finite),
-        "peak_bytes": optional(finite),
-    },
-    "weights": {
-        "layer": line,
-        "edges": each(finite),
-        "counts": each(finite),
-        "cut_points": each(finite),
-    },
-}
+@record
+class Weights:
+    """Histogram of one layer's weights, and where k-means cut them."""
 
+    layer: Line
+    edges: tuple[float, ...]
+    counts: tuple[float, ...]
+    cut_points: tuple[float, ...]
 
-def check_values(part: str, values: Mapping[str, Any], file: Path) -> None:
-    """Raise SplitQuantError, naming `file`, unless `values` are what `part` holds."""
-    if part not in PARTS:
-        raise broken(file, f"unknown part {part!r}, wanted one of {', '.join(PARTS)}")
-    check(values, PARTS[part], file, "values.")
-    for name in ("correct", "correct_norm"):
-        answers = values.get(name)
-        if answers is not None and len(answers) != values["questions"]:
-            raise broken(
-                file, f"values.{name} has {len(answers)} answers, wanted {values['questions']}"
+    def __post_init__(self) -> None:
+        if len(self.edges) != len(self.counts) + 1:
+            raise ValueError(
+                f"expected {len(self.counts) + 1} edges, one more than counts, "
+                f"got {len(self.edges)}"
             )
-    if part == "weights" and len(values["edges"]) != len(values["counts"]) + 1:
-        raise broken(file, "values.edges wants one entry more than values.counts has")
 
 
-def check(content: Any, checks: Checks, file: Path, where: str = "") -> None:
-    """Raise SplitQuantError, naming `file`, at the first entry of `content` that fails."""
-    if not table(content):
-        raise broken(file, f"{where.rstrip('.') or 'content'}: wanted a JSON object")
-    for name, passes in checks.items():
-        value = content.get(name)
-        if not passes(value):
-            got = "nothing" if value is None else repr(value)[:60]
-            raise broken(file, f"{where}{name} is missing or of a wrong kind, got {got}")
-
-
-def broken(file: Path, reason: str) -> SplitQuantError:
-    """Return the error that says what is wrong with a results file."""
-    return SplitQuantError(f"{file} is not a result that can be used: {reason}")
+PARTS: dict[str, type] = {
+    "convert": Conversion,
+    "arc_challenge.loglikelihood": ArcScore,
+    "arc_challenge.letter": ArcScore,
+    "arc_easy.loglikelihood": ArcScore,
+    "arc_easy.letter": ArcScore,
+    "perplexity": PerplexityScore,
+    "kl": DivergenceScore,
+    "speed": Speed,
+    "weights": Weights,
+}

@@ -1,88 +1,86 @@
-"""Hold the settings of a study: one model, converted in several ways, each measured alike.
+"""Settings of a study: one model, converted in several ways, each measured alike.
 
-A study is a TOML file with a `model`, a `[measure]` table, `[[variants]]` that are recipes with a
-name, and a `[recipe]` table of settings that all of them share.
+A study is a TOML file with a `model`, a `[measure]` table, `[[variants]]`, and a `[recipe]` table
+of settings that all recipes share. A variant has a name and is a recipe, or, with a `path`, a
+checkpoint that another program made of the same model.
 """
 
 import dataclasses
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from splitquant_mlx.data.questions import ARC_TASKS
+from pydantic import Field
+
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.recipe import Recipe, read_toml
+from splitquant_mlx.settings import (
+    NonNegativeInt,
+    PositiveInt,
+    Strings,
+    from_mapping,
+    nested,
+    settings,
+)
+from splitquant_mlx.study.results import Paper
 
-ORIGINAL = "original"
-PROTOCOLS = ("loglikelihood", "letter")
+ORIGINAL, FOREIGN = "original", "foreign"  # methods of models that were not converted here
+Protocol = Literal["loglikelihood", "letter"]
+ArcTask = Literal["arc_challenge", "arc_easy"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Measure:
-    """Say what is measured of every variant.
+    """Settings of what is measured of every variant.
 
     Attributes:
         arc: question sets, of "arc_challenge" and "arc_easy".
         protocols: ways to ask, of "loglikelihood" and "letter".
         num_shots: answered questions before each, for "loglikelihood".
-        questions: how many of a set are asked; 0 is all.
+        questions: number of questions per set; 0 is all.
         text_tokens: tokens for perplexity and KL divergence; 0 measures neither.
-        context_length: tokens a window, for the two.
-        prompt_tokens: of the timing; 0 times nothing.
-        generation_tokens: of the timing.
+        context_length: tokens per window, for the two.
+        prompt_tokens: prompt of the timing; 0 measures no speed.
+        generation_tokens: generated tokens of the timing.
         trials: counted rounds of the timing.
     """
 
-    arc: tuple[str, ...] = ("arc_challenge",)
-    protocols: tuple[str, ...] = PROTOCOLS
-    num_shots: int = 0
-    questions: int = 0
-    text_tokens: int = 8192
-    context_length: int = 512
-    prompt_tokens: int = 512
-    generation_tokens: int = 128
-    trials: int = 3
-
-    def __post_init__(self):
-        for name, known in (("arc", ARC_TASKS), ("protocols", PROTOCOLS)):
-            values = getattr(self, name)
-            if not isinstance(values, (list, tuple)) or any(v not in known for v in values):
-                raise RecipeError(f"{name}: wanted a list of {', '.join(known)}, got {values!r}")
-            object.__setattr__(self, name, tuple(values))
-        for field_ in dataclasses.fields(self):
-            value = getattr(self, field_.name)
-            least = 2 if field_.name == "context_length" else field_.name in ("trials",)
-            if field_.type in (int, "int") and (type(value) is not int or value < least):
-                raise RecipeError(
-                    f"{field_.name}: wanted a whole number of {int(least)} or more, got {value!r}"
-                )
+    arc: Annotated[tuple[ArcTask, ...], Field(strict=False)] = ("arc_challenge",)
+    protocols: Annotated[tuple[Protocol, ...], Field(strict=False)] = ("loglikelihood", "letter")
+    num_shots: NonNegativeInt = 0
+    questions: NonNegativeInt = 0
+    text_tokens: NonNegativeInt = 8192
+    context_length: Annotated[int, Field(ge=2)] = 512
+    prompt_tokens: NonNegativeInt = 512
+    generation_tokens: NonNegativeInt = 128
+    trials: PositiveInt = 3
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Study:
-    """Hold one study.
+    """Settings of one study.
 
     Attributes:
         name: of the file it came from, without its suffix.
-        title: for the report.
         model: repo id, directory, .gguf file, or "demo" for the model of `splitquant-mlx demo`.
+        variants: by name, in the study's order, a recipe or the path of a checkpoint that another
+            program made; "original" is always measured.
+        title: for the report; by default the name.
         revision: branch, tag or commit of a hub repo.
-        variants: recipe by name, in the order of the report; "original" is always measured.
         measure: what is measured.
         notes: sentences for the report.
-        paper: {"source", "claims": [{"what", "value", "unit"}]}, published figures to stand
-            beside ours; empty if none.
+        paper: {"source", "claims": [{"what", "value", "unit"}]}: published figures to stand beside
+            those measured here.
     """
 
     name: str
-    title: str
-    model: str
-    variants: dict[str, Recipe]
-    measure: Measure = field(default_factory=Measure)
+    model: Annotated[str, Field(min_length=1)]
+    variants: dict[str, Recipe | str]
+    title: str = ""
     revision: str | None = None
-    notes: tuple[str, ...] = ()
-    paper: dict[str, Any] = field(default_factory=dict)
+    measure: Annotated[Measure, nested(Measure)] = Field(default_factory=Measure)
+    notes: Strings = ()
+    paper: Annotated[Paper | None, nested(Paper)] = None
 
 
 def load_study(path: Path) -> Study:
@@ -100,42 +98,31 @@ def slug(name: str) -> str:
 
 
 def _study(name: str, values: dict[str, Any]) -> Study:
-    known = {field_.name for field_ in dataclasses.fields(Study)} - {"name"} | {"recipe"}
-    if unknown := sorted(values.keys() - known):
-        raise RecipeError(f"unknown key {unknown[0]!r}: known are {', '.join(sorted(known))}")
-    for key, kind in (("title", str), ("model", str), ("measure", dict), ("recipe", dict),
-                      ("paper", dict), ("variants", list), ("notes", list)):  # fmt: skip
-        if not isinstance(values.setdefault(key, kind()), kind):
-            raise RecipeError(f"{key}: wanted a {kind.__name__}, got {values[key]!r}")
-    if not values["model"]:
-        raise RecipeError("model is missing: wanted a repo id, a directory or a .gguf file")
-    variants: dict[str, Recipe] = {}
-    for own in values["variants"]:
-        variant = own.get("name") if isinstance(own, dict) else None
+    shared, listed = values.pop("recipe", {}), values.pop("variants", [])
+    if not isinstance(shared, dict) or not isinstance(listed, list):
+        raise RecipeError("expected a [recipe] table and [[variants]] tables")
+    variants: dict[str, Recipe | str] = {}
+    for table in listed:
+        variant = table.get("name") if isinstance(table, dict) else None
         if not isinstance(variant, str) or not variant:
-            raise RecipeError(f"every variant wants a name, got {own!r}")
+            raise RecipeError(f"variants: expected a table with a name, got {table!r:.80}")
         if slug(variant) in {ORIGINAL, *map(slug, variants)}:
             raise RecipeError(f"variant {variant!r}: the name is taken")
-        settings = {**values["recipe"], **own}
-        del settings["name"]
-        if settings.get("method") == "auto":  # which chooses them; the other variants share them
-            for key in ("bits", "group_size"):
-                if key not in own:
-                    settings.pop(key, None)
         try:
-            variants[variant] = Recipe.from_dict(settings)
+            variants[variant] = _variant({k: v for k, v in table.items() if k != "name"}, shared)
         except RecipeError as exc:
             raise RecipeError(f"variant {variant!r}: {exc}") from exc
-    measure = [field_.name for field_ in dataclasses.fields(Measure)]
-    if unknown := sorted(values["measure"].keys() - set(measure)):
-        raise RecipeError(f"unknown key {unknown[0]!r} in measure: known are {', '.join(measure)}")
-    return Study(
-        name=name,
-        title=values["title"] or name,
-        model=values["model"],
-        revision=values.get("revision"),
-        variants=variants,
-        measure=Measure(**values["measure"]),
-        notes=tuple(values["notes"]),
-        paper=values["paper"],
-    )
+    study = from_mapping(Study, {**values, "name": name, "variants": variants})
+    return study if study.title else dataclasses.replace(study, title=name)
+
+
+def _variant(own: dict[str, Any], shared: dict[str, Any]) -> Recipe | str:
+    if "path" in own:
+        if len(own) > 1 or not isinstance(own["path"], str) or not own["path"]:
+            raise RecipeError(f"path: expected a path and no recipe settings beside it, got {own}")
+        return own["path"]
+    settings = {**shared, **own}
+    if settings.get("method") == "auto":  # which chooses them; the other variants share them
+        for key in {"bits", "group_size"} - own.keys():
+            settings.pop(key, None)
+    return Recipe.from_dict(settings)

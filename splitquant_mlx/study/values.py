@@ -1,4 +1,4 @@
-"""Put what was found of one variant in the form that results are kept in."""
+"""Values of the parts of a result that are taken from a model's files or a timing."""
 
 import math
 from pathlib import Path
@@ -11,34 +11,44 @@ from splitquant_mlx.bench.speed import Workload, bench_speed
 from splitquant_mlx.formats.manifest import Manifest, load_manifest
 from splitquant_mlx.models.checkpoint import open_checkpoint, read_headers
 from splitquant_mlx.recipe import Recipe
-from splitquant_mlx.study.spec import ORIGINAL
 
 BINS = 120
 
 
-def original_values(directory: Path) -> dict[str, Any]:
-    """Return the size of a model as it is, as a "convert" part."""
-    headers = read_headers(directory).values()
-    nbytes = sum(header.nbytes for header in headers)
-    bits = 8 * nbytes / sum(math.prod(header.shape) for header in headers)
+def measured_sizes(directory: Path, original: Path, method: str) -> dict[str, Any]:
+    """Return the size of a model that this study did not convert, as a "convert" part.
+
+    Args:
+        directory: of the model.
+        original: directory of the original, whose parameters bits/weight refer to.
+        method: name for the report.
+    """
+    stored = sum(header.nbytes for header in read_headers(directory).values())
+    source = read_headers(original).values()
     return {
-        "method": ORIGINAL,
-        "linear_bits_per_weight": bits,
-        "bits_per_weight": bits,
-        "stored_bytes": nbytes,
-        "source_bytes": nbytes,
-        "seconds": {},
-        "peak_bytes": None,
+        "method": method,
+        "bits_per_weight": 8 * stored / sum(math.prod(header.shape) for header in source),
+        "stored_bytes": stored,
+        "weight_file_bytes": weight_file_bytes(directory),
+        "source_bytes": sum(header.nbytes for header in source),
     }
 
 
-def convert_values(manifest: Manifest, recipe: Recipe, peak_bytes: int) -> dict[str, Any]:
-    """Return what a conversion cost, as a "convert" part."""
+def weight_file_bytes(directory: Path) -> int:
+    """Return the size on disk of all weight files of a model directory."""
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def convert_values(
+    manifest: Manifest, recipe: Recipe, directory: Path, peak_bytes: int
+) -> dict[str, Any]:
+    """Return the size and cost of a conversion, as a "convert" part."""
     return {
         "method": recipe.method,
         "linear_bits_per_weight": manifest.linear_bits_per_weight,
         "bits_per_weight": manifest.bits_per_weight,
         "stored_bytes": manifest.stored_bytes,
+        "weight_file_bytes": weight_file_bytes(directory),
         "source_bytes": manifest.source_bytes,
         "seconds": manifest.seconds,
         "peak_bytes": peak_bytes,
@@ -65,7 +75,7 @@ def speed_values(path: Path, workload: Workload, trials: int) -> dict[str, Any]:
 
 
 def weights_values(original: Path, home: Path) -> dict[str, Any]:
-    """Return a histogram of a layer in the middle of the model, and where it was cut."""
+    """Return a histogram of a layer in the middle of the model, and its cut points."""
     manifest = load_manifest(home)
     layers = [layer for layer in manifest.layers if layer.action == "split"] if manifest else []
     layer = layers[len(layers) // 2]

@@ -15,7 +15,7 @@ from splitquant_mlx.errors import SplitQuantError, TargetError
 from splitquant_mlx.study.results import (
     Result,
     load_results,
-    load_study,
+    load_study_record,
     result_file,
     save,
     save_study,
@@ -30,7 +30,7 @@ def test_results_come_back_as_they_were(tmp_path):
     found = {(made.variant, made.part): made for made in load_results(tmp_path)}
     wanted = {(made.variant, made.part): made for made in results()}
     assert found == wanted
-    assert load_study(tmp_path) == study()
+    assert load_study_record(tmp_path) == study()
 
 
 def test_the_file_is_the_documented_json(tmp_path):
@@ -85,11 +85,11 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"part": "vibes"}, "unknown part 'vibes', wanted one of convert, "),
-        ({"variant": "a\x1b[31m"}, "one printable line"),
-        ({"values": {}}, "values.kl_mean is missing or of a wrong kind, got nothing"),
-        ({"values": {"kl_mean": "0.1"}}, "values.kl_mean is missing or of a wrong kind"),
-        ({"settings": {"set": {1}}}, "cannot be kept as JSON"),
+        ({"part": "vibes"}, "part: expected one of convert, "),
+        ({"variant": "a\x1b[31m"}, "variant: expected one printable line"),
+        ({"values": {}}, "values.kl_mean: expected a value, got none"),
+        ({"values": {"kl_mean": "0.1"}}, "values.kl_mean: expected a number, got '0.1'"),
+        ({"settings": {"set": {1}}}, "cannot be written as JSON"),
     ],
 )
 def test_save_refuses_what_could_not_be_read(tmp_path, changes, message):
@@ -100,13 +100,13 @@ def test_save_refuses_what_could_not_be_read(tmp_path, changes, message):
 
 def test_answers_must_be_as_many_as_questions(tmp_path):
     values = {"questions": 3, "num_shots": 0, "accuracy": 0.5, "correct": [1, 0]}
-    with pytest.raises(SplitQuantError, match="2 answers, wanted 3"):
+    with pytest.raises(SplitQuantError, match="expected 3 answers, got 2"):
         save(result("v", "arc_easy.letter", values), tmp_path)
 
 
 def test_histogram_has_one_edge_more_than_counts(tmp_path):
     values = {"layer": "x", "edges": [0, 1], "counts": [1, 2], "cut_points": []}
-    with pytest.raises(SplitQuantError, match="one entry more"):
+    with pytest.raises(SplitQuantError, match="expected 3 edges, one more than counts, got 2"):
         save(result("v", "weights", values), tmp_path)
 
 
@@ -158,21 +158,24 @@ def test_directory_without_results(tmp_path):
     with pytest.raises(SplitQuantError, match="is not a directory"):
         load_results(tmp_path / "nowhere")
     with pytest.raises(SplitQuantError, match=r"study\.json cannot be read"):
-        load_study(tmp_path)
+        load_study_record(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"title": 3}, "title is missing or of a wrong kind"),
-        ({"notes": [1]}, "notes is missing or of a wrong kind"),
-        ({"order": "abc"}, "order is missing"),
-        ({"paper": {"source": "x"}}, "paper.claims is missing"),
-        ({"paper": {"source": "x", "claims": [{"what": "y"}]}}, "paper.claims.value is missing"),
+        ({"title": 3}, "title: expected a string, got 3"),
+        ({"notes": [1]}, "notes.0: expected a string, got 1"),
+        ({"order": "abc"}, "order: expected a"),
+        ({"paper": {"source": "x"}}, "paper.claims: expected a value, got none"),
+        (
+            {"paper": {"source": "x", "claims": [{"what": "y"}]}},
+            "paper.claims.0.value: expected",
+        ),
     ],
 )
 def test_broken_study_is_named(tmp_path, changes, message):
     file = save_study(study(), tmp_path)
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     with pytest.raises(SplitQuantError, match=rf"study\.json.*{re.escape(message)}"):
-        load_study(tmp_path)
+        load_study_record(tmp_path)

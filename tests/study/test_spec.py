@@ -46,19 +46,19 @@ def test_variants_share_the_recipe_and_may_differ_from_it(written):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("model =", "modl ="), "unknown key 'modl'"),
-        (('model = "some/model"', "model = 3"), "model: wanted a str"),
-        (('model = "some/model"', ""), "model is missing"),
-        (('name = "plain"', ""), "every variant wants a name"),
+        (("model =", "modl ="), "modl: unknown key"),
+        (('model = "some/model"', "model = 3"), "model: expected a string, got 3"),
+        (('model = "some/model"', ""), "model: expected a value, got none"),
+        (('name = "plain"', ""), "variants: expected a table with a name"),
         (('name = "fine"', 'name = "Plain!"'), "the name is taken"),
         (('name = "fine"', 'name = "original"'), "the name is taken"),
         (('method = "rtn"', 'method = "best"'), "variant 'plain': method: expected 'splitquant'"),
-        (('["arc_easy"]', '["arc_hard"]'), "arc: wanted a list of"),
-        (("questions = 5", "questions = -1"), "questions: wanted a whole number of 0 or more"),
-        (("questions = 5", "questions = true"), "questions: wanted a whole number"),
-        (("questions = 5", "context_length = 1"), "context_length: wanted a whole number of 2"),
-        (("questions = 5", "answers = 5"), "unknown key 'answers' in measure"),
-        (("questions = 5", "trials = 0"), "trials: wanted a whole number of 1"),
+        (('["arc_easy"]', '["arc_hard"]'), "arc.0: expected 'arc_challenge' or 'arc_easy'"),
+        (("questions = 5", "questions = -1"), "questions: expected at least 0, got -1"),
+        (("questions = 5", "questions = true"), "questions: expected an integer, got True"),
+        (("questions = 5", "context_length = 1"), "context_length: expected at least 2, got 1"),
+        (("questions = 5", "answers = 5"), "answers: unknown key, expected one of arc, "),
+        (("questions = 5", "trials = 0"), "trials: expected at least 1, got 0"),
     ],
 )
 def test_a_wrong_study_is_refused_by_name(written, change, message):
@@ -80,7 +80,14 @@ def test_the_papers_study_has_the_papers_table():
         for bits in (2, 4, 8)
         for granularity in ("tensor", "channel", "group")
     }
-    assert {claim["value"] for claim in study.paper["claims"]} == {11.76, 126}
+    assert {claim.value for claim in study.paper.claims} == {11.76, 126}
+
+
+def test_a_variant_may_be_a_checkpoint_of_another_program(written):
+    extra = '\n[[variants]]\nname = "theirs"\npath = "some/model-4bit"\n'
+    assert load_study(written(STUDY + extra)).variants["theirs"] == "some/model-4bit"
+    with pytest.raises(RecipeError, match="'theirs': path: expected a path and no recipe"):
+        load_study(written(STUDY + extra + "bits = 4\n"))
 
 
 def test_slugs_are_file_names():
