@@ -11,23 +11,23 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from splitquant_mlx.conversion.plan import LayerPlan
 from splitquant_mlx.errors import TargetError
-from splitquant_mlx.formats.manifest import MALFORMED, LayerRecord, check_types, parse_layers
+from splitquant_mlx.formats.manifest import LayerRecord
 from splitquant_mlx.formats.shard_writer import ShardWriter
 from splitquant_mlx.runtime.environment import versions
 from splitquant_mlx.runtime.journal import Journal
+from splitquant_mlx.settings import load_json, record
 
 STAGES = ("read", "cluster", "quantize", "write")
 
 
-@dataclass(frozen=True, kw_only=True)
+@record
 class FinishedShard:
-    """Record a shard that is on the disk.
+    """Record of a shard that is on the disk.
 
     Attributes:
         number: of the shard, from 1.
@@ -137,11 +137,10 @@ def _finished_shards(records: Iterable[Mapping[str, Any]]) -> list[FinishedShard
     A shard that was written a second time has two records, of which the later one holds.
     """
     found: dict[int, FinishedShard] = {}
-    for record in records:
+    for entry in records:
         try:
-            shard = FinishedShard(**{**record, "layers": parse_layers(record["layers"])})
-            check_types(shard)
-        except MALFORMED:
+            shard = load_json(FinishedShard, entry)
+        except ValueError:
             break
         found[shard.number] = shard
     shards = []

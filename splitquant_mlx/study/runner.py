@@ -139,12 +139,13 @@ class _Runner:
 
     def measure_original(self) -> None:
         """Measure the model as it is."""
-        quality = self._quality(LazyModel(self.original), ORIGINAL)
-        parts = {"convert": ({}, lambda: measured_sizes(self.original, self.original, ORIGINAL)), **quality}
-        self._take(
-            ORIGINAL,
-            {**parts, **self._speed(self.original)},
-        )
+        original = self.original
+        parts = {
+            "convert": ({}, lambda: measured_sizes(original, original, ORIGINAL)),
+            **self._quality(LazyModel(original), ORIGINAL),
+            **self._speed(original),
+        }
+        self._take(ORIGINAL, parts)
 
     def measure(self, name: str, recipe: Recipe) -> None:
         """Convert the model by one recipe and measure what came of it."""
@@ -174,7 +175,8 @@ class _Runner:
                 **self._speed(home),
             }
             self._take(
-                name, {part: ({**own, "foreign": model.hash}, f) for part, (own, f) in parts.items()}
+                name,
+                {part: ({**own, "foreign": model.hash}, f) for part, (own, f) in parts.items()},
             )
 
     def describe(self) -> None:

@@ -170,6 +170,29 @@ def values_of(home):
     }
 
 
+def test_a_checkpoint_of_another_program_is_a_row(stories, tmp_path):
+    from mlx_lm import convert
+
+    theirs, text = tmp_path / "theirs", tmp_path / "text.txt"
+    convert(str(stories), str(theirs), quantize=True, q_group_size=32, q_bits=4)
+    text.write_text("Once upon a time there was a girl. " * 40)
+    file, home = tmp_path / "rivals.toml", tmp_path / "out"
+    content = SMALL.format(model=stories).replace("256", "192").replace("128", "64")
+    file.write_text(content + f'path = "{theirs}"\n')
+    run_study(load_study(file), home, data={"text": text})
+    found = {(result.variant, result.part): result for result in load_results(home)}
+    sizes, kl = found["split", "convert"].values, found["split", "kl"].values
+    assert sizes["method"] == "foreign"
+    assert sizes["weight_file_bytes"] == (theirs / "model.safetensors").stat().st_size
+    parameters = found["original", "convert"].values["stored_bytes"] / 4  # float32
+    assert sizes["bits_per_weight"] == 8 * sizes["stored_bytes"] / parameters
+    assert 0 < kl["kl_low"] < kl["kl_mean"] < kl["kl_high"] < kl["kl_p99"]
+    written = {file: file.stat().st_mtime_ns for file in home.glob("*.*.json")}
+    run_study(load_study(file), home, data={"text": text})
+    assert {file: file.stat().st_mtime_ns for file in home.glob("*.*.json")} == written
+    assert theirs.is_dir() and not list((home / "models").glob("*"))
+
+
 def test_two_studies_in_one_directory(small, capsys):
     command, home = small
     home.mkdir()
