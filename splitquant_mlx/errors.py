@@ -4,6 +4,8 @@ A message says what failed, in which tensor or file, what was found, what was wa
 do, on one line. The command line prints it and exits with 2; the library only raises.
 """
 
+from collections.abc import Iterable
+
 
 class SplitQuantError(Exception):
     """Root of every error this package raises on purpose."""
@@ -16,6 +18,13 @@ class SplitQuantWarning(UserWarning):
 def one_line(exc: BaseException) -> str:
     """Return the message of another library's exception on one line."""
     return " ".join(str(exc).split())
+
+
+def some(names: Iterable[str], most: int = 3) -> str:
+    """Join the first few of `names`, sorted, and say how many more there are."""
+    listed = sorted(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
 
 
 class SourceError(SplitQuantError):

@@ -10,7 +10,8 @@ from splitquant_mlx.conversion.plan import stored_dtype
 from splitquant_mlx.conversion.weight import BLOCK, SAMPLE
 from splitquant_mlx.errors import CheckpointError, RecipeError, one_line
 from splitquant_mlx.formats.manifest import LayerRecord, Manifest
-from splitquant_mlx.models.checkpoint import open_checkpoint, read_headers
+from splitquant_mlx.models.checkpoint import open_checkpoint
+from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.progress import Progress
 from splitquant_mlx.quantization.affine import Quantized, dequantize
 from splitquant_mlx.quantization.noise import decibels, row_squares

@@ -16,10 +16,10 @@ from splitquant_mlx.conversion.save import TABLES, config_tables
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.manifest import FILE_NAME, LayerRecord, Manifest, load_manifest
 from splitquant_mlx.formats.safetensors import TensorHeader
-from splitquant_mlx.models.checkpoint import read_headers
 from splitquant_mlx.models.config import read_config
 from splitquant_mlx.models.directory import as_directory
 from splitquant_mlx.models.loader import load_model
+from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.models.source import Source
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.runtime.disk import sha256

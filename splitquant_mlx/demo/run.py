@@ -14,9 +14,9 @@ import mlx.core as mx
 
 from splitquant_mlx.conversion.pipeline import convert
 from splitquant_mlx.evaluation.divergence import Divergence, divergence, log_probabilities
-from splitquant_mlx.models.checkpoint import read_headers
 from splitquant_mlx.models.directory import as_directory
 from splitquant_mlx.models.lazy import LazyModel
+from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.models.source import Source
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.recipe import Calibration, Recipe

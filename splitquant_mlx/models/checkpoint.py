@@ -5,25 +5,28 @@ stay unevaluated) to learn the names and shapes that must be there, so every arc
 mlx-lm loads is read the same way, and a checkpoint that does not fit is refused before any work.
 """
 
-import json
-import os
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from splitquant_mlx.errors import CheckpointError, one_line
-from splitquant_mlx.formats.safetensors import TensorHeader, read_header
+from splitquant_mlx.formats.safetensors import TensorHeader
 from splitquant_mlx.models.architecture import build_model, parameters
-from splitquant_mlx.models.config import check_config, read_config, refuse_special_file
+from splitquant_mlx.models.config import check_config, read_config
 from splitquant_mlx.models.config_forms import check_function, normalize
+from splitquant_mlx.models.shards import read_headers
+from splitquant_mlx.models.tensor_names import fit_names
 
-FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
-SUFFIX = ".safetensors"
-SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32, "F64": mx.float32}
+NUMPY_DTYPES = {
+    "F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8", "BOOL": "?", "U8": "<u1", "I8": "<i1",
+    "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8", "I64": "<i8",
+}  # fmt: skip
 QUANTIZED = ("quantization", "quantization_config", "splitquant")
 Stamp = tuple[int, int, int]
 
@@ -61,11 +64,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
             tensors are missing, extra, or of the wrong shape or dtype.
     """
     config = read_config(path)
-    for table in (config, config.get("text_config")):
-        if isinstance(table, dict) and any(table.get(key) is not None for key in QUANTIZED):
-            raise CheckpointError(
-                f"{path} is quantized already: convert the original model instead"
-            )
+    if is_quantized(path, config):
+        raise CheckpointError(f"{path} is quantized already: convert the original model instead")
     if config.get("model_file") is not None:
         raise CheckpointError(
             f"{path}: config.json asks to run {config['model_file']!r} from the checkpoint, which "
@@ -75,31 +75,27 @@ def open_checkpoint(path: Path) -> Checkpoint:
     stamps = {header.file: stamp(header.file) for header in headers.values()}
     check_config(path, config, len(headers))
     for name, header in headers.items():
-        if header.dtype not in FLOATS and not header.dtype.startswith(("I", "U", "BOOL")):
+        if header.dtype not in NUMPY_DTYPES:
             raise CheckpointError(
-                f"{header.file}: tensor {name!r} has dtype {header.dtype}, wanted one of "
+                f"{header.file}: tensor {name!r} has dtype {header.dtype}, expected one of "
                 f"{', '.join(FLOATS)}: cast the checkpoint to one of them first"
             )
     config = normalize(path, config)
-    model = build_model(path, config)
+    tensors = _load_lazily(headers)
+    model, weights = fit_names(path, tensors, lambda: build_model(path, config))
     warnings = tuple(check_function(path, model, config))
-    weights = _load_lazily(path, headers, model)
     _check_parameters(path, model, weights)
+    if any(header.dtype == "F64" for header in headers.values()):
+        config |= {k: "float32" for k in ("torch_dtype", "dtype") if config.get(k) == "float64"}
     source_bytes = sum(header.nbytes for header in headers.values())
     return Checkpoint(path, config, model, weights, source_bytes, stamps, warnings)
 
 
-def read_headers(path: Path) -> dict[str, TensorHeader]:
-    """Return the checked headers of every tensor of a checkpoint directory."""
-    headers: dict[str, TensorHeader] = {}
-    for file in _shard_files(path):
-        for name, header in read_header(file).items():
-            if name in headers:
-                raise CheckpointError(
-                    f"{path}: tensor {name!r} is in both {headers[name].file.name} and {file.name}"
-                )
-            headers[name] = header
-    return headers
+def is_quantized(path: Path, config: dict[str, Any]) -> bool:
+    """Tell whether a checkpoint says that some of its layers are quantized."""
+    tables = [table for table in (config, config.get("text_config")) if isinstance(table, dict)]
+    keys = any(table.get(key) is not None for table in tables for key in QUANTIZED)
+    return keys or (path / "hf_quant_config.json").exists()  # NVIDIA's ModelOpt
 
 
 def check_unchanged(checkpoint: Checkpoint) -> None:
@@ -113,95 +109,48 @@ def stamp(file: Path) -> Stamp:
     """Return what tells that a file changed: its size, and the times of its last changes, ns.
 
     The second time is the system's own, which no program can set back.
+
+    Raises:
+        CheckpointError: when the file cannot be read.
     """
-    status = file.stat()
+    try:
+        status = file.stat()
+    except OSError as exc:
+        raise CheckpointError(f"{file} cannot be read: {exc.strerror}") from exc
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _shard_files(path: Path) -> list[Path]:
-    index_file = path / "model.safetensors.index.json"
-    names = _indexed(index_file) if index_file.exists() else _unindexed(path)
-    if not names:
-        if pickles := sorted(file.name for file in path.glob("*.bin")):
-            raise CheckpointError(
-                f"{path} has only pickled weights ({pickles[0]}), which can run code when loaded "
-                "and are never read: convert them to safetensors first"
-            )
-        raise CheckpointError(f"{path} is not a model directory: it has no .safetensors file")
-    for name in sorted(names):
-        file = path / name
-        if os.path.lexists(file) and not file.is_file():
-            raise CheckpointError(f"{file} is not a file: download it again")
-        if not file.is_file():
-            raise CheckpointError(f"{path}: shard {name} is missing: download it again")
-    return [path / name for name in sorted(names)]
-
-
-def _indexed(index_file: Path) -> set[str]:
-    refuse_special_file(index_file)
-    try:
-        names = set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
-        raise CheckpointError(
-            f"{index_file} is not a valid index: {type(exc).__name__}: {one_line(exc)}: download "
-            "it again"
-        ) from exc
-    for name in names:
-        if not (isinstance(name, str) and Path(name).name == name and name.endswith(SUFFIX)):
-            raise CheckpointError(
-                f"{index_file}: {name!r} is not a {SUFFIX} file of this directory: download the "
-                "index again"
-            )
-    if not names:
-        raise CheckpointError(f"{index_file} names no file: download it again")
-    return names
-
-
-def _unindexed(path: Path) -> set[str]:
-    found = {file.name for file in path.glob(f"*{SUFFIX}") if not file.name.startswith(".")}
-    names = {name for name in found if name.startswith("model")} or {
-        name for name in found if not name.startswith(("adapter", "consolidated"))
-    }
-    for name in list(names):
-        if match := SHARD.fullmatch(name):
-            stem, _, count = match.groups()
-            numbers = range(1, min(int(count), 10_000) + 1)
-            names |= {f"{stem}-{n:05d}-of-{count}{SUFFIX}" for n in numbers}
-    return names
-
-
-def _load_lazily(
-    path: Path, headers: dict[str, TensorHeader], model: nn.Module
-) -> dict[str, mx.array]:
-    weights: dict[str, mx.array] = {}
-    for file in sorted({header.file for header in headers.values()}):
+def _load_lazily(headers: Mapping[str, TensorHeader]) -> dict[str, mx.array]:
+    """Return the tensors of the files, unread; float64, which mlx does not load, as float32."""
+    files: dict[Path, dict[str, TensorHeader]] = {}
+    for name, header in headers.items():
+        files.setdefault(header.file, {})[name] = header
+    tensors: dict[str, mx.array] = {}
+    for file, held in sorted(files.items()):
         try:
-            weights.update(mx.load(str(file)))  # type: ignore[arg-type]
+            if any(header.dtype == "F64" for header in held.values()):
+                tensors |= {name: _read(header) for name, header in held.items()}
+            else:
+                tensors |= mx.load(str(file))  # type: ignore[arg-type]
         except Exception as exc:  # a file that changed or became unreadable under us
             raise CheckpointError(f"{file} cannot be read: {one_line(exc)}") from exc
-    sanitize = getattr(model, "sanitize", None)
-    try:
-        return sanitize(weights) if sanitize else weights
-    except Exception as exc:  # mlx-lm's sanitize indexes tensors by name and shape, unguarded
-        raise CheckpointError(
-            f"{path}: the tensors do not fit a {getattr(model, 'model_type', '')} model: "
-            f"{type(exc).__name__}: {one_line(exc)}"
-        ) from exc
+    return tensors
+
+
+def _read(header: TensorHeader) -> mx.array:
+    """Read a tensor of a file that mlx cannot load."""
+    dtype, shape = NUMPY_DTYPES[header.dtype], header.shape
+    if 0 in shape:  # which no memory map has
+        return mx.zeros(shape)
+    w = np.memmap(header.file, dtype, mode="r", offset=header.offset, shape=shape)
+    if header.dtype == "F64":
+        with np.errstate(over="ignore"):  # infinite values are named when they are converted
+            return mx.array(w.astype(np.float32))
+    return mx.array(w).view(mx.bfloat16) if header.dtype == "BF16" else mx.array(w)
 
 
 def _check_parameters(path: Path, model: nn.Module, weights: dict[str, mx.array]) -> None:
     wanted = parameters(model)
-    for kind, names in (
-        ("are missing", wanted.keys() - weights.keys()),
-        ("have no place in this model", weights.keys() - wanted.keys()),
-    ):
-        if names:
-            listed = sorted(names)
-            more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-            raise CheckpointError(
-                f"{path}: tensors {kind}: {', '.join(listed[:3])}{more}: config.json is another "
-                "model's, or this is an adapter or a part of a model"
-            )
     for name, array in weights.items():
         if array.shape != wanted[name].shape:
             raise CheckpointError(

@@ -19,11 +19,12 @@ from mlx.utils import tree_map
 from splitquant_mlx.errors import CheckpointError, one_line
 from splitquant_mlx.formats.manifest import MODEL_FILE
 from splitquant_mlx.models.architecture import settle_random_state
-from splitquant_mlx.models.checkpoint import read_headers
+from splitquant_mlx.models.checkpoint import is_quantized, open_checkpoint
 from splitquant_mlx.models.config import check_config, read_config
 from splitquant_mlx.models.config_forms import check_function, normalize
 from splitquant_mlx.models.directory import as_directory
 from splitquant_mlx.models.sharding import divide
+from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.models.source import Source, resolve
 from splitquant_mlx.runtime.ranks import Group, alone, check_alike
 
@@ -77,13 +78,38 @@ def load_model(
     pipeline: bool = False,
 ) -> nn.Module:
     """Load the model of a checkpoint directory; see `load`."""
+    config = read_config(directory)
+    headers = read_headers(directory)
+    check_config(directory, config, len(headers))
+    if is_quantized(directory, config) or config.get("model_file"):
+        model = _load_with_mlx_lm(directory, config, trust_remote_code)
+    else:
+        checkpoint = open_checkpoint(directory)
+        model, config = checkpoint.model.eval(), checkpoint.config
+        model.load_weights(list(checkpoint.weights.items()))
+        del checkpoint
+    if group is not None and not alone(group):
+        layout = [config, [[name, h.dtype, h.shape] for name, h in sorted(headers.items())]]
+        digest = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
+        check_alike(group, f"model at {directory}", digest)
+        divide(model, config, group, pipeline=pipeline, path=directory)
+    with _readable(directory):
+        if mx.default_device() == mx.cpu:
+            model.update(tree_map(_widen, model.parameters()))
+        if not lazy:
+            mx.eval(model.parameters())
+        settle_random_state()
+    return model
+
+
+def _load_with_mlx_lm(
+    directory: Path, config: dict[str, Any], trust_remote_code: bool
+) -> nn.Module:
+    """Load a model that holds quantized layers, or runs code of its own."""
     from mlx_lm.utils import load_model as mlx_lm_load_model
 
     from splitquant_mlx.nn import model_file
 
-    config = read_config(directory)
-    headers = read_headers(directory)
-    check_config(directory, config, len(headers))
     options: dict[str, Any] = {"model_config": {}}
     foreign = config.get("model_file")
     if isinstance(config.get("splitquant"), dict) and foreign in (None, MODEL_FILE):
@@ -103,17 +129,6 @@ def load_model(
         model, _ = mlx_lm_load_model(directory, lazy=True, **options)
     if not options.get("trust_remote_code"):
         check_function(directory, model, config)
-    if group is not None and not alone(group):
-        layout = [config, [[name, h.dtype, h.shape] for name, h in sorted(headers.items())]]
-        digest = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
-        check_alike(group, f"model at {directory}", digest)
-        divide(model, config, group, pipeline=pipeline, path=directory)
-    with _readable(directory):
-        if mx.default_device() == mx.cpu:
-            model.update(tree_map(_widen, model.parameters()))
-        if not lazy:
-            mx.eval(model.parameters())
-        settle_random_state()
     return model
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from splitquant_mlx.conversion.save import refuse_link_outside
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.manifest import FILE_NAME, MODEL_FILE, Manifest, load_manifest
-from splitquant_mlx.models.checkpoint import read_headers
 from splitquant_mlx.models.config import read_config
+from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.recipe import Recipe
 
 CARD = "README.md"

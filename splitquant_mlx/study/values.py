@@ -9,7 +9,8 @@ import numpy as np
 
 from splitquant_mlx.bench.speed import Workload, bench_speed
 from splitquant_mlx.formats.manifest import Manifest, load_manifest
-from splitquant_mlx.models.checkpoint import open_checkpoint, read_headers
+from splitquant_mlx.models.checkpoint import open_checkpoint
+from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.recipe import Recipe
 
 BINS = 120

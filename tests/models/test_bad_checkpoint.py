@@ -207,10 +207,10 @@ HEADERS = {
     "dtype a list": (edit_entry(dtype=["F32"]), UP),
     "dtype F8": (
         edit_header(lambda h: h[UP].update(dtype="F8_E4M3", shape=[128, 256])),
-        "dtype F8_E4M3, wanted one of F16, BF16, F32",
+        "dtype F8_E4M3, expected one of F16, BF16, F32",
     ),
     "dtype F8_E8M0": (edit_entry(dtype="F8_E8M0", shape=[128, 256]), "dtype F8_E8M0"),
-    "dtype F64": (edit_entry(dtype="F64", shape=[64, 64]), "dtype F64, wanted one of"),
+    "dtype F64 of another shape": (edit_entry(dtype="F64", shape=[64, 64]), "shape [64, 64]"),
     "dtype I32": (edit_entry(dtype="I32"), "dtype int32, wanted one of F16, BF16, F32"),
     "dtype I32 of a norm": (
         edit_header(lambda header: header[NORM].update(dtype="I32")),
@@ -259,8 +259,8 @@ SHARDS = {
     "index a list": (write("model.safetensors.index.json", "[]"), "is not a valid index"),
     "index deep": (write("model.safetensors.index.json", "[" * 200_000), "is not a valid index"),
     "index of no map": (write("model.safetensors.index.json", "{}"), "is not a valid index"),
-    "map a list": (index([]), "is not a valid index"),
-    "map of lists": (index({UP: []}), "is not a valid index"),
+    "map a list": (index([1]), "is not a valid index"),
+    "map of lists": (index({UP: []}), "[] is not a .safetensors file"),
     "map of numbers": (index({UP: 1}), "1 is not a .safetensors file"),
     "map empty": (index({}), "names no file"),
     "map names the parent": (
@@ -274,7 +274,7 @@ SHARDS = {
         index({UP: "config.json"}),
         "'config.json' is not a .safetensors file",
     ),
-    "map names a NUL": (index({UP: "a\0.safetensors"}), "shard a .safetensors is missing"),
+    "map names a NUL": (index({UP: "a\0.safetensors"}), "is not a .safetensors file"),
     "map and shards lack a tensor": (
         both(tensor(UP, None), index(dict.fromkeys((UP, NORM), "model.safetensors"))),
         f"tensors are missing: {UP}",

@@ -125,13 +125,14 @@ def test_source_that_changes_after_the_headers_were_read(refusal, tmp_path, monk
 
     source = tiny.write_checkpoint(tmp_path / "source")
     file = source / "model.safetensors"
-    build = checkpoint.build_model
+    read = checkpoint.read_headers
 
-    def build_and_change(*args):
+    def read_and_change(*args):
+        headers = read(*args)
         change(file)
-        return build(*args)
+        return headers
 
-    monkeypatch.setattr(checkpoint, "build_model", build_and_change)
+    monkeypatch.setattr(checkpoint, "read_headers", read_and_change)
     assert "model.safetensors cannot be read" in refusal(forget=[file])
 
 

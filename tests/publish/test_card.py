@@ -12,7 +12,7 @@ from cards import card
 from fake_hub import COMMIT
 
 from splitquant_mlx import Recipe, SplitQuantError, convert
-from splitquant_mlx.models.checkpoint import read_headers
+from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.models.source import Source
 from splitquant_mlx.publish.card import is_own
 from splitquant_mlx.publish.upload import prepare_upload

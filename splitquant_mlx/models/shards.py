@@ -1,0 +1,118 @@
+"""Find the safetensors files that hold a checkpoint, and read their headers.
+
+The index decides where all the files it names are there. An index may also be left over from
+another division of the same tensors into files, or from another form of the model: then the files
+that are there are used, if they hold every tensor that it lists.
+"""
+
+import json
+import os
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from splitquant_mlx.errors import CheckpointError, one_line, some
+from splitquant_mlx.formats.safetensors import TensorHeader, read_header
+from splitquant_mlx.models.config import refuse_special_file
+
+SUFFIX = ".safetensors"
+INDEX = "model.safetensors.index.json"
+NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pickle", ".pkl")
+
+
+def read_headers(path: Path) -> dict[str, TensorHeader]:
+    """Return the checked headers of every tensor of a checkpoint directory.
+
+    Raises:
+        CheckpointError: when a file is missing, corrupt or no file, or two hold the same tensor.
+    """
+    weight_map = read_index(path)
+    there = {file.name for file in path.glob(f"*{SUFFIX}") if not file.name.startswith(".")}
+    names = shard_names(there, set(weight_map.values()))
+    if not names:
+        if pickles := sorted(f.name for f in path.glob("*") if f.name.endswith(PICKLES)):
+            raise CheckpointError(
+                f"{path} has only pickled weights ({pickles[0]}), which can run code when loaded "
+                "and are never read: convert them to safetensors first"
+            )
+        held = f"no {SUFFIX} file of a model, only {some(there)}" if there else f"no {SUFFIX} file"
+        raise CheckpointError(f"{path} is not a model directory: it has {held}")
+    headers: dict[str, TensorHeader] = {}
+    for file in (path / name for name in sorted(names)):
+        if os.path.lexists(file) and not file.is_file():
+            raise CheckpointError(f"{file} is not a file: download it again")
+        if not file.is_file():
+            raise CheckpointError(f"{path}: shard {file.name} is missing: download it again")
+        for name, header in read_header(file).items():
+            if name in headers:
+                raise CheckpointError(
+                    f"{path}: tensor {name!r} is in both {headers[name].file.name} and {file.name}"
+                )
+            headers[name] = header
+    if not names >= set(weight_map.values()) and (lacking := weight_map.keys() - headers.keys()):
+        missing = {weight_map[name] for name in lacking} - names
+        raise CheckpointError(
+            f"{path}: {INDEX} names {some(missing)}, which is missing, and the other files do not "
+            f"hold its tensors ({some(lacking)}): download it, or remove an index that is another "
+            "model's"
+        )
+    return headers
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return the file of every tensor that the index names; empty where there is no index.
+
+    Raises:
+        CheckpointError: when it is damaged, or names what is no file of this directory.
+    """
+    file = path / INDEX
+    if not file.exists():
+        return {}
+    refuse_special_file(file)
+    try:
+        weight_map = dict(json.loads(file.read_text(encoding="utf-8"))["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+        raise CheckpointError(
+            f"{file} is not a valid index: {type(exc).__name__}: {one_line(exc)}: download it again"
+        ) from exc
+    for name in weight_map.values():
+        is_file_name = isinstance(name, str) and name.isprintable() and Path(name).name == name
+        if not (is_file_name and name.endswith(SUFFIX)):
+            raise CheckpointError(
+                f"{file}: {name!r} is not a {SUFFIX} file of this directory: download the index "
+                "again"
+            )
+    if not weight_map:
+        raise CheckpointError(f"{file} names no file: download it again")
+    return weight_map
+
+
+def shard_names(there: Collection[str], indexed: Collection[str]) -> set[str]:
+    """Return the names of the files that hold a checkpoint, those that are missing among them.
+
+    Args:
+        there: names of the .safetensors files of its directory.
+        indexed: names that its index has; empty without an index.
+    """
+    missing = set(indexed).difference(there)
+    if indexed and not missing:
+        return set(indexed)
+    found = {name for name in there if name.startswith("model")} or {
+        name for name in there if not name.startswith(("adapter", "consolidated"))
+    }
+    series = [_series(name) for name in found]
+    if missing:
+        whole = set().union(*(names for names in series if names <= found))
+        return whole if not whole <= set(indexed) else set(indexed)
+    return found.union(*series)
+
+
+def _series(name: str) -> set[str]:
+    """Return the names of all files that are numbered along with one."""
+    match = NUMBERED.fullmatch(name)
+    if match is None:
+        return {name}
+    stem, _, count = match.groups()
+    numbers = range(1, min(int(count), 10_000) + 1)
+    return {f"{stem}-{n:05d}-of-{count}{SUFFIX}" for n in numbers}

@@ -1,0 +1,120 @@
+"""Tensors saved under other names are the same model's, or are refused with the cause."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from splitquant_mlx import Recipe, convert
+from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.models.checkpoint import open_checkpoint
+from splitquant_mlx.models.loader import load_model
+from tests.support import tiny
+
+TOKENS = mx.array([[3, 1, 4, 1, 5]])
+
+
+def save(directory, rename, architecture="llama", extra=None, **config):
+    """Write a tiny checkpoint whose tensors are named by `rename`; returns plain and renamed."""
+    plain = tiny.write_checkpoint(directory / "plain", architecture, **config)
+    tensors = mx.load(str(plain / "model.safetensors"))
+    renamed = directory / "renamed"
+    renamed.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (renamed / name).write_bytes((plain / name).read_bytes())
+    named = {rename(name): tensor for name, tensor in tensors.items()}
+    mx.save_safetensors(str(renamed / "model.safetensors"), {**named, **(extra or {})})
+    return plain, renamed
+
+
+NAMINGS = {
+    "torch.compile": lambda name: f"_orig_mod.{name}",
+    "torch.compile of each layer": lambda name: name.replace(".mlp.", "._orig_mod.mlp."),
+    "data parallel": lambda name: f"module.{name}",
+    "no prefix": lambda name: name.removeprefix("model."),
+    "a wrapper": lambda name: f"language_model.{name}",
+    "a wrapper inside": lambda name: f"model.language_model.{name.removeprefix('model.')}",
+}
+
+
+@pytest.mark.parametrize("rename", NAMINGS.values(), ids=NAMINGS)
+@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+def test_other_prefixes_are_the_same_model(tmp_path, rename, architecture):
+    plain, renamed = save(tmp_path, rename, architecture)
+    assert mx.array_equal(load_model(renamed)(TOKENS), load_model(plain)(TOKENS))
+
+
+def test_converted_checkpoint_is_the_same_too(tmp_path):
+    plain, renamed = save(tmp_path, NAMINGS["torch.compile"], tie_word_embeddings=False)
+    for source in (plain, renamed):
+        convert(source, source / "out", recipe=Recipe(method="rtn"))
+    a, b = (mx.load(str(source / "out" / "model.safetensors")) for source in (plain, renamed))
+    assert a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]) for name in a)
+
+
+def test_parts_that_see_are_left_out_under_both_of_their_names(tmp_path):
+    text = tiny.make_config("gemma3_text")
+    outputs = []
+    for number, (prefix, outer) in enumerate(
+        [("language_model.model.", ""), ("model.language_model.", "model.")]
+    ):
+        vision = {
+            f"{outer}vision_tower.encoder.layers.0.fc.weight": mx.ones((4, 4)),
+            f"{outer}multi_modal_projector.weight": mx.ones((4,)),
+        }
+        rename = lambda name, prefix=prefix: prefix + name.removeprefix("model.")  # noqa: E731
+        _, renamed = save(tmp_path / str(number), rename, "gemma3_text", vision)
+        config = {"model_type": "gemma3", "text_config": text, "vocab_size": tiny.VOCAB}
+        (renamed / "config.json").write_text(tiny.json.dumps(config))
+        outputs.append(load_model(renamed)(TOKENS))
+    assert mx.array_equal(*outputs)
+
+
+def refusal(path):
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    return str(caught.value)
+
+
+def test_a_base_model_without_its_head_is_named(tmp_path):
+    rename = NAMINGS["no prefix"]
+    _, renamed = save(tmp_path, rename)
+    config = tiny.make_config(tie_word_embeddings=False)
+    (renamed / "config.json").write_text(tiny.json.dumps(config))
+    assert "saved without its output head" in refusal(renamed)
+
+
+def test_names_of_another_program_are_shown_beside_those_expected(tmp_path):
+    _, renamed = save(tmp_path, lambda name: f"blk_{name.replace('.', '_')}", "qwen3_moe")
+    message = refusal(renamed)
+    assert "expected names such as lm_head" in message or "such as model.embed_tokens" in message
+    assert "got blk_model_embed" in message
+    assert "config.json" not in message.removeprefix(str(tmp_path))
+
+
+def test_an_adapter_is_called_one(tmp_path):
+    _, renamed = save(tmp_path, lambda name: f"base_model.model.{name[:-7]}.lora_A.weight")
+    assert "this is an adapter" in refusal(renamed)
+
+
+def test_vision_tensors_of_a_text_model_are_not_dropped(tmp_path):
+    extra = {"vision_tower.layers.0.fc.weight": mx.ones((4, 4))}
+    _, renamed = save(tmp_path, NAMINGS["a wrapper"], extra=extra)
+    assert "have no place in this model: vision_tower" in refusal(renamed)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_float64_is_read_as_float32(tmp_path, mixed):
+    source = tiny.write_checkpoint(tmp_path / "source", torch_dtype="float64")
+    expected = load_model(source)(TOKENS)
+    tensors = {n: np.array(w) for n, w in mx.load(str(source / "model.safetensors")).items()}
+    for name in list(tensors)[: 3 if mixed else None]:
+        tensors[name] = tensors[name].astype(np.float64)
+    save_file(tensors, source / "model.safetensors")
+    assert mx.array_equal(load_model(source)(TOKENS), expected)
+    convert(source, tmp_path / "out", recipe=Recipe(method="rtn", exclude=("*.mlp.*",)))
+    stored = mx.load(str(tmp_path / "out" / "model.safetensors"))
+    assert {w.dtype for w in stored.values()} == {mx.float32, mx.uint32}
+    assert tiny.json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == (
+        "float32"
+    )
