@@ -43,6 +43,10 @@ class RecipeError(SplitQuantError):
     """Report a setting that is unknown, out of range or does not fit the others."""
 
 
+class MemoryTooSmallError(SplitQuantError):
+    """Report work that needs more memory than this machine has."""
+
+
 class UploadError(SplitQuantError):
     """Report that a model cannot be sent to the hub: no log-in, no right, no room, no network."""
 

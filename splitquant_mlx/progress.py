@@ -23,6 +23,10 @@ class Progress(Protocol):
         """Open a task of `total` steps (None: unknown); yields a function that advances it."""
         ...
 
+    def note(self, text: str) -> None:
+        """Receive a line for the user, such as from where an interrupted work goes on."""
+        ...
+
 
 class Silent:
     """Drop all progress."""
@@ -31,3 +35,6 @@ class Silent:
     def task(self, label: str, total: float | None = None) -> Iterator[Advance]:
         """Yield a function that does nothing."""
         yield lambda amount, note="": None
+
+    def note(self, text: str) -> None:
+        """Drop a line."""

@@ -101,6 +101,9 @@ def refusal(tmp_path, capsys, monkeypatch):
     started = []
 
     class Recorder:
+        def __init__(self, stages=()):
+            pass
+
         @contextmanager
         def task(self, label, total=None):
             started.append(label)
@@ -108,9 +111,9 @@ def refusal(tmp_path, capsys, monkeypatch):
 
     from damage import tree
 
-    from splitquant_mlx.cli import console, run
+    from splitquant_mlx.cli import progress, run
 
-    monkeypatch.setattr(console, "Bars", Recorder)
+    monkeypatch.setattr(progress, "Bars", Recorder)
     handler = signal.getsignal(signal.SIGTERM)
 
     def refuse(source=None, *options, target=None, late=False, forget=()):

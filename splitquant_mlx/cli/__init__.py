@@ -1,16 +1,19 @@
-"""Offer the library on the command line: a command parses, makes one library call, renders."""
+"""Offer the library on the command line: a command parses, makes one library call, renders.
 
-import signal
+Exit codes: 0 when all went well, 2 after an error, which is one line on stderr, 128 and the
+signal's number when interrupted (130 after Ctrl-C).
+"""
+
 import sys
 import traceback
 import warnings
-from types import FrameType
 from typing import Any
 
 import typer
 
 from splitquant_mlx._version import __version__
-from splitquant_mlx.cli.bench import bench
+from splitquant_mlx.cli import console, interrupt
+from splitquant_mlx.cli.bench import Bench, bench
 from splitquant_mlx.cli.chat import chat
 from splitquant_mlx.cli.console import plain, printable
 from splitquant_mlx.cli.convert import convert
@@ -18,6 +21,7 @@ from splitquant_mlx.cli.demo import demo
 from splitquant_mlx.cli.doctor import doctor
 from splitquant_mlx.cli.eval import evaluate
 from splitquant_mlx.cli.generate import generate
+from splitquant_mlx.cli.help import Command, Group
 from splitquant_mlx.cli.inspect import inspect
 from splitquant_mlx.cli.launched import launched_rank, only_rank_0_prints
 from splitquant_mlx.cli.report import report
@@ -31,28 +35,63 @@ from splitquant_mlx.models.hub import hide_token
 PROGRAM = "splitquant-mlx"
 # click's UsageError, which typer brings along under a name of its own in some versions
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+SHELLS = "--install-completion and --show-completion set up completion for your shell."
+VARIABLES = (
+    "Variables: SPLITQUANT_CACHE (where caches go), SPLITQUANT_API_KEY (of serve), "
+    "SPLITQUANT_MEMORY_CHECK (off: try even what memory is too small for), NO_COLOR, and the "
+    "hub's HF_HOME, HF_TOKEN and HF_HUB_OFFLINE: see docs/configuration.md.\n"
+    "Exit codes: 0 done, 2 error, 130 interrupted (Ctrl-C)."
+)
 
 app = typer.Typer(
     name=PROGRAM,
+    cls=Group,
     help="Low-bit LLMs on Apple silicon without a calibration data set: SplitQuantV2 for MLX.",
-    no_args_is_help=True,
-    add_completion=False,
+    epilog=VARIABLES,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(convert)
-app.command()(generate)
-app.command()(chat)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
-app.command()(upload)
-app.command("eval")(evaluate)
-app.command("run")(run_study)
-app.command()(report)
-app.command()(inspect)
-app.command()(verify)
-app.command()(doctor)
-app.command()(demo)
-app.add_typer(bench, name="bench", help="Measure speed and memory of models and conversions.")
+
+
+def _add(panel: str, name: str, function: object, example: str, **settings: bool) -> None:
+    app.command(
+        name,
+        cls=Command,
+        rich_help_panel=panel,
+        epilog=f"Example: {PROGRAM} {example}",
+        context_settings=settings,
+    )(function)  # type: ignore[type-var]
+
+
+EVERYDAY, MEASURE, PUBLISH = "Everyday", "Look and measure", "Publish"
+_add(EVERYDAY, "convert", convert, "convert meta-llama/Llama-3.2-1B-Instruct --method auto")
+_add(EVERYDAY, "chat", chat, "chat Llama-3.2-1B-Instruct-auto-4.5bpw")
+_add(EVERYDAY, "generate", generate, "generate Llama-3.2-1B-Instruct-auto-4.5bpw -p 'Hello'")
+_add(
+    EVERYDAY,
+    "serve",
+    serve,
+    "serve --model Llama-3.2-1B-Instruct-auto-4.5bpw",
+    allow_extra_args=True,
+    ignore_unknown_options=True,
+)
+_add(EVERYDAY, "demo", demo, "demo")
+_add(MEASURE, "inspect", inspect, "inspect Llama-3.2-1B-Instruct-auto-4.5bpw --layers")
+_add(MEASURE, "verify", verify, "verify Llama-3.2-1B-Instruct-auto-4.5bpw")
+_add(MEASURE, "eval", evaluate, "eval my-model --task kl --reference meta-llama/Llama-3.2-1B")
+_add(MEASURE, "doctor", doctor, "doctor")
+_add(PUBLISH, "run", run_study, "run recipes/tiny.toml --model my-model")
+_add(PUBLISH, "report", report, "report results/tiny")
+_add(PUBLISH, "upload", upload, "upload my-model --upload-repo me/my-model --dry-run")
+app.add_typer(
+    bench,
+    name="bench",
+    cls=Bench,
+    rich_help_panel=MEASURE,
+    help="Measure speed and memory of models and conversions.",
+    epilog=f"Example: {PROGRAM} bench my-model --against my-other-model",
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -61,27 +100,33 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback()
+@app.callback(epilog=VARIABLES)
 def _options(
+    context: typer.Context,
     version: bool = typer.Option(
         False, "--version", callback=_print_version, is_eager=True, help="Show the version."
     ),
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        context.get_help()
 
 
 def run(arguments: list[str], *, debug: bool = False) -> int:
     """Run a command line and return its exit code: 0, or 2 after one line on stderr.
 
-    Where there are ranks, they fail together, and rank 0 says why; what only one of them knows, it
-    says itself.
+    `--quiet` and `--debug` may stand anywhere. Where there are ranks, they fail together, and rank
+    0 says why; what only one of them knows, it says itself.
     """
+    debug = debug or "--debug" in arguments
+    console.be_quiet("--quiet" in arguments)
+    arguments = [argument for argument in arguments if argument not in ("--quiet", "--debug")]
+    with interrupt.watched():
+        return _run(arguments, debug=debug)
+
+
+def _run(arguments: list[str], *, debug: bool) -> int:
     rank, prefix = launched_rank(), ""
     warnings.showwarning = _show_note
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup makes it
-            signal.signal(number, _interrupt)
     try:
         with only_rank_0_prints():
             code = app(arguments, prog_name=PROGRAM, standalone_mode=False) or 0
@@ -91,8 +136,10 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     except SplitQuantError as exc:
         message, cause = str(exc), exc
         prefix = f"rank {rank}: " if isinstance(exc, RankError) and rank else ""
-    except (KeyboardInterrupt, typer.Abort) as exc:
-        message, cause = "interrupted: nothing was left half-written", exc
+    except (KeyboardInterrupt, typer.Abort):
+        if not rank:
+            print(f"{interrupt.line_break()}{interrupt.message()}", file=sys.stderr)
+        return interrupt.exit_code()
     except UsageError as exc:
         context = getattr(exc, "ctx", None)
         command = context.command_path if context else PROGRAM
@@ -121,7 +168,3 @@ def _show_note(
         print(f"{PROGRAM}: note: {plain(hide_token(str(message)))}", file=sys.stderr)
     else:
         print(warnings.formatwarning(message, category, filename, lineno), end="", file=sys.stderr)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -1,20 +1,18 @@
-"""Offer `chat`: read from the terminal, stream the answers to it."""
+"""Offer `chat`."""
 
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from typing import Annotated, Any
 
-from splitquant_mlx.cli.console import printable
+import typer
+
+from splitquant_mlx.cli import console, interrupt
 from splitquant_mlx.cli.options import (
-    DEFAULT_MODEL,
     Device,
     KvBits,
     KvGroupSize,
     MaxKvSize,
-    MaxTokens,
     MinP,
-    Model,
+    ModelArgument,
+    ModelOption,
     QuantizedKvStart,
     Revision,
     Seed,
@@ -23,33 +21,34 @@ from splitquant_mlx.cli.options import (
     TopK,
     TopP,
     TrustRemoteCode,
-    check_model,
+    choose_model,
+    given,
     start,
 )
-from splitquant_mlx.inference.chat import Conversation, Decoder, Decoding
+from splitquant_mlx.inference.decoding import Decoding
 
-HELP = "/help or h: this list   /reset or r: forget the conversation   /exit, q or Ctrl-D: leave"
-LEAVE = "Ctrl-C again, Ctrl-D or /exit leaves"
-# The single letters are mlx_lm.chat's.
-COMMANDS = {
-    "/help": "help",
-    "h": "help",
-    "/reset": "reset",
-    "r": "reset",
-    "/exit": "exit",
-    "q": "exit",
-}
+# what a model without wishes of its own is sampled with; greedy decoding makes small ones loop
+SAMPLING = {"temp": 0.7, "top_p": 0.95}
 
 
 def chat(
-    model: Model = DEFAULT_MODEL,
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The first message.")] = None,
     system_prompt: SystemPrompt = None,
-    max_tokens: MaxTokens = Decoding.max_tokens,
-    temp: Temp = Decoding.temp,
-    top_p: TopP = Decoding.top_p,
-    min_p: MinP = Decoding.min_p,
-    top_k: TopK = Decoding.top_k,
-    seed: Seed = 0,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            "-m",
+            help="Longest answer, in tokens; -1 sets no limit. Without it, what the context holds.",
+        ),
+    ] = None,
+    temp: Temp = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
     max_kv_size: MaxKvSize = None,
     kv_bits: KvBits = None,
     kv_group_size: KvGroupSize = Decoding.kv_group_size,
@@ -58,118 +57,58 @@ def chat(
     trust_remote_code: TrustRemoteCode = False,
     device: Device = None,
 ) -> None:
-    """Chat with a model; Ctrl-C stops an answer, /help lists the commands."""
-    decoding = Decoding(
-        max_tokens=max_tokens,
-        temp=temp,
-        top_p=top_p,
-        min_p=min_p,
-        top_k=top_k,
-        max_kv_size=max_kv_size,
-        kv_bits=kv_bits,
-        kv_group_size=kv_group_size,
-        quantized_kv_start=quantized_kv_start,
-    )
-    check_model(model)
+    """Chat with a model; Ctrl-C stops an answer, /help lists the commands.
+
+    Sampling is what the model's generation_config.json recommends, with a fresh seed.
+    """
+    sampling = given({"temp": temp, "top_p": top_p, "min_p": min_p, "top_k": top_k})
+    settings = {
+        "max_tokens": -1 if max_tokens is None else max_tokens,
+        "max_kv_size": max_kv_size,
+        "kv_bits": kv_bits,
+        "kv_group_size": kv_group_size,
+        "quantized_kv_start": quantized_kv_start,
+    }
+    Decoding(**settings, **sampling)  # refused before the model is loaded
+    name = choose_model(model, model_option)
     start(device)
     import mlx.core as mx
 
-    from splitquant_mlx.models.loader import load
+    from splitquant_mlx.cli.loading import load_model
+    from splitquant_mlx.cli.talk import Talk
+    from splitquant_mlx.inference.chat import Conversation, Decoder
+    from splitquant_mlx.inference.decoding import recommended_sampling
 
-    loaded, tokenizer = load(model, revision=revision, trust_remote_code=trust_remote_code)
-    mx.random.seed(seed)
-    decoder = Decoder(loaded, tokenizer, decoding)
-    conversation = Conversation(tokenizer, decoder, system_prompt=system_prompt)
-    # Nothing is left to tidy up, and at the prompt a Ctrl-C only says how to leave.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if not tokenizer.has_chat_template:
-        _note("note: this model has no chat template: it continues your text")
-    _talk(conversation)
-
-
-def _talk(conversation: Conversation) -> None:
-    """Answer lines until there are no more, or the user leaves."""
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    if interactive:
-        with suppress(ImportError):
-            import readline  # noqa: F401  # importing it gives input() line editing and a history
-        _note(HELP)
-    for line in _lines("> " if interactive else ""):
-        match COMMANDS.get(line.rstrip()):
-            case "help":
-                _note(HELP)
-            case "reset":
-                conversation.reset()
-                _note("the conversation is forgotten")
-            case "exit":
-                return
-            case _ if line.startswith("/"):
-                word = printable(line.split()[0])
-                _note(f"unknown command {word}: see /help (a space before it says it to the model)")
-            case _ if line.strip():
-                speed = _answer(conversation, line.strip())
-                if interactive:
-                    _note(speed)
+    found = load_model(name, revision=revision, trust_remote_code=trust_remote_code)
+    if seed is not None:
+        mx.random.seed(seed)
+    recommended = recommended_sampling(found.path)
+    decoding = Decoding(**settings, **{**(recommended or SAMPLING), **sampling})
+    decoder = Decoder(found.model, found.tokenizer, decoding)
+    conversation = Conversation(found.tokenizer, decoder, system_prompt=system_prompt)
+    console.note(_header(found, decoding, bool(recommended)))
+    if not found.tokenizer.has_chat_template:
+        console.note("note: this model has no chat template: it continues your text")
+    fills_context = max_tokens is None
+    with interrupt.handled():
+        Talk(conversation, decoder, context=found.context, fills_context=fills_context).run(prompt)
 
 
-def _lines(prompt: str) -> Iterator[str]:
-    """Yield lines as they are typed; at the prompt it takes two Ctrl-C in a row to leave."""
-    warned = False
-    while True:
-        try:
-            if warned:  # in here, for the second may come before the warning is out
-                _note(f"\n{LEAVE}")
-            line = input(prompt)
-        except EOFError:
-            if prompt:
-                print()
-            return
-        except KeyboardInterrupt:
-            if warned:
-                print()
-                return
-            warned = True
-            continue
-        warned = False
-        yield line
+def _header(found: Any, decoding: Decoding, recommended: bool) -> str:
+    """Return a line on the model, its size and context, and one on sampling."""
+    from splitquant_mlx.formats.manifest import load_manifest
 
-
-def _answer(conversation: Conversation, message: str) -> str:
-    """Print the answer as it comes; return a line on its length and speed."""
-    response = None
-    with _ctrl_c() as pressed, suppress(KeyboardInterrupt):
-        with closing(conversation.answer(message, pressed)) as answer:
-            for response in answer:
-                print(printable(response.text), end="", flush=True)
-    print()
-    if response is None:
-        return "no answer"
+    facts = [console.size(found.nbytes)]
+    manifest = load_manifest(found.path) if found.path.is_dir() else None
+    if manifest is not None:
+        method = manifest.recipe.get("method", "splitquant")
+        facts.insert(0, f"{method}, {manifest.bits_per_weight:.2f} bits/weight")
+    if found.context:
+        facts.append(f"context {found.context:,} tokens")
+    names = {"temp": "temperature", "top_p": "top_p", "min_p": "min_p", "top_k": "top_k"}
+    values = (f"{label} {getattr(decoding, name):g}" for name, label in names.items())
+    source = "as generation_config.json recommends" if recommended else "/set changes it"
     return (
-        f"{response.generation_tokens} tokens, {response.generation_tps:.1f} tokens-per-sec, "
-        f"{response.prompt_tokens} new prompt tokens"
+        f"{console.plain(found.name)}: {', '.join(facts)}\n"
+        f"Sampling: {', '.join(value for value in values if not value.endswith(' 0'))} ({source})"
     )
-
-
-@contextmanager
-def _ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Make the first Ctrl-C a flag, seen between two tokens; a second one interrupts at once."""
-    pressed = False
-
-    def press(signum: int, frame: object) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _note(text: str) -> None:
-    """Print a line that is not the model's, dim, on stderr."""
-    from rich.console import Console
-
-    Console(stderr=True, highlight=False).print(text, style="dim", markup=False, soft_wrap=True)

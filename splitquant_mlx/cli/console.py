@@ -1,40 +1,113 @@
-"""Draw progress bars and sizes; everything but results goes to stderr."""
+"""Print results, notes and sizes: styled on a terminal, else plain lines, not wrapped or padded."""
 
+import json
+import os
+import sys
 import unicodedata
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, TextIO
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
-from splitquant_mlx.progress import Advance, Silent
+from splitquant_mlx.errors import TargetError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_state = {"quiet": False}
 
 
-class Bars:
-    """Show each task of a library call as a bar on stderr; see `splitquant_mlx.progress`."""
+def be_quiet(quiet: bool) -> None:
+    """Drop, from here on, progress and notes."""
+    _state["quiet"] = quiet
 
-    @contextmanager
-    def task(self, label: str, total: float | None = None) -> Iterator[Advance]:
-        """Show a bar for `total` steps, or a pulse where the total is unknown."""
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-        )
-        console = Console(stderr=True)
-        if not console.is_terminal:  # where rich ends its bars with an empty line
-            with Silent().task(label, total) as advance:
-                yield advance
-            return
-        with Progress(*columns, console=console, transient=True) as bars:
-            bar = bars.add_task(label, total=total)
+def is_quiet() -> bool:
+    """Return whether progress and notes are dropped."""
+    return _state["quiet"]
 
-            def advance(amount: float, note: str = "") -> None:
-                bars.update(bar, advance=amount, description=f"{label} {note}".rstrip())
 
-            yield advance
+def stderr() -> "Console":
+    """Return rich's console on stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, **styles())
+
+
+def note(text: str) -> None:
+    """Print a line that is no result, dim, on stderr."""
+    if is_quiet():
+        return
+    if sys.stderr.isatty():
+        stderr().print(text, style="dim", markup=False, soft_wrap=True)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def show(*items: Any) -> None:
+    """Print strings, as they are, and rich's tables on standard output."""
+    from rich.console import Console
+
+    if sys.stdout.isatty():
+        console = Console(highlight=False, **styles())
+        for item in items:
+            console.print(item, markup=False, soft_wrap=isinstance(item, str))
+        return
+    for item in items:
+        text = item
+        if not isinstance(item, str):
+            lines = StringIO()
+            Console(file=lines, width=10_000, color_system=None).print(item)
+            text = "\n".join(line.rstrip() for line in lines.getvalue().splitlines())
+        print(text)
+
+
+def new_table(title: str, *columns: str) -> "Table":
+    """Return an empty table: a first column of names, then figures."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), title=title or None, title_justify="left")
+    table.add_column(no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table
+
+
+def pairs(*rows: tuple[str, str]) -> "Table":
+    """Return a table of names and values."""
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def write_json(target: str | Path | None, value: Any) -> bool:
+    """Write JSON to a file, or to standard output for "-"; return whether it was standard output.
+
+    Raises:
+        TargetError: when the file cannot be written.
+    """
+    if target is None:
+        return False
+    text = json.dumps(value, indent=2, allow_nan=False, default=str)
+    if str(target) == "-":
+        print(text)
+        return True
+    try:
+        Path(target).write_text(text + "\n", encoding="utf-8")
+    except OSError as exc:
+        raise TargetError(f"--json {target}: {exc.strerror or exc}") from exc
+    return False
+
+
+def check_json(target: str | Path | None) -> None:
+    """Refuse, before the work, a file that cannot be written for want of its directory."""
+    if target is not None and not (parent := Path(target).parent).is_dir():
+        raise TargetError(f"--json {target}: there is no directory {parent}: make it first")
 
 
 def plain(text: str, most: int = 1500) -> str:
@@ -68,3 +141,8 @@ def size(nbytes: float) -> str:
         if nbytes >= factor:
             return f"{nbytes / factor:.2f} {unit}"
     return f"{nbytes / 1e3:.1f} kB"
+
+
+def styles() -> dict[str, Any]:
+    """Return what rich's consoles take so that NO_COLOR drops every escape code."""
+    return {"color_system": None} if os.environ.get("NO_COLOR") else {}

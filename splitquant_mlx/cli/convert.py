@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from splitquant_mlx.cli import interrupt
 from splitquant_mlx.cli.options import DEFAULT_MODEL, Device, Revision, start
 from splitquant_mlx.cli.settings import Given, settings_options
 from splitquant_mlx.errors import RecipeError
@@ -56,6 +57,7 @@ def convert(
     calibration: Given,
 ) -> None:
     """Quantize a model: by default k-means splits every linear layer, then plain INT4."""
+    interrupt.resumes()
     base = load_recipe(recipe).to_dict() if recipe else {}
     if calibration:
         settings["calibration"] = {**base.get("calibration", {}), **calibration}
@@ -67,7 +69,7 @@ def convert(
 
         check_login(upload_repo)
     start(device)
-    from splitquant_mlx.cli.console import Bars
+    from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.cli.summary import print_forecast, print_summary
     from splitquant_mlx.conversion.pipeline import convert as convert_model
 

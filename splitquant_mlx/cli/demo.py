@@ -24,7 +24,8 @@ def demo(
     from rich.console import Console
     from rich.table import Table
 
-    from splitquant_mlx.cli.console import Bars, plain
+    from splitquant_mlx.cli.console import plain
+    from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.demo.model import fetch_demo_model
     from splitquant_mlx.demo.run import QUESTION, RECOMMENDED, run_demo, save_results
     from splitquant_mlx.models.source import resolve

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from splitquant_mlx.cli import interrupt
 from splitquant_mlx.cli.launched import join
 from splitquant_mlx.cli.options import (
     DEFAULT_MODEL,
@@ -57,8 +58,9 @@ def evaluate(
     device: Device = None,
 ) -> None:
     """Evaluate a model: ARC, perplexity, KL divergence from another, or any task of lm-eval."""
+    interrupt.resumes()
     start(device)
-    from splitquant_mlx.cli.console import Bars
+    from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.evaluation.task import Task, evaluate
     from splitquant_mlx.runtime.ranks import together
 

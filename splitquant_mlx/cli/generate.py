@@ -3,55 +3,82 @@
 import json
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from splitquant_mlx.cli import console
 from splitquant_mlx.cli.console import Printable, printable
 from splitquant_mlx.cli.launched import join
 from splitquant_mlx.cli.options import (
-    DEFAULT_MODEL,
     Device,
+    JsonFile,
     KvBits,
     KvGroupSize,
     MaxKvSize,
     MaxTokens,
     MinP,
-    Model,
+    ModelOption,
     QuantizedKvStart,
     Revision,
+    Seed,
     SystemPrompt,
     Temp,
     TopK,
     TopP,
     TrustRemoteCode,
-    check_model,
+    choose_model,
+    given,
     start,
 )
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.inference.chat import Decoding, encode, readable_errors
+from splitquant_mlx.inference.chat import encode
+from splitquant_mlx.inference.decoding import Decoding, readable_errors
+
+TEMPLATE = "Chat template"
 
 
 def generate(
-    model: Model = DEFAULT_MODEL,
-    prompt: Annotated[
-        str, typer.Option("--prompt", "-p", help="What to say; - reads standard input.")
-    ] = "hello",
-    system_prompt: SystemPrompt = None,
-    prefill_response: Annotated[
-        str | None, typer.Option(help="Beginning of the answer, for the model to continue.")
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] [PROMPT]",
+            help="Directory, .gguf file or repo id (without one, the newest converted model "
+            "here), and what to say.",
+        ),
     ] = None,
+    model: ModelOption = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", "-p", help="What to say; - reads standard input."),
+    ] = None,
+    system_prompt: SystemPrompt = None,
     max_tokens: MaxTokens = 100,
     temp: Temp = Decoding.temp,
     top_p: TopP = Decoding.top_p,
     min_p: MinP = Decoding.min_p,
     top_k: TopK = Decoding.top_k,
-    seed: Annotated[int | None, typer.Option(help="Seed of the random number generator.")] = None,
+    seed: Seed = None,
+    prefill_response: Annotated[
+        str | None,
+        typer.Option(
+            help="Beginning of the answer, for the model to continue.", rich_help_panel=TEMPLATE
+        ),
+    ] = None,
     ignore_chat_template: Annotated[
-        bool, typer.Option("--ignore-chat-template", help="Continue the bare prompt.")
+        bool,
+        typer.Option(
+            "--ignore-chat-template",
+            help="Continue the bare prompt.",
+            rich_help_panel=TEMPLATE,
+        ),
     ] = False,
     chat_template_config: Annotated[
-        str | None, typer.Option(help="JSON object of variables for the chat template.")
+        str | None,
+        typer.Option(
+            help="JSON object of variables for the chat template.", rich_help_panel=TEMPLATE
+        ),
     ] = None,
     extra_eos_token: Annotated[
         list[str] | None, typer.Option(help="Token that ends the answer, too; repeatable.")
@@ -60,7 +87,10 @@ def generate(
     kv_bits: KvBits = None,
     kv_group_size: KvGroupSize = Decoding.kv_group_size,
     quantized_kv_start: QuantizedKvStart = Decoding.quantized_kv_start,
-    verbose: Annotated[str, typer.Option(help="False prints nothing but the answer.")] = "True",
+    verbose: Annotated[
+        str, typer.Option(help="False, or --quiet: print nothing but the answer.")
+    ] = "True",
+    json_file: JsonFile = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     device: Device = None,
@@ -70,61 +100,132 @@ def generate(
     ] = False,
 ) -> None:
     """Answer one prompt, with mlx_lm.generate's options and output."""
+    sampling = {"temp": temp, "top_p": top_p, "min_p": min_p, "top_k": top_k}
     decoding = Decoding(
         max_tokens=max_tokens,
-        temp=temp,
-        top_p=top_p,
-        min_p=min_p,
-        top_k=top_k,
         max_kv_size=max_kv_size,
         kv_bits=kv_bits,
         kv_group_size=kv_group_size,
         quantized_kv_start=quantized_kv_start,
+        **given(sampling),
     )
     template_options = _json_object("--chat-template-config", chat_template_config)
+    named, prompt = _model_and_prompt(words or [], model, prompt)
+    console.check_json(json_file)
     start(device)
     import mlx.core as mx
-    from mlx_lm.generate import generate as mlx_lm_generate
     from mlx_lm.generate import generation_stream
 
-    from splitquant_mlx.models.loader import load
+    from splitquant_mlx.cli.loading import load_model, warn_of_context
     from splitquant_mlx.runtime.ranks import connected, gather, settle, together
 
     group = join()
     with together(group):
-        check_model(model)
+        name = choose_model(named)
         text = _read_prompt(prompt, ranks=group.size())
-        loaded, tokenizer = load(
-            model,
+        found = load_model(
+            name,
             revision=revision,
             trust_remote_code=trust_remote_code,
             group=group,
             pipeline=pipeline,
         )
-        _add_eos_tokens(tokenizer, extra_eos_token or [])
-        chat = tokenizer.has_chat_template and not ignore_chat_template
+        _add_eos_tokens(found.tokenizer, extra_eos_token or [])
+        chat = found.tokenizer.has_chat_template and not ignore_chat_template
         tokens = encode(
-            tokenizer,
+            found.tokenizer,
             _messages(text, *((system_prompt, prefill_response) if chat else ())),
             template=chat,
             template_options=template_options,
         )
     tokens = gather(group, tokens)[0]  # a template may write the time of day into them
+    warn_of_context(found, len(tokens))
     if seed is not None:
         mx.random.seed(seed)
-    wordy = verbose.lower() not in ("false", "f")
+    wordy = verbose.lower() not in ("false", "f") and not console.is_quiet()
+    wordy = wordy and json_file != "-"
     with readable_errors(), connected(), redirect_stdout(Printable(sys.stdout)):  # type: ignore[arg-type]
-        answer = mlx_lm_generate(
-            loaded,
-            tokenizer,
-            tokens,
-            verbose=wordy,
-            prompt_cache=decoding.empty_cache(loaded),
-            **decoding.options(group),
-        )
+        answer, last = _generate(found, tokens, decoding, group, wordy)
     settle(group, generation_stream)
-    if not wordy:
+    if last.finish_reason == "length":
+        console.note(f"cut off at {last.generation_tokens} tokens (--max-tokens)")
+    values = {
+        "model": name,
+        "text": answer,
+        "finish_reason": last.finish_reason,
+        "prompt_tokens": last.prompt_tokens,
+        "prompt_tps": last.prompt_tps,
+        "generation_tokens": last.generation_tokens,
+        "generation_tps": last.generation_tps,
+        "peak_memory_gb": last.peak_memory,
+    }
+    if not console.write_json(json_file, values) and not wordy:
         print(printable(answer))
+
+
+def _generate(
+    found: Any, tokens: list[int], decoding: Decoding, group: Any, wordy: bool
+) -> tuple[str, Any]:
+    """Return the answer and mlx-lm's last response; print both as mlx_lm.generate does."""
+    from mlx_lm.generate import stream_generate
+
+    if wordy:
+        print("=" * 10)
+    text, last = "", None
+    try:
+        for last in stream_generate(
+            found.model,
+            found.tokenizer,
+            tokens,
+            prompt_cache=decoding.empty_cache(found.model),
+            **decoding.options(group),
+        ):
+            text += last.text
+            if wordy:
+                print(last.text, end="", flush=True)
+    except KeyboardInterrupt:
+        if wordy:
+            print()
+        raise
+    assert last is not None  # mlx-lm yields at least the end
+    if wordy:
+        print(f"\n{'=' * 10}")
+        if not text:
+            print("No text generated for this prompt")
+        else:
+            print(
+                f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.3f} tokens-per-sec\n"
+                f"Generation: {last.generation_tokens} tokens, "
+                f"{last.generation_tps:.3f} tokens-per-sec\n"
+                f"Peak memory: {last.peak_memory:.3f} GB"
+            )
+    return text, last
+
+
+def _model_and_prompt(
+    words: list[str], model: str | None, prompt: str | None
+) -> tuple[str | None, str]:
+    """Tell a model from a prompt: a single word is a model if it exists, or looks like a repo."""
+    from splitquant_mlx.models.library import closest
+
+    if len(words) == 1 and model is None and prompt is None:
+        first = words[0]
+        is_model = Path(first).exists() or ("/" in first and not any(map(str.isspace, first)))
+        is_model = is_model or closest(first, Path.cwd()) is not None  # a misspelt one
+        model, prompt = (first, None) if is_model else (None, first)
+    elif words and model is None:
+        model, *words = words
+        if words and prompt is None:
+            prompt, *words = words
+        if words:
+            raise RecipeError(f"what is {words[0]!r}? Put the prompt in quotes, after the model")
+    elif words and prompt is None:
+        prompt, *words = words
+        if words:
+            raise RecipeError(f"what is {words[0]!r}? Put the prompt in quotes")
+    elif words:
+        raise RecipeError(f"what is {words[0]!r}? --model and --prompt are given already")
+    return model, "hello" if prompt is None else prompt
 
 
 def _read_prompt(prompt: str, *, ranks: int) -> str:
@@ -149,7 +250,7 @@ def _json_object(option: str, text: str | None) -> dict[str, Any]:
     except ValueError as exc:
         raise RecipeError(f"{option}: {text!r} is not JSON: {exc}") from exc
     if not isinstance(value, dict):
-        raise RecipeError(f"{option}: wanted a JSON object such as {{}}, got {text}")
+        raise RecipeError(f"{option}: expected a JSON object such as {{}}, got {text}")
     return value
 
 

@@ -35,7 +35,7 @@ def inspect(
         raise RecipeError("--png shows one layer: say which with --layer")
     check_model(model)
     start(device)
-    from splitquant_mlx.cli.console import Bars
+    from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.inspection.layers import inspect_model, layer_histogram
     from splitquant_mlx.inspection.plots import save_histogram, text_histogram
     from splitquant_mlx.models.directory import as_directory

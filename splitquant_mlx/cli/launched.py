@@ -15,7 +15,6 @@ from splitquant_mlx.errors import RankError
 
 RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-GRACE_S = 3.0
 IDLE_S = 5.0  # without any work, once another rank is gone
 
 
@@ -38,8 +37,8 @@ def only_rank_0_prints() -> Iterator[None]:
 def join() -> Any:
     """Return the group of ranks, of one if this process was not launched; see `distributed.join`.
 
-    From here on a signal ends the process even where mlx waits for another rank, and so does the
-    end of another rank. While it joins, Python cannot react to a signal at all.
+    From here on the end of another rank ends this process, too. While it joins, Python cannot react
+    to a signal at all.
     """
     from splitquant_mlx.runtime import ranks as distributed
 
@@ -54,25 +53,10 @@ def join() -> Any:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if not distributed.alone(group):
-        _end_on_signal()
         _end_with_the_others(_sockets() - before)
     elif launched_rank():
         raise RankError("mlx finds no other rank: start all of them with mlx.launch")
     return group
-
-
-def _end_on_signal() -> None:
-    """Give the main thread some time to end after a signal, then end the process."""
-    heard, told = os.pipe()
-    os.set_blocking(told, False)
-    signal.set_wakeup_fd(told, warn_on_full_buffer=False)
-
-    def watch() -> None:
-        os.read(heard, 1)
-        time.sleep(GRACE_S)
-        os._exit(2)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _end_with_the_others(descriptors: set[int]) -> None:

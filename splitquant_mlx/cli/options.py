@@ -1,45 +1,109 @@
 """Define the options that commands share, named as in mlx-lm."""
 
 import os
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from splitquant_mlx.cli import console
 from splitquant_mlx.cli.launched import launched_rank
 from splitquant_mlx.errors import RecipeError, SourceError
 from splitquant_mlx.runtime import blas
 from splitquant_mlx.runtime.compatibility import check_versions
 
 DEFAULT_MODEL = "mlx_model"
+LAYERS, CALIBRATION, PUBLISHING = "Which layers", "Calibration", "Publishing"
+SAMPLING, CACHE, LOADING = "Sampling", "KV cache", "Loading"
 
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="Directory, .gguf file or Hugging Face repo id; without one, the newest converted "
+        "model here.",
+    ),
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", metavar="MODEL", help="The same, as an option.")
+]
 Model = Annotated[
     str, typer.Option(help="Directory, .gguf file or Hugging Face repo id of the model.")
 ]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face repo.")]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of a Hugging Face repo.", rich_help_panel=LOADING),
+]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code the checkpoint brings along.")
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run Python code the checkpoint brings along.",
+        rich_help_panel=LOADING,
+    ),
 ]
 Device = Annotated[
-    str | None, typer.Option(help="cpu or gpu; the GPU where there is one if not given.")
+    str | None,
+    typer.Option(
+        help="cpu or gpu; the GPU where there is one if not given.", rich_help_panel=LOADING
+    ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of the random number generator.")]
+JsonFile = Annotated[
+    str | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Write the result as JSON; - is standard output, alone."
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        help="Seed of the random number generator; a fresh one if not given.",
+        rich_help_panel=SAMPLING,
+    ),
+]
 SystemPrompt = Annotated[str | None, typer.Option(help="System message for the chat template.")]
 MaxTokens = Annotated[
-    int, typer.Option("--max-tokens", "-m", help="Most tokens of an answer; -1 sets no limit.")
+    int,
+    typer.Option("--max-tokens", "-m", help="Longest answer, in tokens; -1 sets no limit."),
 ]
-Temp = Annotated[float, typer.Option(help="Sampling temperature; 0 takes the likeliest token.")]
-TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total.")]
-MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this times the likeliest.")]
-TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 from all.")]
+Temp = Annotated[
+    float | None,
+    typer.Option(
+        help="Sampling temperature; 0 takes the likeliest token.", rich_help_panel=SAMPLING
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Sample from the likeliest tokens of this total.", rich_help_panel=SAMPLING),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        help="Drop tokens less likely than this times the likeliest.", rich_help_panel=SAMPLING
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        help="Sample from this many likeliest tokens; 0 from all.", rich_help_panel=SAMPLING
+    ),
+]
 MaxKvSize = Annotated[
-    int | None, typer.Option(help="Tokens the KV cache holds; older ones are overwritten.")
+    int | None,
+    typer.Option(
+        help="Tokens the KV cache holds; older ones are overwritten.", rich_help_panel=CACHE
+    ),
 ]
-KvBits = Annotated[int | None, typer.Option(help="Quantize the KV cache to this many bits.")]
-KvGroupSize = Annotated[int, typer.Option(help="Group size of a quantized KV cache.")]
+KvBits = Annotated[
+    int | None,
+    typer.Option(help="Quantize the KV cache to this many bits.", rich_help_panel=CACHE),
+]
+KvGroupSize = Annotated[
+    int, typer.Option(help="Group size of a quantized KV cache.", rich_help_panel=CACHE)
+]
 QuantizedKvStart = Annotated[
-    int, typer.Option(help="Token from which on the KV cache is quantized.")
+    int,
+    typer.Option(help="Token from which on the KV cache is quantized.", rich_help_panel=CACHE),
 ]
 
 
@@ -53,6 +117,7 @@ def start(device: str | None) -> None:
     check_versions()
     # transformers looks for deep-learning frameworks it will not need, and says what it misses
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     found = blas.preload()
     import mlx.core as mx
@@ -64,7 +129,41 @@ def start(device: str | None) -> None:
     if device is not None:
         mx.set_default_device(mx.Device(getattr(mx, device)))
     if found is False and mx.default_device() == mx.cpu and not launched_rank():
-        print(f"note: {blas.ADVICE}", file=sys.stderr)
+        console.note(f"note: {blas.ADVICE}")
+
+
+def choose_model(argument: str | None, option: str | None = None) -> str:
+    """Return the model that a command names, else the newest that was converted here.
+
+    Raises:
+        RecipeError: when it is named twice, differently.
+        SourceError: when none is named and none was converted here, or the name is a typo.
+    """
+    from splitquant_mlx.models.library import closest, converted_in
+
+    if argument is not None and option is not None and argument != option:
+        raise RecipeError(f"two models are named, {argument!r} and --model {option!r}: give one")
+    named = argument if argument is not None else option
+    if named is not None:
+        if not Path(named).exists() and (near := closest(named, Path.cwd())):
+            raise SourceError(f"there is no {named} here: did you mean {near}?")
+        return named
+    if found := converted_in(Path.cwd()):
+        name = found[0].path.name
+        if not launched_rank():
+            console.note(f"Using {name}, the newest converted model here.")
+        return name
+    if Path(DEFAULT_MODEL, "config.json").exists():
+        return DEFAULT_MODEL
+    raise SourceError(
+        "there is no converted model here: convert one first with `splitquant-mlx convert "
+        "MODEL`, or name one"
+    )
+
+
+def given(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that are not None."""
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def check_model(model: str) -> None:
@@ -72,5 +171,5 @@ def check_model(model: str) -> None:
     if model == DEFAULT_MODEL and not Path(model).exists():
         raise SourceError(
             f"there is no {model} here: convert a model first with `splitquant-mlx convert "
-            "--model ...`, or name one with --model"
+            "MODEL`, or name one with --model"
         )

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from splitquant_mlx.cli import interrupt
 from splitquant_mlx.cli.options import Device, start
 from splitquant_mlx.cli.report import report
 from splitquant_mlx.errors import RecipeError
@@ -37,12 +38,13 @@ def run(
     """
     from splitquant_mlx.study.spec import load_study
 
+    interrupt.resumes()
     chosen = load_study(study)
     if model is not None:
         chosen = dataclasses.replace(chosen, model=model)
     files = dict(_data(entry) for entry in data or [])
     start(device)
-    from splitquant_mlx.cli.console import Bars
+    from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.study.runner import run_study
 
     directory = output_dir or Path("results") / chosen.name

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from splitquant_mlx.cli import interrupt
 from splitquant_mlx.cli.options import DEFAULT_MODEL, check_model
 
 
@@ -39,8 +40,10 @@ def upload(
     ] = False,
 ) -> None:
     """Upload a converted model to the Hugging Face hub, with a card that says what was measured."""
+    interrupt.resumes()
     check_model(str(path))
-    from splitquant_mlx.cli.console import Bars, printable, size
+    from splitquant_mlx.cli.console import printable, size
+    from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.publish.upload import prepare_upload
 
     prepared = prepare_upload(
@@ -60,11 +63,8 @@ def upload(
 def send(prepared: Any, **options: Any) -> None:
     """Send what is prepared, and say where it went."""
     print_notes(prepared)
-    try:
-        address = prepared.send(**options)
-    except KeyboardInterrupt:
-        print("`splitquant-mlx upload` goes on from there.", file=sys.stderr)
-        raise
+    interrupt.resumes("`splitquant-mlx upload` goes on from there.")
+    address = prepared.send(**options)
     print(f"Uploaded {len(prepared.files)} files to {address}")
 
 

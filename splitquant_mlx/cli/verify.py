@@ -24,7 +24,8 @@ def verify(
     from rich.console import Console
     from rich.table import Table
 
-    from splitquant_mlx.cli.console import Bars, plain
+    from splitquant_mlx.cli.console import plain
+    from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.conversion.verify import verify as check
     from splitquant_mlx.models.source import resolve
 

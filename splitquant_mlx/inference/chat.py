@@ -5,104 +5,19 @@ start with the same messages would show it. What makes that cheap is the KV cach
 only the part after the longest prefix that is already in the cache is computed.
 """
 
-import time
+import json
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import takewhile
 from operator import eq
+from pathlib import Path
 from typing import Any
 
-from splitquant_mlx.errors import CheckpointError, RecipeError, one_line
+from splitquant_mlx.errors import CheckpointError, RecipeError, TargetError, one_line
+from splitquant_mlx.inference.decoding import Decoding, readable_errors
 
 Message = dict[str, str]
 # Given a prompt's tokens and a question "stop now?", yields mlx-lm's GenerationResponses.
 Stream = Callable[[list[int], Callable[[], bool]], Iterator[Any]]
-
-# A KV cache of limited size never drops the first tokens, on which models lean; as in mlx-lm.
-KEPT_TOKENS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decoding:
-    """Say how tokens are chosen and how the KV cache is kept; names and meanings are mlx-lm's.
-
-    Raises:
-        RecipeError: when a setting is out of range or does not fit the others.
-    """
-
-    max_tokens: int = 256
-    temp: float = 0.0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    top_k: int = 0
-    max_kv_size: int | None = None
-    kv_bits: int | None = None
-    kv_group_size: int = 64
-    quantized_kv_start: int = 5000
-
-    def __post_init__(self) -> None:
-        """Refuse what mlx-lm would ignore, or stumble over in the middle of an answer."""
-        kv_size = self.max_kv_size
-        for name, right, wanted in (
-            ("max_tokens", self.max_tokens > 0 or self.max_tokens == -1, "1 or more, or -1"),
-            ("temp", self.temp >= 0, "0 or more"),
-            ("top_p", 0 <= self.top_p <= 1, "0 to 1"),
-            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("max_kv_size", kv_size is None or kv_size > KEPT_TOKENS, "5 or more"),
-            ("kv_bits", self.kv_bits in (None, 2, 3, 4, 5, 6, 8), "2, 3, 4, 5, 6 or 8"),
-            ("kv_group_size", self.kv_group_size in (32, 64, 128), "32, 64 or 128"),
-            ("quantized_kv_start", self.quantized_kv_start >= 0, "0 or more"),
-        ):
-            if not right:
-                option = "--" + name.replace("_", "-")
-                raise RecipeError(f"{option}: wanted {wanted}, got {getattr(self, name)}")
-        if self.kv_bits is not None and kv_size is not None:
-            raise RecipeError(
-                "--kv-bits and --max-kv-size: mlx-lm cannot quantize a limited KV cache: give one"
-            )
-
-    def options(self, group: Any = None) -> dict[str, Any]:
-        """Return the keyword arguments for mlx-lm's `generate`, all but `prompt_cache`.
-
-        With a group of ranks, all take the token that rank 0 samples.
-        """
-        from mlx_lm.sample_utils import make_sampler
-
-        from splitquant_mlx.runtime.ranks import led
-
-        sampler = make_sampler(self.temp, top_p=self.top_p, min_p=self.min_p, top_k=self.top_k)
-        return {
-            "max_tokens": self.max_tokens,
-            "sampler": led(group, sampler),
-            "kv_bits": self.kv_bits,
-            "kv_group_size": self.kv_group_size,
-            "quantized_kv_start": self.quantized_kv_start,
-        }
-
-    def empty_cache(self, model: Any) -> list[Any]:
-        """Return a new KV cache for `model`."""
-        from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
-
-        cache = make_prompt_cache(model, self.max_kv_size)
-        if (size := self.max_kv_size) is None:
-            return cache
-        # Models that make their cache themselves, Llama for one, know nothing of the limit.
-        return [RotatingKVCache(size, keep=KEPT_TOKENS) if type(c) is KVCache else c for c in cache]
-
-
-@contextmanager
-def readable_errors() -> Iterator[None]:
-    """Turn mlx-lm's errors on settings that do not suit the model into RecipeError."""
-    try:
-        yield
-    except (ValueError, NotImplementedError) as exc:
-        import mlx.core as mx
-
-        # one that comes out of mlx-lm's compiled sampling leaves a random state that is of no use
-        mx.random.seed(time.time_ns())
-        raise RecipeError(f"mlx-lm cannot run this model with these settings: {exc}") from exc
 
 
 def encode(
@@ -167,7 +82,7 @@ class Decoder:
     def __init__(self, model: Any, tokenizer: Any, decoding: Decoding) -> None:
         self._model = model
         self._tokenizer = tokenizer
-        self._decoding = decoding
+        self.decoding = decoding
         self._cache: list[Any] = []
         self._cached: list[int] = []
 
@@ -199,7 +114,7 @@ class Decoder:
                     prompt[reused:],
                     prompt_cache=self._cache,
                     prompt_progress_callback=after_chunk,
-                    **self._decoding.options(),
+                    **self.decoding.options(),
                 ):
                     # mlx-lm computes one token ahead: this one is in the cache already.
                     self._cached.append(response.token)
@@ -221,7 +136,7 @@ class Decoder:
         common = sum(takewhile(bool, map(eq, self._cached, prompt[:-1])))
         surplus = len(self._cached) - common
         if not self._cache or (surplus and trim_prompt_cache(self._cache, surplus) != surplus):
-            self._cache = self._decoding.empty_cache(self._model)
+            self._cache = self.decoding.empty_cache(self._model)
             common = 0
         self._cached = prompt[:common]
         return common
@@ -232,19 +147,35 @@ class _Stopped(Exception):
 
 
 class Conversation:
-    """Keep the messages of a conversation, and have each of the user's answered."""
+    """The messages of a conversation, and the answers to those of the user.
+
+    Attributes:
+        messages: with `role` and `content`, the system prompt first where there is one.
+        tokens: of the last prompt and what was said of its answer.
+    """
 
     def __init__(self, tokenizer: Any, stream: Stream, *, system_prompt: str | None = None) -> None:
         self._tokenizer = tokenizer
         self._stream = stream
-        self._opening: list[Message] = []
-        if system_prompt is not None:
-            self._opening.append({"role": "system", "content": system_prompt})
-        self.reset()
+        self.messages: list[Message] = []
+        self.tokens = 0
+        self.set_system_prompt(system_prompt)
+
+    @property
+    def system_prompt(self) -> str | None:
+        """Return the system prompt."""
+        first = self.messages[:1]
+        return first[0]["content"] if first and first[0]["role"] == "system" else None
+
+    def set_system_prompt(self, text: str | None) -> None:
+        """Replace the system prompt, or remove it, and keep the other messages."""
+        said = self.messages[self.system_prompt is not None :]
+        self.messages = [{"role": "system", "content": text}] * (text is not None) + said
 
     def reset(self) -> None:
         """Forget all messages but the system prompt."""
-        self.messages = list(self._opening)
+        self.messages = self.messages[: self.system_prompt is not None]
+        self.tokens = 0
 
     def answer(
         self, message: str, stop: Callable[[], bool] = lambda: False
@@ -256,7 +187,7 @@ class Conversation:
         self.messages.append({"role": "user", "content": message})
         said = ""
         try:
-            for response in self._stream(encode(self._tokenizer, self.messages), stop):
+            for response in self._responses(stop):
                 said += response.text
                 yield response
         finally:
@@ -264,3 +195,61 @@ class Conversation:
                 self.messages.append({"role": "assistant", "content": said})
             else:
                 self.messages.pop()
+
+    def retry(self, stop: Callable[[], bool] = lambda: False) -> Generator[Any, None, None]:
+        """Yield another answer to the user's last message. Raises RecipeError without one."""
+        before = list(self.messages)
+        while self.messages and self.messages[-1]["role"] == "assistant":
+            self.messages.pop()
+        if not self.messages or self.messages[-1]["role"] != "user":
+            self.messages = before
+            raise RecipeError("there is no message to answer again")
+        message = self.messages.pop()["content"]
+        answered = len(self.messages)
+        try:
+            yield from self.answer(message, stop)
+        finally:
+            if len(self.messages) == answered:  # the old answer is better than none
+                self.messages = before
+
+    def resume(self, stop: Callable[[], bool] = lambda: False) -> Generator[Any, None, None]:
+        """Yield what follows on the last answer. Raises RecipeError without one."""
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            raise RecipeError("there is no answer to continue")
+        for response in self._responses(stop):
+            self.messages[-1] = {
+                "role": "assistant",
+                "content": self.messages[-1]["content"] + response.text,
+            }
+            yield response
+
+    def _responses(self, stop: Callable[[], bool]) -> Iterator[Any]:
+        prompt = encode(self._tokenizer, self.messages)
+        self.tokens = len(prompt)
+        for response in self._stream(prompt, stop):
+            self.tokens += 1
+            yield response
+
+
+def save_messages(messages: Sequence[Message], file: Path) -> None:
+    """Write messages as JSON. Raises TargetError."""
+    try:
+        file.write_text(json.dumps(list(messages), indent=2) + "\n", encoding="utf-8")
+    except OSError as exc:
+        raise TargetError(f"cannot write {file}: {exc.strerror or exc}") from exc
+
+
+def load_messages(file: Path) -> list[Message]:
+    """Read what `save_messages` wrote. Raises RecipeError for anything else."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        messages = [{"role": m["role"], "content": m["content"]} for m in found]
+    except OSError as exc:
+        raise RecipeError(f"cannot read {file}: {exc.strerror or exc}") from exc
+    except (ValueError, TypeError, KeyError, RecursionError) as exc:
+        raise RecipeError(f"{file} holds no conversation: expected what /save writes") from exc
+    for message in messages:
+        text = all(isinstance(value, str) for value in message.values())
+        if not text or message["role"] not in ("system", "user", "assistant"):
+            raise RecipeError(f"{file} holds no conversation: got a message {message!r:.80}")
+    return messages

@@ -1,6 +1,7 @@
 import inspect
 import io
 import json
+import os
 import shutil
 
 import pytest
@@ -123,11 +124,11 @@ def test_a_limited_kv_cache_changes_nothing_while_it_is_not_full(split_stories, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--max-tokens", "0"], "--max-tokens: wanted 1 or more, or -1, got 0"),
-        (["--temp", "-1"], "--temp: wanted 0 or more, got -1.0"),
+        (["--max-tokens", "0"], "--max-tokens: expected 1 or more, or -1, got 0"),
+        (["--temp", "-1"], "--temp: expected 0 or more, got -1.0"),
         (["--temp", "1", "--top-k", "9999"], "cannot run this model with these settings"),
         (["--chat-template-config", "{"], "is not JSON"),
-        (["--chat-template-config", "[]"], "wanted a JSON object"),
+        (["--chat-template-config", "[]"], "expected a JSON object"),
         (["--revision", "main"], "a revision (main) is for hub repos only"),
         (["--device", "tpu"], "wanted cpu or gpu, got 'tpu'"),
     ],
@@ -135,8 +136,8 @@ def test_a_limited_kv_cache_changes_nothing_while_it_is_not_full(split_stories, 
 def test_refusals_are_one_line(split_stories, capsys, options, message):
     code, _, err = generate(capsys, "--model", str(split_stories), *options)
     assert code == 2
-    assert message in err
-    assert err.count("\n") == 1
+    assert message in err.splitlines()[-1]
+    assert len([line for line in err.splitlines() if not line.startswith("Loading ")]) == 1
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "serve"])
@@ -144,5 +145,49 @@ def test_without_a_converted_model_the_next_step_is_named(command, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     assert run([command]) == 2
     err = capsys.readouterr().err
-    assert "splitquant-mlx convert --model" in err
+    assert "splitquant-mlx convert M" in err
     assert err.count("\n") == 1
+
+
+def test_model_and_prompt_can_be_given_in_order(split_stories, reference, capsys):
+    _, out, err = generate(capsys, str(split_stories), STORY, "--quiet", "-m", "30")
+    assert (out, err) == (reference(STORY) + "\n", "")
+
+
+def test_a_cut_answer_says_so(split_stories, capsys):
+    _, _, err = generate(capsys, str(split_stories), STORY, "-m", "5")
+    assert "cut off at 5 tokens (--max-tokens)" in err
+
+
+def test_a_prompt_beyond_the_context_is_warned_of(split_stories, capsys):
+    _, _, err = generate(capsys, str(split_stories), f"{STORY} " * 200, "-m", "2")
+    assert "more than the 512 that this model was made for" in err
+
+
+def test_json_is_all_that_is_printed(split_stories, reference, capsys):
+    _, out, _ = generate(capsys, str(split_stories), STORY, "-m", "30", "--json", "-")
+    found = json.loads(out)
+    assert (found["text"], found["finish_reason"]) == (reference(STORY), "length")
+
+
+def test_the_newest_converted_model_here_is_taken(split_stories, tmp_path, monkeypatch, capsys):
+    for number, name in enumerate(("old", "new")):
+        shutil.copytree(split_stories, tmp_path / name)
+        os.utime(tmp_path / name / "splitquant.json", (number, number))
+    monkeypatch.chdir(tmp_path)
+    _, _, err = generate(capsys, STORY, "-m", "2")
+    assert "Using new, the newest converted model here." in err
+    (tmp_path / "new").rename(tmp_path / "llama-auto")
+    code, _, err = generate(capsys, "llama-atuo")
+    assert code == 2 and "did you mean llama-auto?" in err
+
+
+def test_what_memory_is_too_small_for_is_refused(split_stories, monkeypatch, capsys):
+    from splitquant_mlx.runtime import memory
+
+    monkeypatch.setattr(memory, "memory_bytes", lambda: 10_000_000)
+    code, _, err = generate(capsys, str(split_stories), STORY, "-m", "2")
+    assert code == 2 and "of memory, this machine has 0.0 GB" in err
+    monkeypatch.setenv("SPLITQUANT_MEMORY_CHECK", "off")
+    code, _, err = generate(capsys, str(split_stories), STORY, "-m", "2")
+    assert code == 0 and "expect it to fail" in err

@@ -13,7 +13,14 @@ import pytest
 from splitquant_mlx.cli import run
 from splitquant_mlx.cli.console import printable
 from splitquant_mlx.errors import CheckpointError, RecipeError
-from splitquant_mlx.inference.chat import Conversation, Decoder, Decoding, encode
+from splitquant_mlx.inference.chat import (
+    Conversation,
+    Decoder,
+    encode,
+    load_messages,
+    save_messages,
+)
+from splitquant_mlx.inference.decoding import Decoding, recommended_sampling
 from splitquant_mlx.models.loader import load
 
 COMMAND = [sys.executable, "-m", "splitquant_mlx", "chat", "--device", "cpu"]
@@ -120,7 +127,7 @@ def test_what_the_template_refuses_is_forgotten():
     ],
 )
 def test_settings_out_of_range_are_refused(setting, value):
-    with pytest.raises(RecipeError, match=f"--{setting.replace('_', '-')}: wanted .*{value}"):
+    with pytest.raises(RecipeError, match=f"--{setting.replace('_', '-')}: expected .*{value}"):
         Decoding(**{setting: value})
 
 
@@ -254,9 +261,9 @@ def test_settings_the_model_cannot_take_are_named(loaded):
 
 
 def test_piped_lines_are_answered(split_stories, loaded):
-    lines = f"{STORY}\nh\n/nonsense \x07\n\n/reset\n{STORY}\nq\nThis is not read\n"
+    lines = f"{STORY}\n/help\n/nonsense \x07\n\n/reset\n{STORY}\n/exit\nThis is not read\n"
     result = subprocess.run(
-        [*COMMAND, "--model", str(split_stories), "-m", "24"],
+        [*COMMAND, str(split_stories), "-m", "24", "--temp", "0"],
         input=lines,
         capture_output=True,
         text=True,
@@ -271,7 +278,9 @@ def test_piped_lines_are_answered(split_stories, loaded):
     assert "no chat template" in result.stderr
     assert "Ctrl-D" in result.stderr
     assert "unknown command /nonsense" in result.stderr
-    assert "forgotten" in result.stderr
+    assert "Conversation cleared." in result.stderr
+    assert "cut off at 24 tokens (--max-tokens)" in result.stderr
+    assert "context 512 tokens" in result.stderr
 
 
 class Terminal:
@@ -282,7 +291,7 @@ class Terminal:
         "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     )
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, **environment: str) -> None:
         self._end, inside = os.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-c", self.TAKE_IT, *arguments],
@@ -290,7 +299,7 @@ class Terminal:
             stdout=inside,
             stderr=inside,
             start_new_session=True,
-            env={**os.environ, "TERM": "dumb"},
+            env={**os.environ, "TERM": "xterm", **environment},
         )
         os.close(inside)
         os.set_blocking(self._end, False)
@@ -307,7 +316,7 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self._end, keys.encode())
 
-    def read_until(self, text: str, within_s: float = 30) -> str:
+    def read_until(self, text: str, within_s: float = 90) -> str:
         """Return the output up to `text`."""
         deadline = time.monotonic() + within_s
         while text not in self._unread:
@@ -321,37 +330,112 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(split_stories):
-    with Terminal(*COMMAND[1:], "--model", str(split_stories), "-m", "-1") as terminal:
-        assert "/help" in terminal.read_until("\n> ")
+def terminal(split_stories, tmp_path):
+    command = [*COMMAND[1:], "--model", str(split_stories), "-m", "-1"]
+    with Terminal(*command, NO_COLOR="1", SPLITQUANT_CACHE=str(tmp_path)) as terminal:
+        header = terminal.read_until("you>")
+        assert "context 512 tokens" in header and "bits/weight" in header
+        assert "/help" in header
         yield terminal
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal):
     for _ in range(2):
-        terminal.type(f"{STORY}\n")
-        terminal.read_until("little")
+        terminal.type(f"{STORY}\r")
+        terminal.read_until("model> ")
+        terminal.read_until("he")
         terminal.type("\x03")
-        assert "tokens-per-sec" in terminal.read_until("\n> ")
+        answer = terminal.read_until(" / 512")
+        assert "tokens-per-sec, context" in answer and "^C" not in answer
+        terminal.read_until("you>")
     terminal.type("\x03")
-    assert "Ctrl-C again" in terminal.read_until("\n> ")
-    terminal.type("/what\n")
+    terminal.read_until("Ctrl-C again")
+    terminal.read_until("you>")
+    terminal.type("/what\r")
     terminal.read_until("unknown command /what")
-    terminal.read_until("\n> ")
+    terminal.read_until("you>")
     terminal.type("\x03")
     terminal.read_until("Ctrl-C again")
     terminal.type("\x03")
     assert terminal.process.wait(timeout=10) == 0
 
 
-def test_ctrl_c_before_the_warning_is_out_leaves(split_stories, monkeypatch):
-    def interrupt(text):
-        if "no chat template" not in text:
-            raise KeyboardInterrupt
+def test_the_history_of_a_session_is_there_in_the_next(terminal, tmp_path):
+    terminal.type("/context\r")
+    terminal.read_until("context 0 / 512")
+    assert "+/context" in (tmp_path / "chat_history").read_text()
 
-    monkeypatch.setattr("builtins.input", interrupt)
-    monkeypatch.setattr(import_module("splitquant_mlx.cli.chat"), "_note", interrupt)
+
+def test_ctrl_c_before_the_warning_is_out_leaves(split_stories, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    reading = import_module("splitquant_mlx.cli.reading")
+    monkeypatch.setattr(reading.Reader, "_message", interrupt)
+    monkeypatch.setattr(reading, "note", interrupt)
     assert run(["chat", "--model", str(split_stories)]) == 0
+
+
+def test_several_lines_are_one_message(monkeypatch):
+    lines = iter(['"""one', "", 'two"""', "three"])
+    monkeypatch.setattr("builtins.input", lambda: next(lines))
+    reading = import_module("splitquant_mlx.cli.reading")
+    messages = iter(reading.Reader(interactive=False))
+    assert [next(messages), next(messages)] == ["one\n\ntwo", "three"]
+
+
+def test_an_answer_is_given_again_or_continued():
+    parrot = Parrot("yes", "!")
+    conversation = Conversation(Letters(), parrot)
+    with pytest.raises(RecipeError, match="no message to answer again"):
+        next(conversation.retry())
+    with pytest.raises(RecipeError, match="no answer to continue"):
+        next(conversation.resume())
+    say(conversation, "one")
+    parrot.words = ("no",)
+    assert [response.text for response in conversation.retry()] == ["no"]
+    assert [message["content"] for message in conversation.messages] == ["one", "no"]
+    parrot.words = (" way",)
+    assert [response.text for response in conversation.resume()] == [" way"]
+    assert conversation.messages[-1] == {"role": "assistant", "content": "no way"}
+    parrot.words = ()
+    list(conversation.retry())
+    assert conversation.messages[-1]["content"] == "no way"
+
+
+def test_a_system_prompt_is_set_in_the_middle():
+    conversation = Conversation(Letters(), Parrot("yes"))
+    say(conversation, "one")
+    conversation.set_system_prompt("be brief")
+    assert [m["role"] for m in conversation.messages] == ["system", "user", "assistant"]
+    conversation.set_system_prompt(None)
+    assert [m["role"] for m in conversation.messages] == ["user", "assistant"]
+
+
+def test_a_conversation_is_saved_and_loaded(tmp_path):
+    messages = [{"role": "user", "content": "hé"}, {"role": "assistant", "content": "yes"}]
+    save_messages(messages, tmp_path / "saved.json")
+    assert load_messages(tmp_path / "saved.json") == messages
+    for content in ("{", "[1]", '[{"role": "pirate", "content": "x"}]', '[{"role": "user"}]'):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(RecipeError, match="holds no conversation"):
+            load_messages(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"temperature": 0.6, "top_p": 0.9}', {"temp": 0.6, "top_p": 0.9}),
+        ('{"do_sample": true, "top_k": 20, "eos_token_id": 2}', {"top_k": 20}),
+        ('{"do_sample": false, "temperature": 0.6}', {"temp": 0.0}),
+        ('{"temperature": -1}', {}),
+        ('{"temperature": "warm"}', {}),
+        ("[]", {}),
+    ],
+)
+def test_sampling_is_what_the_model_recommends(tmp_path, content, expected):
+    (tmp_path / "generation_config.json").write_text(content)
+    assert recommended_sampling(tmp_path) == expected
 
 
 def test_ctrl_d_leaves(terminal):

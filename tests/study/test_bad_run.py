@@ -217,8 +217,8 @@ def test_interrupt_leaves_nothing(tmp_path, number):
         assert tree(tmp_path) != before
         process.send_signal(number)
         _, err = process.communicate(timeout=20)
-    assert process.returncode == 2
-    assert err == "splitquant-mlx: error: interrupted: nothing was left half-written\n"
+    assert process.returncode == 128 + number
+    assert err == "Interrupted. Run the same command to go on.\n"
     assert tree(tmp_path) == before
 
 

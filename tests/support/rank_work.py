@@ -21,7 +21,7 @@ from mlx_lm.utils import sharded_load  # noqa: E402
 
 from splitquant_mlx.errors import RecipeError, SplitQuantError  # noqa: E402
 from splitquant_mlx.evaluation.task import Task, evaluate  # noqa: E402
-from splitquant_mlx.inference.chat import Decoding  # noqa: E402
+from splitquant_mlx.inference.decoding import Decoding  # noqa: E402
 from splitquant_mlx.models.loader import load, load_model  # noqa: E402
 from splitquant_mlx.runtime import ranks as distributed  # noqa: E402
 

@@ -35,7 +35,8 @@ from splitquant_mlx.evaluation.arc import evaluate_arc  # noqa: E402
 from splitquant_mlx.evaluation.divergence import measure_divergence  # noqa: E402
 from splitquant_mlx.evaluation.perplexity import measure_perplexity  # noqa: E402
 from splitquant_mlx.evaluation.reference import open_reference  # noqa: E402
-from splitquant_mlx.inference.chat import Conversation, Decoder, Decoding  # noqa: E402
+from splitquant_mlx.inference.chat import Conversation, Decoder  # noqa: E402
+from splitquant_mlx.inference.decoding import Decoding  # noqa: E402
 from splitquant_mlx.models.lazy import LazyModel  # noqa: E402
 from splitquant_mlx.models.loader import load  # noqa: E402
 from splitquant_mlx.runtime.environment import describe_machine, versions  # noqa: E402

@@ -1,16 +1,30 @@
 """Offer `bench` and its commands."""
 
+from typing import Any
+
 import typer
 
 from splitquant_mlx.cli.bench.conversion import convert, kmeans, make_checkpoint
 from splitquant_mlx.cli.bench.scaling import cost, memory
 from splitquant_mlx.cli.bench.speed import speed, trial
+from splitquant_mlx.cli.help import Command, Group
 
-bench = typer.Typer()
-bench.callback(invoke_without_command=True)(speed)
-bench.command("trial", hidden=True)(trial)
-bench.command("convert")(convert)
-bench.command("kmeans")(kmeans)
-bench.command("memory")(memory)
-bench.command("cost")(cost)
-bench.command("make-checkpoint")(make_checkpoint)
+
+class Bench(Group):
+    """The group in which `bench MODEL` is `bench speed MODEL`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put in the command that is left out."""
+        if args and args[0] not in (*self.commands, "-h", "--help"):
+            args = ["speed", *args]
+        return super().parse_args(ctx, args)
+
+
+bench = typer.Typer(no_args_is_help=True)
+bench.command("speed", cls=Command)(speed)
+bench.command("trial", cls=Command, hidden=True)(trial)
+bench.command("convert", cls=Command)(convert)
+bench.command("kmeans", cls=Command)(kmeans)
+bench.command("memory", cls=Command)(memory)
+bench.command("cost", cls=Command)(cost)
+bench.command("make-checkpoint", cls=Command)(make_checkpoint)

@@ -7,14 +7,9 @@ from typing import Annotated
 
 import typer
 
-from splitquant_mlx.cli.bench.output import (
-    JsonFile,
-    check_json,
-    named_shape,
-    new_table,
-    save_json,
-)
-from splitquant_mlx.cli.options import start
+from splitquant_mlx.cli.bench.output import named_shape
+from splitquant_mlx.cli.console import check_json, new_table, plain, show, size, write_json
+from splitquant_mlx.cli.options import JsonFile, start
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.recipe import DTYPES
 
@@ -36,7 +31,7 @@ def make_checkpoint(
     """Write a checkpoint of a well-known shape with random weights."""
     start(None)
     from splitquant_mlx.bench.random_checkpoint import write_random_checkpoint
-    from splitquant_mlx.cli.console import Bars
+    from splitquant_mlx.cli.progress import Bars
 
     sizes = {
         "num_hidden_layers": layers,
@@ -66,11 +61,10 @@ def convert(
     """Time our conversions and mlx_lm.convert's, in turns, and both ways to cluster."""
     check_json(json_file)
     start(None)
-    from rich.console import Console
 
     from splitquant_mlx.bench.clustering import bench_kmeans
     from splitquant_mlx.bench.conversion import bench_convert
-    from splitquant_mlx.cli.console import Bars, plain, size
+    from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.models.directory import as_directory
     from splitquant_mlx.models.source import resolve
 
@@ -80,7 +74,8 @@ def convert(
                 directory, Path(scratch), trials=trials, sklearn=sklearn, progress=Bars()
             )
     found["kmeans"] = bench_kmeans()
-    save_json(json_file, found)
+    if write_json(json_file, found):
+        return
     table = new_table(plain(str(model)), "median", "slowest", "ratio", "peak memory")
     for name, program in found["programs"].items():
         table.add_row(
@@ -90,14 +85,13 @@ def convert(
             f"{program['ratio']:.2f}",
             size(program["peak_bytes"]),
         )
-    console = Console(highlight=False)
-    console.print(table)
+    show(table)
     for name, program in found["programs"].items():
         if "stages_s" in program:
             stages = (f"{stage} {s:.2f}" for stage, s in program["stages_s"].items())
-            console.print(f"seconds of {name}: {', '.join(stages)}", soft_wrap=True)
+            show(f"seconds of {name}: {', '.join(stages)}")
     kmeans = found["kmeans"]
-    console.print(
+    show(
         f"k-means, exact: {kmeans['exact_ns_per_weight']:.1f} ns a weight; scikit-learn's: "
         f"{kmeans['sklearn_ns_per_weight']:.0f} ns, {kmeans['ratio']:.0f} times as much"
     )
@@ -120,13 +114,13 @@ def kmeans(
     if side < 16 or trials < 1:
         raise RecipeError(f"--side, --trials: wanted 16 and 1 or more, got {side} and {trials}")
     start(None)
-    from rich.console import Console
 
     from splitquant_mlx.bench.clustering import bench_all_kmeans
-    from splitquant_mlx.cli.console import Bars
+    from splitquant_mlx.cli.progress import Bars
 
     found = bench_all_kmeans(dtype, clusters, side=side, trials=trials, progress=Bars())
-    save_json(json_file, found)
+    if write_json(json_file, found):
+        return
     title = f"k-means, {side} x {side}, ns a weight"
     table = new_table(title, "exact", "scikit-learn", "ratio", "inertia over scikit-learn's")
     for run in found["runs"]:
@@ -137,7 +131,7 @@ def kmeans(
             f"{run['ratio']:.0f}",
             f"{run['exact_inertia'] / run['sklearn_inertia']:.6f}",
         )
-    Console(highlight=False).print(table)
+    show(table)
 
 
 def _check_dtype(dtype: str) -> None:

@@ -7,14 +7,9 @@ from typing import Annotated
 
 import typer
 
-from splitquant_mlx.cli.bench.output import (
-    JsonFile,
-    check_json,
-    named_shape,
-    new_table,
-    save_json,
-)
-from splitquant_mlx.cli.options import start
+from splitquant_mlx.cli.bench.output import named_shape
+from splitquant_mlx.cli.console import check_json, new_table, show, size, write_json
+from splitquant_mlx.cli.options import JsonFile, start
 from splitquant_mlx.errors import RecipeError
 
 
@@ -29,16 +24,16 @@ def memory(
     if min(layers) < 1:
         raise RecipeError(f"--layers: wanted 1 or more, got {min(layers)}")
     start(None)
-    from rich.console import Console
 
     from splitquant_mlx.bench.memory import bench_memory
-    from splitquant_mlx.cli.console import Bars, size
+    from splitquant_mlx.cli.progress import Bars
 
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as scratch:
         found = bench_memory(
             named_shape(shape), layers, Path(scratch), trials=trials, progress=Bars()
         )
-    save_json(json_file, found)
+    if write_json(json_file, found):
+        return
     table = new_table(shape, "source", "peak memory", "least", "most", "time")
     for run in found["runs"]:
         table.add_row(
@@ -47,9 +42,8 @@ def memory(
             *(size(of(run["peak_runs_bytes"])) for of in (median, min, max)),
             f"{median(run['seconds']):.1f} s",
         )
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(
+    show(table)
+    show(
         f"largest over smallest: {found['growth']:.3f}; without the {size(found['floor_bytes'])} "
         f"of Python and its libraries: {found['growth_above_floor']:.3f}"
     )
@@ -62,14 +56,14 @@ def cost(
     """Fit what conversions cost on this machine, and predict those of well-known models."""
     check_json(json_file)
     start("cpu")
-    from rich.console import Console
 
     from splitquant_mlx.bench.scaling import bench_cost
-    from splitquant_mlx.cli.console import Bars, size
+    from splitquant_mlx.cli.progress import Bars
 
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as scratch:
         found = bench_cost(Path(scratch), trials=trials, progress=Bars())
-    save_json(json_file, found)
+    if write_json(json_file, found):
+        return
     other = found["other_machine"]["name"]
     table = new_table("PREDICTED", "reads", "writes", "here", other)
     for row in found["predictions"]:
@@ -80,9 +74,8 @@ def cost(
             f"{row['here_s']:.0f} s",
             f"{row['other_machine_s']:.0f} s",
         )
-    console = Console(highlight=False)
     error = found["fit"]["largest_relative_error"]
-    console.print(f"Largest error of the fit: {error:.0%} of a measured time.")
-    console.print(table)
+    show(f"Largest error of the fit: {error:.0%} of a measured time.")
+    show(table)
     for text in found["other_machine"]["assumptions"]:
-        console.print(f"  {text}", markup=False)
+        show(f"  {text}")

@@ -1,13 +1,19 @@
-"""Offer `bench --model`, and the process of a single trial that it starts."""
+"""Offer `bench speed`, and the process of a single trial that it starts."""
 
 import json
 from typing import Annotated, Any
 
 import typer
 
-from splitquant_mlx.cli.bench.output import JsonFile, check_json, new_table, save_json
-from splitquant_mlx.cli.options import Device, start
-from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.cli.console import check_json, new_table, plain, show, size, write_json
+from splitquant_mlx.cli.options import (
+    Device,
+    JsonFile,
+    ModelArgument,
+    ModelOption,
+    choose_model,
+    start,
+)
 
 PromptTokens = Annotated[
     int, typer.Option("--prompt-tokens", "-p", help="Length of the random prompt.")
@@ -19,10 +25,8 @@ BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Prompts answ
 
 
 def speed(
-    context: typer.Context,
-    model: Annotated[
-        str | None, typer.Option(help="Directory, .gguf file or repo id to measure.")
-    ] = None,
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
     against: Annotated[
         list[str] | None, typer.Option(help="Another model, run in turns; repeatable.")
     ] = None,
@@ -35,18 +39,15 @@ def speed(
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure speed, start and memory of models, or, with a command, something else.
+    """Measure speed, start and memory of models; `bench MODEL` is short for it.
 
     Prefill and decoding are measured as in mlx_lm.benchmark, every trial in a fresh process.
     """
-    if context.invoked_subcommand is not None:
-        return
-    if model is None:
-        raise RecipeError("bench: say which model with --model, or give a command (bench --help)")
+    model = choose_model(model, model_option)
     check_json(json_file)
     start(device)
     from splitquant_mlx.bench.speed import Workload, bench_speed
-    from splitquant_mlx.cli.console import Bars
+    from splitquant_mlx.cli.progress import Bars
 
     workload = Workload(
         prompt_tokens=prompt_tokens, generation_tokens=generation_tokens, batch_size=batch_size
@@ -54,8 +55,9 @@ def speed(
     found = bench_speed(
         [model, *(against or ())], workload, trials=trials, device=device, progress=Bars()
     )
-    save_json(json_file, found)
-    _show(found)
+    if write_json(json_file, found):
+        return
+    _print(found)
 
 
 def trial(
@@ -75,11 +77,7 @@ def trial(
     print(json.dumps(run_trial(model, workload)))
 
 
-def _show(found: dict[str, Any]) -> None:
-    from rich.console import Console
-
-    from splitquant_mlx.cli.console import plain, size
-
+def _print(found: dict[str, Any]) -> None:
     def seconds(values: dict[str, float]) -> str:
         return f"{values['median']:.2f} s ({values['min']:.2f} to {values['max']:.2f})"
 
@@ -87,24 +85,27 @@ def _show(found: dict[str, Any]) -> None:
         return f"{values['median']:.1f} ({values['min']:.1f} to {values['max']:.1f})"
 
     rows = {
-        "prefill, tokens/s": ("prompt_tps", rate, "prefill_time"),
-        "decode, tokens/s": ("generation_tps", rate, "decode_time"),
-        "load": ("load_s", seconds, "load_s"),
-        "start to first token": ("first_token_s", seconds, "first_token_s"),
-        "peak memory": ("peak_bytes", lambda values: size(values["median"]), "peak_bytes"),
+        "prefill, tokens/s": ("prompt_tps", rate),
+        "decode, tokens/s": ("generation_tps", rate),
+        "load": ("load_s", seconds),
+        "start to first token": ("first_token_s", seconds),
+        "peak memory": ("peak_bytes", lambda values: size(values["median"])),
     }
     models = [plain(model["model"]) for model in found["models"]]
     table = new_table(f"median (least to most) of {found['settings']['trials']}", *models)
-    for name, (key, show, _) in rows.items():
-        table.add_row(name, *(show(model[key]) for model in found["models"]))
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(f"Memory: {found['peak_memory']}; {found['device']}.")
+    for name, (key, form) in rows.items():
+        table.add_row(name, *(form(model[key]) for model in found["models"]))
+    show(table)
+    show(f"Memory: {found['peak_memory']}; {found['device']}.")
     for other in found["ratios"]:
-        parts = (
-            f"{name.partition(',')[0]} {other[key]['median']:.2f} x "
-            f"({other[key]['min']:.2f} to {other[key]['max']:.2f})"
-            for name, (_, _, key) in rows.items()
-        )
-        text = f"{other['model']} takes, over {other['against']}: {', '.join(parts)}"
-        console.print(plain(text), markup=False)
+        show(plain(f"{other['model']}: {_compared(other)} {other['against']}"))
+
+
+def _compared(ratios: dict[str, Any]) -> str:
+    """Say how many times as fast, and as large, a model is as the one it ran in turns with."""
+    parts = [
+        f"{name} {1 / ratios[key]['median']:.2f} x as fast "
+        f"({1 / ratios[key]['max']:.2f} to {1 / ratios[key]['min']:.2f})"
+        for name, key in (("prefill", "prefill_time"), ("decode", "decode_time"))
+    ]
+    return f"{', '.join(parts)}, {ratios['peak_bytes']['median']:.2f} x the peak memory of"

@@ -1,0 +1,101 @@
+"""Show help in panels that fit 80 columns, with option names whole and an example at the end."""
+
+from typing import Any
+
+import typer.core
+
+COMMON = "Common"  # the panel of what most people need
+EVERYWHERE = (
+    ("--quiet", "Print results and errors only."),
+    ("--debug", "Show the traceback of an error."),
+    ("-h, --help", "Show this."),
+)
+MOST_COLUMNS = 100
+NAMES_COLUMNS = 30
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose help is `print_help`'s; its epilog is the example."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help."""
+        print_help(self, ctx)
+
+
+class Group(typer.core.TyperGroup):
+    """A group of commands whose help is `print_help`'s."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the help."""
+        print_help(self, ctx)
+
+
+def print_help(command: Any, ctx: Any) -> None:
+    """Print usage, description, panels of options and commands, and the example."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(highlight=False)
+    console.width = min(console.width, MOST_COLUMNS)
+    pieces = " ".join(command.collect_usage_pieces(ctx))
+    console.print(f"[bold]Usage:[/] {escape(f'{ctx.command_path} {pieces}')}\n")
+    console.print(escape(command.help or "") + "\n")
+    panels: dict[str, list[tuple[str, str]]] = {COMMON: []}
+    for name in getattr(command, "list_commands", lambda ctx: [])(ctx):
+        if not (found := command.get_command(ctx, name)).hidden:
+            panels.setdefault(found.rich_help_panel or "Commands", []).append(
+                (name, found.get_short_help_str(200))
+            )
+    for parameter in command.params:
+        if not getattr(parameter, "hidden", False):
+            panel = parameter.rich_help_panel or COMMON
+            panels.setdefault(panel, []).append((_names(parameter), _text(parameter)))
+    panels["Everywhere"] = list(EVERYWHERE)
+    for title, rows in panels.items():
+        if rows:
+            console.print(_panel(title, rows))
+    if command.epilog:
+        console.print(escape(command.epilog))
+
+
+def _panel(title: str, rows: list[tuple[str, str]]) -> Any:
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, padding=(0, 1, 0, 0), expand=True)
+    width = min(NAMES_COLUMNS, max(len(names) for names, _ in rows) + 2)
+    table.add_column(width=width, overflow="fold")
+    table.add_column(ratio=1)
+    for names, text in rows:
+        table.add_row(Text(names, style="cyan"), Text(text))
+    return Panel(table, title=title, title_align="left", border_style="dim")
+
+
+def _names(parameter: Any) -> str:
+    """Return the short and the first long spelling, and what is to be given."""
+    if parameter.param_type_name == "argument":
+        return str(parameter.metavar or parameter.name.upper())
+    short = [name for name in parameter.opts if not name.startswith("--")]
+    long = [name for name in parameter.opts if name.startswith("--")]
+    names = ", ".join([*short, *long[:1]])
+    if parameter.is_flag:
+        return names
+    return f"{names} {parameter.metavar or long[0].rpartition('-')[2].upper()}"
+
+
+def _text(parameter: Any) -> str:
+    """Return the help, other spellings and the default."""
+    text = parameter.help or ""
+    long = [name for name in parameter.opts if name.startswith("--")]
+    more = [f"also {', '.join(long[1:])}"] if len(long) > 1 else []
+    default = parameter.default
+    if parameter.required:
+        more.append("required")
+    elif isinstance(default, int | float | str) and not isinstance(default, bool):
+        more.append(f"default: {default}")
+    elif isinstance(default, list | tuple) and default:
+        more.append(f"default: {', '.join(map(str, default))}")
+    if parameter.envvar:
+        more.append(f"or ${parameter.envvar}")
+    return f"{text} [{'; '.join(more)}]".strip() if more else text

@@ -1,0 +1,115 @@
+"""Show how far a library call is: bars on a terminal, else one plain line a stage and a minute."""
+
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from splitquant_mlx.cli import console
+from splitquant_mlx.progress import Advance, Silent
+
+EVERY_S = 60.0
+
+
+class Bars:
+    """Show each task of a library call on stderr; see `splitquant_mlx.progress`.
+
+    Args:
+        stages: labels of the tasks that the whole work will have, to number them by. Without
+            them a task is not worth a line where stderr is no terminal, until it takes a minute.
+    """
+
+    def __init__(self, stages: Sequence[str] = ()) -> None:
+        self._stages = list(dict.fromkeys(stages))
+
+    @contextmanager
+    def task(self, label: str, total: float | None = None) -> Iterator[Advance]:
+        """Show a bar for `total` steps, or a pulse where the total is unknown."""
+        if label in self._stages:
+            label = f"{self._stages.index(label) + 1} of {len(self._stages)}, {label}"
+        if console.is_quiet():
+            shown = Silent().task(label, total)
+        elif sys.stderr.isatty():
+            shown = _bar(label, total)
+        else:
+            shown = _lines(label, total, begins=bool(self._stages))
+        with shown as advance:
+            yield advance
+
+    def note(self, text: str) -> None:
+        """Show a line."""
+        console.note(text)
+
+
+@contextmanager
+def _bar(label: str, total: float | None) -> Iterator[Advance]:
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[times]}"),
+    )
+    started, done = time.monotonic(), 0.0
+    stopped = threading.Event()
+    with Progress(*columns, console=console.stderr(), transient=True, expand=True) as bars:
+        bar = bars.add_task(label, total=total, times=_times(0, 0, total))
+
+        def advance(amount: float, note: str = "") -> None:
+            nonlocal done
+            done += amount
+            bars.update(bar, advance=amount, description=f"{label} {note}".rstrip())
+
+        def tick() -> None:
+            while not stopped.wait(0.5):
+                bars.update(bar, times=_times(time.monotonic() - started, done, total))
+
+        threading.Thread(target=tick, daemon=True).start()
+        try:
+            yield advance
+        finally:
+            stopped.set()
+
+
+@contextmanager
+def _lines(label: str, total: float | None, *, begins: bool) -> Iterator[Advance]:
+    started, done = time.monotonic(), 0.0
+    stopped = threading.Event()
+
+    def advance(amount: float, note: str = "") -> None:
+        nonlocal done
+        done += amount
+
+    def tick() -> None:
+        while not stopped.wait(EVERY_S):
+            share = f"{done / total:.0%}, " if total else ""
+            print(
+                f"{label}: {share}{_times(time.monotonic() - started, done, total)}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    if begins:
+        print(label, file=sys.stderr, flush=True)
+    threading.Thread(target=tick, daemon=True).start()
+    try:
+        yield advance
+    finally:
+        stopped.set()
+
+
+def _times(elapsed_s: float, done: float, total: float | None) -> str:
+    """Return the time that passed and, as soon as it can be told, the time that is left."""
+    text = f"{clock(elapsed_s)} elapsed"
+    if total and 0 < done < total and elapsed_s >= 1:
+        text += f", {clock(elapsed_s * (total - done) / done)} left"
+    return text
+
+
+def clock(seconds: float) -> str:
+    """Return a time as m:ss, or h:mm:ss."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,221 @@
+"""Talk in the terminal: read messages and commands, stream the answers."""
+
+import signal
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from splitquant_mlx.cli import interrupt
+from splitquant_mlx.cli.console import note, printable
+from splitquant_mlx.cli.reading import Reader, silent_keyboard
+from splitquant_mlx.errors import RecipeError, SplitQuantError
+from splitquant_mlx.inference.chat import Conversation, Decoder, load_messages, save_messages
+from splitquant_mlx.models.footprint import CONTEXT_TOKENS
+
+HELP = """\
+/system TEXT   set the system prompt (alone: show it)
+/retry         another answer to the last message
+/continue      go on with the last answer
+/reset         clear the conversation
+/save FILE     write the conversation; /load FILE reads it
+/set           show sampling; /set NAME VALUE changes temp, top_p, min_p, top_k, max_tokens, seed
+/stats         tokens and speed;  /context  how much of the context is used
+/exit          leave, as Ctrl-D does; Ctrl-C stops an answer
+\"\"\"            begins and ends a message of several lines
+A space before / says it to the model."""
+HINT = "/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves"
+NUMBERS = {"temp": float, "top_p": float, "min_p": float, "top_k": int, "max_tokens": int}
+
+
+class Talk:
+    """One session of chat.
+
+    Args:
+        conversation: to carry on.
+        decoder: that answers.
+        context: tokens that the model was made for; None if unknown.
+        fills_context: let an answer be as long as the context holds, whatever max_tokens says.
+    """
+
+    def __init__(
+        self,
+        conversation: Conversation,
+        decoder: Decoder,
+        *,
+        context: int | None,
+        fills_context: bool,
+    ) -> None:
+        self._conversation = conversation
+        self._decoder = decoder
+        self._context = context
+        self._fills_context = fills_context
+        self._answered = [0, 0.0]  # tokens, and the seconds they took
+        self._interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        self._commands: dict[str, Callable[[str], object]] = {
+            "/help": lambda rest: note(HELP),
+            "/system": self._system,
+            "/retry": lambda rest: self._answer(self._conversation.retry),
+            "/continue": lambda rest: self._answer(self._conversation.resume),
+            "/reset": self._reset,
+            "/save": self._save,
+            "/load": self._load,
+            "/set": self._set,
+            "/stats": self._stats,
+            "/context": lambda rest: note(self._used()),
+        }
+
+    def run(self, first: str | None = None) -> None:
+        """Answer messages until there are no more, or the user leaves."""
+        if self._interactive:
+            note(HINT)
+        if first is not None:
+            self._say(first)
+        for message in Reader(self._interactive, [*self._commands, "/exit"]):
+            word, _, rest = message.strip().partition(" ")
+            if not message.strip():
+                continue
+            if word == "/exit" and message.startswith("/"):
+                return
+            try:
+                if not message.startswith("/"):
+                    self._say(message.strip())
+                elif command := self._commands.get(word):
+                    command(rest.strip())
+                else:
+                    note(f"unknown command {printable(word)}: /help lists them")
+            except SplitQuantError as exc:
+                if not self._interactive:
+                    raise
+                note(printable(str(exc)))
+
+    def _say(self, message: str) -> None:
+        self._answer(lambda stop: self._conversation.answer(message, stop))
+
+    def _answer(self, begin: Callable[[Callable[[], bool]], Generator[Any, None, None]]) -> None:
+        """Print the answer as it comes, then a line on its length and speed."""
+        limit = self._limit()
+        last, count = None, 0
+        if self._interactive:
+            _mark()
+        with _ctrl_c() as pressed, silent_keyboard(), suppress(KeyboardInterrupt):
+            stop = lambda: pressed() or (limit is not None and count >= limit)  # noqa: E731
+            with closing(begin(stop)) as answer:
+                for last in answer:
+                    count += 1
+                    self._warn(last, count)
+                    print(printable(last.text), end="", flush=True)
+        print()
+        if last is None:
+            note("no answer")
+            return
+        self._answered[0] += last.generation_tokens
+        self._answered[1] += last.generation_tokens / (last.generation_tps or 1e9)
+        if last.finish_reason == "length" or (count == limit and not last.finish_reason):
+            reason = "--max-tokens" if last.finish_reason else "the context is full"
+            note(f"cut off at {count} tokens ({reason}): /continue goes on")
+        if self._interactive:
+            note(
+                f"{last.generation_tokens} tokens, {last.generation_tps:.1f} tokens-per-sec, "
+                f"{self._used()}"
+            )
+
+    def _limit(self) -> int | None:
+        """Return how long an answer may be; at least something where the context is full."""
+        if not self._fills_context:
+            return None
+        left = (self._context or 0) - self._conversation.tokens
+        return max(left, 256) if self._context else CONTEXT_TOKENS
+
+    def _warn(self, response: Any, count: int) -> None:
+        tokens = self._conversation.tokens
+        if count == 1 and self._context and tokens > self._context:
+            note(
+                f"warning: {tokens:,} tokens are more than the {self._context:,} that this model "
+                "was made for: expect nonsense, or /reset"
+            )
+
+    def _used(self) -> str:
+        limit = f" / {self._context:,}" if self._context else ""
+        return f"context {self._conversation.tokens:,}{limit}"
+
+    def _system(self, text: str) -> None:
+        if text:
+            self._conversation.set_system_prompt(text)
+        note(f"system prompt: {printable(self._conversation.system_prompt or '(none)')}")
+
+    def _reset(self, rest: str) -> None:
+        self._conversation.reset()
+        note("Conversation cleared.")
+
+    def _save(self, file: str) -> None:
+        if not file:
+            raise RecipeError("/save FILE: say which file")
+        save_messages(self._conversation.messages, Path(file).expanduser())
+        note(f"Saved {len(self._conversation.messages)} messages in {file}")
+
+    def _load(self, file: str) -> None:
+        if not file:
+            raise RecipeError("/load FILE: say which file")
+        self._conversation.messages = load_messages(Path(file).expanduser())
+        self._conversation.tokens = 0
+        note(f"Loaded {len(self._conversation.messages)} messages from {file}")
+
+    def _set(self, rest: str) -> None:
+        name, _, value = rest.partition(" ")
+        if name == "seed" and value.isdecimal():
+            import mlx.core as mx
+
+            mx.random.seed(int(value))
+        elif name in NUMBERS:
+            try:
+                number = NUMBERS[name](value)
+            except ValueError as exc:
+                raise RecipeError(f"/set {name}: expected a number, got {value!r}") from exc
+            self._decoder.decoding = replace(self._decoder.decoding, **{name: number})
+            self._fills_context = self._fills_context and name != "max_tokens"
+        elif name:
+            raise RecipeError(f"/set: expected one of {', '.join([*NUMBERS, 'seed'])}, got {name}")
+        values = (f"{name} {getattr(self._decoder.decoding, name):g}" for name in NUMBERS)
+        note(", ".join(values))
+
+    def _stats(self, rest: str) -> None:
+        import mlx.core as mx
+
+        tokens, seconds = self._answered
+        speed = f", {tokens / seconds:.1f} tokens-per-sec" if seconds else ""
+        peak = mx.get_peak_memory() / 1e9
+        note(f"{tokens:.0f} tokens answered{speed}, {self._used()}, peak memory {peak:.2f} GB")
+
+
+def _mark() -> None:
+    """Print what tells the model's words from the user's."""
+    from rich.console import Console
+
+    from splitquant_mlx.cli.console import styles
+
+    Console(highlight=False, **styles()).print("model>", style="bold green", end=" ")
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Make the first Ctrl-C a flag, seen between two tokens; a second one interrupts at once.
+
+    Where mlx computes for long and sees neither, a third one ends the process.
+    """
+    pressed = False
+
+    def press(signum: int, frame: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        with interrupt.handled(2):
+            yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,104 @@
+"""Estimate, from headers alone, the memory that a model takes while it runs."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from splitquant_mlx.models.checkpoint import read_config, read_headers
+from splitquant_mlx.runtime.memory import check_memory
+
+PROGRAM_BYTES = 300e6  # Python and its libraries
+WIDENED = ("F16", "BF16")  # on the CPU, to float32
+CONTEXT_TOKENS = 4096  # that a cache is counted for, or the model's own limit
+
+
+def weight_bytes(path: Path) -> int:
+    """Return the size of a model's tensors, as they are stored.
+
+    Raises:
+        CheckpointError: when `path` is no usable model directory or .gguf file.
+    """
+    return path.stat().st_size if path.is_file() else sum(_sizes(path, widened=False))
+
+
+def running_bytes(path: Path) -> int:
+    """Estimate the memory that a model directory or .gguf file takes to generate text.
+
+    Weights as they are on the device, a KV cache of up to 4,096 tokens, and the program.
+
+    Raises:
+        CheckpointError: when `path` is no usable model directory or .gguf file.
+    """
+    on_cpu = mx.default_device() == mx.cpu
+    if path.is_file():
+        from splitquant_mlx.formats.gguf import open_gguf
+
+        tensors = open_gguf(path).tensors.values()
+        weights = sum(math.prod(tensor.shape) for tensor in tensors) * (4 if on_cpu else 2)
+        return int(weights + PROGRAM_BYTES)
+    config = read_config(path)
+    return int(sum(_sizes(path, widened=on_cpu)) + _cache_bytes(config, on_cpu) + PROGRAM_BYTES)
+
+
+def check_running(path: Path, work: str) -> str:
+    """Refuse to load a model that memory is too small for; see `check_memory`.
+
+    Raises:
+        MemoryTooSmallError: with what would fit.
+        CheckpointError: when `path` is no usable model.
+    """
+    needed = running_bytes(path)
+    four_bit = (dense_bytes(path) / 2 * 4.5 / 8 + PROGRAM_BYTES) / 1e9
+    advice = f"at 4.5 bits/weight it would take about {four_bit:.1f} GB" if is_dense(path) else ""
+    return check_memory(needed, work, advice or "choose a smaller model, or fewer bits/weight")
+
+
+def dense_bytes(path: Path) -> int:
+    """Return the size of a model's tensors at 2 bytes a parameter, were it not quantized."""
+    return 2 * sum(math.prod(header.shape) for header in _headers(path).values())
+
+
+def is_dense(path: Path) -> bool:
+    """Return whether a directory holds a model that is not quantized."""
+    if path.is_file():
+        return False
+    config = read_config(path)
+    return not any(config.get(key) for key in ("quantization", "quantization_config", "splitquant"))
+
+
+def context_limit(config: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a model was made for; None where its config does not say."""
+    text = config.get("text_config")
+    for table in (config, text if isinstance(text, Mapping) else {}):
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+            if type(limit := table.get(key)) is int and limit > 0:
+                return limit
+    return None
+
+
+def _headers(path: Path) -> dict[str, Any]:
+    return {} if path.is_file() else read_headers(path)
+
+
+def _sizes(path: Path, *, widened: bool) -> list[int]:
+    return [
+        header.nbytes * (2 if widened and header.dtype in WIDENED else 1)
+        for header in read_headers(path).values()
+    ]
+
+
+def _cache_bytes(config: Mapping[str, Any], on_cpu: bool) -> float:
+    """Return the size of a KV cache of a usual length, as for a plain decoder."""
+    text = config.get("text_config")
+    table = text if isinstance(text, Mapping) else config
+    try:
+        heads = int(table.get("num_key_value_heads") or table["num_attention_heads"])
+        width = table.get("head_dim") or table["hidden_size"] / table["num_attention_heads"]
+        layers = int(table["num_hidden_layers"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return 0
+    tokens = min(context_limit(config) or CONTEXT_TOKENS, CONTEXT_TOKENS)
+    return 2 * layers * heads * float(width) * tokens * (4 if on_cpu else 2)

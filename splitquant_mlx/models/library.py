@@ -1,0 +1,110 @@
+"""List the models that are on this machine: converted here, and in the hub's cache."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from splitquant_mlx.errors import SplitQuantError
+from splitquant_mlx.formats.manifest import FILE_NAME, Manifest, load_manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalModel:
+    """A model on this machine.
+
+    Attributes:
+        path: its directory.
+        name: of the model: its directory's, or its repo's.
+        method: that it was converted with; "" for one that was not.
+        bits_per_weight: of the whole model; None where it was not converted.
+        nbytes: of its weights, bytes.
+        modified: when it was written, s since 1970.
+        is_split: whether its layers are split, which only this program runs as it is.
+    """
+
+    path: Path
+    name: str
+    method: str
+    bits_per_weight: float | None
+    nbytes: int
+    modified: float
+    is_split: bool
+
+    @property
+    def runs_in(self) -> str:
+        """Return the programs that run the model."""
+        return "here, mlx-lm with --trust-remote-code" if self.is_split else "mlx-lm, LM Studio"
+
+
+def converted_in(directory: Path) -> list[LocalModel]:
+    """Return the models in `directory` that splitquant-mlx converted, the newest first."""
+    found = []
+    for path in _directories(directory):
+        with suppress(SplitQuantError, OSError):
+            if not path.name.startswith(".") and (manifest := load_manifest(path)) is not None:
+                found.append(_converted(path, manifest))
+    return sorted(found, key=lambda model: model.modified, reverse=True)
+
+
+def in_hub_cache() -> list[LocalModel]:
+    """Return the models in the hub's cache, converted or not, the newest first."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return []
+    found = []
+    for repo in repos:
+        for revision in repo.revisions:
+            if repo.repo_type != "model" or not any(revision.snapshot_path.glob("*.safetensors")):
+                continue
+            manifest = None
+            with suppress(SplitQuantError, OSError):
+                manifest = load_manifest(revision.snapshot_path)
+            found.append(
+                LocalModel(
+                    path=revision.snapshot_path,
+                    name=repo.repo_id,
+                    method=_method(manifest) if manifest else "",
+                    bits_per_weight=manifest.bits_per_weight if manifest else None,
+                    nbytes=revision.size_on_disk,
+                    modified=revision.last_modified,
+                    is_split=_is_split(manifest),
+                )
+            )
+    return sorted(found, key=lambda model: model.modified, reverse=True)
+
+
+def closest(name: str, directory: Path) -> str | None:
+    """Return the model in `directory` that `name` looks like a misspelling of."""
+    names = [path.name for path in _directories(directory) if (path / "config.json").is_file()]
+    return next(iter(get_close_matches(name, names, n=1, cutoff=0.75)), None)
+
+
+def _directories(directory: Path) -> Iterator[Path]:
+    with suppress(OSError):
+        yield from (path for path in sorted(directory.iterdir()) if path.is_dir())
+
+
+def _converted(path: Path, manifest: Manifest) -> LocalModel:
+    return LocalModel(
+        path=path,
+        name=path.name,
+        method=_method(manifest),
+        bits_per_weight=manifest.bits_per_weight,
+        nbytes=manifest.stored_bytes,
+        modified=(path / FILE_NAME).stat().st_mtime,
+        is_split=_is_split(manifest),
+    )
+
+
+def _method(manifest: Manifest) -> str:
+    return str(manifest.recipe.get("method", "splitquant"))
+
+
+def _is_split(manifest: Manifest | None) -> bool:
+    return manifest is not None and any(layer.action == "split" for layer in manifest.layers)
