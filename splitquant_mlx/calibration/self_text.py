@@ -1,4 +1,4 @@
-"""Have a model write the text it is calibrated on, so that no data set is needed.
+"""Sample the text that a model is calibrated on from itself, so that no data set is needed.
 
 A third of the texts begin with a random token, a third with one of a few common openings of a
 document, and a third, where there is a chat template, with a user's message that the model itself
@@ -7,7 +7,10 @@ lower temperatures and fewer kinds of beginnings gave calibrations that carry ov
 other text.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from splitquant_mlx.progress import Progress
+from splitquant_mlx.runtime.disk import write_atomic
 
 OPENINGS = (
     "The history of", "In mathematics,", "def ", "#include <", "Chapter 1\n\n", "Question: ",
@@ -25,56 +29,117 @@ OPENINGS = (
 )  # fmt: skip
 MARK = "\x01"
 BATCH_TEXTS = 128  # 128 tokens of each have 0.5 GB of keys and values for 1B, 2.1 GB for 8B
+BLOCK = 64  # tokens of the vocabulary that are added up before one is drawn
+SAVE_S = 20.0  # between two saves of what was written
 
 
 def sample_tokens(
-    model: nn.Module, prompts: list[list[int]], *, length: int, seed: int, progress: Progress
+    model: nn.Module,
+    prompts: list[list[int]],
+    *,
+    length: int,
+    seed: int,
+    progress: Progress,
+    unfinished: Path | None = None,
 ) -> np.ndarray:
     """Return tokens (texts, length) int32 that `model` wrote, `BATCH_TEXTS` side by side.
 
     Args:
-        model: one of mlx-lm's, unquantized.
+        model: one of mlx-lm's.
         prompts: the beginning of each text, at least one token.
         length: tokens of each, its beginning among them.
         seed: of the sampling.
-        progress: told of every token of a batch.
+        progress: progress reporter.
+        unfinished: file to save what is written to, every `SAVE_S` seconds. What an interrupted
+            call left there is gone on with; it is removed at the end.
     """
-    batches = [
-        prompts[start : start + BATCH_TEXTS] for start in range(0, len(prompts), BATCH_TEXTS)
-    ]
-    keys = mx.random.split(mx.random.key(seed), len(batches))
-    with progress.task("Sampling text", len(batches) * (length - 1)) as advance:
-        return np.concatenate(
-            [
-                _continue(model, batch, length, key, advance)
-                for batch, key in zip(batches, keys, strict=True)
-            ]
-        )
+    tokens = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt[:length]
+    given = np.array([min(len(prompt), length) for prompt in prompts])
+    steps = -(-len(prompts) // BATCH_TEXTS) * (length - 1)
+    done = _restore(unfinished, tokens)
+    with progress.task("Sampling text", steps) as advance:
+        advance(done)
+        saved_s = time.monotonic()
+        for batch in range(done // (length - 1), -(-len(prompts) // BATCH_TEXTS)):
+            own = slice(batch * BATCH_TEXTS, (batch + 1) * BATCH_TEXTS)
+            first = done - batch * (length - 1) if done > batch * (length - 1) else 0
+            for position in _continue(model, tokens[own], given[own], first + 1, [seed, batch]):
+                advance(1)
+                if unfinished and time.monotonic() - saved_s > SAVE_S:
+                    _save(unfinished, tokens, batch * (length - 1) + position)
+                    saved_s = time.monotonic()
+    if unfinished:
+        unfinished.unlink(missing_ok=True)
+    return tokens
 
 
 def _continue(
-    model: nn.Module,
-    prompts: list[list[int]],
-    length: int,
-    key: mx.array,
-    advance: Callable[[float], None],
-) -> np.ndarray:
-    """Return tokens (texts, length): `prompts`, cut or carried on by the model, side by side."""
+    model: nn.Module, tokens: np.ndarray, given: np.ndarray, first: int, seed: list[int]
+) -> Iterator[int]:
+    """Set `tokens` (texts, length) from position `first` on, where they are not `given`.
+
+    Yields each position when its tokens are there. What is drawn at a position depends on the seed
+    and the position alone, so that a text can be gone on with.
+    """
     from mlx_lm.models.cache import make_prompt_cache
 
-    tokens = np.zeros((len(prompts), length), np.int32)
-    given = np.array([min(len(prompt), length) for prompt in prompts])
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt[:length]
     cache = make_prompt_cache(model)
-    for position in range(1, length):
-        inputs = mx.array(tokens[:, position - 1 : position])
-        key, own = mx.random.split(key)
-        drawn = mx.random.categorical(model(inputs, cache=cache)[:, -1], key=own)
+    for position in range(first, tokens.shape[1]):
+        # the first call reads all that is there
+        start = 0 if position == first else position - 1
+        logits = model(mx.array(tokens[:, start:position]), cache=cache)[:, -1]
+        drawn = _draw(logits, [*seed, position])
         free = given <= position
-        tokens[free, position] = np.array(drawn)[free]
-        advance(1)
-    return tokens
+        tokens[free, position] = drawn[free]
+        yield position
+
+
+def _draw(logits: mx.array, seed: list[int]) -> np.ndarray:
+    """Draw a token for each row of `logits` (texts, vocabulary).
+
+    On the CPU by the inverse of the distribution function: a random number for each text, where
+    mlx draws one for each token of the vocabulary, which takes six times as long.
+    """
+    rng = np.random.default_rng(seed)
+    if mx.default_device() != mx.cpu:
+        key = mx.random.key(int(rng.integers(1 << 63)))
+        return np.array(mx.random.categorical(logits, key=key))
+    p = np.array(logits.astype(mx.float32))
+    p -= p.max(axis=-1, keepdims=True)
+    np.exp(p, out=p)
+    whole = p.shape[1] // BLOCK * BLOCK
+    blocks = p[:, :whole].reshape(len(p), -1, BLOCK).sum(axis=-1)
+    sums = np.cumsum(np.concatenate([blocks, p[:, whole:]], axis=1), axis=1, dtype=np.float64)
+    point = rng.random(len(p)) * sums[:, -1]
+    drawn = np.empty(len(p), np.int64)
+    for row, (at, total) in enumerate(zip(point, sums, strict=True)):
+        block = min(int(np.searchsorted(total, at, side="right")), len(total) - 1)
+        if block >= blocks.shape[1]:
+            drawn[row] = whole + block - blocks.shape[1]
+            continue
+        inside = np.cumsum(p[row, block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
+        left = at - (total[block - 1] if block else 0.0)
+        drawn[row] = block * BLOCK + min(
+            int(np.searchsorted(inside, left, side="right")), BLOCK - 1
+        )
+    return drawn
+
+
+def _save(file: Path, tokens: np.ndarray, done: int) -> None:
+    with suppress(OSError):  # a disk that is full costs time, not the text
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, np.array([done, *tokens.flat], "<i4").tobytes())
+
+
+def _restore(file: Path | None, tokens: np.ndarray) -> int:
+    """Set `tokens` to what was saved, if anything fitting was; returns the steps done."""
+    with suppress(OSError, ValueError):
+        if file and len(found := np.frombuffer(file.read_bytes(), "<i4")) == tokens.size + 1:
+            tokens[...] = found[1:].reshape(tokens.shape)
+            return int(found[0])
+    return 0
 
 
 def beginnings(tokenizer: Any, texts: int, rng: np.random.Generator) -> list[list[int]]:

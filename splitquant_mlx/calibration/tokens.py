@@ -9,10 +9,12 @@ import numpy as np
 
 from splitquant_mlx.calibration.self_text import BATCH_TEXTS, beginnings, sample_tokens
 from splitquant_mlx.data.text import cut_windows, encode, load_text
+from splitquant_mlx.models.compact import compact
 from splitquant_mlx.models.lazy import LazyModel
+from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.progress import Progress
 from splitquant_mlx.recipe import SELF, Calibration
-from splitquant_mlx.runtime.cache import kept
+from splitquant_mlx.runtime.cache import cache_directory, kept
 
 
 def calibration_tokens(
@@ -34,11 +36,18 @@ def calibration_tokens(
         return windows[:: max(1, len(windows) // texts)][:texts]
     seed = calibration.seed
     prompts = beginnings(opened.tokenizer, texts, np.random.default_rng(seed))
-    parts = (opened.hash, prompts, length, seed, BATCH_TEXTS, version("mlx"))
+    parts = (opened.hash, prompts, length, seed, BATCH_TEXTS, "compact", version("mlx"))
     key = sha256(repr((*parts, mx.default_device().type.name)).encode()).hexdigest()
+
+    def sample() -> np.ndarray:
+        model = compact(load_model(opened.path, lazy=True))
+        unfinished = cache_directory() / f"calibration/{key}.unfinished"
+        settings = {"length": length, "seed": seed, "progress": progress}
+        return sample_tokens(model, prompts, **settings, unfinished=unfinished)
+
     return kept(
         f"calibration/{key}.bin",
-        lambda: sample_tokens(opened.load(), prompts, length=length, seed=seed, progress=progress),
+        sample,
         pack=lambda tokens: tokens.astype("<i4").tobytes(),
         unpack=lambda content: np.frombuffer(content, "<i4").reshape(texts, length),
     )

@@ -9,7 +9,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any
 from weakref import WeakSet
@@ -34,9 +34,11 @@ FLOAT_TYPES = tuple(FLOATS.values())
 class Converter:
     """Convert every parameter of the model as planned, and write it.
 
-    This thread reads, calibrates and writes. On the CPU, threads of a pool convert weights in
-    between, one per core; a GPU does one weight at a time, in this thread. Either way there are at
-    most two more large weights in memory than are being worked on.
+    This thread reads, calibrates and writes. Threads of a pool, one per core, convert weights
+    meanwhile: on the CPU all of them, so that one block is calibrated while the one before it is
+    quantized; beside a GPU those whose quantizer computes with numpy, while the GPU runs the next
+    block. What a GPU quantizes it does in this thread, one weight at a time. At most one block's
+    weights wait, without calibration two more large ones than are being worked on.
 
     What the conversion's state holds already is not done again.
     """
@@ -48,6 +50,8 @@ class Converter:
         self.plan = plan
         self.writer = writer
         self.state = state
+        self._threads = os.cpu_count() or 1
+        self._limit = 1  # large weights that may wait
 
     def run(
         self, progress: Progress, calibration: Iterable[InputStatistics] | None = None
@@ -64,14 +68,14 @@ class Converter:
         splits = any(layer.action == "split" for layer in self.plan.layers.values())
         label = "Splitting and quantizing" if splits else "Quantizing"
         on_cpu = mx.default_device() == mx.cpu
-        threads = os.cpu_count() or 1 if on_cpu else 1
+        self._limit = self._threads + 1 if on_cpu else 1
         total = sum(array.nbytes for array in self.checkpoint.weights.values())
         waiting: deque[tuple[str, float, Callable[[], Converted]]] = deque()
         large = 0  # norms and biases would fill the queue while a core has nothing to do
         with (
             progress.task(label, total) as advance,
             one_thread_for_numpy(),
-            _pool(threads) as submit,
+            _pool(self._threads) as submit,
         ):
             for name, inputs in self._inputs(calibration):
                 nbytes, layer = self.checkpoint.weights[name].nbytes, self.plan.layer_of(name)
@@ -80,11 +84,12 @@ class Converter:
                     advance(nbytes)
                     continue
                 w = self._read(name)
-                work = partial(self._convert, name, w, inputs)
-                waiting.append((name, nbytes, submit(work).result if on_cpu else work))
+                apart = on_cpu or (layer is not None and layer.uses_cpu)
+                work = partial(self._convert, name, w, inputs, on_cpu=apart)
+                waiting.append((name, nbytes, submit(work).result if apart else work))
                 large += layer is not None
-                del w, work
-                while large > threads + 1:
+                del w, work, inputs
+                while large > self._limit:
                     large -= self.plan.layer_of(waiting[0][0]) is not None
                     advance(self._finish(*waiting.popleft()))
             while waiting:
@@ -109,6 +114,8 @@ class Converter:
                 return
             names = [name for name in left if name.startswith(block.prefix)]
             left = [name for name in left if not name.startswith(block.prefix)]
+            planned = sum(self.plan.layer_of(name) is not None for name in names)
+            self._limit = max(self._limit, planned)
             yield from ((name, block.means.get(name.removesuffix(".weight"))) for name in names)
             del block  # before the next one is run
 
@@ -124,12 +131,15 @@ class Converter:
                 ) from exc
         return w
 
-    def _convert(self, name: str, w: mx.array, inputs: mx.array | None) -> Converted:
+    def _convert(
+        self, name: str, w: mx.array, inputs: mx.array | None, *, on_cpu: bool
+    ) -> Converted:
         try:
-            if layer := self.plan.layer_of(name):
-                return convert_weight(w, layer, inputs)
-            require_finite(w)
-            return Converted(tensors={name: w})
+            with mx.stream(mx.cpu) if on_cpu else nullcontext():
+                if layer := self.plan.layer_of(name):
+                    return convert_weight(w, layer, inputs)
+                require_finite(w)
+                return Converted(tensors={name: w})
         except ValueError as exc:
             check_unchanged(self.checkpoint)
             raise CheckpointError(

@@ -51,6 +51,11 @@ class LayerPlan:
     sweeps: int = 0
     note: str = ""
 
+    @property
+    def uses_cpu(self) -> bool:
+        """Return whether the quantizer computes on the CPU, whatever the default device."""
+        return self.quantizer == "gptq"
+
     def tensors(self, dtype: mx.Dtype) -> dict[str, tuple[mx.Dtype, tuple[int, ...]]]:
         """Return type and shape of what is stored of a weight of type `dtype`, by leaf name."""
         if self.action == "keep":

@@ -5,16 +5,19 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import tiny
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
+from scipy.stats import chisquare
 from tokenizers import processors
 
 from splitquant_mlx import RecipeError, dequantize, load
+from splitquant_mlx.calibration import self_text
 from splitquant_mlx.calibration.self_text import beginnings, sample_tokens
 from splitquant_mlx.calibration.sensitivity import predict_divergence
 from splitquant_mlx.calibration.statistics import hessian, iterate_blocks, sum_of_squares
 from splitquant_mlx.calibration.tokens import calibration_tokens
 from splitquant_mlx.evaluation.divergence import divergence, log_probabilities
 from splitquant_mlx.models.architecture import parameters
+from splitquant_mlx.models.compact import compact
 from splitquant_mlx.models.lazy import LazyModel
 from splitquant_mlx.progress import Silent
 from splitquant_mlx.quantization.gptq import gptq_quantize
@@ -143,6 +146,49 @@ def test_text_is_written_once(stories, tmp_path, monkeypatch):
     kept.write_bytes(b"damaged")
     with pytest.raises(TypeError):
         calibration_tokens(LazyModel(stories), settings, Silent())
+
+
+def test_an_interrupted_text_is_gone_on_with(stories, tmp_path, monkeypatch):
+    model, tokenizer = load(stories)
+    prompts = beginnings(tokenizer, 5, np.random.default_rng(1))
+    settings = {"length": 30, "seed": 1, "progress": Silent(), "unfinished": tmp_path / "text"}
+    monkeypatch.setattr(self_text, "BATCH_TEXTS", 2)
+    monkeypatch.setattr(self_text, "SAVE_S", 0.0)
+    whole = sample_tokens(model, prompts, **settings)
+    assert not list(tmp_path.iterdir())
+    draw, drawn = self_text._draw, []
+
+    def draw_or_stop(logits, seed):
+        drawn.append(seed)
+        if len(drawn) == 40:
+            raise KeyboardInterrupt
+        return draw(logits, seed)
+
+    monkeypatch.setattr(self_text, "_draw", draw_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        sample_tokens(model, prompts, **settings)
+    np.testing.assert_array_equal(sample_tokens(model, prompts, **settings), whole)
+    assert len(drawn) <= 3 * 29 + 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_tokens_are_drawn_as_likely_as_they_are():
+    logits = mx.random.normal((1, 150), key=mx.random.key(0)) * 2
+    p = np.array(mx.softmax(logits, axis=-1))[0].astype(np.float64)
+    drawn = self_text._draw(mx.repeat(logits, 20_000, axis=0), [0])
+    often = p * 20_000 > 5
+    counts = np.bincount(drawn, minlength=150)[often]
+    assert chisquare(counts, p[often] / p[often].sum() * counts.sum()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_the_copy_that_samples_predicts_nearly_the_same(tmp_path, architecture):
+    source = tiny.write_checkpoint(tmp_path / "source", architecture)
+    original, copy = load(source)[0], compact(load(source, lazy=True)[0])
+    wanted, found = (m(mx.array(TOKENS)) for m in (original, copy))
+    assert 0 < mx.abs(wanted - found).max() < 0.05 * mx.abs(wanted).max()
+    stored = sum(array.nbytes for _, array in tree_flatten(copy.parameters()))
+    assert stored < 0.4 * sum(array.nbytes for _, array in tree_flatten(original.parameters()))
 
 
 def test_text_from_a_file_is_taken_evenly(stories, tmp_path):

@@ -1,0 +1,82 @@
+"""A copy of a model in 8 bits, to sample text from: a quarter of the memory of float32.
+
+On a GPU its layers are mlx's own quantized ones. On the CPU mlx's quantized product runs at 1 % of
+the speed of the dense one, so there each layer keeps int8 codes with one scale per row, and widens
+them whenever it is called: 0.2 ns per weight, against 6 ns of the product with 128 rows.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+BITS = 8
+GROUP_SIZE = 64
+SLICE = 1 << 24  # weights that are wide at a time
+
+
+def compact(model: nn.Module) -> nn.Module:
+    """Replace, in place, the layers of a lazily loaded model by 8-bit ones, one after the other."""
+    replaced: list[tuple[str, nn.Module]] = []
+    for path, module in model.named_modules():
+        if not hasattr(module, "to_quantized") or module["weight"].ndim < 2:
+            continue
+        if mx.default_device() == mx.cpu:
+            layer: nn.Module = _CompactEmbedding(module) if _is_table(module) else _Compact(module)
+        elif module["weight"].shape[-1] % GROUP_SIZE == 0:
+            layer = module.to_quantized(group_size=GROUP_SIZE, bits=BITS)
+        else:
+            continue
+        mx.eval(layer.parameters())
+        replaced.append((path, layer))
+        module.pop("weight")  # read for this layer alone
+    model.update_modules(tree_unflatten(replaced))
+    mx.eval(model.parameters())
+    return model
+
+
+def _is_table(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding)
+
+
+class _Compact(nn.Module):
+    """A layer whose weight (..., out, in) is kept as int8 codes and scales (..., out, 1)."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        w = layer["weight"].astype(mx.float32)
+        largest = mx.abs(w).max(axis=-1, keepdims=True)
+        self.scales = mx.maximum(largest, 1e-30) / 127
+        self.codes = mx.round(w / self.scales).astype(mx.int8)
+        self._layer = layer
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        """Do as the layer does."""
+        if self.codes.ndim == 2:
+            y = self._product(x)
+            return y if "bias" not in self._layer else y + self._layer["bias"]
+        self._layer.weight = self.codes.astype(mx.float32) * self.scales
+        y = self._layer(x, *args, **kwargs)
+        self._layer.pop("weight")
+        return y
+
+    def _product(self, x: mx.array) -> mx.array:
+        rows = max(1, SLICE // self.codes.shape[1])
+        pieces = [
+            x @ self.codes[start : start + rows].astype(mx.float32).T
+            for start in range(0, len(self.codes), rows)
+        ]
+        return mx.concatenate(pieces, axis=-1) * self.scales[:, 0]
+
+
+class _CompactEmbedding(_Compact):
+    """An embedding, which may be the output head too."""
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        """Look tokens up."""
+        return self.codes[x].astype(mx.float32) * self.scales[x]
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Return logits."""
+        return self._product(x)
