@@ -1,6 +1,7 @@
-"""Share fixtures: the real tiny checkpoints, and a converted one."""
+"""Shared fixtures: the trained tiny models, text and questions for them, and converted models."""
 
 import os
+import shutil
 import signal
 import time
 from contextlib import contextmanager
@@ -8,6 +9,10 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# a job of a shell script or of nohup ignores SIGINT, and so would this process and its children
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # one thread each: processes share the cores with one another, and idle threads compute to wait
@@ -19,6 +24,7 @@ from splitquant_mlx.runtime import blas
 blas.preload()
 
 import mlx.core as mx  # noqa: E402  after OpenBLAS
+from stories import held_out_questions, held_out_text  # noqa: E402
 
 # the same numbers everywhere; test_gpu.py goes to the GPU
 mx.set_default_device(mx.Device(mx.cpu))
@@ -27,7 +33,8 @@ mx.set_default_device(mx.Device(mx.cpu))
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+TRAINED = Path(__file__).resolve().parent / "trained"
+SLOW_TIMEOUT_S = 1800
 MOST_WORKERS = 4
 
 
@@ -46,27 +53,66 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         options.dist, options.loadscopereorder = "loadfile", False
 
 
-@pytest.fixture(scope="session")
-def data() -> Path:
-    """Return the directory of test models and texts that are not part of the repository."""
-    if not DATA.is_dir():
-        pytest.skip(f"no test data beside the repository ({DATA.name})")
-    return DATA
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark everything in tests/robustness; give slow tests more time than the default."""
+    for item in items:
+        if "robustness" in item.path.parts:
+            item.add_marker("robustness")
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
+
+
+def in_float32(name: str, directory: Path) -> Path:
+    """Write a trained model in float32, the type that mlx's CPU back end is fast in."""
+    shutil.copytree(TRAINED / name, directory)
+    file = directory / "model.safetensors"
+    weights = {name: w.astype(mx.float32) for name, w in mx.load(str(file)).items()}
+    mx.eval(weights)
+    file.unlink()
+    mx.save_safetensors(str(file), weights, {"format": "pt"})
+    config = directory / "config.json"
+    config.write_text(config.read_text().replace('"float16"', '"float32"'))
+    return directory
 
 
 @pytest.fixture(scope="session")
-def stories(data) -> Path:
-    return data / "models" / "stories260K"
+def stories(tmp_path_factory) -> Path:
+    """Return a trained Llama that writes stories; down_proj's 172 inputs divide into no groups."""
+    return in_float32("llama", tmp_path_factory.mktemp("trained") / "stories")
 
 
 @pytest.fixture(scope="session")
-def babyllama(data) -> Path:
-    return data / "models" / "babyllama-tok105"
+def mixture(tmp_path_factory) -> Path:
+    """Return a trained Qwen3-MoE, 2 of 8 experts active, that writes stories and answers chat."""
+    return in_float32("mixture", tmp_path_factory.mktemp("trained") / "mixture")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """Return a file of stories that the trained models have not seen."""
+    file = tmp_path_factory.mktemp("text") / "stories.txt"
+    file.write_text(held_out_text(), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def story_text(text_file) -> str:
+    """Return stories that the trained models have not seen."""
+    return text_file.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def questions_file(tmp_path_factory) -> Path:
+    """Return a file of questions in the layout of ARC, on facts the trained models have seen."""
+    file = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    file.write_text(held_out_questions(), encoding="utf-8")
+    return file
 
 
 @pytest.fixture(scope="session")
 def split_stories(stories, tmp_path_factory) -> Path:
-    """Return stories260K converted with splitquant at its defaults."""
+    """Return `stories` converted with splitquant at its defaults."""
     from splitquant_mlx import convert
 
     target = tmp_path_factory.mktemp("converted") / "split"
@@ -76,7 +122,7 @@ def split_stories(stories, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def split_32(stories, tmp_path_factory) -> Path:
-    """Return stories260K split in groups of 32, which two ranks can divide."""
+    """Return `stories` split in groups of 32, which two ranks can divide."""
     from splitquant_mlx import Recipe, convert
 
     target = tmp_path_factory.mktemp("converted") / "split"

@@ -72,13 +72,12 @@ OF_PAGES = {
 
 
 @pytest.fixture(scope="module")
-def home(stories, data, tmp_path_factory):
+def home(stories, story_text, questions_file, tmp_path_factory):
     """Return a working directory with a model of default name, and what the first command makes."""
     home = tmp_path_factory.mktemp("home")
     shutil.copytree(stories, home / "tiny")
-    shutil.copy(data / "arc" / "ARC-Easy-validation.jsonl", home / "arc.jsonl")
-    text = (data / "tinystories" / "tinystories_sample.txt").read_text(encoding="utf-8")
-    (home / "text.txt").write_text(text[:4000], encoding="utf-8")
+    shutil.copy(questions_file, home / "arc.jsonl")
+    (home / "text.txt").write_text(story_text[:4000], encoding="utf-8")
     (home / "small.toml").write_text(STUDY)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)

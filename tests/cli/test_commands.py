@@ -30,17 +30,17 @@ def test_convert_tells_what_it_did(command, stories, tmp_path):
     assert f"splitquant-mlx chat --model {tmp_path / 'out'}" in out
 
 
-def test_convert_takes_mlx_lm_flags(command, babyllama, tmp_path):
+def test_convert_takes_mlx_lm_flags(command, stories, tmp_path):
     flags = ["-q", "--q-bits", 8, "--q-group-size", 32, "--dtype", "float16"]
-    command("convert", "--hf-path", babyllama, "--mlx-path", tmp_path / "out", *flags)
+    command("convert", "--hf-path", stories, "--mlx-path", tmp_path / "out", *flags)
     manifest = json.loads((tmp_path / "out" / "splitquant.json").read_text())
     assert (manifest["recipe"]["bits"], manifest["recipe"]["group_size"]) == (8, 32)
 
 
-def test_options_go_before_the_recipe_file(command, babyllama, tmp_path):
+def test_options_go_before_the_recipe_file(command, stories, tmp_path):
     (tmp_path / "mine.toml").write_text('clusters = 2\nbits = 3\nexclude = ["*.mlp.*"]\n')
     options = ["--recipe", tmp_path / "mine.toml", "--bits", 5]
-    command("convert", "--model", babyllama, "--mlx-path", tmp_path / "out", *options)
+    command("convert", "--model", stories, "--mlx-path", tmp_path / "out", *options)
     recipe = json.loads((tmp_path / "out" / "splitquant.json").read_text())["recipe"]
     assert (recipe["clusters"], recipe["bits"], recipe["exclude"]) == (2, 5, ["*.mlp.*"])
 

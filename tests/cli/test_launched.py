@@ -160,9 +160,10 @@ def test_an_error_is_told_once(model, command, message):
     assert ended[1][2] == ""
 
 
-def test_eval_prints_and_writes_what_one_process_does(model, stories, data, tmp_path, capfd):
-    questions = data / "arc" / "ARC-Easy-validation.jsonl"
-    options = ["--device", "cpu", "--task", "arc_easy", "--data", questions, "--limit", 20]
+def test_eval_prints_and_writes_what_one_process_does(
+    model, stories, questions_file, tmp_path, capfd
+):
+    options = ["--device", "cpu", "--task", "arc_easy", "--data", questions_file, "--limit", 20]
     options += ["--model", model, "--reference", stories]
     command = [*COMMAND, "eval", *map(str, options)]
     cache = {"SPLITQUANT_CACHE": str(tmp_path / "cache")}
@@ -178,13 +179,12 @@ def test_eval_prints_and_writes_what_one_process_does(model, stories, data, tmp_
     assert results[0] == results[1]
 
 
-def test_lm_evaluation_harness_gets_the_same_answers(model, data):
+def test_lm_evaluation_harness_gets_the_same_answers(model, questions_file):
     import rank_harness
 
-    questions = data / "arc" / "ARC-Easy-validation.jsonl"
-    with running(sys.executable, rank_harness.__file__, model, questions) as processes:
+    with running(sys.executable, rank_harness.__file__, model, questions_file) as processes:
         ended = finish(processes)
-    wanted = json.loads(json.dumps(rank_harness.work(model, questions, None)))
+    wanted = json.loads(json.dumps(rank_harness.work(model, questions_file, None)))
     assert len(wanted["responses"]) == 12 and all(wanted["texts"])
     for code, out, error in ended:
         assert code == 0, error
@@ -216,7 +216,7 @@ def test_rank_0_serves_and_all_compute(model, capfd):
         assert samples[0]["choices"] == samples[1]["choices"]
         messages = [{"role": "user", "content": STORY}]
         status, _ = server.ask("POST", CHAT, {"messages": messages, "max_tokens": 5})
-        assert status in (200, 400)  # stories260K has no chat template
+        assert status in (200, 400)  # the model has no chat template
         processes[0].send_signal(signal.SIGINT)
         assert processes[0].wait(timeout=LIMIT_S) == 0
         code, out, error = finish(processes[1:], LIMIT_S)[0]

@@ -7,26 +7,25 @@ from splitquant_mlx import Recipe, convert, load
 from splitquant_mlx.evaluation.divergence import divergence, log_probabilities
 from splitquant_mlx.recipe import Calibration
 
-CALIBRATION = Calibration(num_samples=32, sequence_length=64)
-SIZES = {"group_size": 32, "dtype": "float16"}
-CALIBRATED = {**SIZES, "embedding_bits": 4, "calibration": CALIBRATION}
+CALIBRATION = Calibration(num_samples=16, sequence_length=96)
+SIZES = {"bits": 3, "group_size": 32, "dtype": "float16"}
+CALIBRATED = {**SIZES, "embedding_bits": 3, "calibration": CALIBRATION}
 RECIPES = {
     "rtn": Recipe(method="rtn", **SIZES),
     "imatrix": Recipe(method="imatrix", **CALIBRATED),
     "gptq": Recipe(method="gptq", **CALIBRATED),
     "gptq, refined": Recipe(method="gptq", refine=True, **CALIBRATED),
-    "auto": Recipe(method="auto", target_bpw=5.0, dtype="float16", calibration=CALIBRATION),
-    "splitquant": Recipe(bits=3, **SIZES),
-    "splitquant, calibrated": Recipe(bits=3, **SIZES, calibration=CALIBRATION),
+    "auto": Recipe(method="auto", target_bpw=4.0, dtype="float16", calibration=CALIBRATION),
+    "splitquant": Recipe(**{**SIZES, "bits": 2}),
+    "splitquant, calibrated": Recipe(**{**SIZES, "bits": 2}, calibration=CALIBRATION),
 }
 
 
 @pytest.fixture(scope="module")
-def found(data, stories, tmp_path_factory):
+def found(story_text, stories, tmp_path_factory):
     """Convert with every method; returns KL divergences and manifests by name."""
     original, tokenizer = load(stories)
-    text = (data / "tinystories" / "tinystories_sample.txt").read_text(encoding="utf-8")[:20_000]
-    tokens = np.array(tokenizer.encode(text)[: 8 * 256]).reshape(8, 256).tolist()
+    tokens = np.array(tokenizer.encode(story_text[:20_000])[: 8 * 256]).reshape(8, 256).tolist()
     wanted = [log_probabilities(original, row) for row in tokens]
     directory = tmp_path_factory.mktemp("methods")
     results = {}
@@ -62,4 +61,4 @@ def test_sizes_are_alike(found):
 
 def test_calibration_helps_the_parts_of_a_split(found):
     plain, fitted = (found[name][0] for name in ("splitquant", "splitquant, calibrated"))
-    assert fitted < 0.8 * plain
+    assert fitted < 0.9 * plain

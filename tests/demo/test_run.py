@@ -14,14 +14,14 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
 @pytest.fixture
-def chat_model(babyllama, tmp_path, monkeypatch):
+def chat_model(stories, tmp_path, monkeypatch):
     """Return a copy of a tiny model that has a chat template; less is asked of it than of others.
 
     It has a token for every letter, of which it was trained to read 256.
     """
     monkeypatch.setattr(demo, "TEXT", demo.TEXT[:256])
     monkeypatch.setattr(demo, "MAX_TOKENS", 12)
-    copy = shutil.copytree(babyllama, tmp_path / "chatty")
+    copy = shutil.copytree(stories, tmp_path / "chatty")
     settings = json.loads((copy / "tokenizer_config.json").read_text())
     settings["chat_template"] = TEMPLATE
     (copy / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from local_harness import PlainLM, answers, arc_task, responses
+from stories import held_out_questions
 
 from splitquant_mlx import CheckpointError, RecipeError, load
 from splitquant_mlx.data.questions import Question, load_questions
@@ -23,19 +24,15 @@ CHATML = (
 )
 
 
-def size(question):
-    return len(question.question) + sum(map(len, question.choices))
+@pytest.fixture(scope="module")
+def easy(questions_file):
+    return load_questions(questions_file)[:40]
 
 
 @pytest.fixture(scope="module")
-def easy(data):
-    """Return the 60 shortest questions: the tiny models have a token for every letter or two."""
-    return sorted(load_questions(data / "arc" / "ARC-Easy-validation.jsonl"), key=size)[:60]
-
-
-@pytest.fixture(scope="module")
-def shots(data):
-    return sorted(load_questions(data / "arc" / "ARC-Challenge-validation.jsonl"), key=size)[:30]
+def shots(questions_file):
+    """Return questions that are none of `easy`."""
+    return load_questions(questions_file)[40:60]
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +52,9 @@ def run_plainly(model, tokenizer, questions, shots, num_shots):
     )
 
 
-@pytest.mark.parametrize(
-    ("checkpoint", "num_shots", "count"),
-    [("stories", 0, 60), ("stories", 2, 12), ("babyllama", 0, 12)],
-)
-def test_agrees_with_lm_evaluation_harness(
-    checkpoint, num_shots, count, easy, shots, request, tmp_path
-):
-    model, tokenizer = load(request.getfixturevalue(checkpoint))
+@pytest.mark.parametrize(("num_shots", "count"), [(0, 40), (2, 12)])
+def test_agrees_with_lm_evaluation_harness(num_shots, count, easy, shots, small, tmp_path):
+    model, tokenizer = small
     theirs = run_plainly(model, tokenizer, easy[:count], shots, num_shots)
     ours = evaluate_arc(
         model,
@@ -89,8 +81,10 @@ def test_agrees_with_lm_evaluation_harness(
     assert ours.ids == tuple(question.id for question in easy[:count])
 
 
-def test_agrees_on_questions_longer_than_the_model_reads(easy, data, small):
-    long = sorted(load_questions(data / "arc" / "ARC-Challenge-validation.jsonl"), key=size)[-20:]
+def test_agrees_on_questions_longer_than_the_model_reads(easy, small, tmp_path):
+    file = tmp_path / "long.jsonl"
+    file.write_text(held_out_questions(12, long=True))
+    long = load_questions(file)
     short = easy[:2]
     pairs = encode_question(small[1], short[0], long[:3], protocol="loglikelihood", length=None)
     assert all(len(context) > 512 for context, _ in pairs)
@@ -205,7 +199,7 @@ def test_examples_are_drawn_as_documented(num_shots, questions, pool):
 
 def test_an_interrupted_evaluation_goes_on(small, easy, tmp_path, monkeypatch):
     settings = {"task": "arc_easy", "journal": tmp_path / "new" / "journal", "model_hash": "a"}
-    questions, scored = easy[:12], []
+    questions, scored = [q for q in easy if len(q.choices) == 4][:12], []
     whole = evaluate_arc(*small, questions, task="arc_easy")
 
     class Interrupt:
@@ -231,7 +225,9 @@ def test_an_interrupted_evaluation_goes_on(small, easy, tmp_path, monkeypatch):
 
     monkeypatch.setattr(arc, "score", counted)
     assert evaluate_arc(*small, questions, **settings) == whole
-    assert asked == [sum(len(question.choices) for question in questions) - answered(scored, easy)]
+    assert asked == [
+        sum(len(question.choices) for question in questions) - answered(scored, questions)
+    ]
     assert evaluate_arc(*small, questions, **settings) == whole
     assert asked[1:] == [0]
     # what another model, or another prompt, answered is of no use
@@ -242,9 +238,9 @@ def test_an_interrupted_evaluation_goes_on(small, easy, tmp_path, monkeypatch):
     assert all(asked[2:]) and len(asked) == 4
 
 
-def answered(scored, easy):
+def answered(scored, questions):
     """Return the options of the questions that were done, all of which have four."""
-    assert {len(question.choices) for question in easy[:12]} == {4}
+    assert {len(question.choices) for question in questions} == {4}
     return 4 * int(sum(scored))
 
 
@@ -288,11 +284,11 @@ def test_refusals(options, expected, small):
 
 
 @pytest.mark.slow
-def test_a_real_model_knows_something(smollm2, data):
+def test_a_real_model_knows_something(smollm2, questions_file):
     from splitquant_mlx.models.dense import for_scoring
 
     model, tokenizer = load(smollm2)
-    questions = load_questions(data / "arc" / "ARC-Easy-validation.jsonl")[:120]
+    questions = load_questions(questions_file)
     model = for_scoring(model)
     found = evaluate_arc(model, tokenizer, questions, task="arc_easy")
     assert found.accuracy > 0.25 + 4 * found.standard_error

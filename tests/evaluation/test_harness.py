@@ -20,8 +20,8 @@ def small(stories):
 
 
 @pytest.fixture(scope="module")
-def questions(data):
-    found = load_questions(data / "arc" / "ARC-Easy-validation.jsonl")
+def questions(questions_file):
+    found = load_questions(questions_file)
     return sorted(found, key=lambda q: len(q.question) + sum(map(len, q.choices)))[:25]
 
 
@@ -74,8 +74,8 @@ def test_log_likelihoods_of_any_pair(small):
     assert {greedy for _, greedy in found} == {True, False}
 
 
-def test_rolling_windows_score_every_token_once(small, data):
-    text = (data / "tinystories" / "tinystories_sample.txt").read_text(encoding="utf-8")[:600]
+def test_rolling_windows_score_every_token_once(small, story_text):
+    text = story_text[:600]
     plain, ours = PlainLM(*small, 512), SplitQuantLM(*small)
     texts = requests("loglikelihood_rolling", (text,), (text[:50],))
     wanted = plain.loglikelihood_rolling(texts)

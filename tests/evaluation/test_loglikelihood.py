@@ -128,10 +128,9 @@ def test_any_lengths_and_any_sharing(models, pairs, batch_tokens):
     check(models("llama"), pairs, batch_tokens=batch_tokens)
 
 
-def test_agrees_with_numpy(stories, data):
+def test_agrees_with_numpy(stories, story_text):
     model, tokenizer = load(stories)
-    text = (data / "tinystories" / "tinystories_sample.txt").read_text(encoding="utf-8")
-    tokens, oracle = tokenizer.encode(text[:700]), NumpyLlama(stories)
+    tokens, oracle = tokenizer.encode(story_text[:700]), NumpyLlama(stories)
     pairs = [(tokens[:n], tokens[n : n + 5]) for n in (1, 30, 31, 90, 200)]
     pairs += [(tokens[:31], [7, 8]), (tokens[:31], [9]), (tokens[:31], [7, 9])]
     found = dict(score(model, pairs))

@@ -22,8 +22,8 @@ STRIDES = [(64, None), (64, 32), (64, 1), (50, 33), (128, 128)]
 
 
 @pytest.fixture(scope="module")
-def story(data) -> str:
-    return (data / "tinystories" / "tinystories_sample.txt").read_text(encoding="utf-8")[:4000]
+def story(story_text) -> str:
+    return story_text[:4000]
 
 
 def check(found, nlls):
@@ -35,25 +35,21 @@ def check(found, nlls):
     assert found.standard_error == pytest.approx(error, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["stories", "babyllama"])
 @pytest.mark.parametrize(("context_length", "stride"), STRIDES)
-def test_agrees_with_numpy(name, context_length, stride, story, request):
-    directory = request.getfixturevalue(name)
-    model, tokenizer = load(directory)
+def test_agrees_with_numpy(context_length, stride, stories, story):
+    model, tokenizer = load(stories)
     tokens = encode(tokenizer, story)[: 200 if stride != 1 else 70]
     found = measure_perplexity(model, tokens, context_length=context_length, stride=stride)
     stride = stride or context_length
     assert (found.context_length, found.stride) == (context_length, stride)
-    check(found, window_nlls(NumpyLlama(directory), tokens, context_length, stride))
+    check(found, window_nlls(NumpyLlama(stories), tokens, context_length, stride))
     assert 1 < found.perplexity < 12  # a model that has learned, on text like its own
 
 
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe(method="rtn", group_size=32, bits=5)])
-@pytest.mark.parametrize("name", ["stories", "babyllama"])
-def test_quantized_models_agree_with_numpy(name, recipe, story, tmp_path, request):
-    source = request.getfixturevalue(name)
-    convert(source, tmp_path / "model", recipe=recipe)
-    _, tokenizer = load(source)
+def test_quantized_models_agree_with_numpy(recipe, stories, story, tmp_path):
+    convert(stories, tmp_path / "model", recipe=recipe)
+    _, tokenizer = load(stories)
     tokens = encode(tokenizer, story)[:130]
     nlls = window_nlls(NumpyLlama(tmp_path / "model"), tokens, 64, 48)
     quantized = load_model(tmp_path / "model")

@@ -26,11 +26,10 @@ def evaluated(tmp_path, capsys):
     return evaluate
 
 
-def test_arc_of_two_models_on_the_same_questions(evaluated, stories, split_stories, data):
-    questions = data / "arc" / "ARC-Easy-validation.jsonl"
+def test_arc_of_two_models_on_the_same_questions(evaluated, stories, split_stories, questions_file):
     out, found = evaluated(
         "--task", "arc_easy", "--model", split_stories, "--reference", stories,
-        "--data", questions, "--limit", 12,
+        "--data", questions_file, "--limit", 12,
     )  # fmt: skip
     values = found["values"]
     assert values["questions"] == 12 and len(values["correct"]) == 12
@@ -42,8 +41,8 @@ def test_arc_of_two_models_on_the_same_questions(evaluated, stories, split_stori
     assert found["versions"]["mlx"] and found["machine"]["cores"]
 
 
-def test_perplexity_and_divergence(evaluated, stories, split_stories, data):
-    text = ("--data", data / "tinystories" / "tinystories_sample.txt", "--limit", 4)
+def test_perplexity_and_divergence(evaluated, stories, split_stories, text_file):
+    text = ("--data", text_file, "--limit", 4)
     sizes = ("--context-length", 64)
     _, own = evaluated("--task", "perplexity", "--model", stories, *text, *sizes)
     assert 1 < own["values"]["perplexity"] < 20 and own["values"]["tokens"] == 4 * 63
@@ -64,8 +63,8 @@ def test_perplexity_and_divergence(evaluated, stories, split_stories, data):
         (("--task", "arc_easy", "--protocol", "guess"), "guess"),
     ],
 )
-def test_bad_settings_are_refused(arguments, message, stories, data, capsys):
-    extra = () if "--data" in arguments else ("--data", data / "arc" / "ARC-Easy-validation.jsonl")
+def test_bad_settings_are_refused(arguments, message, stories, questions_file, capsys):
+    extra = () if "--data" in arguments else ("--data", questions_file)
     assert run(["eval", "--model", str(stories), *arguments, *map(str, extra)]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1

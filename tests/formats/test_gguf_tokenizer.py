@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from splitquant_mlx.errors import CheckpointError, SplitQuantWarning
 from splitquant_mlx.formats.gguf_tokenizer import build_tokenizer, end_token_ids, write_tokenizer
 
-STORIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "models" / "stories260K"
+STORIES = Path(__file__).resolve().parents[1] / "trained" / "llama"
 TEXTS = [
     "Once upon a time, there was a little girl named Lily.",
     " leading and trailing ",
@@ -26,9 +26,7 @@ TEXTS = [
 
 
 def stories_metadata():
-    """Return what llama.cpp's converter keeps of the stories260K tokenizer."""
-    if not STORIES.is_dir():
-        pytest.skip(f"{STORIES} is absent: the tiny real checkpoints are not on this machine")
+    """Return what llama.cpp's converter keeps of the tokenizer."""
     model = json.loads((STORIES / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
     merged = list(dict.fromkeys("".join(merge) for merge in model["merges"]))
@@ -60,13 +58,11 @@ def rebuilt(stories):
 
 @pytest.fixture(scope="module")
 def original():
-    stories_metadata()
     return Tokenizer.from_file(str(STORIES / "tokenizer.json"))
 
 
-def test_sentencepiece_ids_are_those_of_the_original(rebuilt, original):
-    sample = STORIES.parents[1] / "tinystories" / "tinystories_sample.txt"
-    texts = TEXTS + sample.read_text(encoding="utf-8").split("\n")[:400]
+def test_sentencepiece_ids_are_those_of_the_original(rebuilt, original, story_text):
+    texts = TEXTS + story_text.split("\n")[:400]
     for text in texts:
         ids = original.encode(text).ids
         assert rebuilt.encode(text).ids == ids

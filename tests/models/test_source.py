@@ -12,7 +12,7 @@ from fake_hub import COMMIT, SHARDED, WHOLE, Failure, FakeHub
 from splitquant_mlx.errors import SourceError
 from splitquant_mlx.models.source import Source, cached, resolve
 
-MODELS = Path(__file__).resolve().parents[3] / "shared" / "data" / "models"
+LLAMA = Path(__file__).resolve().parents[1] / "trained" / "llama"
 TOKEN = "hf_doNotShowThisToken"
 GATED = Failure(status=403, code="GatedRepo", where="/resolve/")
 
@@ -76,10 +76,7 @@ def test_revision_of_a_local_path_is_refused(tmp_path):
 
 
 def test_real_model_comes_through_whole(hub):
-    directory = MODELS / "stories260K"
-    if not directory.is_dir():
-        pytest.skip(f"the real model is not on this machine: {directory}")
-    files = {path.name: path.read_bytes() for path in directory.iterdir()}
+    files = {path.name: path.read_bytes() for path in LLAMA.iterdir()}
     hub.repos["org/stories"] = files
     source = resolve("org/stories")
     assert source == Source(name="org/stories", path=source.path, revision=COMMIT)

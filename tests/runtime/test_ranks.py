@@ -18,7 +18,7 @@ SCRIPT = Path(rank_work.__file__)
 
 
 @pytest.fixture(scope="module")
-def worked(split_32, stories, data, tmp_path_factory):
+def worked(split_32, stories, story_text, questions_file, tmp_path_factory):
     """Return what rank_work.py says alone, and as each of two ranks."""
     home = tmp_path_factory.mktemp("home")
     (home / "models").mkdir()
@@ -30,10 +30,9 @@ def worked(split_32, stories, data, tmp_path_factory):
     rtn = Recipe(method="rtn", group_size=32)
     convert(home / "sources" / "llama", home / "models" / "rtn", recipe=rtn)
     shutil.copytree(home / "models" / "qwen2", home / "models" / "qwen2-pipeline")
-    sample = (data / "tinystories" / "tinystories_sample.txt").read_text(encoding="utf-8")
     text = home / "text.txt"
-    text.write_text(sample[:4000], encoding="utf-8")
-    lines = (data / "arc" / "ARC-Easy-validation.jsonl").read_text(encoding="utf-8").split("\n")
+    text.write_text(story_text[:4000], encoding="utf-8")
+    lines = questions_file.read_text(encoding="utf-8").split("\n")
     questions = home / "questions.jsonl"
     questions.write_text("\n".join(lines[:9]), encoding="utf-8")
     shutil.copytree(split_32, home / "split")

@@ -66,10 +66,10 @@ def study(stories, tmp_path):
 
 
 @pytest.fixture
-def files(data):
+def files(questions_file, text_file):
     return {
-        "arc_easy": data / "arc" / "ARC-Easy-validation.jsonl",
-        "text": data / "tinystories" / "tinystories_sample.txt",
+        "arc_easy": questions_file,
+        "text": text_file,
     }
 
 
