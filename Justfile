@@ -15,6 +15,10 @@ demo:
 test:
     pytest
 
+# fuzzing, kills, hostile input: minutes
+test-robustness:
+    pytest -m "robustness and not slow"
+
 # real models and a separate mlx-lm environment; needs a network the first time
 test-slow:
     pytest -m slow
