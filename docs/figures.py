@@ -5,7 +5,6 @@ r"""Write the tables of the README and of the pages here from JSON that the prog
     splitquant-mlx bench convert --model llama-3.2-1b --json docs/bench.json
     splitquant-mlx bench kmeans --json docs/kmeans.json
     splitquant-mlx bench memory --json docs/memory.json
-    splitquant-mlx bench cost --trials 1 --json docs/cost.json
     splitquant-mlx convert --model <cache>/SmolLM2-135M-Instruct.Q4_1.gguf --mlx-path split
     splitquant-mlx convert --model <cache>/SmolLM2-135M-Instruct.Q4_1.gguf --mlx-path rtn \
         --method rtn --embeddings keep
@@ -111,26 +110,6 @@ def speed_table(speed: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cost_table(cost: dict) -> str:
-    """Return the predicted conversion times of well-known shapes as a Markdown table."""
-    other = cost["other_machine"]["name"]
-    lines = [
-        f"| predicted, not measured | reads, GB | writes, GB | here, s | {other}, s |",
-        "|---|---|---|---|---|",
-    ]
-    for row in cost["predictions"]:
-        cells = (
-            f"{row['shape']}, {row['method']}",
-            f"{row['bytes_in'] / 1e9:.1f}",
-            f"{row['bytes_out'] / 1e9:.1f}",
-            f"{row['here_s']:.0f}",
-            f"{row['other_machine_s']:.0f}",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    error = cost["fit"]["largest_relative_error"]
-    return "\n".join(lines) + f"\n\nLargest error of the fit: {error:.0%} of a measured time.\n"
-
-
 def sizes_table(study: Path, only: tuple[float, ...] = ()) -> str:
     """Return what each method keeps, by size; the closest of each size is in bold.
 
@@ -181,7 +160,6 @@ def main() -> None:
         "kmeans": kmeans_table,
         "memory": memory_table,
         "speed": speed_table,
-        "cost": cost_table,
     }
     tables = {
         name: write(json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8")))

@@ -1,7 +1,11 @@
 """What a recipe's patterns select, on a model whose parameters are never read."""
 
+import math
+
+import mlx.core as mx
 import pytest
 
+from splitquant_mlx import convert, load_manifest
 from splitquant_mlx.conversion.plan import make_plan
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.models.checkpoint import open_checkpoint
@@ -48,3 +52,27 @@ def test_pattern_that_matches_nothing_is_named(model, option):
 def test_patterns_that_leave_nothing_are_refused(model):
     with pytest.raises(RecipeError, match="leave no layer to convert"):
         converted(model, exclude=("*",))
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"lm_head": "split", "clusters": 2},
+        {"method": "rtn", "bits": 3},
+        {"method": "rtn", "mode": "mxfp4"},
+    ],
+)
+def test_planned_bytes_are_those_of_the_conversion(tmp_path, dtype, settings):
+    source = tiny.write_checkpoint(tmp_path / "source", dtype=dtype, tie_word_embeddings=False)
+    sizes = {} if "mode" in settings else {"group_size": 32}
+    recipe, checkpoint = Recipe(**settings, **sizes), open_checkpoint(source)
+    plan = make_plan(recipe, checkpoint.model, checkpoint.config)
+    planned = plan.tensors(checkpoint.weights)
+    convert(source, tmp_path / "target", recipe=recipe)
+    stored = mx.load(str(tmp_path / "target" / "model.safetensors"))
+    assert {name: shape for name, (_, shape) in planned.items()} == {
+        name: array.shape for name, array in stored.items()
+    }
+    nbytes = sum(kind.size * math.prod(shape) for kind, shape in planned.values())
+    assert nbytes == load_manifest(tmp_path / "target").stored_bytes

@@ -4,8 +4,9 @@ from typing import Any
 
 import typer
 
+from splitquant_mlx.cli.bench.calibrated import calibrated
 from splitquant_mlx.cli.bench.conversion import convert, kmeans, make_checkpoint
-from splitquant_mlx.cli.bench.scaling import cost, memory
+from splitquant_mlx.cli.bench.memory import memory
 from splitquant_mlx.cli.bench.speed import speed, trial
 from splitquant_mlx.cli.help import Command, Group
 
@@ -26,5 +27,5 @@ bench.command("trial", cls=Command, hidden=True)(trial)
 bench.command("convert", cls=Command)(convert)
 bench.command("kmeans", cls=Command)(kmeans)
 bench.command("memory", cls=Command)(memory)
-bench.command("cost", cls=Command)(cost)
+bench.command("calibrated", cls=Command)(calibrated)
 bench.command("make-checkpoint", cls=Command)(make_checkpoint)

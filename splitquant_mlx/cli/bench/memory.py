@@ -1,4 +1,4 @@
-"""Offer `bench memory` and `bench cost`."""
+"""Offer `bench memory`."""
 
 import tempfile
 from pathlib import Path
@@ -47,35 +47,3 @@ def memory(
         f"largest over smallest: {found['growth']:.3f}; without the {size(found['floor_bytes'])} "
         f"of Python and its libraries: {found['growth_above_floor']:.3f}"
     )
-
-
-def cost(
-    trials: Annotated[int, typer.Option(help="Counted rounds, after one that is not.")] = 3,
-    json_file: JsonFile = None,
-) -> None:
-    """Fit what conversions cost on this machine, and predict those of well-known models."""
-    check_json(json_file)
-    start("cpu")
-
-    from splitquant_mlx.bench.scaling import bench_cost
-    from splitquant_mlx.cli.progress import Bars
-
-    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as scratch:
-        found = bench_cost(Path(scratch), trials=trials, progress=Bars())
-    if write_json(json_file, found):
-        return
-    other = found["other_machine"]["name"]
-    table = new_table("PREDICTED", "reads", "writes", "here", other)
-    for row in found["predictions"]:
-        table.add_row(
-            f"{row['shape']} {row['method']}",
-            size(row["bytes_in"]),
-            size(row["bytes_out"]),
-            f"{row['here_s']:.0f} s",
-            f"{row['other_machine_s']:.0f} s",
-        )
-    error = found["fit"]["largest_relative_error"]
-    show(f"Largest error of the fit: {error:.0%} of a measured time.")
-    show(table)
-    for text in found["other_machine"]["assumptions"]:
-        show(f"  {text}")

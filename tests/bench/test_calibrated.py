@@ -1,0 +1,43 @@
+"""The bench of calibrated conversions: the operations counted, and what it prints."""
+
+import json
+
+import pytest
+import tiny
+
+from splitquant_mlx import Recipe, cli
+from splitquant_mlx.bench.calibrated import count_operations
+from splitquant_mlx.recipe import Calibration
+
+
+def test_operations_are_those_of_the_formula(tmp_path):
+    source = tiny.write_checkpoint(tmp_path / "source")
+    found = count_operations(source, Calibration(num_samples=4, sequence_length=8))
+    h, inner, kv = tiny.HIDDEN, tiny.INNER, tiny.KV_HEADS * tiny.HEAD_DIM
+    queries = tiny.HEADS * tiny.HEAD_DIM
+    layers = [(queries, h), (kv, h), (kv, h), (h, queries), (inner, h), (inner, h), (h, inner)]
+    weights = tiny.LAYERS * sum(out * width for out, width in layers)
+    assert found == {
+        "sampling": 2 * 32 * (weights + tiny.VOCAB * h),
+        "forward": 2 * 32 * weights,
+        "hessians": 32 * tiny.LAYERS * (2 * h**2 + queries**2 + inner**2),
+        "rounding": 15 * tiny.LAYERS * sum(out * width**2 for out, width in layers),
+    }
+
+
+def test_command_prints_bound_ratio_and_stages(tmp_path, monkeypatch, capsys):
+    source = tiny.write_checkpoint(tmp_path / "source")
+    recipe = Recipe(
+        method="gptq", group_size=32, calibration=Calibration(num_samples=4, sequence_length=8)
+    )
+    (tmp_path / "recipe.toml").write_text(recipe.to_toml())
+    monkeypatch.chdir(tmp_path)
+    command = ["bench", "calibrated", "--model", str(source), "--recipe", "recipe.toml"]
+    assert cli.run([*command, "--device", "cpu", "--json", "found.json"]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["ratio"] == pytest.approx(found["wall_s"] / found["bound_s"])
+    stages = [stage["stage"] for stage in found["stages"]]
+    assert stages[-2:] == ["Sampling text", "Quantizing"]
+    assert all(stage["peak_bytes"] > 1 << 26 for stage in found["stages"])
+    assert sum(stage["seconds"] for stage in found["stages"]) <= found["wall_s"]
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "recipe.toml", "found.json"}
