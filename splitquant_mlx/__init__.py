@@ -3,7 +3,8 @@
 One weight:      split, cluster_weight, quantize, quantize_parts, dequantize
 One layer:       SplitLinear, SplitConv, QuantizedSplitLinear, QuantizedSplitConv
 One mlx model:   split_model, quantize_split_layers
-One checkpoint:  convert, Recipe, load_recipe, load, load_manifest
+One checkpoint:  Recipe, Calibration, load_recipe, forecast, convert, load, load_manifest
+Its quality:     evaluate, verify
 """
 
 from importlib import import_module
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from splitquant_mlx._version import __version__
 
 if TYPE_CHECKING:
+    from splitquant_mlx.conversion.bits import Forecast, forecast
     from splitquant_mlx.conversion.pipeline import convert
+    from splitquant_mlx.conversion.verify import Check, verify
     from splitquant_mlx.errors import (
         CheckpointError,
         RecipeError,
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
         TargetError,
         VersionError,
     )
+    from splitquant_mlx.evaluation.task import Task, evaluate
     from splitquant_mlx.formats.manifest import LayerRecord, Manifest, load_manifest
     from splitquant_mlx.models.loader import load
     from splitquant_mlx.nn.model_file import QuantizedSplitLinear
@@ -34,11 +38,14 @@ if TYPE_CHECKING:
     from splitquant_mlx.quantization.affine import Quantized, dequantize, quantize, quantize_parts
     from splitquant_mlx.quantization.kmeans import Clustering
     from splitquant_mlx.quantization.split import cluster_weight, split
-    from splitquant_mlx.recipe import Recipe, load_recipe
+    from splitquant_mlx.recipe import Calibration, Recipe, load_recipe
 
 __all__ = [
+    "Calibration",
+    "Check",
     "CheckpointError",
     "Clustering",
+    "Forecast",
     "LayerRecord",
     "Manifest",
     "Quantized",
@@ -51,11 +58,14 @@ __all__ = [
     "SplitLinear",
     "SplitQuantError",
     "TargetError",
+    "Task",
     "VersionError",
     "__version__",
     "cluster_weight",
     "convert",
     "dequantize",
+    "evaluate",
+    "forecast",
     "load",
     "load_manifest",
     "load_recipe",
@@ -64,11 +74,20 @@ __all__ = [
     "quantize_split_layers",
     "split",
     "split_model",
+    "verify",
 ]
 
 # Imported on first use: --help answers without mlx, and OpenBLAS can be loaded before mlx is.
 _MODULES = {
-    "quantization.affine": ("Quantized", "dequantize", "quantize", "quantize_parts"),
+    "conversion.bits": (
+        "Forecast",
+        "forecast",
+    ),
+    "conversion.pipeline": ("convert",),
+    "conversion.verify": (
+        "Check",
+        "verify",
+    ),
     "errors": (
         "CheckpointError",
         "RecipeError",
@@ -77,7 +96,17 @@ _MODULES = {
         "TargetError",
         "VersionError",
     ),
-    "quantization.kmeans": ("Clustering",),
+    "evaluation.task": (
+        "Task",
+        "evaluate",
+    ),
+    "formats.manifest": (
+        "LayerRecord",
+        "Manifest",
+        "load_manifest",
+    ),
+    "models.loader": ("load",),
+    "nn.model_file": ("QuantizedSplitLinear",),
     "nn.split_layers": (
         "QuantizedSplitConv",
         "SplitConv",
@@ -85,12 +114,22 @@ _MODULES = {
         "quantize_split_layers",
         "split_model",
     ),
-    "models.loader": ("load",),
-    "formats.manifest": ("LayerRecord", "Manifest", "load_manifest"),
-    "nn.model_file": ("QuantizedSplitLinear",),
-    "quantization.split": ("cluster_weight", "split"),
-    "conversion.pipeline": ("convert",),
-    "recipe": ("Recipe", "load_recipe"),
+    "quantization.affine": (
+        "Quantized",
+        "dequantize",
+        "quantize",
+        "quantize_parts",
+    ),
+    "quantization.kmeans": ("Clustering",),
+    "quantization.split": (
+        "cluster_weight",
+        "split",
+    ),
+    "recipe": (
+        "Calibration",
+        "Recipe",
+        "load_recipe",
+    ),
 }
 
 

@@ -85,7 +85,7 @@ def test_the_package_lists_what_it_offers_without_importing_mlx():
         "import sys, splitquant_mlx\n"
         "assert 'mlx.core' not in sys.modules and 'numpy' not in sys.modules\n"
         "for name in splitquant_mlx.__all__: assert getattr(splitquant_mlx, name) is not None\n"
-        "assert callable(splitquant_mlx.convert) and callable(splitquant_mlx.load)\n"
+        "assert callable(splitquant_mlx.convert) and callable(splitquant_mlx.evaluate)\n"
         "assert 'mlx_lm' not in sys.modules and 'transformers' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
