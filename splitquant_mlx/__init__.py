@@ -77,7 +77,7 @@ __all__ = [
     "verify",
 ]
 
-# Imported on first use: --help answers without mlx, and OpenBLAS can be loaded before mlx is.
+# Imported on first use: --help answers without mlx, and OpenBLAS is loaded before mlx is.
 _MODULES = {
     "conversion.bits": (
         "Forecast",
@@ -136,6 +136,7 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     for module, names in _MODULES.items():
         if name in names:
+            import_module(f"{__name__}.runtime.blas").preload()
             value = getattr(import_module(f"{__name__}.{module}"), name)
             globals()[name] = value
             return value

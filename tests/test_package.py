@@ -54,7 +54,7 @@ def test_the_tests_of_the_sdist_run_in_it(dist, tmp_path):
     (home,) = tmp_path.iterdir()
     held = {str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()}
     alone = {"README.md", "CHANGELOG.md", "LICENSE", "Justfile", "mkdocs.yml", "pyproject.toml"}
-    wanted = files("splitquant_mlx", "tests", "recipes", "docs", ".ci") | alone
+    wanted = files("splitquant_mlx", "tests", "recipes", "docs", "examples", ".ci") | alone
     assert {path for path in wanted if not re.match(r"docs/results/\w+/report\.", path)} <= held
     names = ("test_readme", "test_recipe", "runtime/test_compatibility", "test_imports")
     chosen = [f"tests/{name}.py" for name in names]

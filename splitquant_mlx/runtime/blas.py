@@ -11,14 +11,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 LIBRARIES = ("libopenblas.so.0", "libopenblas.so")
 ADVICE = "install OpenBLAS (Debian, Ubuntu: apt install libopenblas0) for much faster CPU runs"
 
 
+@cache
 def preload() -> bool | None:
-    """Load OpenBLAS; call it before the first import of mlx.core in the process.
+    """Load OpenBLAS, once; too late after the first import of mlx.core in the process.
 
     A system's own OpenBLAS comes first, then the one of the package ngsolve-openblas.
 

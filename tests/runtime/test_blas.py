@@ -9,6 +9,7 @@ import pytest
 PRODUCT = """
 from splitquant_mlx.runtime import blas
 blas.LIBRARIES = ()  # as on a system without OpenBLAS
+from splitquant_mlx import Recipe
 assert blas.preload() is True
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
@@ -31,4 +32,5 @@ def test_a_machine_without_any_is_told_so(monkeypatch):
 
     monkeypatch.setattr(blas, "LIBRARIES", ())
     monkeypatch.setattr(blas, "_package_files", lambda package, pattern: iter(()))
+    blas.preload.cache_clear()
     assert blas.preload() is (False if sys.platform == "linux" else None)
