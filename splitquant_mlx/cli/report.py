@@ -21,15 +21,12 @@ def report(
     from rich.console import Console
 
     from splitquant_mlx.cli.console import plain
-    from splitquant_mlx.report import finding, html, load_report, markdown, terminal
+    from splitquant_mlx.report import html, load_report, markdown, terminal
 
     found = load_report(directory)
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 200
-    told = finding(found)
-    for text in (told.headline, *told.details):
-        console.print(plain(text), markup=False)
     for table in terminal(found):
         console.print()
         console.print(table)

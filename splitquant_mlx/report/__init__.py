@@ -1,18 +1,7 @@
-"""Turn the results of a study into tables, plots and one HTML page."""
+"""Reports: the results of a study as tables, plots and one HTML page, from JSON alone."""
 
-from splitquant_mlx.report.finding import Finding, finding
 from splitquant_mlx.report.page import html
 from splitquant_mlx.report.rows import Report, Row, build_report, load_report
-from splitquant_mlx.report.table import markdown, terminal
+from splitquant_mlx.report.text import markdown, terminal
 
-__all__ = [
-    "Finding",
-    "Report",
-    "Row",
-    "build_report",
-    "finding",
-    "html",
-    "load_report",
-    "markdown",
-    "terminal",
-]
+__all__ = ["Report", "Row", "build_report", "html", "load_report", "markdown", "terminal"]

@@ -1,61 +1,49 @@
-"""Render a report as one HTML file that needs nothing else: no script, no outside resource."""
+"""A report as one HTML file that needs nothing else: no script, no outside resource."""
 
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from splitquant_mlx.report.charts import charts
-from splitquant_mlx.report.finding import finding
-from splitquant_mlx.report.grids import STAR
+from splitquant_mlx.report.plots import plots
 from splitquant_mlx.report.rows import Report
-from splitquant_mlx.report.table import all_grids
+from splitquant_mlx.report.tables import STAR, tables
+from splitquant_mlx.report.text import notes_of
 from splitquant_mlx.study.results import Result
 
 LONGEST_LIST = 12
 
 
 def html(report: Report) -> str:
-    """Return the page: finding, tables, plots, the paper's claims, environment, settings.
+    """Return the page: plots, tables, published figures, environment, settings.
 
-    The same results give the same page, byte for byte. Whatever names hold, they are text.
-
-    Raises:
-        RecipeError: when matplotlib is missing.
+    The same results give the same page, byte for byte. Whatever names contain, they are text.
     """
     from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
 
-    drawn = [
-        {"title": chart.title, "caption": chart.caption, "svg": Markup(chart.svg)}
-        for chart in charts(report)
-    ]
-    template = (
-        resources.files("splitquant_mlx.report")
-        .joinpath("page.html.j2")
-        .read_text(encoding="utf-8")
-    )
+    template = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
     rules = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return rules.from_string(template).render(
         study=report.study,
-        finding=finding(report),
-        grids=all_grids(report),
-        charts=drawn,
+        name=min((result.study for result in report.results), default="STUDY"),
+        tables=tables(report),
+        plots=plots(report),
+        notes=notes_of(report),
         star=STAR,
         environments=_environments(report.results),
         settings=_settings(report),
         newest=max((result.created for result in report.results), default=""),
-        hours=sum(result.seconds for result in report.results) / 3600,
+        hours=sum(sorted(result.seconds for result in report.results)) / 3600,
     )
 
 
 def _environments(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Return each pair of machine and versions once, with what was measured there."""
+    """Return each pair of machine and versions once, with the parts measured there."""
     found: dict[str, dict[str, Any]] = {}
     for result in results:
-        key = json.dumps([dict(result.machine), dict(result.versions)], sort_keys=True)
+        key = json.dumps([result.machine, result.versions], sort_keys=True)
         entry = found.setdefault(
             key, {"machine": result.machine, "versions": result.versions, "parts": set()}
         )
@@ -65,10 +53,10 @@ def _environments(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 def _settings(report: Report) -> list[tuple[str, str]]:
     """Return each variant with the settings of its parts as JSON."""
-    own: dict[str, dict[str, Any]] = {row.variant: {} for row in report.rows}
+    found: dict[str, dict[str, Any]] = {row.variant: {} for row in report.rows}
     for result in report.results:
-        own[result.variant][result.part] = _brief(result.settings)
-    return [(name, json.dumps(parts, indent=2, sort_keys=True)) for name, parts in own.items()]
+        found[result.variant][result.part] = _brief(result.settings)
+    return [(name, json.dumps(parts, indent=2, sort_keys=True)) for name, parts in found.items()]
 
 
 def _brief(value: Any) -> Any:

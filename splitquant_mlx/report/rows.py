@@ -1,35 +1,34 @@
-"""Gather a study's results into one row for each variant. Everything here is pure but the load."""
+"""One row per variant of a study's results, the smallest model first. Pure, but for the load."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from splitquant_mlx.report.pareto import dominates, pareto_front
 from splitquant_mlx.study.results import Result, StudyRecord, load_results, load_study_record
 
-# heading, part, ending of the entries' names
-ARC = (
-    ("ARC-C", "arc_challenge.loglikelihood", ""),
-    ("ARC-C norm", "arc_challenge.loglikelihood", "_norm"),
-    ("ARC-C letter", "arc_challenge.letter", ""),
-    ("ARC-E", "arc_easy.loglikelihood", ""),
-    ("ARC-E norm", "arc_easy.loglikelihood", "_norm"),
-    ("ARC-E letter", "arc_easy.letter", ""),
-)
+# heading -> part, ending of the names of its values
+ARC = {
+    "ARC-C": ("arc_challenge.loglikelihood", ""),
+    "ARC-C norm": ("arc_challenge.loglikelihood", "_norm"),
+    "ARC-C letter": ("arc_challenge.letter", ""),
+    "ARC-E": ("arc_easy.loglikelihood", ""),
+    "ARC-E norm": ("arc_easy.loglikelihood", "_norm"),
+    "ARC-E letter": ("arc_easy.letter", ""),
+}
+MAX_STANDARD_ERROR = 0.02  # a larger one hides the differences between methods
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Hold a share of right answers, with each answer.
+    """Share of correct answers.
 
     Attributes:
-        value: right answers over questions, 0 to 1.
-        standard_error: of the value, 0 to 1.
+        value: correct answers over questions, 0 to 1.
+        standard_error: of the value, 0 to 1; NaN or None where there is none.
         correct: 1 or 0 for each question, in the data set's order.
-        asked: how the questions were asked: solved examples before each, and the questions' ids
-            where the settings list them.
+        asked: solved examples before each question, and the questions' ids where they are known.
     """
 
     value: float
@@ -40,68 +39,57 @@ class Accuracy:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Hold what was measured of one variant; None where it was not.
+    """What was measured of one variant.
 
     Attributes:
         variant: its name.
         is_reference: whether it is the unquantized model.
-        on_front: whether no other quantized variant is as small and as close, and better in one.
-        method, bits, granularity, group_size, clusters: from the recipe.
-        linear_bits_per_weight, bits_per_weight: of the linear layers, and of the whole model.
-        stored_bytes: size of the model's tensors.
-        kl: mean KL divergence from the reference, nats.
-        top1_agreement: share of tokens where both rank the same token first, 0 to 1.
-        perplexity, perplexity_error: and its standard error.
+        values: of each measured part; see `study.schema.PARTS`.
+        recipe: settings of its conversion; empty for a model that was not converted.
         accuracies: by the headings in `ARC`.
-        stage_seconds: of the conversion; "total" is wall time, s.
-        convert_peak_bytes: most memory of the conversion.
-        prefill_tokens_per_s, decode_tokens_per_s, load_s, first_token_s: speed.
-        decode_range: slowest and fastest trial, tokens/s.
-        run_peak_bytes: most memory while running.
+        on_front: whether no other quantized variant is as small and as close, and better in one.
     """
 
     variant: str
     is_reference: bool
-    on_front: bool
-    method: str | None
-    bits: int | None
-    granularity: str | None
-    group_size: int | None
-    clusters: int | None
-    linear_bits_per_weight: float | None
-    bits_per_weight: float | None
-    stored_bytes: int | None
-    kl: float | None
-    top1_agreement: float | None
-    perplexity: float | None
-    perplexity_error: float | None
+    values: Mapping[str, Mapping[str, Any]]
+    recipe: Mapping[str, Any]
     accuracies: Mapping[str, Accuracy]
-    stage_seconds: Mapping[str, float]
-    convert_peak_bytes: int | None
-    prefill_tokens_per_s: float | None
-    decode_tokens_per_s: float | None
-    decode_range: tuple[float, float] | None
-    load_s: float | None
-    first_token_s: float | None
-    run_peak_bytes: int | None
+    on_front: bool = False
+
+    def get(self, part: str, name: str) -> Any:
+        """Return a value; None where it was not measured."""
+        return self.values.get(part, {}).get(name)
+
+    @property
+    def method(self) -> str:
+        """Return the method's name; "-" where it is unknown."""
+        return self.get("convert", "method") or "-"
+
+    @property
+    def series(self) -> str:
+        """Return the name of the method for a plot's legend, with what changes it."""
+        granularity = self.get("convert", "granularity") or "group"
+        refined = ", refined" if self.recipe.get("refine") else ""
+        return self.method + ("" if granularity == "group" else f", {granularity}") + refined
+
+    @property
+    def stored_bytes(self) -> int | None:
+        """Return the size of the tensors."""
+        return self.get("convert", "stored_bytes")
+
+    @property
+    def kl(self) -> float | None:
+        """Return the mean KL divergence from the reference, nats per token."""
+        return self.get("kl", "kl_mean")
 
     @property
     def is_split(self) -> bool:
         """Tell whether the variant's layers are split."""
-        return self.clusters is not None
+        return self.get("convert", "clusters") is not None
 
     @property
-    def is_plain(self) -> bool:
-        """Tell whether the variant is quantized and not split."""
-        return not self.is_reference and not self.is_split
-
-    @property
-    def convert_seconds(self) -> float | None:
-        """Return the conversion's wall time, s."""
-        return self.stage_seconds.get("total")
-
-    @property
-    def size_and_distance(self) -> tuple[float, float] | None:
+    def size_and_kl(self) -> tuple[float, float] | None:
         """Return (stored_bytes, kl), less of both is better; None unless it is quantized."""
         if self.is_reference or self.stored_bytes is None or self.kl is None:
             return None
@@ -110,7 +98,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Hold a study, its results, and a row for each variant in the order of the tables."""
+    """A study, its results, and a row per variant, smallest first."""
 
     study: StudyRecord
     results: tuple[Result, ...]
@@ -122,29 +110,44 @@ class Report:
         return next((row for row in self.rows if row.is_reference), None)
 
     @property
-    def yardstick(self) -> Row | None:
+    def speed_baseline(self) -> Row | None:
         """Return the row that speeds are compared with: the reference, or else the first rtn."""
-        timed = [row for row in self.rows if row.decode_tokens_per_s]
-        first = [row for row in timed if row.is_reference]
-        return next(iter(first + [row for row in timed if row.method == "rtn"]), None)
+        timed = [row for row in self.rows if row.get("speed", "decode_tokens_per_s")]
+        timed.sort(key=lambda row: not row.is_reference)
+        return next((row for row in timed if row.is_reference or row.method == "rtn"), None)
 
-    def twin(self, row: Row) -> Row | None:
-        """Return the rtn variant with a split variant's bits, granularity and group size."""
-        wanted = (row.bits, row.granularity, row.group_size)
-        for other in self.rows:
-            found = (other.bits, other.granularity, other.group_size)
-            if other.is_plain and other.method == "rtn" and found == wanted:
-                return other
-        return None
+    @property
+    def arc_headings(self) -> dict[str, bool]:
+        """Return the measured headings of `ARC`: whether all standard errors are small enough."""
+        found = {}
+        for heading in ARC:
+            errors = [
+                row.accuracies[heading].standard_error
+                for row in self.rows
+                if heading in row.accuracies
+            ]
+            if errors:
+                found[heading] = all(e is not None and e <= MAX_STANDARD_ERROR for e in errors)
+        return found
 
-    def better_plain(self, row: Row) -> Row | None:
-        """Return the closest plain variant that is as small and as close as `row`, or better."""
-        own, found = row.size_and_distance, []
-        for other in self.rows:
-            point = other.size_and_distance
-            if other.is_plain and own and point and dominates(point, own):
-                found.append((point[1], other))
-        return min(found, key=lambda pair: pair[0])[1] if found else None
+    def rtn_counterpart(self, row: Row) -> Row | None:
+        """Return the rtn variant with a variant's bits, granularity and group size."""
+
+        def grid(row: Row) -> tuple[Any, ...]:
+            convert = (row.get("convert", name) for name in ("bits", "granularity"))
+            return (*convert, row.recipe.get("group_size"))
+
+        plain = (other for other in self.rows if other.method == "rtn")
+        return next((other for other in plain if grid(other) == grid(row)), None)
+
+    def dominating_plain_variant(self, row: Row) -> Row | None:
+        """Return the closest unsplit variant that is as small and as close, and better in one."""
+        found = [
+            other
+            for other in self.rows
+            if not other.is_split and dominates(other.size_and_kl, row.size_and_kl)
+        ]
+        return min(found, key=lambda other: other.kl or 0.0, default=None)
 
 
 def load_report(directory: Path) -> Report:
@@ -153,78 +156,74 @@ def load_report(directory: Path) -> Report:
 
 
 def build_report(study: StudyRecord, results: Iterable[Result]) -> Report:
-    """Return one row for each variant: those of `study.order` first, the others by name."""
+    """Return one row per variant by size; those of unknown size last, in the study's order."""
     results = tuple(results)
     parts: dict[str, dict[str, Result]] = {}
     for result in results:
         parts.setdefault(result.variant, {})[result.part] = result
-    names = [name for name in dict.fromkeys(study.order) if name in parts]
-    names += sorted(parts.keys() - set(names))
-    rows = [_row(name, parts[name], name == study.reference_variant) for name in names]
-    front = pareto_front([row.size_and_distance for row in rows])
-    rows = [replace(row, on_front=best) for row, best in zip(rows, front, strict=True)]
+    order = {name: place for place, name in enumerate(study.order)}
+    rows = [_row(name, found, name == study.reference_variant) for name, found in parts.items()]
+    rows.sort(
+        key=lambda row: (
+            math.inf if row.stored_bytes is None else row.stored_bytes,
+            order.get(row.variant, len(order)),
+            row.variant,
+        )
+    )
+    points = [row.size_and_kl for row in rows]
+    rows = [
+        replace(row, on_front=is_best)
+        for row, is_best in zip(rows, pareto_front(points), strict=True)
+    ]
     return Report(study=study, results=results, rows=tuple(rows))
+
+
+def pareto_front(points: Sequence[tuple[float, float] | None]) -> list[bool]:
+    """Tell which points (less is better in both) no other point dominates; None never is one."""
+    return [
+        point is not None and not any(dominates(other, point) for other in points)
+        for point in points
+    ]
+
+
+def dominates(first: tuple[float, float] | None, second: tuple[float, float] | None) -> bool:
+    """Tell whether `first` is as low as `second` in both, and lower in one."""
+    if first is None or second is None:
+        return False
+    return first != second and first[0] <= second[0] and first[1] <= second[1]
 
 
 def p_value(first: Accuracy | None, second: Accuracy | None) -> float | None:
     """Return McNemar's exact two-sided p; None unless both were asked the same."""
     from splitquant_mlx.evaluation.paired import compare
 
-    if first is None or second is None:
+    if first is None or second is None or not first.correct:
         return None
     alike = (len(first.correct), first.asked) == (len(second.correct), second.asked)
-    return compare(first.correct, second.correct).p_value if alike and first.correct else None
-
-
-def points(first: Accuracy, second: Accuracy) -> str:
-    """Return by how many percentage points the first is more often right."""
-    return f"{(first.value - second.value) * 100:+.1f}"
+    return compare(first.correct, second.correct).p_value if alike else None
 
 
 def _row(name: str, parts: Mapping[str, Result], is_reference: bool) -> Row:
-    def values(part: str) -> Mapping[str, Any]:
-        return parts[part].values if part in parts else {}
-
-    convert, kl, perplexity, speed = map(values, ("convert", "kl", "perplexity", "speed"))
     recipe = parts["convert"].settings.get("recipe") if "convert" in parts else None
-    slowest, fastest = (speed.get(f"decode_tokens_per_s_{end}") for end in ("min", "max"))
-    found = {heading: _accuracy(parts.get(part), ending) for heading, part, ending in ARC}
+    accuracies = {
+        heading: _accuracy(parts[part], ending)
+        for heading, (part, ending) in ARC.items()
+        if part in parts and parts[part].values.get(f"correct{ending}") is not None
+    }
     return Row(
         variant=name,
         is_reference=is_reference,
-        on_front=False,
-        method=convert.get("method"),
-        bits=convert.get("bits"),
-        granularity=convert.get("granularity"),
-        group_size=recipe.get("group_size") if isinstance(recipe, dict) else None,
-        clusters=convert.get("clusters"),
-        linear_bits_per_weight=convert.get("linear_bits_per_weight"),
-        bits_per_weight=convert.get("bits_per_weight"),
-        stored_bytes=convert.get("stored_bytes"),
-        kl=kl.get("kl_mean"),
-        top1_agreement=kl.get("top1_agreement"),
-        perplexity=perplexity.get("perplexity"),
-        perplexity_error=perplexity.get("standard_error"),
-        accuracies={heading: value for heading, value in found.items() if value},
-        stage_seconds=convert.get("seconds", {}),
-        convert_peak_bytes=convert.get("peak_bytes"),
-        prefill_tokens_per_s=speed.get("prefill_tokens_per_s"),
-        decode_tokens_per_s=speed.get("decode_tokens_per_s"),
-        decode_range=None if slowest is None or fastest is None else (slowest, fastest),
-        load_s=speed.get("load_s"),
-        first_token_s=speed.get("first_token_s"),
-        run_peak_bytes=speed.get("peak_bytes"),
+        values={part: result.values for part, result in parts.items()},
+        recipe=recipe if isinstance(recipe, dict) else {},
+        accuracies=accuracies,
     )
 
 
-def _accuracy(result: Result | None, ending: str) -> Accuracy | None:
-    values = result.values if result else {}
-    correct = values.get(f"correct{ending}")
-    if result is None or correct is None or values.get(f"accuracy{ending}") is None:
-        return None
+def _accuracy(result: Result, ending: str) -> Accuracy:
+    values = result.values
     return Accuracy(
         value=values[f"accuracy{ending}"],
         standard_error=values.get(f"standard_error{ending}"),
-        correct=tuple(correct),
+        correct=tuple(values[f"correct{ending}"]),
         asked=(values["num_shots"], result.settings.get("questions")),
     )

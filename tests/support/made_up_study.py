@@ -5,7 +5,7 @@ import re
 
 from splitquant_mlx.study.results import Claim, Paper, Result, StudyRecord, save, save_study
 
-QUESTIONS = 240
+QUESTIONS = 1200
 # name, method, bits, granularity, clusters, linear bits/weight, KL, share of right answers
 VARIANTS = (
     ("original", "none", None, None, None, 16.0, None, 0.61),
@@ -66,7 +66,7 @@ def answers(share, seed, *, norm=True):
     rng = random.Random(seed)
     values = {"questions": QUESTIONS, "num_shots": 0}
     for ending, right in (("", share), ("_norm", share - 0.02)) if norm else (("", share),):
-        # one threshold a question for all variants, so that their answers go together
+        # one threshold per question for all variants, so that their answers go together
         thresholds = random.Random(ending)
         correct = [int(thresholds.random() + rng.gauss(0, 0.05) < right) for _ in range(QUESTIONS)]
         accuracy = sum(correct) / QUESTIONS
@@ -126,6 +126,8 @@ def results():
                 "kl_mean": kl,
                 "kl_median": kl / 2,
                 "kl_p99": kl * 9,
+                "kl_low": kl * 0.9,
+                "kl_high": kl * 1.1,
                 "top1_agreement": 0.97 - 0.09 * min(kl, 4) ** 0.5,
             }
         if name == "splitquant-4-g64":
