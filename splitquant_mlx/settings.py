@@ -47,8 +47,7 @@ def settings(cls: type[T]) -> type[T]:
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(Field,))
 def record(cls: type[T]) -> type[T]:
     """Make `cls` a frozen, keyword-only dataclass that raises ValidationError for a bad value."""
-    config = getattr(cls, "__pydantic_config__", STRICT)
-    return validated_dataclass(cls, frozen=True, kw_only=True, config=config)  # type: ignore[return-value]
+    return validated_dataclass(cls, frozen=True, kw_only=True, config=STRICT)  # type: ignore[return-value]
 
 
 def from_mapping(kind: type[T], values: Mapping[str, Any]) -> T:

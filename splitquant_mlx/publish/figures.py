@@ -7,7 +7,7 @@ from typing import Any
 from splitquant_mlx.publish.markdown import code, table
 from splitquant_mlx.publish.measurements import Measurement
 from splitquant_mlx.report.numbers import MISSING, percent, perplexity, plus_minus, significant
-from splitquant_mlx.study.schema import PARTS, number
+from splitquant_mlx.study.schema import PARTS
 
 ARC = {"arc_challenge": "ARC-Challenge", "arc_easy": "ARC-Easy"}
 ASKED = {
@@ -73,7 +73,7 @@ def _error(values: Values, key: str) -> str:
 def _of(values: Values, key: str) -> float | None:
     """Return a number; None where there is none, or NaN."""
     value = values.get(key)
-    return value if number(value) and value == value else None
+    return value if isinstance(value, int | float) and value == value else None
 
 
 def _count(values: Values, key: str) -> str:

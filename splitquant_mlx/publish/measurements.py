@@ -1,10 +1,12 @@
-"""Find what was measured of a checkpoint, in files that `eval --json` and `run` wrote.
+"""Measurements of a checkpoint, from files that `eval --json` and `run` wrote.
 
 A figure belongs to a checkpoint when it was measured on files of the same content (the hash that
 `eval` writes, and `run` for each conversion), or, of a study, on a conversion of the same original
 by the same recipe. Anything else is some other model's, and refused.
 """
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,48 +20,50 @@ from splitquant_mlx.models.source import Source, cached
 from splitquant_mlx.progress import Progress
 from splitquant_mlx.publish.files import Converted
 from splitquant_mlx.recipe import Recipe
-from splitquant_mlx.study.results import STUDY_FILE, Result, load_result, read_content, result_file
-from splitquant_mlx.study.schema import (
-    PARTS,
-    Checks,
+from splitquant_mlx.settings import load_json, record
+from splitquant_mlx.study.results import (
+    STUDY_FILE,
+    Result,
     broken,
-    check,
-    check_values,
-    finite,
-    line,
-    optional,
-    table,
-    text,
+    load_result,
+    read_content,
+    result_file,
 )
-from splitquant_mlx.study.spec import ARC_TASKS, ORIGINAL
+from splitquant_mlx.study.schema import PARTS, Line, check_values
+from splitquant_mlx.study.spec import ORIGINAL
 
+ARC_TASKS = ("arc_challenge", "arc_easy")
 SHOWN = ("kl", "perplexity", *(part for part in PARTS if part.startswith(ARC_TASKS)))
-_EVALUATION: Checks = {
-    "model": text,
-    "task": line,
-    "settings": table,
-    "values": table,
-    "reference": optional(text),
-    "device": line,
-    "machine": table,
-    "versions": table,
-    "model_hash": optional(line),
-}
+
+
+@record
+class Evaluation:
+    """What `eval --json` writes."""
+
+    model: str
+    task: Line
+    settings: dict[str, Any]
+    values: dict[str, Any]
+    device: Line
+    machine: dict[str, Any]
+    versions: dict[str, Any]
+    reference: str | None = None
+    model_hash: Line | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Hold one measured part of a checkpoint.
+    """One measured part of a checkpoint.
 
     Attributes:
-        part: as in `result_parts.PARTS`, or a task of lm-eval.
-        values: what was found.
+        part: as in `study.schema.PARTS`, or a task of lm-eval.
+        values: what was measured.
         settings: what it was measured with.
         device: "cpu" or "gpu".
         machine: as from `environment.describe_machine`.
         versions: of Python and the packages.
         reference: what it was compared with; empty if nothing.
-        reference_values: what was found there; empty if nothing.
+        reference_values: the same of the reference; empty if nothing.
     """
 
     part: str
@@ -82,7 +86,7 @@ def find_measurements(
         given: files, each of which must be about this checkpoint, and directories, of which
             those that are about it are taken; a study's own where the checkpoint lies in its
             `models` and nothing is given.
-        progress: told how far the hashing of the checkpoint is.
+        progress: progress reporter, for the hashing of the checkpoint.
 
     Raises:
         SplitQuantError: when a file cannot be used or is about another model, or a directory
@@ -173,30 +177,26 @@ class _Owner:
         )
 
     def _of_evaluation(self, file: Path, content: Mapping[str, Any]) -> Measurement:
-        check(content, _EVALUATION, file)
-        if content.get("model_hash") is None:
+        try:
+            found = load_json(Evaluation, _known(Evaluation, content))
+        except ValueError as exc:
+            raise broken(file, str(exc)) from exc
+        if found.model_hash is None:
             raise self._other(file, "it names no model hash: measure again with this eval")
-        if content["model_hash"] != self.hash:
+        if found.model_hash != self.hash:
             raise self._other(file, "it measured a model of other content")
-        values, settings = dict(content["values"]), dict(content["settings"])
-        part = content["task"]
-        if part in ARC_TASKS:
-            part = f"{part}.{values.get('protocol')}"
-        other = values.pop("reference", {})
-        if part in PARTS:
-            for found in filter(None, (values, other)):
-                check_values(part, found, file)
-        elif not all(line(name) and finite(value) for name, value in values.items()):
-            raise broken(file, "values are not all numbers")
+        part, protocol = found.task, found.values.get("protocol")
+        part = f"{part}.{protocol}" if part in ARC_TASKS else part
+        other = found.values.get("reference")
         return Measurement(
             part=part,
-            values=values,
-            settings={**settings, "text": values.get("text_sha256")},
-            device=content["device"],
-            machine=content["machine"],
-            versions=content["versions"],
-            reference=content.get("reference") or "",
-            reference_values=other,
+            values=_part_values(file, part, found.values),
+            settings={**found.settings, "text": found.values.get("text_sha256")},
+            device=found.device,
+            machine=found.machine,
+            versions=found.versions,
+            reference=found.reference or "",
+            reference_values=_part_values(file, part, other) if isinstance(other, dict) else {},
         )
 
     def _same_recipe(self, values: dict[str, Any]) -> bool:
@@ -226,6 +226,25 @@ class _Owner:
                 return model_hash(directory, self.progress)
         except (SplitQuantError, OSError, ValueError, RuntimeError):
             return None
+
+
+def _known(kind: Any, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries that are fields of a class: files of other versions may have more."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in content.items() if name in names}
+
+
+def _part_values(file: Path, part: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the values that a part has, checked. Raises SplitQuantError, naming `file`."""
+    if part not in PARTS:  # a task of lm-eval
+        numbers = {name: v for name, v in values.items() if isinstance(v, int | float)}
+        if not all(map(math.isfinite, numbers.values())) or len(numbers) != len(values):
+            raise broken(file, "expected values that are finite numbers")
+        return numbers
+    try:
+        return check_values(part, _known(PARTS[part], values))
+    except ValueError as exc:
+        raise broken(file, str(exc)) from exc
 
 
 def _converted_hash(file: Path, result: Result) -> str | None:

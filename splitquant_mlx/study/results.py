@@ -21,7 +21,7 @@ from splitquant_mlx.errors import SplitQuantError, TargetError, one_line
 from splitquant_mlx.runtime.disk import write_atomic
 from splitquant_mlx.runtime.environment import describe_machine, versions
 from splitquant_mlx.settings import load_json, nested, record, settings
-from splitquant_mlx.study.schema import PARTS, Line, Number
+from splitquant_mlx.study.schema import Line, Number, check_values
 
 SCHEMA = 1
 STUDY_FILE = "study.json"
@@ -61,14 +61,8 @@ class Result:
     schema: Literal[1] = SCHEMA
 
     def __post_init__(self) -> None:
-        if self.part not in PARTS:
-            raise ValueError(f"part: expected one of {', '.join(PARTS)}, got {self.part!r}")
-        try:
-            checked = load_json(PARTS[self.part], _encode(self.values))
-        except ValueError as exc:
-            raise ValueError(f"values.{exc}") from None
-        found = dataclasses.asdict(checked)
-        object.__setattr__(self, "values", {name: found[name] for name in self.values})
+        values = check_values(self.part, _encode(self.values))
+        object.__setattr__(self, "values", values)
 
 
 @record

@@ -1,11 +1,12 @@
 """The values of each part of a study's results: one class per part, validated by pydantic."""
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from splitquant_mlx.settings import NonNegativeInt, record
+from splitquant_mlx.settings import NonNegativeInt, load_json, record
 
 NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}  # which JSON lacks
 
@@ -142,3 +143,19 @@ PARTS: dict[str, type] = {
     "speed": Speed,
     "weights": Weights,
 }
+
+
+def check_values(part: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a part as plain JSON values, entries that are missing left out.
+
+    Raises:
+        ValueError: with a message of one line, when the part is unknown or a value is not valid.
+    """
+    if part not in PARTS:
+        raise ValueError(f"part: expected one of {', '.join(PARTS)}, got {part!r:.80}")
+    try:
+        checked = load_json(PARTS[part], values)
+    except ValueError as exc:
+        raise ValueError(f"values.{exc}") from None
+    found = ((name, getattr(checked, name)) for name in values)
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in found}

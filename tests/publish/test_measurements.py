@@ -170,13 +170,13 @@ def test_an_evaluation_of_other_content_is_refused(home, kl, tmp_path):
 
 
 BROKEN = {
-    "no JSON": ("[", "no valid JSON"),
-    "a list": ("[]", "wanted a JSON object"),
+    "no JSON": ("[", "not valid JSON"),
+    "a list": ("[]", "expected a JSON object"),
     "something else": ("{}", "neither of eval nor of run"),
-    "too deep": ("[" * 100_000, "no valid JSON"),
+    "too deep": ("[" * 100_000, "not valid JSON"),
     "text for a number": ({"values": {"kl_mean": "0.1"}}, "kl_mean"),
     "a task that is no name": ({"task": ["kl"]}, "task"),
-    "a task of lm-eval without numbers": ({"task": "hellaswag"}, "not all numbers"),
+    "a task of lm-eval without numbers": ({"task": "hellaswag"}, "finite numbers"),
 }
 
 
