@@ -24,6 +24,7 @@ from splitquant_mlx.cli.generate import generate
 from splitquant_mlx.cli.help import Command, Group
 from splitquant_mlx.cli.inspect import inspect
 from splitquant_mlx.cli.launched import launched_rank, only_rank_0_prints
+from splitquant_mlx.cli.library import cache, models
 from splitquant_mlx.cli.report import report
 from splitquant_mlx.cli.run import run as run_study
 from splitquant_mlx.cli.serve import serve
@@ -76,6 +77,8 @@ _add(
     allow_extra_args=True,
     ignore_unknown_options=True,
 )
+_add(EVERYDAY, "models", models, "models")
+_add(EVERYDAY, "cache", cache, "cache --clear")
 _add(EVERYDAY, "demo", demo, "demo")
 _add(MEASURE, "inspect", inspect, "inspect Llama-3.2-1B-Instruct-auto-4.5bpw --layers")
 _add(MEASURE, "verify", verify, "verify Llama-3.2-1B-Instruct-auto-4.5bpw")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 import unicodedata
 from io import StringIO
@@ -60,6 +61,12 @@ def show(*items: Any) -> None:
             Console(file=lines, width=10_000, color_system=None).print(item)
             text = "\n".join(line.rstrip() for line in lines.getvalue().splitlines())
         print(text)
+
+
+def next_step(done: str, *command: object) -> None:
+    """Print what was done, and the command that goes on from there."""
+    words = shlex.join(str(word) for word in command)
+    show(f"{done} Next: splitquant-mlx {words}")
 
 
 def new_table(title: str, *columns: str) -> "Table":

@@ -1,15 +1,25 @@
 """Offer `convert`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from splitquant_mlx.cli import interrupt
-from splitquant_mlx.cli.options import DEFAULT_MODEL, Device, Revision, start
+from splitquant_mlx.cli import console, interrupt
+from splitquant_mlx.cli.options import (
+    LAYERS,
+    PUBLISHING,
+    Device,
+    JsonFile,
+    Revision,
+    one_name,
+    start,
+)
 from splitquant_mlx.cli.settings import Given, settings_options
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.recipe import Calibration, Recipe, load_recipe, write_recipe
+
+TARGETS = ("target_bpw", "max_kl")  # which only auto can have
 
 
 @settings_options(
@@ -23,75 +33,233 @@ from splitquant_mlx.recipe import Calibration, Recipe, load_recipe, write_recipe
     },
     skip=("layers", "calibration"),
     panel="Quantization",
+    panels=dict.fromkeys(
+        ("include", "exclude", "embeddings", "lm_head", "embedding_bits", "dtype"), LAYERS
+    ),
 )
 @settings_options(
     Calibration, "calibration", flags={"text": ("--calibration",)}, panel="Calibration"
 )
 def convert(
     model: Annotated[
-        str,
-        typer.Option("--model", "--hf-path", help="Repo id, directory or .gguf file to convert."),
-    ],
-    mlx_path: Annotated[Path, typer.Option(help="Directory to write.")] = Path(DEFAULT_MODEL),
-    recipe: Annotated[
-        Path | None, typer.Option(help="TOML file of settings; options given here win.")
+        str | None,
+        typer.Argument(metavar="MODEL", help="Repo id, directory or .gguf file to convert."),
     ] = None,
+    model_option: Annotated[
+        str | None,
+        typer.Option("--model", "--hf-path", metavar="MODEL", help="The same, as an option."),
+    ] = None,
+    mlx_path: Annotated[
+        Path | None,
+        typer.Option(help="Directory to write; by default named after model and method."),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="TOML file of settings; options given here win."),
+    ] = None,
+    quantize: Annotated[
+        bool,
+        typer.Option(
+            "-q", "--quantize", help="mlx_lm's plain 4-bit (method rtn), where no method is named."
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show size, bits/weight, memory and time; convert nothing."),
+    ] = False,
     plan: Annotated[
         Path | None,
-        typer.Option(help="auto: write what was chosen to this recipe, and convert nothing."),
+        typer.Option(
+            metavar="FILE", help="auto: write what was chosen to this recipe, convert nothing."
+        ),
     ] = None,
-    revision: Revision = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace --mlx-path if it is a model directory.")
     ] = False,
-    quantize: Annotated[
-        bool, typer.Option("-q", "--quantize", hidden=True, help="Always on; as in mlx_lm.")
-    ] = True,
+    json_file: JsonFile = None,
+    revision: Revision = None,
+    device: Device = None,
+    lmstudio: Annotated[
+        bool,
+        typer.Option(
+            "--lmstudio",
+            help="Link the result into ~/.lmstudio/models, where LM Studio looks.",
+            rich_help_panel=PUBLISHING,
+        ),
+    ] = False,
     upload_repo: Annotated[
         str | None,
-        typer.Option(help="Upload the result to this Hugging Face repo, USER/NAME; see upload."),
+        typer.Option(
+            help="Upload the result to this Hugging Face repo, USER/NAME; see upload.",
+            rich_help_panel=PUBLISHING,
+        ),
     ] = None,
-    device: Device = None,
     *,
     settings: Given,
     calibration: Given,
 ) -> None:
-    """Quantize a model: by default k-means splits every linear layer, then plain INT4."""
-    interrupt.resumes()
-    base = load_recipe(recipe).to_dict() if recipe else {}
-    if calibration:
-        settings["calibration"] = {**base.get("calibration", {}), **calibration}
-    chosen = Recipe.from_dict({**base, **settings})
-    if plan is not None and chosen.method != "auto":
-        raise RecipeError(f"--plan is for method 'auto', got {chosen.method!r}")
+    """Quantize a model. The default is the paper's method, which splits every linear layer.
+
+    For the closest model at a given size take `--method auto`; for mlx_lm's plain 4-bit, `-q`.
+    """
+    name = one_name(model, model_option)
+    if name is None:
+        raise RecipeError("what is to be converted? Give a directory, a .gguf file or a repo id")
+    chosen = _recipe(recipe, settings, calibration, plain=quantize, planned=plan is not None)
+    console.check_json(json_file)
     if upload_repo is not None:
         from splitquant_mlx.publish.hub import check_login
 
         check_login(upload_repo)
     start(device)
+    from splitquant_mlx.cli import lm_studio
     from splitquant_mlx.cli.progress import Bars
-    from splitquant_mlx.cli.summary import print_forecast, print_summary
+    from splitquant_mlx.cli.summary import print_estimate, print_forecast, print_summary
     from splitquant_mlx.conversion.pipeline import convert as convert_model
+    from splitquant_mlx.conversion.staging import check_target
+    from splitquant_mlx.models.source import resolve
 
+    target = mlx_path or Path(default_name(name, chosen))
+    if lmstudio:
+        lm_studio.check(chosen)
+    if plan is None and not dry_run:
+        check_target(target, overwrite=overwrite)
+    source = resolve(name, revision=revision)
+    bars = Bars(stages(chosen, gguf=source.path.is_file()))
+    if dry_run:
+        found = _estimate(source, chosen, bars)
+        if not console.write_json(json_file, _estimated(found)):
+            print_estimate(found, chosen, target)
+        return
+    _check_memory(source, chosen)
+    interrupt.resumes()
     if plan is not None:
         from splitquant_mlx.conversion.bits import forecast
 
-        found = forecast(model, chosen, revision=revision, progress=Bars())
-        print_forecast(found)
-        write_recipe(found.recipe, plan)
+        planned = forecast(name, chosen, revision=revision, progress=bars)
+        write_recipe(planned.recipe, plan)
+        if not console.write_json(json_file, planned.recipe.to_dict()):
+            print_forecast(planned)
+            console.next_step(f"Saved {plan}.", "convert", name, "--recipe", plan)
         return
     manifest = convert_model(
-        model,
-        mlx_path,
+        source,
+        target,
         recipe=chosen,
-        revision=revision,
         overwrite=overwrite,
-        progress=Bars(),
-        on_forecast=print_forecast,
+        progress=bars,
+        on_forecast=None if console.is_quiet() or json_file == "-" else print_forecast,
     )
-    print_summary(manifest, mlx_path)
+    if not console.write_json(json_file, _converted(manifest, target)) and not console.is_quiet():
+        print_summary(manifest, target)
+    if lmstudio:
+        lm_studio.link(target)
     if upload_repo is not None:
         from splitquant_mlx.cli.upload import send
         from splitquant_mlx.publish.upload import prepare_upload
 
-        send(prepare_upload(mlx_path, upload_repo))
+        send(prepare_upload(target, upload_repo))
+
+
+def _recipe(
+    file: Path | None, settings: Given, calibration: Given, *, plain: bool, planned: bool
+) -> Recipe:
+    """Return the recipe that a file and the options ask for; a target implies auto."""
+    base = load_recipe(file).to_dict() if file else {}
+    if calibration:
+        settings["calibration"] = {**base.get("calibration", {}), **calibration}
+    if "method" not in settings and "method" not in base:
+        if planned or any(name in settings for name in TARGETS):
+            settings["method"] = "auto"
+        elif plain:
+            settings["method"] = "rtn"
+    method = settings.get("method", base.get("method", "splitquant"))
+    for name, is_used in (
+        *((name, method == "splitquant") for name in ("clusters", "kmeans")),
+        *((name, method != "auto") for name in ("bits", "group_size")),
+    ):
+        if name in settings and not is_used:
+            other = ": use target_bpw" if name in ("bits", "group_size") else ""
+            raise RecipeError(f"{name}: not for method {method!r}{other}")
+    chosen = Recipe.from_dict({**base, **settings})
+    if planned and chosen.method != "auto":
+        raise RecipeError(f"--plan is for method 'auto', got {chosen.method!r}")
+    return chosen
+
+
+def default_name(model: str, recipe: Recipe) -> str:
+    """Return a directory name made of the model's and the method's."""
+    stem = Path(model).expanduser().resolve().name.removesuffix(".gguf")
+    kind = "split" if recipe.method == "splitquant" else recipe.method
+    if recipe.method == "auto":
+        size = f"kl{recipe.max_kl:g}" if recipe.max_kl else f"{recipe.target_bpw:g}bpw"
+    else:
+        size = f"{recipe.bits}bit" if recipe.mode == "affine" else recipe.mode
+    return "-".join([stem or "model", kind, size, *(["refined"] if recipe.refine else [])])
+
+
+def stages(recipe: Recipe, *, gguf: bool = False) -> list[str]:
+    """Return the labels of the tasks that a conversion can have, in order."""
+    calibrated = recipe.calibration is not None or bool(recipe.refine)
+    named = {
+        "Unpacking": gguf,
+        "Checking the model": calibrated,
+        "Sampling text": calibrated and (recipe.calibration or Calibration()).text == "self",
+        "Measuring sensitivities": recipe.method == "auto",
+        "Splitting and quantizing": recipe.method == "splitquant",
+        "Quantizing": recipe.method != "splitquant",
+        "Refining": bool(recipe.refine),
+    }
+    return [label for label, happens in named.items() if happens]
+
+
+def _estimate(source: Any, recipe: Recipe, progress: Any) -> Any:
+    from splitquant_mlx.inspection.estimate import estimate
+    from splitquant_mlx.models.directory import as_directory
+
+    with as_directory(source, progress) as directory:
+        return estimate(directory, recipe)
+
+
+def _check_memory(source: Any, recipe: Recipe) -> None:
+    """Refuse, before the work, what this machine's memory is too small for."""
+    from splitquant_mlx.inspection.estimate import converting_bytes
+    from splitquant_mlx.models.footprint import tensor_sizes
+    from splitquant_mlx.runtime.memory import check_memory
+
+    sizes = tensor_sizes(source.path)
+    if not sizes:
+        return
+    plain = converting_bytes(sizes, Recipe(method="rtn")) / 1e9
+    warning = check_memory(
+        converting_bytes(sizes, recipe),
+        f"converting {source.name} with method {recipe.method!r}",
+        f"methods rtn and splitquant need about {plain:.1f} GB",
+    )
+    if warning:
+        console.note(f"warning: {warning}")
+
+
+def _estimated(found: Any) -> dict[str, Any]:
+    return {
+        "parameters": found.parameters,
+        "source_bytes": found.source_bytes,
+        "stored_bytes": found.stored_bytes,
+        "bits_per_weight": found.bits_per_weight,
+        "memory_bytes": found.memory_bytes,
+        "seconds": found.seconds,
+        "kept": {layer.path: layer.note for layer in found.layers if layer.action == "keep"},
+    }
+
+
+def _converted(manifest: Any, target: Path) -> dict[str, Any]:
+    return {
+        "path": str(target),
+        "recipe": manifest.recipe,
+        "bits_per_weight": manifest.bits_per_weight,
+        "linear_bits_per_weight": manifest.linear_bits_per_weight,
+        "source_bytes": manifest.source_bytes,
+        "stored_bytes": manifest.stored_bytes,
+        "seconds": manifest.seconds,
+        "refinement": manifest.refinement,
+    }

@@ -1,44 +1,79 @@
 """Offer `doctor`."""
 
-from splitquant_mlx.cli.options import Device, start
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+from splitquant_mlx.cli import console
+from splitquant_mlx.cli.console import new_table, pairs, plain, show, size
+from splitquant_mlx.cli.options import Device, JsonFile, start
 from splitquant_mlx.errors import SplitQuantError
 
 
-def doctor(device: Device = None) -> None:
-    """Show device, versions and memory, and check that this machine computes correctly."""
+def doctor(json_file: JsonFile = None, device: Device = None) -> None:
+    """Show device, versions, memory and disk, and check that this machine computes correctly."""
+    console.check_json(json_file)
     start(device)
-    import mlx.core as mx
-    from rich.console import Console
-    from rich.table import Table
+    from splitquant_mlx.inspection.doctor import dispatch_ratio, self_check
 
-    from splitquant_mlx.cli.console import size
-    from splitquant_mlx.inspection.doctor import devices, dispatch_ratio, self_check
-    from splitquant_mlx.runtime import blas
-    from splitquant_mlx.runtime.environment import describe_machine, versions
-
-    console = Console(highlight=False)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    machine = describe_machine()
-    table.add_row("machine", f"{machine['chip']}, {machine['cores']} cores, {machine['system']}")
-    table.add_row("memory", size(float(machine["memory_bytes"])))
-    default = mx.default_device().type.name
-    names = ", ".join(found.type.name for found in devices())
-    table.add_row("devices", f"{names} (in use: {default})")
-    for package, number in versions().items():
-        table.add_row(package, number)
-    if (found := blas.preload()) is not None:
-        table.add_row("OpenBLAS", "loaded" if found else f"missing: {blas.ADVICE}")
-    console.print(table)
-
-    checks = self_check()
-    results = Table("self-check", "largest difference", "limit", "", box=None, padding=(0, 2, 0, 0))
-    for check in checks:
-        verdict = "[green]ok[/]" if check.passed else "[red]FAILED[/]"
-        results.add_row(check.name, f"{check.difference:.1e}", f"{check.limit:.0e}", verdict)
-    console.print(results)
-    console.print(f"k separate products take {dispatch_ratio():.2f} x the time of one split layer")
+    facts, checks = _facts(), self_check()
+    facts["k separate products"] = f"take {dispatch_ratio():.2f} x the time of one split layer"
+    values = {"facts": facts, "checks": [dataclasses.asdict(c) | {"ok": c.passed} for c in checks]}
+    if not console.write_json(json_file, values):
+        table = new_table("", "largest difference", "limit", "")
+        for check in checks:
+            verdict = "ok" if check.passed else "FAILED"
+            table.add_row(check.name, f"{check.difference:.1e}", f"{check.limit:.0e}", verdict)
+        show(pairs(*facts.items()), "", table, "")
     if failed := [check.name for check in checks if not check.passed]:
         raise SplitQuantError(
             f"self-check failed ({'; '.join(failed)}): results on this machine cannot be trusted; "
             "update mlx, or use --device cpu"
         )
+    if json_file != "-":
+        show("Everything works.")
+
+
+def _facts() -> dict[str, str]:
+    """Return what is to be known of machine and software."""
+    import mlx.core as mx
+
+    from splitquant_mlx.inspection.doctor import devices
+    from splitquant_mlx.runtime import blas
+    from splitquant_mlx.runtime.cache import cache_directory
+    from splitquant_mlx.runtime.environment import describe_machine, versions
+    from splitquant_mlx.runtime.memory import free_bytes, memory_bytes
+
+    machine = describe_machine()
+    facts = {
+        "machine": f"{machine['chip']}, {machine['cores']} cores, {machine['system']}",
+        "memory": f"{size(memory_bytes())}, {size(free_bytes())} free",
+    }
+    if limit := mx.device_info().get("max_recommended_working_set_size"):
+        facts["memory for the GPU"] = size(float(limit))
+    default = mx.default_device().type.name
+    names = ", ".join(found.type.name for found in devices())
+    facts["devices"] = f"{names} (in use: {default})"
+    facts["disk here"] = f"{size(shutil.disk_usage(Path.cwd()).free)} free"
+    facts["caches"] = f"{cache_directory()}; hub: {_hub_cache()}"
+    facts["hub login"] = _login()
+    found = Path("~/.lmstudio/models").expanduser()
+    facts["LM Studio"] = f"models in {found}" if found.is_dir() else "not found"
+    facts |= versions()
+    if (loaded := blas.preload()) is not None:
+        facts["OpenBLAS"] = "loaded" if loaded else f"missing: {blas.ADVICE}"
+    return {name: plain(value) for name, value in facts.items()}
+
+
+def _hub_cache() -> Any:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_CACHE
+
+
+def _login() -> str:
+    """Tell whether there is a token, without asking the hub."""
+    from huggingface_hub import get_token
+
+    return "token found" if get_token() else "none (hf auth login, for gated and own repos)"

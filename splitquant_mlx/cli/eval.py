@@ -1,26 +1,50 @@
 """Offer `eval`."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from splitquant_mlx.cli import interrupt
+from splitquant_mlx.cli import console, interrupt
+from splitquant_mlx.cli.console import new_table, plain, show
 from splitquant_mlx.cli.launched import join
 from splitquant_mlx.cli.options import (
-    DEFAULT_MODEL,
     Device,
-    Model,
+    JsonFile,
+    ModelArgument,
+    ModelOption,
     Revision,
     TrustRemoteCode,
-    check_model,
+    choose_model,
     start,
 )
-from splitquant_mlx.errors import TargetError
+
+TEXT, QUESTIONS = "Text (perplexity, kl)", "Questions (ARC)"
+# what a figure is called, in which unit, and which way is better; the error beside it
+ROWS = {
+    "perplexity": ("perplexity (lower is better)", "standard_error"),
+    "mean_nll": ("negative log-likelihood, nats per token (lower is better)", None),
+    "kl_mean": ("KL divergence, mean, nats per token (lower is better)", "standard_error"),
+    "kl_median": ("KL divergence, median, nats per token", None),
+    "kl_p99": ("KL divergence, 99th percentile, nats per token", None),
+    "kl_low": ("KL divergence, 95 % interval from", None),
+    "kl_high": ("KL divergence, 95 % interval to", None),
+    "top1_agreement": ("same likeliest token (higher is better)", None),
+    "accuracy": ("accuracy (higher is better)", "standard_error"),
+    "accuracy_norm": ("accuracy, by length (higher is better)", "standard_error_norm"),
+    "questions": ("questions", None),
+    "num_shots": ("solved examples before each", None),
+    "tokens": ("tokens", None),
+    "positions": ("positions compared", None),
+    "context_length": ("tokens per window", None),
+    "stride": ("tokens from window to window", None),
+}
+SHARES = ("top1_agreement", "accuracy", "accuracy_norm")
 
 
 def evaluate(
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
     task: Annotated[
         str,
         typer.Option(
@@ -28,36 +52,55 @@ def evaluate(
             "--tasks",
             help="arc_challenge, arc_easy, perplexity, kl or a task of lm-eval.",
         ),
-    ],
-    model: Model = DEFAULT_MODEL,
-    protocol: Annotated[
-        str, typer.Option(help="ARC: loglikelihood (lm-eval's) or letter (through the chat).")
-    ] = "loglikelihood",
-    num_shots: Annotated[
-        int | None, typer.Option(help="Solved examples before each question.")
+    ] = "perplexity",
+    reference: Annotated[
+        str | None, typer.Option(help="Model to compare with; kl needs it.")
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help=".jsonl, .parquet, .csv or text, instead of the hub's data.")
     ] = None,
-    shots: Annotated[
-        Path | None, typer.Option(help="Questions to draw the examples from, instead of the hub's.")
+    limit: Annotated[
+        int | None, typer.Option(help="At most so many questions, or windows of text.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Most questions, or windows of text.")] = None,
-    context_length: Annotated[int, typer.Option(help="Tokens of a window of text.")] = 512,
+    context_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens per window of text; by default 512, or what the model was made for.",
+            rich_help_panel=TEXT,
+        ),
+    ] = None,
     stride: Annotated[
-        int | None, typer.Option(help="Tokens from window to window; the window's own if not set.")
+        int | None,
+        typer.Option(
+            help="Tokens from window to window; the window's length if not set.",
+            rich_help_panel=TEXT,
+        ),
     ] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="Model to compare with; kl needs it.")
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="loglikelihood (lm-eval's) or letter (through the chat).",
+            rich_help_panel=QUESTIONS,
+        ),
+    ] = "loglikelihood",
+    num_shots: Annotated[
+        int | None,
+        typer.Option(help="Solved examples before each question.", rich_help_panel=QUESTIONS),
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the result to this file.")
+    shots: Annotated[
+        Path | None,
+        typer.Option(
+            help="Questions to draw the examples from, instead of the hub's.",
+            rich_help_panel=QUESTIONS,
+        ),
     ] = None,
+    json_file: JsonFile = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     device: Device = None,
 ) -> None:
     """Evaluate a model: ARC, perplexity, KL divergence from another, or any task of lm-eval."""
+    console.check_json(json_file)
     interrupt.resumes()
     start(device)
     from splitquant_mlx.cli.progress import Bars
@@ -66,10 +109,10 @@ def evaluate(
 
     group = join()
     with together(group):
-        check_model(model)
+        name = choose_model(model, model_option)
 
     found = evaluate(
-        model,
+        name,
         Task(
             name=task,
             protocol=protocol,
@@ -86,42 +129,42 @@ def evaluate(
         group=group,
         progress=Bars(),
     )
-    if group.rank():
-        return
-    if json_file is not None:
-        try:
-            json_file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        except OSError as exc:
-            raise TargetError(f"cannot write {json_file}: {exc.strerror or exc}") from exc
-    _print(found)
+    if not group.rank() and not console.write_json(json_file, found):
+        _print(found)
 
 
 def _print(found: dict[str, Any]) -> None:
     """Print the figures of an evaluation as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from splitquant_mlx.cli.console import plain
-
     values, reference = found["values"], found["values"].get("reference", {})
-    table = Table(box=None, padding=(0, 2, 0, 0), title_justify="left")
-    table.title = plain(f"{found['task']} {values.get('protocol') or ''}")
-    table.add_column("", no_wrap=True)
-    table.add_column(plain(found["model"]), justify="right")
-    if reference:
-        table.add_column(plain(found["reference"]), justify="right")
+    table = new_table(
+        plain(f"{found['task']} {values.get('protocol') or ''}"),
+        *(_short(found[key]) for key in ("model", "reference")[: 2 if reference else 1]),
+    )
+    errors = {error for _, error in ROWS.values() if error}
     for name, value in values.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            other = [_figure(reference[name])] if reference else []
-            table.add_row(plain(name), _figure(value), *other)
-    console = Console(highlight=False)
-    console.print(table)
+        if isinstance(value, int | float) and not isinstance(value, bool) and name not in errors:
+            label = ROWS.get(name, (name, None))[0]
+            other = [_figure(name, reference)] if reference else []
+            table.add_row(plain(label), _figure(name, values), *other)
+    show(table)
     if comparison := values.get("comparison"):
-        console.print(
-            f"Right only here: {comparison['only_first']}, only there: "
-            f"{comparison['only_second']}; McNemar's p = {comparison['p_value']:.3g}"
+        show(
+            f"Answered rightly by the first alone: {comparison['only_first']}, by the second "
+            f"alone: {comparison['only_second']}; McNemar's p = {comparison['p_value']:.3g}"
         )
 
 
-def _figure(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
+def _short(model: str) -> str:
+    """Return what tells a model from others: of a path, its end."""
+    return plain(model.rstrip("/").rpartition("/")[2] if Path(model).exists() else model)
+
+
+def _figure(name: str, values: dict[str, Any]) -> str:
+    """Return a value with its standard error."""
+    value, error = values[name], values.get(ROWS.get(name, ("", None))[1] or "")
+    if value is None:
+        return ""
+    if name in SHARES:
+        return f"{value:.1%}" + (f" ± {error:.1%}" if error is not None else "")
+    text = str(value) if isinstance(value, int) else f"{value:.4g}"
+    return text + (f" ± {error:.2g}" if error is not None else "")

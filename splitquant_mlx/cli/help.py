@@ -81,7 +81,9 @@ def _names(parameter: Any) -> str:
     names = ", ".join([*short, *long[:1]])
     if parameter.is_flag:
         return names
-    return f"{names} {parameter.metavar or long[0].rpartition('-')[2].upper()}"
+    word = long[0].rpartition("-")[2].upper()
+    whole = f"{names} {parameter.metavar or word}"
+    return whole if len(whole) <= NAMES_COLUMNS else f"{names} {word}"
 
 
 def _text(parameter: Any) -> str:

@@ -1,90 +1,178 @@
 """Offer `inspect`."""
 
+import dataclasses
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from splitquant_mlx.cli import console
+from splitquant_mlx.cli.console import new_table, pairs, show, size
 from splitquant_mlx.cli.options import (
-    DEFAULT_MODEL,
     Device,
-    Model,
+    JsonFile,
+    ModelArgument,
+    ModelOption,
     Revision,
-    check_model,
+    choose_model,
     start,
 )
 from splitquant_mlx.errors import RecipeError
 
+WEIGHTS = "Weights"
+
 
 def inspect(
-    model: Model = DEFAULT_MODEL,
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="One row a layer, rather than a kind of layer.")
+    ] = False,
     layer: Annotated[
-        str | None, typer.Option(help="Show the histogram of this layer's weights instead.")
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Show the histogram of this layer's weights instead.",
+            rich_help_panel=WEIGHTS,
+        ),
     ] = None,
     png: Annotated[
-        Path | None, typer.Option(help="Write that histogram as a PNG file too.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write that histogram as a PNG file too.", rich_help_panel=WEIGHTS
+        ),
     ] = None,
+    cut_points: Annotated[
+        bool,
+        typer.Option(
+            "--cut-points",
+            help="Show where layers are split, or would be: reads all weights of an original.",
+            rich_help_panel=WEIGHTS,
+        ),
+    ] = False,
     clusters: Annotated[
-        int, typer.Option(help="Parts to cluster an unconverted model's layers into.")
+        int,
+        typer.Option(
+            help="Parts to cluster an unconverted model's layers into.", rich_help_panel=WEIGHTS
+        ),
     ] = 3,
+    json_file: JsonFile = None,
     revision: Revision = None,
     device: Device = None,
 ) -> None:
-    """Show a model's layers, cut points, bytes and bits/weight, or one layer's histogram."""
+    """Show what a model is, and its layers; or one layer's histogram."""
     if png is not None and layer is None:
         raise RecipeError("--png shows one layer: say which with --layer")
-    check_model(model)
+    if not 2 <= clusters <= 8:
+        raise RecipeError(f"--clusters: expected 2 to 8, got {clusters}")
+    name = choose_model(model, model_option)
+    console.check_json(json_file)
     start(device)
     from splitquant_mlx.cli.progress import Bars
-    from splitquant_mlx.inspection.layers import inspect_model, layer_histogram
+    from splitquant_mlx.inspection.layers import find_cut_points, layer_histogram
+    from splitquant_mlx.inspection.overview import describe
     from splitquant_mlx.inspection.plots import save_histogram, text_histogram
     from splitquant_mlx.models.directory import as_directory
     from splitquant_mlx.models.source import resolve
 
-    with as_directory(resolve(model, revision=revision), Bars()) as directory:
-        if layer is None:
-            _print_layers(inspect_model(directory, clusters=clusters, progress=Bars()))
+    with as_directory(resolve(name, revision=revision), Bars()) as directory:
+        found = describe(directory)
+        if layer is not None:
+            path = _path(layer, [record.path for record in found.layers])
+            parts = clusters if cut_points else None
+            histogram = layer_histogram(directory, path, clusters=parts)
+            show(f"{path}\n{text_histogram(histogram)}")
+            if png is not None:
+                save_histogram(histogram, png)
+                show(f"Saved {png}")
             return
-        histogram = layer_histogram(directory, layer, clusters=clusters)
-        print(f"{layer}\n{text_histogram(histogram)}")
-        if png is not None:
-            save_histogram(histogram, png)
-            print(f"Saved {png}")
+        cuts = {}
+        if cut_points:
+            cuts = find_cut_points(directory, clusters=clusters, progress=Bars())
+    values = dataclasses.asdict(found) | ({"cut_points": cuts} if cut_points else {})
+    if console.write_json(json_file, values):
+        return
+    _print(name, found)
+    _print_layers(found.layers, cuts, each=layers or cut_points)
 
 
-def _print_layers(inspection: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _path(given: str, paths: list[str]) -> str:
+    """Return the layer that is meant: its path, or an end of it that no other layer has."""
+    if given in paths:
+        return given
+    ending = [path for path in paths if path.endswith(f".{given}")]
+    if len(ending) == 1:
+        return ending[0]
+    near = ending or get_close_matches(given, paths, n=4, cutoff=0.5) or paths
+    raise RecipeError(
+        f"--layer: there is no layer {given!r} with a weight matrix, but {', '.join(near[:4])}"
+        f"{' and others' if len(near) > 4 else ''}: --layers lists them"
+    )
 
-    from splitquant_mlx.cli.console import size
 
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("layer", no_wrap=True)
-    table.add_column("shape", no_wrap=True)
-    table.add_column("form", no_wrap=True)
-    for name in ("bits/weight", "size", "SNR dB"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("cut points", no_wrap=True)
-    for record in inspection.layers:
-        form = record.action
-        if record.bits is not None:
-            form = f"{form} {record.clusters or 1} x {record.bits} bits g{record.group_size}"
-        table.add_row(
-            record.path,
-            " x ".join(str(n) for n in record.shape),
-            form,
-            f"{record.bits_per_weight:.2f}",
-            size(record.nbytes),
-            "" if record.snr_db is None else f"{record.snr_db:.1f}",
-            ", ".join(f"{cut:.4g}" for cut in record.cut_points),
-        )
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 200
-    console.print(table)
-    if manifest := inspection.manifest:
-        console.print(
-            f"linear layers {manifest.linear_bits_per_weight:.2f} bits/weight, whole model "
-            f"{manifest.bits_per_weight:.2f} bits/weight, {size(manifest.stored_bytes)} "
-            f"(original {size(manifest.source_bytes)})"
-        )
+def _print(name: str, found: Any) -> None:
+    def count(value: int | None) -> str:
+        return "not said" if value is None else f"{value:,} tokens"
+
+    source = f", from {console.plain(found.source)}" if found.source else ""
+    show(
+        pairs(
+            ("Model", console.plain(name)),
+            ("Architecture", console.plain(found.architecture)),
+            ("Parameters", _millions(found.parameters)),
+            ("Context", count(found.context)),
+            ("Vocabulary", count(found.vocabulary)),
+            ("Chat template", "yes" if found.has_chat_template else "no: it continues text"),
+            ("Quantized", f"{found.method or 'no'}{source}"),
+            (
+                "Size",
+                f"{size(found.stored_bytes)}, {found.bits_per_weight:.2f} bits/weight",
+            ),
+            ("Memory to run", f"about {found.memory_bytes / 1e9:.1f} GB"),
+            ("Runs in", found.runs_in),
+        ),
+        "",
+    )
+
+
+def _print_layers(layers: Any, cuts: dict[str, tuple[float, ...]], *, each: bool) -> None:
+    from splitquant_mlx.inspection.overview import kinds
+
+    rows = [(layer.path, (layer,)) for layer in layers]
+    if not each:
+        rows = [(kind.name, kind.layers) for kind in kinds(layers)]
+    with_noise = any(layer.snr_db is not None for layer in layers)
+    columns = ["shape", "form", "bits/weight", "size", *(["SNR dB"] if with_noise else [])]
+    table = new_table("", *([] if each else ["layers"]), *columns)
+    table.padding = (0, 1, 0, 0)
+    if cuts:
+        table.add_column("cut points")
+    for path, group in rows:
+        first = group[0]
+        form = {"keep": "as it was", "quantize": "", "split": f"{first.clusters} x "}
+        text = form[first.action]
+        if first.bits is not None:
+            text += f"{first.bits} bits g{first.group_size}"
+        snr = [layer.snr_db for layer in group if layer.snr_db is not None]
+        row = [
+            path.removeprefix("model.").removeprefix("layers.*."),
+            *([] if each else [str(len(group))]),
+            " x ".join(str(n) for n in first.shape),
+            text,
+            f"{first.bits_per_weight:.2f}",
+            size(sum(layer.nbytes for layer in group)),
+        ]
+        if with_noise:
+            row.append(f"{sorted(snr)[len(snr) // 2]:.1f}" if snr else "")
+        if cuts:
+            row.append(", ".join(f"{cut:.4g}" for cut in cuts.get(path, ())))
+        table.add_row(*row)
+    show(table)
+
+
+def _millions(count: int) -> str:
+    for unit, factor in (("billion", 1e9), ("million", 1e6)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count:,}"

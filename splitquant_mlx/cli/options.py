@@ -118,6 +118,7 @@ def start(device: str | None) -> None:
     # transformers looks for deep-learning frameworks it will not need, and says what it misses
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else five lines a request while offline
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     found = blas.preload()
     import mlx.core as mx
@@ -132,6 +133,13 @@ def start(device: str | None) -> None:
         console.note(f"note: {blas.ADVICE}")
 
 
+def one_name(argument: str | None, option: str | None) -> str | None:
+    """Return what is named as an argument or an option. Raises RecipeError for two names."""
+    if argument is not None and option is not None and argument != option:
+        raise RecipeError(f"two models are named, {argument!r} and --model {option!r}: give one")
+    return option if argument is None else argument
+
+
 def choose_model(argument: str | None, option: str | None = None) -> str:
     """Return the model that a command names, else the newest that was converted here.
 
@@ -141,9 +149,7 @@ def choose_model(argument: str | None, option: str | None = None) -> str:
     """
     from splitquant_mlx.models.library import closest, converted_in
 
-    if argument is not None and option is not None and argument != option:
-        raise RecipeError(f"two models are named, {argument!r} and --model {option!r}: give one")
-    named = argument if argument is not None else option
+    named = one_name(argument, option)
     if named is not None:
         if not Path(named).exists() and (near := closest(named, Path.cwd())):
             raise SourceError(f"there is no {named} here: did you mean {near}?")

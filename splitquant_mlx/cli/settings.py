@@ -24,6 +24,7 @@ def settings_options(
     flags: Mapping[str, Sequence[str]] | None = None,
     skip: Sequence[str] = (),
     panel: str | None = None,
+    panels: Mapping[str, str] | None = None,
 ) -> Callable[[Command], Command]:
     """Replace a parameter of a command by one option for each field of a settings class.
 
@@ -36,11 +37,18 @@ def settings_options(
         flags: flags by field name, where they are not `--field-name`.
         skip: fields without an option.
         panel: heading of the options in the help.
+        panels: other headings, by field name.
     """
     names = [field.name for field in dataclasses.fields(kind) if field.name not in skip]
     spelled = {name: (f"--{name.replace('_', '-')}",) for name in names} | dict(flags or {})
     options = {
-        field.name: _option(kind, field, f"{parameter}_{field.name}", spelled[field.name], panel)
+        field.name: _option(
+            kind,
+            field,
+            f"{parameter}_{field.name}",
+            spelled[field.name],
+            (panels or {}).get(field.name, panel),
+        )
         for field in dataclasses.fields(kind)
         if field.name in names
     }

@@ -1,46 +1,62 @@
-"""Show what a conversion did."""
+"""Show what a conversion will do, and what it did."""
 
-import shlex
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from splitquant_mlx.cli.console import size
-from splitquant_mlx.formats.manifest import LayerRecord, Manifest
+from splitquant_mlx.cli.console import next_step, pairs, show, size
+from splitquant_mlx.formats.manifest import Manifest
 
 if TYPE_CHECKING:
     from splitquant_mlx.conversion.bits import Forecast
+    from splitquant_mlx.inspection.estimate import Estimate
+    from splitquant_mlx.recipe import Recipe
 
-MOST_NOTES = 8
+WORDS = {"split": "split", "quantize": "quantized", "keep": "kept"}
+LM_STUDIO = "~/.lmstudio/models/USER/NAME"
 
 
 def print_summary(manifest: Manifest, path: Path) -> None:
-    """Print sizes, bits/weight, seconds, exceptions and the next command."""
-    from rich.console import Console
-    from rich.table import Table
+    """Print sizes, bits/weight, seconds, exceptions, where it runs and the next command."""
+    show(pairs(*_rows(manifest)))
+    for text in notes(manifest.layers):
+        show(f"  {text}")
+    for text in _where_it_runs(manifest, path):
+        show(text)
+    next_step(f"Saved in {path}.", "chat", path)
 
-    console = Console(highlight=False)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in _rows(manifest):
-        table.add_row(name, value)
-    console.print(table)
-    for text in _notes(manifest.layers):
-        console.print(f"  {text}", markup=False)
-    next_command = f"splitquant-mlx chat --model {shlex.quote(str(path))}"
-    console.print(f"Saved in {path}. Next: {next_command}", markup=False, soft_wrap=True)
+
+def print_estimate(found: "Estimate", recipe: "Recipe", target: Path) -> None:
+    """Print what a conversion would come to."""
+    done = Counter(layer.action for layer in found.layers)
+    guess = " (a guess: --max-kl decides)" if recipe.max_kl else ""
+    show(
+        pairs(
+            ("Method", recipe.method),
+            ("Layers", ", ".join(f"{done[a]} {word}" for a, word in WORDS.items() if done[a])),
+            ("Size", f"{size(found.stored_bytes)}, the original {size(found.source_bytes)}{guess}"),
+            ("Whole model", f"{found.bits_per_weight:.2f} bits/weight{guess}"),
+            ("Memory", f"about {found.memory_bytes / 1e9:.1f} GB"),
+            ("Time", f"{_duration(found.seconds)} (rough: extrapolated from one layer)"),
+            ("Target", str(target)),
+        )
+    )
+    for text in notes(found.layers):
+        show(f"  {text}")
+    show("Nothing was converted.")
 
 
 def print_forecast(found: "Forecast") -> None:
     """Print what "auto" chose: for each kind of layer the bits, the size, the expected loss."""
-    from rich.console import Console
     from rich.table import Table
 
     kinds: dict[str, list[str]] = {}
     for path in found.nbytes:
         kinds.setdefault(path.rpartition(".")[2], []).append(path)
     whole = sum(found.divergence.values())
-    table = Table("layers", "bits (how many)", "size", "KL, nats", "share")
+    table = Table("layers", "bits (how many)", "size", "KL, nats", "share", box=None)
     for kind, paths in kinds.items():
         chosen = Counter(_option(found.recipe.layers[path]) for path in paths)
         loss = sum(found.divergence[path] for path in paths)
@@ -54,52 +70,74 @@ def print_forecast(found: "Forecast") -> None:
     table.add_section()
     total = size(sum(found.nbytes.values()))
     table.add_row("all", f"{found.bits_per_weight:.2f} bits/weight", total, f"{whole:.4f}", "100%")
-    Console(highlight=False).print(table)
+    show(table)
 
 
-def _option(settings: Mapping[str, object]) -> str:
+def notes(layers: Iterable[Any]) -> list[str]:
+    """Name the layers that differ from the recipe, those with the same reason together."""
+    by_note: dict[str, Counter[str]] = {}
+    for layer in layers:
+        if layer.note or layer.action == "keep":
+            reason = f"{WORDS[layer.action]}: {layer.note or f'the {layer.kind}, as asked for'}"
+            pattern = re.sub(r"\.\d+\.", ".*.", layer.path)
+            by_note.setdefault(reason, Counter())[pattern] += 1
+    return [
+        f"{reason}: "
+        + ", ".join(f"{name} ({count})" if count > 1 else name for name, count in found.items())
+        for reason, found in by_note.items()
+    ]
+
+
+def _option(settings: Mapping[str, int]) -> str:
     return f"{settings['bits']} g{settings['group_size']}"
 
 
 def _rows(manifest: Manifest) -> list[tuple[str, str]]:
     layers = manifest.layers
     actions = Counter(layer.action for layer in layers)
-    done = ", ".join(f"{actions[a]} {word}" for a, word in _WORDS.items() if actions[a])
-    seconds = manifest.seconds
-    stages = ", ".join(f"{k} {v:.1f}" for k, v in seconds.items() if k != "total")
     kept = sum(layer.nbytes for layer in layers if layer.action == "keep")
+    share = f", {size(kept)} of it not quantized" if kept else ""
     rows = [
-        ("Layers", done),
-        ("Linear layers", f"{manifest.linear_bits_per_weight:.2f} bits/weight where converted"),
-        (
-            "Whole model",
-            f"{manifest.bits_per_weight:.2f} bits/weight, {size(kept)} of weights kept unquantized",
-        ),
-        ("Size", f"{size(manifest.stored_bytes)}, the original has {size(manifest.source_bytes)}"),
-        ("Time", f"{seconds['total']:.1f} s ({stages} in all threads)"),
+        ("Layers", ", ".join(f"{actions[a]} {word}" for a, word in WORDS.items() if actions[a])),
+        ("Linear layers", f"{manifest.linear_bits_per_weight:.2f} bits/weight"),
+        ("Whole model", f"{manifest.bits_per_weight:.2f} bits/weight"),
+        ("Size", f"{size(manifest.stored_bytes)}{share}; original {size(manifest.source_bytes)}"),
     ]
-    if refined := manifest.refinement:
-        loss = f"{refined['before']:.4f} nats to {refined['after']:.4f} on held-out own text"
-        rows.insert(3, ("Refined", f"from {loss}"))
     ratios = sorted(layer.snr_db for layer in layers if layer.snr_db is not None)
     if ratios:
         median = ratios[len(ratios) // 2]
-        rows.insert(3, ("Signal to noise", f"median {median:.1f} dB, lowest {ratios[0]:.1f} dB"))
+        rows.append(
+            (
+                "Error",
+                f"{median:.0f} dB below the weights (median of layers; worst {ratios[0]:.0f})",
+            )
+        )
+    if refined := manifest.refinement:
+        loss = f"{refined['before']:.4f} to {refined['after']:.4f} nats per token"
+        rows.append(("Refined", f"KL divergence {loss}, on text that was not trained on"))
+    seconds = manifest.seconds
+    stages = (f"{k} {v:.1f}" for k, v in seconds.items() if k != "total" and v >= 0.05)
+    rows.append(("Time", f"{seconds['total']:.1f} s (of all threads: {', '.join(stages)})"))
     return rows
 
 
-_WORDS = {"split": "split", "quantize": "quantized", "keep": "kept"}
+def _where_it_runs(manifest: Manifest, path: Path) -> list[str]:
+    """Say which programs run the model, and what a split costs."""
+    if any(layer.action == "split" for layer in manifest.layers):
+        ratio = manifest.linear_bits_per_weight / 4.5
+        return [
+            f"Linear layers take {ratio:.1f} x the bytes of plain 4-bit. Runs here, and in mlx_lm "
+            "with --trust-remote-code; not in LM Studio.",
+            "For LM Studio, or the closest model at a given size: --method auto.",
+        ]
+    return [
+        f"Runs in mlx_lm and, moved or linked to {LM_STUDIO} (--lmstudio does that), in LM Studio."
+    ]
 
 
-def _notes(layers: tuple[LayerRecord, ...]) -> list[str]:
-    """Name the layers that differ from the recipe, those with the same reason together."""
-    by_note: dict[str, list[LayerRecord]] = {}
-    for layer in layers:
-        if layer.note:
-            by_note.setdefault(f"{_WORDS[layer.action]}: {layer.note}", []).append(layer)
-    lines = []
-    for note, group in by_note.items():
-        names = ", ".join(layer.path for layer in group[:MOST_NOTES])
-        more = f" and {len(group) - MOST_NOTES} more" if len(group) > MOST_NOTES else ""
-        lines.append(f"{note}: {names}{more}")
-    return lines
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return "under a minute"
+    if seconds < 5400:
+        return f"about {seconds / 60:.0f} min"
+    return f"about {seconds / 3600:.1f} h"

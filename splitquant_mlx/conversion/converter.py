@@ -71,6 +71,8 @@ class Converter:
         self._limit = self._threads + 1 if on_cpu else 1
         total = sum(array.nbytes for array in self.checkpoint.weights.values())
         waiting: deque[tuple[str, float, Callable[[], Converted]]] = deque()
+        if done := len(self.state.records):
+            progress.note(f"Resuming: {done} of {len(self.plan.layers)} layers done")
         large = 0  # norms and biases would fill the queue while a core has nothing to do
         with (
             progress.task(label, total) as advance,

@@ -27,7 +27,8 @@ def staged(target: Path, *, overwrite: bool = False, source: Path | None = None)
     """Yield a directory to work in, whose `model` becomes `target` when the block ends well.
 
     Of a conversion that was killed, the directory holds the JOURNAL and the `model` as they were
-    left. On an error or an interrupt it is removed and `target` is as it was.
+    left. On an error it is removed, and on an interrupt where no file of weights was finished;
+    `target` is as it was.
 
     Raises:
         TargetError: when `target` exists and `overwrite` is not set, when it exists and is not a
@@ -40,7 +41,11 @@ def staged(target: Path, *, overwrite: bool = False, source: Path | None = None)
     with (
         as_target_error(target),
         _made_parents(target),
-        workspace(staging, f"a conversion into {target}"),
+        workspace(
+            staging,
+            f"a conversion into {target}",
+            is_worth=lambda: _has_finished_shards(staging / JOURNAL),
+        ),
     ):
         try:
             _tidy(staging)
@@ -109,6 +114,13 @@ def _absolute(target: Path) -> Path:
 
 def _staging(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial")
+
+
+def _has_finished_shards(journal: Path) -> bool:
+    try:
+        return len(journal.read_bytes().splitlines()) > 1  # the first line says what of
+    except OSError:
+        return False
 
 
 def _tidy(staging: Path) -> None:

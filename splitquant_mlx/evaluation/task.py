@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 from contextlib import ExitStack
 from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,22 @@ from splitquant_mlx.evaluation.divergence import measure_divergence
 from splitquant_mlx.evaluation.paired import compare
 from splitquant_mlx.evaluation.perplexity import measure_perplexity
 from splitquant_mlx.evaluation.reference import open_reference
+from splitquant_mlx.models.config import read_config
+from splitquant_mlx.models.footprint import context_limit
 from splitquant_mlx.models.lazy import LazyModel, open_model
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.runtime.cache import cache_directory
 from splitquant_mlx.runtime.environment import describe_machine, versions
 from splitquant_mlx.runtime.ranks import Group, alone, check_alike, deal, together
 
+TASKS = (*ARC_TASKS, "perplexity", "kl")
+ALIASES = {"ppl": ("perplexity",), "arc": tuple(ARC_TASKS)}
+CONTEXT_LENGTH = 512  # where the model has no shorter one
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Say what a model is evaluated on.
+    """What a model is evaluated on.
 
     Attributes:
         name: "arc_challenge", "arc_easy", "perplexity", "kl", or a task of lm-eval.
@@ -35,7 +43,8 @@ class Task:
         data: a file in place of the hub's data set.
         shots: a file of questions to draw the examples from, in place of the hub's.
         limit: number of questions, or of windows of text; None takes all.
-        context_length: tokens of a window of text.
+        context_length: tokens per window of text; None is 512, or the model's own context where
+            that is shorter.
         stride: tokens from one window's start to the next one's, for "perplexity".
     """
 
@@ -45,12 +54,19 @@ class Task:
     data: Path | None = None
     shots: Path | None = None
     limit: int | None = None
-    context_length: int = 512
+    context_length: int | None = None
     stride: int | None = None
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise RecipeError(f"limit: wanted 1 or more, got {self.limit}")
+        if "," in self.name:
+            raise RecipeError(f"task {self.name!r}: one task at a time")
+        meant = ALIASES.get(self.name, ())
+        if not meant and self.name not in TASKS and not find_spec("lm_eval"):
+            meant = get_close_matches(self.name, TASKS, n=2, cutoff=0.8)
+        if meant:
+            raise RecipeError(f"unknown task {self.name!r}: did you mean {' or '.join(meant)}?")
 
 
 def evaluate(
@@ -97,6 +113,9 @@ def evaluate(
             other = stack.enter_context(open_model(reference, revision=None, **options))
         for opened in [] if alone(group) else filter(None, (own, other)):
             check_alike(group, f"model at {opened.path}", opened.hash)
+        task = dataclasses.replace(
+            task, context_length=_window(task, [x for x in (own, other) if x])
+        )
         if task.name in ARC_TASKS:
             found = _answer(own, other, task, group, progress)
         elif task.name == "perplexity":
@@ -119,6 +138,20 @@ def evaluate(
         "machine": describe_machine(),
         "versions": versions(),
     }
+
+
+def _window(task: Task, models: list[LazyModel]) -> int:
+    """Return the tokens per window. Raises RecipeError for more than a model was made for."""
+    limits = (context_limit(read_config(opened.path)) for opened in models)
+    limit = min((tokens for tokens in limits if tokens is not None), default=None)
+    if task.context_length is None:
+        return min(CONTEXT_LENGTH, limit or CONTEXT_LENGTH)
+    if limit is not None and task.context_length > limit:
+        raise RecipeError(
+            f"--context-length: expected at most {limit}, what the model was made for "
+            f"(max_position_embeddings), got {task.context_length}"
+        )
+    return task.context_length
 
 
 def _answer(
@@ -166,11 +199,11 @@ def _perplexity(
     text = _text(task)
     tokens = encode(own.tokenizer, text)
     if task.limit:
-        tokens = tokens[: task.limit * (task.stride or task.context_length)]
+        tokens = tokens[: task.limit * (task.stride or task.context_length or 0)]
     found = measure_perplexity(
         own.model,
         tokens,
-        context_length=task.context_length,
+        context_length=task.context_length or CONTEXT_LENGTH,
         stride=task.stride,
         group=group,
         progress=progress,
@@ -182,7 +215,9 @@ def _divergence(
     own: LazyModel, other: LazyModel, task: Task, group: Group | None, progress: Progress
 ) -> dict[str, Any]:
     text = _text(task)
-    windows = cut_windows(encode(other.tokenizer, text), task.context_length, task.limit)
+    windows = cut_windows(
+        encode(other.tokenizer, text), task.context_length or CONTEXT_LENGTH, task.limit
+    )
     if group is not None and len(windows) < group.size():
         raise RecipeError(
             f"{len(windows)} windows of text are too few for {group.size()} ranks: give a longer "

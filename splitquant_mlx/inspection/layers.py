@@ -10,7 +10,7 @@ import numpy as np
 from splitquant_mlx.conversion.plan import make_plan
 from splitquant_mlx.conversion.weight import require_finite
 from splitquant_mlx.errors import CheckpointError, RecipeError
-from splitquant_mlx.formats.manifest import LayerRecord, Manifest, load_manifest
+from splitquant_mlx.formats.manifest import load_manifest
 from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.config import read_config
 from splitquant_mlx.models.dense import dense_weight
@@ -19,24 +19,18 @@ from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.quantization.split import cluster_weight
 from splitquant_mlx.recipe import Recipe
 
-
-@dataclass(frozen=True, kw_only=True)
-class Inspection:
-    """Hold what `inspect_model` found: the layers, and the manifest of a converted model."""
-
-    layers: tuple[LayerRecord, ...]
-    manifest: Manifest | None
+BINS = 160
 
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """Hold the spread of a layer's weights.
+    """The spread of a layer's weights.
 
     Attributes:
         path: the layer.
         counts: entries in each bin.
         edges: bounds of the bins, one more than counts.
-        cut_points: where the layer is split, ascending.
+        cut_points: where the layer is split, ascending; empty if it is not.
     """
 
     path: str
@@ -45,49 +39,41 @@ class Histogram:
     cut_points: tuple[float, ...]
 
 
-def inspect_model(
+def find_cut_points(
     directory: Path, *, clusters: int = 3, progress: Progress | None = None
-) -> Inspection:
-    """List the layers that hold a weight matrix.
-
-    A model converted by splitquant-mlx is described by its manifest. Of any other model the
-    linear layers are clustered, to show where a split would cut them.
+) -> dict[str, tuple[float, ...]]:
+    """Return where a split cuts, or would cut, each linear layer: every weight is read.
 
     Args:
         directory: a model directory.
         clusters: parts to cluster an unconverted model's layers into.
-        progress: told how far the clustering is.
+        progress: progress reporter.
 
     Raises:
         CheckpointError: when the directory is not a usable model.
     """
     if (manifest := load_manifest(directory)) is not None:
-        return Inspection(layers=manifest.layers, manifest=manifest)
+        return {layer.path: layer.cut_points for layer in manifest.layers if layer.cut_points}
     checkpoint = open_checkpoint(directory)
     plan = make_plan(Recipe(clusters=clusters), checkpoint.model, checkpoint.config)
-    records = []
-    with (progress or Silent()).task("Clustering", len(plan.layers)) as advance:
-        for layer in plan.layers.values():
-            w = checkpoint.weights.pop(f"{layer.path}.weight")
-            _require_finite(directory, layer.path, w)
-            cuts = cluster_weight(w, clusters).cut_points if layer.action == "split" else ()
-            records.append(
-                LayerRecord(
-                    path=layer.path,
-                    kind=layer.kind,
-                    action="keep",
-                    shape=layer.shape,
-                    nbytes=w.nbytes,
-                    bits_per_weight=8 * w.nbytes / w.size,
-                    cut_points=cuts,
-                )
-            )
+    split = [path for path, layer in plan.layers.items() if layer.action == "split"]
+    found = {}
+    with (progress or Silent()).task("Clustering", len(split)) as advance:
+        for path in split:
+            w = checkpoint.weights.pop(f"{path}.weight")
+            _require_finite(directory, path, w)
+            found[path] = cluster_weight(w, clusters).cut_points
             advance(1)
-    return Inspection(layers=tuple(records), manifest=None)
+    return found
 
 
-def layer_histogram(directory: Path, path: str, *, clusters: int = 3, bins: int = 160) -> Histogram:
+def layer_histogram(directory: Path, path: str, *, clusters: int | None = None) -> Histogram:
     """Count how a layer's weights are spread; of a quantized layer, the weights it stands for.
+
+    Args:
+        directory: a model directory.
+        path: of the layer.
+        clusters: parts to show the cut points of, in an unconverted model.
 
     Raises:
         RecipeError: when the model has no layer `path` with a weight matrix.
@@ -95,20 +81,19 @@ def layer_histogram(directory: Path, path: str, *, clusters: int = 3, bins: int 
     manifest = load_manifest(directory)
     config = read_config(directory)
     if manifest is None and "quantization" not in config:
-        w = open_checkpoint(directory).weights.get(f"{path}.weight")
+        w, bins = open_checkpoint(directory).weights.get(f"{path}.weight"), BINS
     else:
+        bins = BINS // 4  # more would show the gaps between the codes
         module = dict(load_model(directory, lazy=True).named_modules()).get(path)
         w = _dense(module)
     if w is None or w.ndim < 2:
-        raise RecipeError(
-            f"{directory} has no layer {path!r} with a weight matrix: `splitquant-mlx inspect` "
-            "without --layer lists them"
-        )
+        raise RecipeError(f"{directory} has no layer {path!r} with a weight matrix")
     _require_finite(directory, path, w)
     records = {record.path: record for record in manifest.layers} if manifest else {}
     cuts = records[path].cut_points if path in records else ()
     counts, edges = np.histogram(np.array(w.astype(mx.float32)), bins=bins)
-    cuts = cuts or cluster_weight(w, clusters).cut_points
+    if clusters is not None and not manifest:
+        cuts = cluster_weight(w, clusters).cut_points
     return Histogram(path=path, counts=counts, edges=edges, cut_points=cuts)
 
 

@@ -27,8 +27,10 @@ def text_histogram(histogram: Histogram, *, width: int = 78, height: int = 10) -
     for cut in histogram.cut_points:
         marks[min(int((cut - low) / max(high - low, 1e-300) * width), width - 1)] = "^"
     cuts = ", ".join(f"{cut:.4g}" for cut in histogram.cut_points)
+    told = f"cut points: {cuts} " if cuts else ""
     scale = f"{low:.4g}".ljust(width - 10) + f"{high:.4g}".rjust(10)
-    return "\n".join([*lines, "".join(marks), scale, f"cut points: {cuts} (height: log of count)"])
+    lines += ["".join(marks)] if cuts else []
+    return "\n".join([*lines, scale, f"{told}(height: log of count)"])
 
 
 def save_histogram(histogram: Histogram, file: Path) -> None:

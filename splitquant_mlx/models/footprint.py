@@ -34,11 +34,7 @@ def running_bytes(path: Path) -> int:
     """
     on_cpu = mx.default_device() == mx.cpu
     if path.is_file():
-        from splitquant_mlx.formats.gguf import open_gguf
-
-        tensors = open_gguf(path).tensors.values()
-        weights = sum(math.prod(tensor.shape) for tensor in tensors) * (4 if on_cpu else 2)
-        return int(weights + PROGRAM_BYTES)
+        return int(sum(tensor_sizes(path).values()) * (4 if on_cpu else 2) + PROGRAM_BYTES)
     config = read_config(path)
     return int(sum(_sizes(path, widened=on_cpu)) + _cache_bytes(config, on_cpu) + PROGRAM_BYTES)
 
@@ -51,14 +47,20 @@ def check_running(path: Path, work: str) -> str:
         CheckpointError: when `path` is no usable model.
     """
     needed = running_bytes(path)
-    four_bit = (dense_bytes(path) / 2 * 4.5 / 8 + PROGRAM_BYTES) / 1e9
-    advice = f"at 4.5 bits/weight it would take about {four_bit:.1f} GB" if is_dense(path) else ""
-    return check_memory(needed, work, advice or "choose a smaller model, or fewer bits/weight")
+    advice = "choose a smaller model, or fewer bits/weight"
+    if is_dense(path):
+        four_bit = (sum(tensor_sizes(path).values()) * 4.5 / 8 + PROGRAM_BYTES) / 1e9
+        advice = f"converted to 4.5 bits/weight it takes about {four_bit:.1f} GB"
+    return check_memory(needed, work, advice)
 
 
-def dense_bytes(path: Path) -> int:
-    """Return the size of a model's tensors at 2 bytes a parameter, were it not quantized."""
-    return 2 * sum(math.prod(header.shape) for header in _headers(path).values())
+def tensor_sizes(path: Path) -> dict[str, int]:
+    """Return the entries of each tensor of a model directory or .gguf file, by name."""
+    if path.is_dir():
+        return {name: math.prod(header.shape) for name, header in read_headers(path).items()}
+    from splitquant_mlx.formats.gguf import open_gguf
+
+    return {name: math.prod(tensor.shape) for name, tensor in open_gguf(path).tensors.items()}
 
 
 def is_dense(path: Path) -> bool:
@@ -77,10 +79,6 @@ def context_limit(config: Mapping[str, Any]) -> int | None:
             if type(limit := table.get(key)) is int and limit > 0:
                 return limit
     return None
-
-
-def _headers(path: Path) -> dict[str, Any]:
-    return {} if path.is_file() else read_headers(path)
 
 
 def _sizes(path: Path, *, widened: bool) -> list[int]:

@@ -36,7 +36,7 @@ def model_hash(directory: Path, progress: Progress | None = None) -> str:
         named = [directory / name for name in ("config.json", "tokenizer.json")]
         files = [*(file for file in named if file.exists()), *weights]
         sizes = [file.stat().st_size for file in files]
-        with (progress or Silent()).task("Hashing the reference", sum(sizes)) as advance:
+        with (progress or Silent()).task("Checking the model", sum(sizes)) as advance:
             for file, size in zip(files, sizes, strict=True):
                 digest.update(f"{file.name}\0{size}\0".encode())
                 with file.open("rb") as opened:

@@ -10,7 +10,7 @@ import fcntl
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,7 +22,9 @@ UNSUPPORTED = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 
 
 @contextmanager
-def workspace(directory: Path, work: str) -> Iterator[None]:
+def workspace(
+    directory: Path, work: str, *, is_worth: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
     """Make `directory`, or take it over, and hold it; the end of the block removes it.
 
     What lies in a directory taken over is as a killed process left it, or as somebody made it.
@@ -30,17 +32,23 @@ def workspace(directory: Path, work: str) -> Iterator[None]:
     Args:
         directory: its parent must exist.
         work: what is done in it, for messages, such as "a conversion into PATH".
+        is_worth: asked after an interrupt by the user whether to leave the directory for the next.
 
     Raises:
         TargetError: when another process holds it, or it is no directory of this kind.
         OSError: when it cannot be made.
     """
     lock = _hold(directory, work)
+    is_left = False
     try:
         yield
+    except KeyboardInterrupt:
+        is_left = is_worth()
+        raise
     finally:
         try:
-            _clear(directory)
+            if not is_left:
+                _clear(directory)
         finally:
             os.close(lock)
 

@@ -23,11 +23,99 @@ def command(capsys):
 
 
 def test_convert_tells_what_it_did(command, stories, tmp_path):
-    out = command("convert", "--model", stories, "--mlx-path", tmp_path / "out")
+    out = command("convert", stories, "--mlx-path", tmp_path / "out")
     assert "30 split, 6 kept" in out
     assert "13.50 bits/weight" in out
-    assert "no group size fits its width 172: model.layers.0.mlp.down_proj" in " ".join(out.split())
-    assert f"splitquant-mlx chat --model {tmp_path / 'out'}" in out
+    assert "no group size fits its width 172: model.layers.*.mlp.down_proj (5)" in out
+    assert "not in LM Studio" in out and "--method auto" in out
+    assert f"splitquant-mlx chat {tmp_path / 'out'}" in out
+    assert not any(line != line.rstrip() for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [
+        (["-q"], "rtn"),
+        (["-q", "--method", "gptq"], "gptq"),
+        (["--target-bpw", "5"], "auto"),
+        (["--max-kl", "0.1", "-q"], "auto"),
+        ([], "splitquant"),
+    ],
+)
+def test_what_is_asked_for_decides_the_method(command, stories, options, method, monkeypatch):
+    monkeypatch.setattr("splitquant_mlx.inspection.estimate._timed", lambda work: 1e-3)
+    found = command("convert", stories, "--dry-run", *options)
+    assert found.split()[:2] == ["Method", method]
+
+
+def test_a_dry_run_tells_the_size_and_writes_nothing(command, stories, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = json.loads(command("convert", stories, "-q", "--dry-run", "--json", "-"))
+    assert list(tmp_path.iterdir()) == []
+    command("convert", stories, "-q")
+    (made,) = tmp_path.iterdir()
+    assert made.name == f"{stories.name}-rtn-4bit"
+    manifest = json.loads((made / "splitquant.json").read_text())
+    assert told["stored_bytes"] == manifest["stored_bytes"]
+    assert told["bits_per_weight"] == pytest.approx(manifest["bits_per_weight"])
+
+
+def test_stages_are_those_that_a_conversion_has(stories, tmp_path):
+    """The labels that a conversion reports, in order, are those that are numbered."""
+    from contextlib import contextmanager
+
+    from splitquant_mlx import Recipe, convert
+    from splitquant_mlx.cli.convert import stages
+    from splitquant_mlx.progress import Silent
+    from splitquant_mlx.recipe import Calibration
+
+    class Labels(Silent):
+        def __init__(self):
+            self.seen = []
+
+        @contextmanager
+        def task(self, label, total=None):
+            self.seen += [label] * (label not in self.seen)
+            yield lambda amount, note="": None
+
+    text = Calibration(num_samples=4, sequence_length=16)
+    for number, recipe in enumerate(
+        (Recipe(), Recipe(method="rtn"), Recipe(method="auto", refine=True, calibration=text))
+    ):
+        labels = Labels()
+        convert(stories, tmp_path / str(number), recipe=recipe, progress=labels)
+        assert set(labels.seen) <= set(stages(recipe))
+        assert [x for x in stages(recipe) if x in labels.seen] == labels.seen
+
+
+def test_models_and_cache_are_listed_and_cleared(command, split_stories, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    out = command("models", split_stories.parent)
+    assert split_stories.name in out and "splitquant" in out
+    (tmp_path / "cache" / "reference").mkdir(parents=True)
+    (tmp_path / "cache" / "reference" / "x").write_bytes(bytes(5_000))
+    assert "5.0 kB" in command("cache")
+    assert "Removed 5.0 kB" in command("cache", "--clear")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_lm_studio_finds_what_is_linked(command, stories, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    command("convert", stories, "-q", "--mlx-path", tmp_path / "out", "--lmstudio")
+    place = tmp_path / ".lmstudio" / "models" / "splitquant-mlx" / "out"
+    assert (place / "config.json").is_file()
+    assert cli.run(["convert", str(stories), "--lmstudio", "--mlx-path", str(tmp_path / "x")]) == 2
+    assert "LM Studio does not run split layers" in capsys.readouterr().err
+
+
+def test_help_has_an_example_and_whole_names(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = command("convert", "--help")
+    assert "Example: splitquant-mlx convert" in out
+    assert "--group-size" in out and "also --q-group-size" in " ".join(out.split())
+    assert all(len(line) <= 80 for line in out.splitlines())
+    assert "Everyday" in command()
 
 
 def test_convert_takes_mlx_lm_flags(command, stories, tmp_path):
@@ -46,20 +134,32 @@ def test_options_go_before_the_recipe_file(command, stories, tmp_path):
 
 
 def test_inspect_lists_layers_of_a_converted_model(command, split_stories):
-    out = command("inspect", "--model", split_stories)
+    out = command("inspect", split_stories, "--cut-points")
     row = next(line for line in out.splitlines() if "layers.0.self_attn.q_proj" in line)
     manifest = json.loads((split_stories / "splitquant.json").read_text())
     layer = next(x for x in manifest["layers"] if x["path"].endswith("0.self_attn.q_proj"))
-    assert "split 3 x 4 bits g64" in row and "13.50" in row
+    assert "3 x 4 bits g64" in row and "13.50" in row
     assert all(f"{cut:.4g}" in row for cut in layer["cut_points"])
-    assert "linear layers 13.50 bits/weight" in out
+
+
+def test_inspect_reads_no_weight_and_groups_layers(command, stories, split_stories, monkeypatch):
+    monkeypatch.setattr(mx, "load", None)
+    for model in (stories, split_stories):
+        out = command("inspect", model)
+        assert "Context" in out and "512 tokens" in out and "Memory to run" in out
+        rows = [line.split() for line in out.splitlines()]
+        assert ["self_attn.q_proj", "5"] in [row[:2] for row in rows]
+        assert max(map(len, out.splitlines())) <= 80
+    found = json.loads(command("inspect", stories, "--json", "-"))
+    assert (found["method"], found["bits_per_weight"]) == ("", 32.0)
 
 
 def test_inspect_shows_where_an_original_would_be_cut(command, stories, split_stories):
-    out = command("inspect", "--model", stories)
+    out = command("inspect", stories, "--cut-points")
     manifest = json.loads((split_stories / "splitquant.json").read_text())
     for layer in manifest["layers"]:
-        row = next(line for line in out.splitlines() if line.startswith(f"{layer['path']} "))
+        path = layer["path"].removeprefix("model.")
+        row = next(line for line in out.splitlines() if line.startswith(f"{path} "))
         assert all(f"{cut:.4g}" in row for cut in layer["cut_points"])
 
 
@@ -68,7 +168,7 @@ def test_inspect_draws_a_histogram(command, stories, split_stories, tmp_path, co
     pytest.importorskip("matplotlib")
     model = split_stories if converted else stories
     layer, png = "model.layers.1.mlp.up_proj", tmp_path / "plot.png"
-    out = command("inspect", "--model", model, "--layer", layer, "--png", png)
+    out = command("inspect", model, "--layer", layer, "--png", png, "--cut-points")
     assert "█" in out and "cut points: -0." in out
     assert out.count("^") == 2
     assert png.read_bytes().startswith(b"\x89PNG")
@@ -76,7 +176,9 @@ def test_inspect_draws_a_histogram(command, stories, split_stories, tmp_path, co
 
 def test_inspect_names_what_it_does_not_find(capsys, stories):
     assert cli.run(["inspect", "--model", str(stories), "--layer", "model.layers.9"]) == 2
-    assert "has no layer 'model.layers.9'" in capsys.readouterr().err
+    assert "--layer: there is no layer 'model.layers.9'" in capsys.readouterr().err
+    assert cli.run(["inspect", str(stories), "--layer", "0.mlp.up_porj"]) == 2
+    assert "model.layers.0.mlp.up_proj" in capsys.readouterr().err
     assert cli.run(["inspect", "--model", str(stories), "--png", "x.png"]) == 2
     assert "say which with --layer" in capsys.readouterr().err
 
@@ -84,7 +186,8 @@ def test_inspect_names_what_it_does_not_find(capsys, stories):
 def test_doctor_reports_and_passes(command):
     out = command("doctor")
     assert "quantized model against numpy" in out and "FAILED" not in out
-    assert "memory" in out and "mlx-lm" in out
+    assert "memory" in out and "mlx-lm" in out and "LM Studio" in out
+    assert out.rstrip().endswith("Everything works.")
 
 
 def test_doctor_fails_when_a_device_computes_wrongly(capsys, monkeypatch):

@@ -37,7 +37,7 @@ def test_arc_of_two_models_on_the_same_questions(evaluated, stories, split_stori
     differ = [a - b for a, b in zip(values["correct"], values["reference"]["correct"], strict=True)]
     assert values["comparison"]["only_first"] == differ.count(1)
     assert values["comparison"]["only_second"] == differ.count(-1)
-    assert "McNemar" in out and "accuracy_norm" in out
+    assert "McNemar" in out and "accuracy, by length (higher is better)" in out and " ± " in out
     assert found["versions"]["mlx"] and found["machine"]["cores"]
 
 
@@ -68,3 +68,18 @@ def test_bad_settings_are_refused(arguments, message, stories, questions_file, c
     assert run(["eval", "--model", str(stories), *arguments, *map(str, extra)]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task", "ppl"], "did you mean perplexity?"),
+        (["--task", "arc"], "did you mean arc_challenge or arc_easy?"),
+        (["--task", "arc_easy,kl"], "one task at a time"),
+        (["--task", "perplexity", "--context-length", "513"], "expected at most 512, what the"),
+    ],
+)
+def test_what_cannot_be_meant_is_named(stories, tmp_path, capsys, options, message):
+    (tmp_path / "text.txt").write_text("Once upon a time " * 400)
+    code = run(["eval", str(stories), *options, "--data", str(tmp_path / "text.txt")])
+    assert code == 2 and message in capsys.readouterr().err

@@ -15,7 +15,8 @@ from splitquant_mlx import CheckpointError, convert, load
 from splitquant_mlx.cli import run
 from splitquant_mlx.formats.gguf_tokenizer import build_tokenizer
 from splitquant_mlx.inference.chat import encode
-from splitquant_mlx.inspection.layers import inspect_model, layer_histogram
+from splitquant_mlx.inspection.layers import layer_histogram
+from splitquant_mlx.inspection.overview import describe
 from splitquant_mlx.models.source import cached
 
 ESCAPE = "\x1b]0;owned\x07"
@@ -158,7 +159,7 @@ def test_the_index_of_a_snapshot_may_nest_too_deep(model, tmp_path, monkeypatch)
 def test_weights_that_are_not_finite_are_named_by_inspect(model):
     tensor(UP, mx.full((tiny.INNER, tiny.HIDDEN), float("nan")))(model)
     layer = UP.removesuffix(".weight")
-    for action, *arguments in ((inspect_model, model), (layer_histogram, model, layer)):
+    for action, *arguments in ((describe, model), (layer_histogram, model, layer)):
         message = refused(action, *arguments)
         assert layer in message and "NaN" in message
 

@@ -175,7 +175,8 @@ def use(rng: Random, parser: str, base: str, model: Path, room: Path) -> str:
     """Do one of the things a user does with a model; return the outcome."""
     from splitquant_mlx import convert, load, load_recipe
     from splitquant_mlx.inference.chat import encode
-    from splitquant_mlx.inspection.layers import inspect_model, layer_histogram
+    from splitquant_mlx.inspection.layers import layer_histogram
+    from splitquant_mlx.inspection.overview import describe
 
     recipe = load_recipe(model / "../recipe.toml") if parser == "recipe" else Recipe()
     actions = [
@@ -211,7 +212,7 @@ def use(rng: Random, parser: str, base: str, model: Path, room: Path) -> str:
         case _ if not model.is_dir():
             return command("inspect", model=model)
         case "inspect":
-            inspect_model(model)
+            describe(model)
         case _:
             layer_histogram(model, "model.layers.0.mlp.up_proj")
     return "inspected"

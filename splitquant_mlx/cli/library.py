@@ -1,0 +1,105 @@
+"""Offer `models` and `cache`."""
+
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from splitquant_mlx.cli import console
+from splitquant_mlx.cli.console import new_table, plain, show, size
+from splitquant_mlx.cli.options import JsonFile
+from splitquant_mlx.errors import TargetError
+
+# what lies in the cache directory
+CONTENT = {
+    "reference": "predictions of original models (kl)",
+    "demo": "the demo's model and its conversions",
+    "calibration": "text that models sampled",
+    "sensitivity": "sensitivities of layers (auto)",
+    "chat_history": "what was typed in chat",
+}
+
+
+def models(
+    directory: Annotated[
+        Path, typer.Argument(metavar="[DIRECTORY]", help="Where to look for converted models.")
+    ] = Path("."),
+    json_file: JsonFile = None,
+) -> None:
+    """List the models that were converted here, and those in the hub's cache."""
+    from splitquant_mlx.models.library import converted_in, in_hub_cache
+
+    console.check_json(json_file)
+    here, cached = converted_in(directory), in_hub_cache()
+    values = {"here": _values(here), "hub_cache": _values(cached)}
+    if console.write_json(json_file, values):
+        return
+    if not here and not cached:
+        show("No model here, and none in the hub's cache. splitquant-mlx convert MODEL makes one.")
+    for title, found in (("Converted here", here), ("In the hub's cache", cached)):
+        if not found:
+            continue
+        table = new_table(title, "method", "bits/weight", "size", "written", "runs in")
+        table.columns[-1].justify = "left"
+        for model in found:
+            bits = "" if model.bits_per_weight is None else f"{model.bits_per_weight:.2f}"
+            written = time.strftime("%Y-%m-%d", time.localtime(model.modified))
+            form = model.method or "original"
+            runs = "here" if model.is_split else "mlx_lm, LM Studio"
+            table.add_row(plain(model.name), form, bits, size(model.nbytes), written, runs)
+        show(table)
+
+
+def cache(
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Remove all of it; it is made again when needed.")
+    ] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Show what splitquant-mlx keeps to be faster the next time, or clear it."""
+    from splitquant_mlx.runtime.cache import cache_directory
+
+    console.check_json(json_file)
+    home = cache_directory()
+    entries = sorted(home.iterdir()) if home.is_dir() else []
+    sizes = {entry.name: _size(entry) for entry in entries}
+    if clear:
+        _clear(entries)
+    values = {"path": str(home), "bytes": sizes, "cleared": clear}
+    if console.write_json(json_file, values):
+        return
+    if clear:
+        show(f"Removed {size(sum(sizes.values()))} from {home}")
+        return
+    table = new_table("", "size", "what it is")
+    table.columns[-1].justify = "left"
+    for name, nbytes in sizes.items():
+        table.add_row(plain(name), size(nbytes), CONTENT.get(name, ""))
+    table.add_row("all", size(sum(sizes.values())), "splitquant-mlx cache --clear removes it")
+    show(f"{home} ($SPLITQUANT_CACHE moves it)", table)
+    from huggingface_hub import constants
+
+    show(f"Models of the hub are in {constants.HF_HUB_CACHE}: see `hf cache ls`")
+
+
+def _values(models: Any) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(model) | {"runs_in": model.runs_in} for model in models]
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]
+    return sum(file.lstat().st_size for file in files if file.is_file() or file.is_symlink())
+
+
+def _clear(entries: list[Path]) -> None:
+    try:
+        for entry in entries:
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+    except OSError as exc:
+        raise TargetError(f"cannot remove {exc.filename}: {exc.strerror or exc}") from exc

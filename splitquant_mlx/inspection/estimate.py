@@ -1,0 +1,165 @@
+"""Estimate what a conversion will come to, before it: size, bits/weight, memory and time.
+
+Sizes follow from the plan. Memory is a model of what the stages hold. Time is extrapolated from a
+piece of one layer that is quantized, and one matrix product that is computed, on this machine: it
+tells minutes from hours, not more.
+"""
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from splitquant_mlx.calibration.statistics import hessian
+from splitquant_mlx.conversion.converter import source_array
+from splitquant_mlx.conversion.plan import LayerPlan, make_plan
+from splitquant_mlx.conversion.quantizers import QUANTIZERS
+from splitquant_mlx.conversion.weight import convert_weight
+from splitquant_mlx.models.checkpoint import open_checkpoint, parameters
+from splitquant_mlx.models.footprint import PROGRAM_BYTES
+from splitquant_mlx.recipe import CALIBRATED, Calibration, Recipe
+
+ROWS = 128  # of the layer that is timed
+SIDE = 1024  # of the product that is timed
+SENSITIVITY_TOKENS = 4096  # of auto
+# forward passes over the calibration text: sampling and measuring; over sensitivity's, with
+# gradients; over the training text, with gradients and the original's
+PASSES = {"calibrate": 2, "sensitivity": 4, "refine": 5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a conversion is expected to come to.
+
+    Attributes:
+        layers: what is planned for each layer.
+        parameters: of the model.
+        source_bytes: size of the original's tensors.
+        stored_bytes: size of the converted model's tensors.
+        memory_bytes: peak.
+        seconds: time of the whole conversion, s; rough.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    parameters: int
+    source_bytes: int
+    stored_bytes: float
+    memory_bytes: float
+    seconds: float
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Return stored bits over original entries, of the whole model."""
+        return 8 * self.stored_bytes / self.parameters
+
+
+def estimate(directory: Path, recipe: Recipe) -> Estimate:
+    """Estimate the conversion of a model directory by a recipe; one small piece is computed.
+
+    Raises:
+        SplitQuantError: as the conversion would.
+    """
+    checkpoint = open_checkpoint(directory)
+    sizes = {name: array.size for name, array in parameters(checkpoint.model).items()}
+    plan = make_plan(_planned(recipe), checkpoint.model, checkpoint.config)
+    arrays = {name: source_array(checkpoint, plan.dtype, name) for name in checkpoint.weights}
+    tensors = plan.tensors(arrays)
+    stored = float(sum(dtype.size * math.prod(shape) for dtype, shape in tensors.values()))
+    chosen = [x for x in plan.layers.values() if x.action == "quantize" and x.kind != "experts"]
+    if recipe.method == "auto" and recipe.target_bpw is not None:
+        for layer in chosen:
+            target = recipe.target_bpw * math.prod(layer.shape) / 8
+            stored += target - layer.stored_bytes(arrays[f"{layer.path}.weight"].dtype)
+    total = sum(sizes.values())
+    return Estimate(
+        layers=tuple(plan.layers.values()),
+        parameters=total,
+        source_bytes=checkpoint.source_bytes,
+        stored_bytes=stored,
+        memory_bytes=converting_bytes(sizes, recipe),
+        seconds=_seconds(plan.layers.values(), arrays, recipe, total),
+    )
+
+
+def converting_bytes(sizes: dict[str, int], recipe: Recipe) -> float:
+    """Estimate the peak memory of a conversion, bytes, from the entries of each parameter.
+
+    Without calibration a few weights are held at a time. With it the whole original is, which
+    samples the text and is run over it; to refine, the quantized model beside it.
+    """
+    on_cpu = mx.default_device() == mx.cpu
+    entry = 4 if on_cpu else 2
+    largest = sorted(sizes.values(), reverse=True)
+    workers = (os.cpu_count() or 1) if on_cpu else 1
+    held = 3 * largest[0] + 6 * sum(largest[1 : 1 + workers])
+    calibrated = recipe.method in CALIBRATED or bool(recipe.refine)
+    models = (2.5 if recipe.refine else 1) if calibrated else 0
+    return PROGRAM_BYTES + held + models * entry * sum(sizes.values())
+
+
+def _planned(recipe: Recipe) -> Recipe:
+    """Return a recipe that can be planned: that of auto has no bits yet."""
+    if recipe.method != "auto":
+        return recipe
+    return dataclasses.replace(recipe, method="gptq", target_bpw=None, max_kl=None)
+
+
+def _seconds(layers: Any, arrays: dict[str, mx.array], recipe: Recipe, parameters: int) -> float:
+    seconds = 2 + 3e-9 * sum(array.nbytes for array in arrays.values())
+    done = [layer for layer in layers if layer.action != "keep" and len(layer.shape) == 2]
+    if done:
+        sample = sorted(done, key=lambda layer: math.prod(layer.shape))[len(done) // 2]
+        per_entry = _timed_layer(sample, arrays[f"{sample.path}.weight"])
+        cores = (os.cpu_count() or 1) if mx.default_device() == mx.cpu else 1
+        entries = sum(math.prod(layer.shape) for layer in done)
+        seconds += per_entry * entries / (1 if sample.quantizer == "gptq" else cores)
+        if recipe.method == "auto":  # every option of a layer, on a sample of its rows
+            rows = sum(min(256, layer.shape[0]) * layer.shape[-1] for layer in done)
+            seconds += 4 * per_entry * rows
+    calibrated = recipe.method in CALIBRATED or bool(recipe.refine)
+    if calibrated:
+        text = recipe.calibration or Calibration()
+        tokens = PASSES["calibrate"] * text.num_samples * text.sequence_length
+        if recipe.method == "auto":
+            tokens += PASSES["sensitivity"] * SENSITIVITY_TOKENS
+        if recipe.refine:
+            tokens += PASSES["refine"] * 4 * text.num_samples * text.sequence_length
+        seconds += 2 * parameters * tokens / _products_per_s()
+    return seconds
+
+
+def _timed_layer(layer: LayerPlan, w: mx.array) -> float:
+    """Return the time that a layer's quantizer takes for an entry, s."""
+    rows = w[:ROWS]
+    if QUANTIZERS[layer.quantizer].statistic is None:
+        inputs = None
+    elif QUANTIZERS[layer.quantizer].statistic is hessian:
+        inputs = mx.eye(layer.shape[-1])
+    else:
+        inputs = mx.ones(layer.shape[-1])
+    mx.eval(rows)
+    piece = dataclasses.replace(layer, shape=tuple(rows.shape))
+    return _timed(lambda: convert_weight(rows, piece, inputs)) / rows.size
+
+
+def _products_per_s() -> float:
+    """Return the floating-point operations of a matrix product in a second."""
+    x = mx.random.normal((SIDE, SIDE), key=mx.random.key(0))
+    mx.eval(x)
+    return 2 * SIDE**3 / _timed(lambda: mx.eval(x @ x))
+
+
+def _timed(work: Callable[[], object]) -> float:
+    """Return the shorter time of two runs, s."""
+    times = []
+    for _ in range(2):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
