@@ -140,25 +140,43 @@ class Tap:
     Attributes:
         layer: the real one.
         inputs: of the last call, (..., in); None before.
+        layer_inputs: what the layer itself was called with; `inputs` but for a stack of experts.
+        routes: of a stack of experts, the expert of each row of `inputs`, (...); else None.
+        output_shape: of the last call.
         shift: added to the output, for gradients with respect to it; None adds nothing.
     """
 
     def __init__(self, layer: Any):
         self.layer = layer
         self.inputs: mx.array | None = None
+        self.layer_inputs: mx.array | None = None
+        self.routes: mx.array | None = None
+        self.output_shape: tuple[int, ...] = ()
         self.shift: mx.array | None = None
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         """Do as the layer does."""
-        self.inputs = x
-        y = self.layer(x)
+        self.inputs = self.layer_inputs = x
+        if is_expert_stack(self.layer):
+            self.routes = args[0] if args else kwargs["indices"]
+            # a row for each expert that a token goes to; mlx-lm calls with (..., 1, in)
+            self.inputs = mx.broadcast_to(x.squeeze(-2), (*self.routes.shape, x.shape[-1]))
+        y = self.layer(x, *args, **kwargs)
+        self.output_shape = y.shape
         return y if self.shift is None else y + self.shift
+
+
+def is_expert_stack(module: Any) -> bool:
+    """Return whether a module is a stack of expert matrices, called with the experts to use."""
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    return isinstance(module, SwitchLinear)
 
 
 class EmbeddingTap(Tap):
     """Stand in for an embedding that is the output head too."""
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         """Look tokens up."""
         return self.layer(x)
 

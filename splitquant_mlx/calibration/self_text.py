@@ -86,6 +86,9 @@ def _continue(
     from mlx_lm.models.cache import make_prompt_cache
 
     cache = make_prompt_cache(model)
+    for layer in cache:
+        if getattr(layer, "step", 0) > tokens.shape[1]:
+            layer.step = tokens.shape[1]  # positions that room is made for at once
     for position in range(first, tokens.shape[1]):
         # the first call reads all that is there
         start = 0 if position == first else position - 1

@@ -28,7 +28,7 @@ import mlx.nn as nn
 import numpy as np
 
 from splitquant_mlx.calibration.blocks import Pass, start_pass, tapped
-from splitquant_mlx.calibration.statistics import hessian
+from splitquant_mlx.calibration.statistics import FEW_TOKENS, hessian
 from splitquant_mlx.progress import Progress
 from splitquant_mlx.quantization.affine import Quantized, dequantize
 from splitquant_mlx.quantization.gptq import gptq_quantize
@@ -37,6 +37,7 @@ from splitquant_mlx.quantization.imatrix import quantize_weighted
 Option = tuple[int, int]  # bits, group_size
 Options = Mapping[str, Sequence[Option]]
 ROWS = 256
+EXPERTS = 16  # of a stack that are looked at
 HEAD_ROWS = 2048
 
 
@@ -99,7 +100,8 @@ def _block_sensitivities(
     weights = {path: block_weight(block, path) for path in options}
     fed: dict[str, list[mx.array]] = {path: [] for path in options}
     back: dict[str, list[mx.array]] = {path: [] for path in options}
-    before = []
+    routes: dict[str, list[np.ndarray]] = {}
+    before, tokens = [], 0
     with tapped(block, list(options)) as taps:
         for batch, gradient in enumerate(gradients):
 
@@ -110,30 +112,67 @@ def _block_sensitivities(
                 return [output, *(tap.inputs for tap in taps.values())]
 
             state = run.states[batch]
+            for tap in taps.values():
+                tap.shift = None
+            run.run(index, batch, state)  # for the shapes, and where tokens are routed to
+            for path, tap in taps.items():
+                if tap.routes is not None:
+                    routes.setdefault(path, []).append(np.array(tap.routes).reshape(-1))
             # the shifts are asked for their gradients; the inputs come out, but are not asked for
-            shifts, unasked = (
-                [mx.zeros((*state.shape[:2], w.shape[axis]), state.dtype) for w in weights.values()]
-                for axis in (0, 1)
-            )
+            shifts = [mx.zeros(tap.output_shape, state.dtype) for tap in taps.values()]
+            unasked = [mx.zeros_like(tap.inputs) for tap in taps.values()]
             outputs, (into, *shifted) = mx.vjp(forward, [state, *shifts], [gradient, *unasked])
             mx.eval(outputs, into, shifted)
             before.append(into)
+            tokens += state.shape[0] * state.shape[1]
             for path, x, g in zip(options, outputs[1:], shifted, strict=True):
                 fed[path].append(_rows(x))
                 back[path].append(_rows(g))
-    found = {
-        path: _layer_sensitivity(
-            weights[path], mx.concatenate(fed[path]), mx.concatenate(back[path]), options[path]
-        )
-        for path in options
-    }
+    found = {}
+    for path in options:
+        x, g = mx.concatenate(fed.pop(path)), mx.concatenate(back.pop(path))
+        if path in routes:
+            experts = np.concatenate(routes[path])
+            found[path] = _stack_sensitivity(weights[path], x, g, experts, options[path], tokens)
+        else:
+            found[path] = _layer_sensitivity(weights[path], x, g, options[path])
     return found, before
+
+
+def _stack_sensitivity(
+    w: mx.array,
+    x: mx.array,
+    g: mx.array,
+    routes: np.ndarray,
+    options: Sequence[Option],
+    tokens: int,
+) -> dict[Option, float]:
+    """Return the divergences of a stack w (experts, out, in), by a sample of its experts.
+
+    Args:
+        w: the stack.
+        x: inputs (n, in), a row for each expert that a token goes to.
+        g: gradients (n, out) at the output.
+        routes: the expert of each row (n,).
+        options: to predict for.
+        tokens: that were routed.
+    """
+    counts = np.bincount(routes, minlength=len(w))
+    by_use = np.argsort(-counts)[: np.count_nonzero(counts)]
+    sample = by_use[:: max(1, len(by_use) // EXPERTS)]
+    found = dict.fromkeys(options, 0.0)
+    for expert in sample:
+        own = mx.array(np.flatnonzero(routes == expert))
+        for option, value in _layer_sensitivity(w[expert], x[own], g[own], options).items():
+            found[option] += value * own.size
+    share = counts.sum() / counts[sample].sum() / tokens
+    return {option: float(value * share) for option, value in found.items()}
 
 
 def _layer_sensitivity(
     w: mx.array, x: mx.array, g: mx.array, options: Sequence[Option]
 ) -> dict[Option, float]:
-    """Return the divergences of a layer w (out, in) from its inputs and the gradients behind it."""
+    """Return the divergences of a layer w (out, in) from its inputs and the gradients after it."""
     step = max(1, w.shape[0] // ROWS)
     rows = w[::step]
     g = g[:, ::step]
@@ -149,6 +188,8 @@ def _layer_sensitivity(
 
 def _gptq_residual_ratio(rows: mx.array, x: mx.array, g: mx.array, option: Option) -> float:
     """Return the share of the divergence of fitted scales that compensation leaves, at most 1."""
+    if len(x) < FEW_TOKENS:
+        return 1.0
     seen = 3 * len(x) // 4
     bits, group_size = option
     h = hessian(x[:seen]) / seen

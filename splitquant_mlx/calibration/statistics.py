@@ -9,6 +9,7 @@ import numpy as np
 
 from splitquant_mlx.calibration.blocks import Tap, start_pass, tapped
 
+FEW_TOKENS = 64  # that tell less of an expert's inputs than those of all experts do
 Statistic = Callable[[mx.array], mx.array]
 
 
@@ -35,11 +36,15 @@ class InputStatistics:
     Attributes:
         prefix: begins the paths of all parameters of the block, as in "model.layers.0."; empty
             for those that are in no block.
-        means: by the path of a layer, the mean over all tokens of its statistic, float32.
+        means: by the path of a layer, the mean over all tokens of its statistic, float32; of a
+            stack of experts one for each expert.
+        rare: by the path of a stack, the experts that saw fewer than `FEW_TOKENS` tokens, whose
+            means are mostly those of the whole stack.
     """
 
     prefix: str
     means: Mapping[str, mx.array]
+    rare: Mapping[str, list[int]]
 
 
 def iterate_blocks(
@@ -71,10 +76,7 @@ def iterate_blocks(
         with tapped(run.blocks[index], list(own)) as taps:
             run.advance(index, lambda sums=sums, taps=taps: sums.add(taps))
         run.release(index)
-        means = sums.means(tokens.size)
-        yield InputStatistics(
-            prefix=prefix, means={prefix + path: mean for path, mean in means.items()}
-        )
+        yield sums.result(prefix, tokens.size)
     outer = {
         path: statistic
         for path, statistic in statistics.items()
@@ -85,7 +87,7 @@ def iterate_blocks(
         for state in run.states if outer else ():
             run.finish(state)
             sums.add(taps)
-    yield InputStatistics(prefix="", means=sums.means(tokens.size))
+    yield sums.result("", tokens.size)
 
 
 class _Sums:
@@ -94,24 +96,82 @@ class _Sums:
     def __init__(self, statistics: Mapping[str, Statistic]):
         self._statistics = statistics
         self._sums: dict[str, mx.array] = {}
+        self._experts: dict[str, _ExpertSums] = {}
 
     def add(self, taps: Mapping[str, Tap]) -> None:
         """Take what the taps hold."""
-        shared: dict[tuple[int, Statistic], mx.array] = {}  # q, k and v are fed the same array
+        # q, k and v are fed the same array, and so are gate and up
+        shared: dict[tuple[int, Statistic], str] = {}
         for path, tap in taps.items():
-            if (x := tap.inputs) is None:
+            if tap.inputs is None:
                 continue
-            key = id(x), self._statistics[path]
-            if key not in shared:
-                shared[key] = key[1](x.reshape(-1, x.shape[-1]).astype(mx.float32))
-            before = self._sums.get(path)
-            self._sums[path] = shared[key] if before is None else before + shared[key]
-        mx.eval(self._sums)
+            statistic = self._statistics[path]
+            source = tap.inputs if tap.routes is None else tap.layer_inputs
+            first = shared.setdefault((id(source), statistic), path)
+            if first != path:
+                self._share(path, first)
+                continue
+            rows = tap.inputs.reshape(-1, tap.inputs.shape[-1]).astype(mx.float32)
+            if tap.routes is not None:
+                experts = self._experts.setdefault(path, _ExpertSums(len(tap.layer["weight"])))
+                experts.add(rows, np.array(tap.routes).reshape(-1), statistic)
+                continue
+            found = statistic(rows)
+            self._sums[path] = found if path not in self._sums else self._sums[path] + found
+            mx.eval(self._sums[path])
         for tap in taps.values():
-            tap.inputs = None
+            tap.inputs = tap.routes = tap.layer_inputs = None
 
-    def means(self, tokens: int) -> dict[str, mx.array]:
-        """Return the sums over the number of tokens."""
-        means = {path: total / tokens for path, total in self._sums.items()}
-        mx.eval(means)
-        return means
+    def _share(self, path: str, first: str) -> None:
+        if first in self._sums:
+            self._sums[path] = self._sums[first]
+        else:
+            self._experts[path] = self._experts[first]
+
+    def result(self, prefix: str, tokens: int) -> InputStatistics:
+        """Return the means; of layers that were called with the same arrays, the same array."""
+        means: dict[int, mx.array] = {}
+        found, rare = {}, {}
+        for path, total in self._sums.items():
+            if id(total) not in means:
+                means[id(total)] = total / tokens
+            found[prefix + path] = means[id(total)]
+        for path, experts in self._experts.items():
+            if id(experts) not in means:
+                means[id(experts)] = experts.means()
+            found[prefix + path] = means[id(experts)]
+            rare[prefix + path] = experts.rare
+        mx.eval(found)
+        return InputStatistics(prefix=prefix, means=found, rare=rare)
+
+
+class _ExpertSums:
+    """Sums of a statistic over the tokens of each expert."""
+
+    def __init__(self, experts: int):
+        self._counts = np.zeros(experts, np.int64)
+        self._sums: np.ndarray | None = None
+
+    @property
+    def rare(self) -> list[int]:
+        """Return the experts that saw few tokens."""
+        return np.flatnonzero(self._counts < FEW_TOKENS).tolist()
+
+    def add(self, rows: mx.array, experts: np.ndarray, statistic: Statistic) -> None:
+        """Add rows (n, in), each of the expert that it goes to (n,)."""
+        for expert in np.unique(experts):
+            own = mx.array(np.flatnonzero(experts == expert))
+            found = np.array(statistic(rows[own]))
+            if self._sums is None:
+                self._sums = np.zeros((len(self._counts), *found.shape), np.float32)
+            self._sums[expert] += found
+            self._counts[expert] += own.size
+
+    def means(self) -> mx.array:
+        """Return the mean of each expert, to which that of all adds as much as `FEW_TOKENS` do."""
+        assert self._sums is not None
+        overall = self._sums.sum(axis=0) / self._counts.sum()
+        counts = self._counts.reshape(-1, *[1] * overall.ndim)
+        self._sums += FEW_TOKENS * overall
+        self._sums /= counts + FEW_TOKENS
+        return mx.array(self._sums)

@@ -69,7 +69,7 @@ def choose_bits(opened: LazyModel, recipe: Recipe, progress: Progress) -> Foreca
     layers = {
         path: layer
         for path, layer in plan.layers.items()
-        if layer.action == "quantize" and layer.kind != "experts"
+        if layer.action == "quantize" and (layer.kind != "experts" or layer.quantizer == "gptq")
     }
     options = {path: _options(layer, recipe) for path, layer in layers.items()}
     calibration = chosen.calibration or Calibration()

@@ -52,6 +52,7 @@ class Converter:
         self.state = state
         self._threads = os.cpu_count() or 1
         self._limit = 1  # large weights that may wait
+        self._rare: dict[str, list[int]] = {}
 
     def run(
         self, progress: Progress, calibration: Iterable[InputStatistics] | None = None
@@ -118,6 +119,7 @@ class Converter:
             left = [name for name in left if not name.startswith(block.prefix)]
             planned = sum(self.plan.layer_of(name) is not None for name in names)
             self._limit = max(self._limit, planned)
+            self._rare |= block.rare
             yield from ((name, block.means.get(name.removesuffix(".weight"))) for name in names)
             del block  # before the next one is run
 
@@ -160,7 +162,7 @@ class Converter:
             for leaf, tensor in found.tensors.items():
                 self.writer.add(prefix + leaf, tensor)
         if layer:
-            self.state.add(_record(layer, found))
+            self.state.add(_record(layer, found, self._rare.get(layer.path, [])))
         return nbytes
 
 
@@ -196,7 +198,11 @@ def source_array(checkpoint: Checkpoint, dtype: mx.Dtype | None, name: str) -> m
     return w.astype(dtype) if dtype and w.dtype in FLOAT_TYPES and casts(name) else w
 
 
-def _record(layer: LayerPlan, found: Converted) -> LayerRecord:
+def _record(layer: LayerPlan, found: Converted, rare: list[int]) -> LayerRecord:
+    note = layer.note
+    if rare:
+        named = ", ".join(map(str, rare))
+        note = f"experts {named} saw few tokens: calibrated mostly on those of all experts"
     nbytes = sum(tensor.nbytes for tensor in found.tensors.values())
     kept = layer.action == "keep"
     return LayerRecord(
@@ -212,5 +218,5 @@ def _record(layer: LayerPlan, found: Converted) -> LayerRecord:
         clusters=layer.clusters if layer.action == "split" else None,
         cut_points=found.cut_points,
         snr_db=found.snr_db,
-        note=layer.note,
+        note=note,
     )

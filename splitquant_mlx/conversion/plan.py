@@ -9,10 +9,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from splitquant_mlx.calibration.blocks import is_expert_stack
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.models.architecture import parameters
 from splitquant_mlx.nn.split_layers import scale_dtype
-from splitquant_mlx.recipe import CALIBRATED, DTYPES, GROUP_SIZES, MODES, Recipe
+from splitquant_mlx.recipe import DTYPES, GROUP_SIZES, MODES, Recipe
 
 Predicate = Callable[[str, nn.Module], bool | dict[str, Any]]
 
@@ -201,7 +202,7 @@ def _plan_layer(
         kind=kind,
         action=action,
         shape=shape,
-        quantizer=_quantizer_for(recipe, kind, action, tied),
+        quantizer=_quantizer_for(recipe, module, kind, action, tied),
         bits=bits,
         group_size=fitting[0],
         mode=mode,
@@ -234,16 +235,16 @@ def _wanted_action(recipe: Recipe, path: str, kind: str) -> tuple[str, str]:
     if kind == "lm_head":
         return str(recipe.lm_head), ""
     if recipe.method != "splitquant":
-        plainly = recipe.method in CALIBRATED and kind == "experts"
-        return "quantize", "a stack of experts is rounded to nearest" if plainly else ""
+        return "quantize", ""
     if kind == "experts":
         return "quantize", "a stack of experts is not split"
     return "split", ""
 
 
-def _quantizer_for(recipe: Recipe, kind: str, action: str, tied: bool) -> str:
+def _quantizer_for(recipe: Recipe, module: nn.Module, kind: str, action: str, tied: bool) -> str:
     """Return the quantizer's name: only layers that are fed hidden states can be calibrated."""
     fed = kind in ("linear", "lm_head") or (kind == "embedding" and tied)
+    fed = fed or is_expert_stack(module)
     calibrated = fed and recipe.calibration is not None
     if action == "split":
         return "splitquant_imatrix" if calibrated else "splitquant"

@@ -47,6 +47,9 @@ class Outcome(NamedTuple):
     cluster_s: float = 0.0
 
 
+Apply = Callable[[mx.array, LayerPlan, mx.array | None], Outcome]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Quantizer:
     """One way to quantize a weight.
@@ -58,7 +61,7 @@ class Quantizer:
         statistic: of the layer's inputs, which it needs; None where it needs none.
     """
 
-    apply: Callable[[mx.array, LayerPlan, mx.array | None], Outcome]
+    apply: Apply
     statistic: Statistic | None = None
 
 
@@ -90,11 +93,29 @@ def _helpers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count())
 
 
+def _per_expert(apply: Apply) -> Apply:
+    """Return `apply` for stacks (experts, out, in) as well, one expert after the other."""
+
+    def applied(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
+        if w.ndim == 2:
+            return apply(w, layer, inputs)
+        found = []
+        for expert in range(len(w)):
+            own = apply(w[expert], layer, None if inputs is None else inputs[expert]).quantized
+            mx.eval([array for array in own if array is not None])
+            found.append(own)
+        return Outcome(Quantized(*(mx.stack(list(arrays)) for arrays in zip(*found, strict=True))))
+
+    return applied
+
+
+@_per_expert
 def _imatrix(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
     assert inputs is not None
     return Outcome(quantize_weighted(w, inputs, bits=layer.bits, group_size=layer.group_size))
 
 
+@_per_expert
 def _gptq(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
     sizes = {"bits": layer.bits, "group_size": layer.group_size}
     return Outcome(gptq_quantize(w, np.array(inputs), **sizes, sweeps=layer.sweeps))

@@ -13,7 +13,12 @@ from splitquant_mlx import RecipeError, dequantize, load
 from splitquant_mlx.calibration import self_text
 from splitquant_mlx.calibration.self_text import beginnings, sample_tokens
 from splitquant_mlx.calibration.sensitivity import predict_divergence
-from splitquant_mlx.calibration.statistics import hessian, iterate_blocks, sum_of_squares
+from splitquant_mlx.calibration.statistics import (
+    FEW_TOKENS,
+    hessian,
+    iterate_blocks,
+    sum_of_squares,
+)
 from splitquant_mlx.calibration.tokens import calibration_tokens
 from splitquant_mlx.evaluation.divergence import divergence, log_probabilities
 from splitquant_mlx.models.architecture import parameters
@@ -72,6 +77,29 @@ def test_statistics_are_those_of_a_plain_run(tmp_path, architecture):
         np.testing.assert_allclose(
             np.array(diagonals[path]), np.diagonal(wanted), atol=1e-4 * scale
         )
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("texts", [1, 3])  # of 4 tokens, which mlx-lm does not sort, and of 24
+def test_experts_have_statistics_of_the_tokens_routed_to_them(tmp_path, architecture, texts):
+    tokens = TOKENS if texts == 3 else TOKENS[:1, :4]
+    source = tiny.write_checkpoint(tmp_path / "source", architecture)
+    model = load(source)[0]
+    block = model.layers[0]
+    mlp = block.block_sparse_moe if architecture == "mixtral" else block.mlp
+    paths = [path for path, module in model.named_modules() if module is mlp.switch_mlp.up_proj]
+    (found,) = (b for b in iterate_blocks(load(source)[0], tokens, {paths[0]: hessian}) if b.means)
+    x = model.model.embed_tokens(mx.array(tokens))
+    x = x + block.self_attn(block.input_layernorm(x), "causal")
+    x = np.array(block.post_attention_layernorm(x)).reshape(-1, tiny.HIDDEN).astype(np.float64)
+    scores = x @ np.array(mlp.gate.weight).T
+    top = model.args.num_experts_per_tok
+    routed = [np.flatnonzero(np.argsort(-scores)[:, :top] == e) // top for e in range(tiny.EXPERTS)]
+    overall = sum(x[own].T @ x[own] for own in routed) / (len(x) * top)
+    for expert, own in enumerate(routed):
+        wanted = (x[own].T @ x[own] + FEW_TOKENS * overall) / (len(own) + FEW_TOKENS)
+        np.testing.assert_allclose(found.means[paths[0]][expert], wanted, atol=1e-4)
+    assert found.rare == {paths[0]: [e for e, own in enumerate(routed) if len(own) < FEW_TOKENS]}
 
 
 def test_a_tied_head_comes_after_the_blocks(tmp_path):

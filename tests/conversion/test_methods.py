@@ -1,10 +1,15 @@
 """What the calibrated methods are for: a real checkpoint stays closer to itself, on unseen text."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
+import tiny
 
 from splitquant_mlx import Recipe, convert, load
+from splitquant_mlx.conversion.bits import choose_bits
 from splitquant_mlx.evaluation.divergence import divergence, log_probabilities
+from splitquant_mlx.models.lazy import LazyModel
+from splitquant_mlx.progress import Silent
 from splitquant_mlx.recipe import Calibration
 
 CALIBRATION = Calibration(num_samples=16, sequence_length=96)
@@ -62,3 +67,20 @@ def test_sizes_are_alike(found):
 def test_calibration_helps_the_parts_of_a_split(found):
     plain, fitted = (found[name][0] for name in ("splitquant", "splitquant, calibrated"))
     assert fitted < 0.9 * plain
+
+
+def test_experts_are_calibrated(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
+    source = tiny.write_checkpoint(tmp_path / "source", "qwen3_moe")
+    tokens = mx.array(np.random.default_rng(0).integers(2, tiny.VOCAB, (16, 48)))
+    p, kl = mx.softmax(load(source)[0](tokens), axis=-1), {}
+    calibrated = {"group_size": 32, "embedding_bits": 4, "calibration": CALIBRATION}
+    for method in ("rtn", "imatrix", "gptq"):
+        recipe = Recipe(method=method, **(calibrated if method != "rtn" else {"group_size": 32}))
+        manifest = convert(source, tmp_path / method, recipe=recipe)
+        q = mx.softmax(load(tmp_path / method)[0](tokens), axis=-1)
+        kl[method] = (p * mx.log(p / q)).sum(-1).mean().item()
+    assert kl["gptq"] < 0.95 * kl["imatrix"] < 0.9 * kl["rtn"]
+    plan = choose_bits(LazyModel(source), Recipe(method="auto", calibration=CALIBRATION), Silent())
+    experts = [layer.path for layer in manifest.layers if layer.kind == "experts"]
+    assert len(experts) == 3 * tiny.LAYERS and set(experts) <= plan.recipe.layers.keys()
