@@ -116,7 +116,7 @@ def _sensitivities(
         return json.dumps(listed).encode()
 
     def compute() -> dict[str, dict[Option, float]]:
-        model = load_model(opened.path, lazy=True)
+        model = load_model(opened.path, lazy=True, dequantize=True)
         return predict_divergence(model, tokens, options, seed=seed, progress=progress)
 
     return kept(f"sensitivity/{name}.json", compute, pack=pack, unpack=unpack)

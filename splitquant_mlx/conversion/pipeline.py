@@ -184,7 +184,9 @@ def _calibration(
 ) -> Iterator[InputStatistics] | None:
     if tokens is None:
         return None
-    return iterate_blocks(load_model(original.path, lazy=True), tokens, _statistics(plan))
+    return iterate_blocks(
+        load_model(original.path, lazy=True, dequantize=True), tokens, _statistics(plan)
+    )
 
 
 def _refined(

@@ -19,15 +19,17 @@ from splitquant_mlx.formats.safetensors import TensorHeader
 from splitquant_mlx.models.architecture import build_model, parameters
 from splitquant_mlx.models.config import check_config, read_config
 from splitquant_mlx.models.config_forms import check_function, normalize
+from splitquant_mlx.models.expert_stacks import separate_experts
+from splitquant_mlx.models.quantized import unpacked, without_quantization
 from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.models.tensor_names import fit_names
 
 FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32, "F64": mx.float32}
 NUMPY_DTYPES = {
-    "F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8", "BOOL": "?", "U8": "<u1", "I8": "<i1",
-    "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8", "I64": "<i8",
+    "F8_E4M3": "<u1", "F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8", "BOOL": "?",
+    "U8": "<u1", "I8": "<i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4",
+    "U64": "<u8", "I64": "<i8",
 }  # fmt: skip
-QUANTIZED = ("quantization", "quantization_config", "splitquant")
 Stamp = tuple[int, int, int]
 
 
@@ -60,11 +62,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: when it is not a model directory, its architecture is unknown to mlx-lm,
-            it is quantized already, holds only pickled weights, a shard is missing or corrupt, or
-            tensors are missing, extra, or of the wrong shape or dtype.
+            it is quantized in an unknown way, holds only pickled weights, a shard is missing or
+            corrupt, or tensors are missing, extra, or of the wrong shape or dtype.
     """
     config = read_config(path)
-    if is_quantized(path, config):
+    if isinstance(config.get("splitquant"), dict):
         raise CheckpointError(f"{path} is quantized already: convert the original model instead")
     if config.get("model_file") is not None:
         raise CheckpointError(
@@ -80,22 +82,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 f"{header.file}: tensor {name!r} has dtype {header.dtype}, expected one of "
                 f"{', '.join(FLOATS)}: cast the checkpoint to one of them first"
             )
-    config = normalize(path, config)
-    tensors = _load_lazily(headers)
+    quantized, config = config, normalize(path, without_quantization(config))
+    tensors, notes = unpacked(path, quantized, headers, _load_lazily(headers))
+    tensors = separate_experts(tensors, config["model_type"])
     model, weights = fit_names(path, tensors, lambda: build_model(path, config))
-    warnings = tuple(check_function(path, model, config))
+    warnings = (*notes, *check_function(path, model, config))
     _check_parameters(path, model, weights)
     if any(header.dtype == "F64" for header in headers.values()):
         config |= {k: "float32" for k in ("torch_dtype", "dtype") if config.get(k) == "float64"}
     source_bytes = sum(header.nbytes for header in headers.values())
     return Checkpoint(path, config, model, weights, source_bytes, stamps, warnings)
-
-
-def is_quantized(path: Path, config: dict[str, Any]) -> bool:
-    """Tell whether a checkpoint says that some of its layers are quantized."""
-    tables = [table for table in (config, config.get("text_config")) if isinstance(table, dict)]
-    keys = any(table.get(key) is not None for table in tables for key in QUANTIZED)
-    return keys or (path / "hf_quant_config.json").exists()  # NVIDIA's ModelOpt
 
 
 def check_unchanged(checkpoint: Checkpoint) -> None:

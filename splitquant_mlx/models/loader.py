@@ -19,10 +19,11 @@ from mlx.utils import tree_map
 from splitquant_mlx.errors import CheckpointError, one_line
 from splitquant_mlx.formats.manifest import MODEL_FILE
 from splitquant_mlx.models.architecture import settle_random_state
-from splitquant_mlx.models.checkpoint import is_quantized, open_checkpoint
+from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.config import check_config, read_config
 from splitquant_mlx.models.config_forms import check_function, normalize
 from splitquant_mlx.models.directory import as_directory
+from splitquant_mlx.models.quantized import quantization_table, runs_packed
 from splitquant_mlx.models.sharding import divide
 from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.models.source import Source, resolve
@@ -76,12 +77,14 @@ def load_model(
     lazy: bool = False,
     group: Group | None = None,
     pipeline: bool = False,
+    dequantize: bool = False,
 ) -> nn.Module:
-    """Load the model of a checkpoint directory; see `load`."""
+    """Load the model of a checkpoint directory, see `load`; `dequantize`: as float layers."""
     config = read_config(directory)
     headers = read_headers(directory)
     check_config(directory, config, len(headers))
-    if is_quantized(directory, config) or config.get("model_file"):
+    packed = runs_packed(quantization_table(directory, config)) and not dequantize
+    if packed or config.get("model_file"):
         model = _load_with_mlx_lm(directory, config, trust_remote_code)
     else:
         checkpoint = open_checkpoint(directory)

@@ -132,14 +132,17 @@ CONFIGS = {
     "vocab_size 10**15": (edit_config(vocab_size=10**15), "vocab_size 1000000000000000"),
     "vocab_size 2**31 - 1": (edit_config(vocab_size=2**31 - 1), "'model.embed_tokens.weight'"),
     "rope_scaling of a wrong type": (edit_config(rope_scaling=[1]), "config.json does not"),
-    "quantized by mlx": (edit_config(quantization={"bits": 4}), "is quantized already"),
+    "quantized by mlx": (
+        edit_config(quantization={"bits": 4}),
+        "quantized with mlx, and no tensor is",
+    ),
     "quantized by gptq": (
         edit_config(quantization_config={"quant_method": "gptq", "bits": 4}),
-        "is quantized already",
+        "quantized with gptq, and no tensor is",
     ),
     "quantized inside": (
         edit_config(text_config={"quantization_config": {"quant_method": "fp8"}}),
-        "is quantized already",
+        "quantized with fp8, and no tensor is",
     ),
     "quantized by us": (edit_config(splitquant={"layers": {}}), "is quantized already"),
 }

@@ -1,0 +1,54 @@
+"""Name the experts of fused stacks as mlx-lm's models want them.
+
+Newer programs store all experts of a layer as two arrays. gpt-oss: `gate_up_proj` (experts, hidden,
+2 inner) with gate and up in turn, `down_proj` (experts, inner, hidden), and their biases. Others:
+(experts, 2 inner, hidden) with the gate first. mlx-lm reads neither for the architectures here.
+"""
+
+import mlx.core as mx
+
+STACK = ".experts.gate_up_proj"
+# where mlx-lm has the experts of a block: model_type -> name of the block
+BLOCKS = {
+    "mixtral": "block_sparse_moe",
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe"), "mlp"),
+}
+
+
+def separate_experts(tensors: dict[str, mx.array], model_type: str) -> dict[str, mx.array]:
+    """Return the tensors, fused stacks of experts (see above) as three, lazily."""
+    if not any(name.endswith(STACK) for name in tensors):
+        return tensors
+    if model_type == "gpt_oss":
+        return _gpt_oss(tensors)
+    if model_type not in BLOCKS:
+        return tensors
+    found = dict(tensors)
+    for name in [name for name in tensors if name.endswith(STACK)]:
+        layer = name.removesuffix(STACK).rpartition(".")[0]
+        stack = f"{layer}.{BLOCKS[model_type]}.switch_mlp"
+        gate, up = mx.split(found.pop(name), 2, axis=1)
+        found |= {f"{stack}.gate_proj.weight": gate, f"{stack}.up_proj.weight": up}
+        down = name.replace("gate_up_proj", "down_proj")
+        if down in found:
+            found[f"{stack}.down_proj.weight"] = found.pop(down)
+    return found
+
+
+def _gpt_oss(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+    found = {}
+    for name, w in tensors.items():
+        stem, _, leaf = name.rpartition(".")
+        if leaf == "gate_up_proj":
+            found[f"{stem}.gate_proj.weight"] = w[..., ::2].swapaxes(-1, -2)
+            found[f"{stem}.up_proj.weight"] = w[..., 1::2].swapaxes(-1, -2)
+        elif leaf == "gate_up_proj_bias":
+            found[f"{stem}.gate_proj.bias"] = w[..., ::2]
+            found[f"{stem}.up_proj.bias"] = w[..., 1::2]
+        elif leaf == "down_proj":
+            found[f"{stem}.down_proj.weight"] = w.swapaxes(-1, -2)
+        elif leaf == "down_proj_bias":
+            found[f"{stem}.down_proj.bias"] = w
+        else:
+            found[name] = w
+    return found

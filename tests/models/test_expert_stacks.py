@@ -1,0 +1,109 @@
+"""Fused stacks of experts, as newer programs write them, become mlx-lm's own tensors."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+
+from splitquant_mlx.models.checkpoint import open_checkpoint
+from splitquant_mlx.models.expert_stacks import separate_experts
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": tiny.VOCAB,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 150000.0},
+}
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory):
+    """Write transformers' own gpt-oss in floating point; returns its directory and tensors."""
+    directory = tmp_path_factory.mktemp("gpt") / "bf16"
+    torch.manual_seed(0)
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**SIZES))
+    with torch.no_grad():
+        for value in model.parameters():
+            value.copy_(torch.randn_like(value) * 0.1)
+    model.save_pretrained(directory)
+    tiny.write_tokenizer(directory)
+    return directory, {name: w.numpy() for name, w in model.state_dict().items()}
+
+
+def experts(tensors, layer=1):
+    stem = f"model.layers.{layer}.mlp.experts."
+    return {name.removeprefix(stem): w for name, w in tensors.items() if name.startswith(stem)}
+
+
+def test_gpt_oss_in_floating_point(gpt_oss):
+    directory, stored = gpt_oss
+    ours, theirs = experts(open_checkpoint(directory).weights), experts(stored)
+    gate_up = theirs["gate_up_proj"]  # (experts, hidden, 2 inner), gate and up in turn
+    expected = {
+        "gate_proj.weight": gate_up[..., ::2].swapaxes(1, 2),
+        "up_proj.weight": gate_up[..., 1::2].swapaxes(1, 2),
+        "down_proj.weight": theirs["down_proj"].swapaxes(1, 2),
+        "gate_proj.bias": theirs["gate_up_proj_bias"][..., ::2],
+        "up_proj.bias": theirs["gate_up_proj_bias"][..., 1::2],
+        "down_proj.bias": theirs["down_proj_bias"],
+    }
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(np.array(ours[name]), value)
+
+
+def test_gpt_oss_in_mxfp4(gpt_oss, tmp_path):
+    directory, stored = gpt_oss
+    tensors, values = {name: mx.array(w) for name, w in stored.items()}, {}
+    levels = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], "f4")
+    random = np.random.default_rng(0)
+    for name in [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]:
+        _, inputs, outputs = stored[name].shape
+        codes = random.integers(0, 16, (4, outputs, inputs // 32, 32)).astype(np.uint8)
+        exponents = random.integers(118, 124, codes.shape[:-1]).astype(np.uint8)
+        del tensors[name]
+        tensors[f"{name}_blocks"] = mx.array(codes[..., ::2] | codes[..., 1::2] << 4)
+        tensors[f"{name}_scales"] = mx.array(exponents)
+        scaled = levels[codes] * (2.0 ** (exponents.astype("f4") - 127))[..., None]
+        values[name] = scaled.reshape(4, outputs, inputs)
+    (tmp_path / "m").mkdir()
+    mx.save_safetensors(str(tmp_path / "m" / "model.safetensors"), tensors)
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    tiny.write_tokenizer(tmp_path / "m")
+    ours = experts(open_checkpoint(tmp_path / "m").weights)
+    whole = experts(values)
+    for name, expected in (
+        ("gate_proj", whole["gate_up_proj"][:, ::2]),
+        ("up_proj", whole["gate_up_proj"][:, 1::2]),
+        ("down_proj", whole["down_proj"]),
+    ):
+        got = np.array(ours[f"{name}.weight"].astype(mx.float32))
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "block"), [("mixtral", "block_sparse_moe"), ("qwen3_moe", "mlp")]
+)
+def test_stacks_of_other_mixtures(model_type, block):
+    gate_up, down = mx.random.normal((4, 6, 8)), mx.random.normal((4, 8, 3))
+    stem = "model.layers.3.mlp.experts"
+    tensors = {f"{stem}.gate_up_proj": gate_up, f"{stem}.down_proj": down, "other": down}
+    ours = separate_experts(tensors, model_type)
+    stack = f"model.layers.3.{block}.switch_mlp"
+    names = {f"{stack}.{name}_proj.weight" for name in ("gate", "up", "down")}
+    assert ours.keys() == names | {"other"}
+    assert mx.array_equal(ours[f"{stack}.gate_proj.weight"], gate_up[:, :3])
+    assert mx.array_equal(ours[f"{stack}.up_proj.weight"], gate_up[:, 3:])
+    assert mx.array_equal(ours[f"{stack}.down_proj.weight"], down)

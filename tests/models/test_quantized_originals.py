@@ -1,0 +1,213 @@
+"""Quantized originals are dequantized: the same weights as written here by numpy, or a message."""
+
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from splitquant_mlx import Recipe, convert
+from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.models.checkpoint import open_checkpoint
+from splitquant_mlx.models.loader import load_model
+
+RANDOM = np.random.default_rng(0)
+CONFIG = {**tiny.make_config("llama"), "torch_dtype": "float32"}
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def weights():
+    shapes = tiny.make_shapes(CONFIG)
+    return {
+        name: RANDOM.normal(len(shape) == 1, 0.1, shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def is_projection(name):
+    return name.endswith(tuple(f"{p}.weight" for p in PROJECTIONS))
+
+
+def write(directory, quantization, pack, config=CONFIG):
+    """Write a checkpoint whose projections `pack` stores; returns the weights to expect.
+
+    `pack` gives the tensors of a weight by suffix, as (safetensors' dtype, shape, bytes), and the
+    values that they stand for.
+    """
+    entries, expected = {}, weights()
+    for name, w in list(expected.items()):
+        if is_projection(name):
+            tensors, expected[name] = pack(w)
+            stem = name.removesuffix("weight")
+            entries |= {stem + suffix: entry for suffix, entry in tensors.items()}
+        else:
+            entries[name] = stored(w)
+    directory.mkdir()
+    (directory / "config.json").write_text(
+        json.dumps({**config, "quantization_config": quantization})
+    )
+    tiny.write_tokenizer(directory)
+    header, data = {}, b""
+    for name, (dtype, shape, content) in entries.items():
+        span = [len(data), len(data) + len(content)]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": span}
+        data += content
+    text = json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + data
+    (directory / "model.safetensors").write_bytes(content)
+    return expected
+
+
+def stored(array):
+    names = {"float32": "F32", "float16": "F16", "int32": "I32", "uint32": "U32", "uint8": "U8"}
+    return names[array.dtype.name], array.shape, np.ascontiguousarray(array).tobytes()
+
+
+def as_fp8(w, scale):
+    """Return the codes of w / scale by torch, and what they stand for."""
+    codes = torch.tensor(w / scale).to(torch.float8_e4m3fn)
+    values = (codes.to(torch.float32) * torch.tensor(scale)).numpy()
+    return ("F8_E4M3", w.shape, codes.view(torch.uint8).numpy().tobytes()), values
+
+
+def fp8_tensor(w):  # Ministral: one scale
+    codes, values = as_fp8(w, scale := np.float32(np.abs(w).max() / 448))
+    scales = {"weight_scale_inv": stored(np.array(scale)), "activation_scale": stored(scale[None])}
+    return {"weight": codes, **scales}, values
+
+
+def fp8_channel(w):  # compressed-tensors: one scale a row
+    scale = np.abs(w).max(1, keepdims=True) / 448
+    codes, values = as_fp8(w, scale)
+    return {"weight": codes, "weight_scale": stored(scale)}, values
+
+
+def fp8_block(w):  # DeepSeek, with blocks that do not divide the widths
+    rows, columns = (-(-n // 48) for n in w.shape)
+    scale = RANDOM.uniform(1e-3, 2e-3, (rows, columns)).astype(np.float32)
+    whole = scale.repeat(48, 0).repeat(48, 1)[: w.shape[0], : w.shape[1]]
+    codes, values = as_fp8(w, whole)
+    return {"weight": codes, "weight_scale_inv": stored(scale)}, values
+
+
+def pack(codes, bits):
+    """Pack codes along the last axis into 32-bit words, lowest bits first."""
+    count = 32 // bits
+    words = codes.astype(np.uint32).reshape(*codes.shape[:-1], -1, count)
+    shifted = words << (np.arange(count, dtype=np.uint32) * bits)
+    return shifted.sum(-1).astype(np.uint32).view(np.int32)
+
+
+def random_codes(w, bits, group):
+    """Return codes and zero points (in, out) and (groups, out), scales, and their values."""
+    out, inputs = w.shape
+    codes = RANDOM.integers(0, 2**bits, (inputs, out))
+    zeros = RANDOM.integers(1, 2**bits, (inputs // group, out))
+    scales = RANDOM.uniform(0.01, 0.02, (inputs // group, out)).astype(np.float16)
+    values = (codes - zeros.repeat(group, 0)) * scales.astype(np.float32).repeat(group, 0)
+    return codes, zeros, scales, values.T.astype(np.float32)
+
+
+def awq(w):
+    codes, zeros, scales, values = random_codes(w, 4, 32)
+    order = [0, 2, 4, 6, 1, 3, 5, 7]  # the output in each place of a word
+
+    def words(array):
+        return stored(pack(array.reshape(len(array), -1, 8)[..., order].reshape(array.shape), 4))
+
+    return {"qweight": words(codes), "qzeros": words(zeros), "scales": stored(scales)}, values
+
+
+def gptq(w):
+    codes, zeros, scales, values = random_codes(w, 4, 32)
+    tensors = {
+        "qweight": stored(np.ascontiguousarray(pack(codes.T, 4).T)),
+        "qzeros": stored(pack(zeros - 1, 4)),
+        "scales": stored(scales),
+        "g_idx": stored((np.arange(w.shape[1]) // 32).astype(np.int32)),
+    }
+    return tensors, values
+
+
+def integers(w):  # compressed-tensors, pack-quantized
+    codes = RANDOM.integers(0, 16, w.shape)
+    scales = RANDOM.uniform(0.01, 0.02, (w.shape[0], w.shape[1] // 32)).astype(np.float32)
+    values = ((codes - 8) * scales.repeat(32, 1)).astype(np.float32)
+    return {
+        "weight_packed": stored(pack(codes, 4)),
+        "weight_scale": stored(scales),
+        "weight_shape": stored(np.array(w.shape, np.int32)),
+    }, values
+
+
+COMPRESSED = {"quant_method": "compressed-tensors"}
+INTEGERS = {"config_groups": {"group_0": {"weights": {"num_bits": 4, "symmetric": True}}}}
+CASES = {
+    "fp8, one scale": ({"quant_method": "fp8", "weight_block_size": None}, fp8_tensor),
+    "fp8 in blocks": ({"quant_method": "fp8", "weight_block_size": [48, 48]}, fp8_block),
+    "fp8 by row": ({**COMPRESSED, "format": "float-quantized"}, fp8_channel),
+    "integers": ({**COMPRESSED, "format": "pack-quantized", **INTEGERS}, integers),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}, awq),
+    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 32}, gptq),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_are_those_that_the_packed_ones_stand_for(name, tmp_path):
+    quantization, packing = CASES[name]
+    expected = write(tmp_path / "m", quantization, packing)
+    checkpoint = open_checkpoint(tmp_path / "m")
+    assert "quantization_config" not in checkpoint.config
+    assert "quantized itself" in checkpoint.warnings[0]
+    assert checkpoint.weights.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(np.array(checkpoint.weights[key]), value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["fp8 in blocks", "gptq"])
+def test_it_converts_and_runs(name, tmp_path):
+    write(tmp_path / "m", *CASES[name])
+    convert(tmp_path / "m", tmp_path / "out", recipe=Recipe(method="rtn", group_size=32))
+    ids = mx.array([[3, 4, 5]])
+    original, converted = load_model(tmp_path / "m")(ids), load_model(tmp_path / "out")(ids)
+    assert mx.abs(original - converted).max() < 0.5 * mx.abs(original).max()
+    assert isinstance(load_model(tmp_path / "m").layers[0].mlp.up_proj, nn.Linear)
+
+
+@pytest.mark.parametrize("mode", [{"bits": 4, "group_size": 32}, {"mode": "mxfp4", "bits": 4}])
+def test_an_mlx_checkpoint_is_dequantized_and_its_own_settings_followed(mode, tmp_path):
+    tiny.write_checkpoint(tmp_path / "m", "llama")
+    mode = {"group_size": 32, **mode}
+    model = load_model(tmp_path / "m")
+    nn.quantize(model, **mode)
+    own = model.layers[0].mlp.down_proj
+    expected = mx.dequantize(
+        own.weight, own.scales, own.get("biases"), **{"mode": "affine", **mode}
+    )
+    (tmp_path / "q").mkdir()
+    model.save_weights(str(tmp_path / "q" / "model.safetensors"))
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "q" / "config.json").write_text(json.dumps({**config, "quantization": mode}))
+    tiny.write_tokenizer(tmp_path / "q")
+    found = open_checkpoint(tmp_path / "q").weights["model.layers.0.mlp.down_proj.weight"]
+    assert mx.allclose(found.astype(mx.float32), expected.astype(mx.float32), atol=1e-2)
+    recipe = Recipe(method="imatrix", group_size=32)
+    assert convert(tmp_path / "q", tmp_path / "out", recipe=recipe).layers
+
+
+def test_a_method_that_cannot_be_undone_says_what_to_fetch(tmp_path):
+    write(tmp_path / "m", {"quant_method": "bitsandbytes", "load_in_4bit": True}, fp8_tensor)
+    with pytest.raises(CheckpointError, match=r"quantized with bitsandbytes.*base_model"):
+        open_checkpoint(tmp_path / "m")
+
+
+def test_a_missing_scale_is_named(tmp_path):
+    def without(w):
+        return {"weight": fp8_tensor(w)[0]["weight"]}, w
+
+    write(tmp_path / "m", {"quant_method": "fp8"}, without)
+    with pytest.raises(CheckpointError, match=r"_proj.weight' of fp8 has no .*_scale_inv"):
+        open_checkpoint(tmp_path / "m")
