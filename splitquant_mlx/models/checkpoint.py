@@ -20,13 +20,13 @@ from splitquant_mlx.models.architecture import build_model, parameters
 from splitquant_mlx.models.config import check_config, read_config
 from splitquant_mlx.models.config_forms import check_function, normalize
 from splitquant_mlx.models.expert_stacks import separate_experts
-from splitquant_mlx.models.quantized import unpacked, without_quantization
+from splitquant_mlx.models.quantized import quantization_table, unpacked, without_quantization
 from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.models.tensor_names import fit_names
 
 FLOATS = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32, "F64": mx.float32}
 NUMPY_DTYPES = {
-    "F8_E4M3": "<u1", "F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8", "BOOL": "?",
+    "F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8", "BOOL": "?",
     "U8": "<u1", "I8": "<i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4",
     "U64": "<u8", "I64": "<i8",
 }  # fmt: skip
@@ -76,8 +76,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     headers = read_headers(path)
     stamps = {header.file: stamp(header.file) for header in headers.values()}
     check_config(path, config, len(headers))
+    fp8 = ("F8_E4M3",) if quantization_table(path, config) else ()
     for name, header in headers.items():
-        if header.dtype not in NUMPY_DTYPES:
+        if header.dtype not in (*NUMPY_DTYPES, *fp8):
             raise CheckpointError(
                 f"{header.file}: tensor {name!r} has dtype {header.dtype}, expected one of "
                 f"{', '.join(FLOATS)}: cast the checkpoint to one of them first"
