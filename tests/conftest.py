@@ -53,7 +53,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         options.dist, options.loadscopereorder = "loadfile", False
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)  # before -m deselects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark everything in tests/robustness; give slow tests more time than the default."""
     for item in items:

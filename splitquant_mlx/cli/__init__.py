@@ -146,7 +146,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     except UsageError as exc:
         context = getattr(exc, "ctx", None)
         command = context.command_path if context else PROGRAM
-        text = exc.format_message()  # type: ignore[attr-defined]
+        text = exc.format_message() or "expected a command, got none"  # type: ignore[attr-defined]
         message, cause = f"{text} (see {command} --help)", exc
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away; there is nobody to tell

@@ -15,7 +15,7 @@ FILE_NAME = "splitquant.json"
 MODEL_FILE = "splitquant_model.py"
 # what is shown of a layer must not control the terminal
 Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
-Finite = Annotated[float, Field(gt=-(2**63), lt=2**63)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @record

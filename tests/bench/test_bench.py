@@ -65,6 +65,7 @@ def test_spread_is_numpys(values):
     )
 
 
+@pytest.mark.slow
 def test_convert_is_timed_side_by_side(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(

@@ -5,14 +5,17 @@ from importlib import import_module
 
 import numpy as np
 import pytest
+from in_process import run_here
 
 from splitquant_mlx import RecipeError, SplitQuantError, cli
+from splitquant_mlx.bench import speed
 from splitquant_mlx.bench.speed import Workload, bench_speed, ratios, run_trial
 
 SHORT = ["--prompt-tokens", "8", "--generation-tokens", "4"]
 
 
-def test_models_take_turns_and_are_compared(stories, split_stories, tmp_path, capsys):
+def test_models_take_turns_and_are_compared(stories, split_stories, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(speed, "run_program", run_here)
     file = tmp_path / "speed.json"
     models = ["--model", str(split_stories), "--against", str(stories)]
     command = ["bench", *models, *SHORT, "--trials", "1", "--json", str(file)]
@@ -33,11 +36,18 @@ def test_models_take_turns_and_are_compared(stories, split_stories, tmp_path, ca
     for name, key in (("prefill_time", "prompt_tps"), ("decode_time", "generation_tps")):
         assert ratio[name]["median"] == plain[key]["median"] / split[key]["median"]
     assert ratio["load_s"]["median"] == split["load_s"]["median"] / plain["load_s"]["median"]
-    assert ratio["peak_bytes"]["median"] == pytest.approx(1, rel=0.2)
+    assert ratio["peak_bytes"]["median"] == 1
     assert found["settings"] == {
         "prompt_tokens": 8, "generation_tokens": 4, "batch_size": 1, "trials": 1,
     }  # fmt: skip
     assert "mlx-lm" in found["versions"] and found["machine"]["cores"] >= 1
+
+
+@pytest.mark.slow
+def test_a_trial_runs_in_a_process_of_its_own(stories):
+    (found,) = bench_speed([str(stories)], Workload(prompt_tokens=8), trials=1)["models"]
+    assert found["import_s"]["median"] > 0.1
+    assert 50e6 < found["peak_bytes"]["median"] < 2e9
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -80,7 +90,9 @@ def test_model_that_does_not_load_is_named(tmp_path):
 
 def test_what_is_missing_is_asked_for(capsys):
     assert cli.run(["bench"]) == 2
-    assert "say which model with --model, or give a command" in capsys.readouterr().err
+    assert (
+        "expected a command, got none (see splitquant-mlx bench --help)" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("name", ["prompt_tokens", "generation_tokens", "batch_size"])

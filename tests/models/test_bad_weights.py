@@ -66,6 +66,8 @@ def unusual():
         (mx.float16, mx.bfloat16, mx.float32),
         ({}, {"granularity": "tensor"}, {"method": "rtn"}),
     ):
+        if settings and dtype != mx.bfloat16:  # each setting with one of the types
+            continue
         held = mx.all(mx.isfinite(VALID[case].astype(dtype))).item()
         overflows = case == "3e38" and settings.get("method") == "rtn"  # in mlx's own formula
         if held and not overflows:

@@ -3,11 +3,11 @@
 import json
 import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import tiny
 from cards import card
+from in_process import run_here
 
 from splitquant_mlx import Recipe, SplitQuantError, convert
 from splitquant_mlx.cli import run
@@ -37,12 +37,6 @@ QUESTION = {
     "choices": {"text": ["w5", "w6 w7"], "label": ["A", "B"]},
     "answerKey": "A",
 }
-
-
-def run_here(command):
-    """Convert in this process, which is faster than in one of its own."""
-    assert run(command[len(runner.OURS) :]) == 0
-    return SimpleNamespace(peak_bytes=1)
 
 
 @pytest.fixture(scope="module")

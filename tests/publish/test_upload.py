@@ -302,7 +302,7 @@ def test_ctrl_c_says_that_it_can_go_on(hub, model, upload, monkeypatch):
 
     monkeypatch.setattr(HfApi, "upload_folder", interrupt)
     code, _, err = upload(model)
-    assert code == 2 and "`splitquant-mlx upload` goes on from there." in err
+    assert code == 130 and "`splitquant-mlx upload` goes on from there." in err
 
 
 def test_an_older_conversion_is_replaced_whole(hub, model, made, upload):

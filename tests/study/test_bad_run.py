@@ -208,6 +208,7 @@ def start(script, tmp_path):
     )
 
 
+@pytest.mark.robustness
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupt_leaves_nothing(tmp_path, number):
     tiny.write_checkpoint(tmp_path / "source")
@@ -222,6 +223,7 @@ def test_interrupt_leaves_nothing(tmp_path, number):
     assert tree(tmp_path) == before
 
 
+@pytest.mark.robustness
 def test_file_size_limit(tmp_path):
     tiny.write_checkpoint(tmp_path / "source")
     before = tree(tmp_path)
