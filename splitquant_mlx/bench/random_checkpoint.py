@@ -134,7 +134,7 @@ def write_random_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
-    """Write a checkpoint: normal weights of std 0.02, norms of 1, a tokenizer of one token.
+    """Write a checkpoint: normal weights of std 0.02, norms of 1, a tokenizer of as many tokens.
 
     Args:
         directory: to be made; must not exist.
@@ -155,7 +155,8 @@ def write_random_checkpoint(
     (directory / "config.json").write_text(config + "\n", encoding="utf-8")
     from tokenizers import Tokenizer, models
 
-    Tokenizer(models.WordLevel({"<unk>": 0}, "<unk>")).save(str(directory / "tokenizer.json"))
+    vocabulary = {"<unk>": 0} | {f"token{i}": i for i in range(1, shape.vocab_size)}
+    Tokenizer(models.WordLevel(vocabulary, "<unk>")).save(str(directory / "tokenizer.json"))
     settings = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"})
     (directory / "tokenizer_config.json").write_text(settings + "\n", encoding="utf-8")
     tensors = shape.tensors()

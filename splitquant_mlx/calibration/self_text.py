@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.progress import Progress
 from splitquant_mlx.runtime.disk import write_atomic
 
@@ -157,6 +158,11 @@ def beginnings(tokenizer: Any, texts: int, rng: np.random.Generator) -> list[lis
         start = []
     special = set(tokenizer.all_special_ids)
     usual = [token for token in sorted(tokenizer.get_vocab().values()) if token not in special]
+    if not usual:
+        raise CheckpointError(
+            "the tokenizer has no token for text, so that the model cannot write its own: give "
+            "text with --calibration FILE"
+        )
     kinds = [
         lambda: [*start, int(rng.choice(usual))],
         lambda: [*start, *_encode(tokenizer, str(rng.choice(OPENINGS)))],

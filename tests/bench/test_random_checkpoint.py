@@ -6,7 +6,7 @@ import math
 import mlx.core as mx
 import pytest
 
-from splitquant_mlx import RecipeError, cli, load
+from splitquant_mlx import Calibration, Recipe, RecipeError, cli, convert, load
 from splitquant_mlx.bench.random_checkpoint import SHAPES, Shape, write_random_checkpoint
 from splitquant_mlx.models.checkpoint import open_checkpoint
 
@@ -71,3 +71,11 @@ def test_command_refuses_before_it_writes(tmp_path, capsys, arguments, named):
     assert cli.run(command) == 2
     assert named in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_random_checkpoint_can_be_calibrated(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
+    write_random_checkpoint(tmp_path / "random", SHAPES["tiny"])
+    recipe = Recipe(method="imatrix", calibration=Calibration(num_samples=2, sequence_length=8))
+    manifest = convert(tmp_path / "random", tmp_path / "out", recipe=recipe)
+    assert any(layer.action == "quantize" for layer in manifest.layers)
