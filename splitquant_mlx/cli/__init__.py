@@ -55,13 +55,12 @@ app = typer.Typer(
 )
 
 
-def _add(panel: str, name: str, function: object, example: str, **settings: bool) -> None:
+def _add(panel: str, name: str, function: object, example: str) -> None:
     app.command(
         name,
         cls=Command,
         rich_help_panel=panel,
         epilog=f"Example: {PROGRAM} {example}",
-        context_settings=settings,
     )(function)  # type: ignore[type-var]
 
 
@@ -69,14 +68,7 @@ EVERYDAY, MEASURE, PUBLISH = "Everyday", "Look and measure", "Publish"
 _add(EVERYDAY, "convert", convert, "convert meta-llama/Llama-3.2-1B-Instruct --method auto")
 _add(EVERYDAY, "chat", chat, "chat Llama-3.2-1B-Instruct-auto-4.5bpw")
 _add(EVERYDAY, "generate", generate, "generate Llama-3.2-1B-Instruct-auto-4.5bpw -p 'Hello'")
-_add(
-    EVERYDAY,
-    "serve",
-    serve,
-    "serve --model Llama-3.2-1B-Instruct-auto-4.5bpw",
-    allow_extra_args=True,
-    ignore_unknown_options=True,
-)
+_add(EVERYDAY, "serve", serve, "serve Llama-3.2-1B-Instruct-auto-4.5bpw")
 _add(EVERYDAY, "models", models, "models")
 _add(EVERYDAY, "cache", cache, "cache --clear")
 _add(EVERYDAY, "demo", demo, "demo")

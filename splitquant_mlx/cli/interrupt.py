@@ -21,7 +21,7 @@ GRACE_S = 1.5
 RANKS_GRACE_S = 3.0  # for what they still have to tell one another
 RESUMED = "Run the same command to go on."
 
-_state = {"hint": "", "last": int(signal.SIGINT), "own": 0, "wakeup": -1}
+_state = {"hint": "", "last": int(signal.SIGINT), "own": 0, "wakeup": -1, "server": False}
 
 
 def resumes(hint: str = RESUMED) -> None:
@@ -40,8 +40,13 @@ def line_break() -> str:
 
 
 def exit_code() -> int:
-    """Return 128 and the number of the last signal: 130 after Ctrl-C."""
-    return 128 + _state["last"]
+    """Return 128 and the number of the last signal, 130 after Ctrl-C; 0 of a server."""
+    return 0 if _state["server"] else 128 + _state["last"]
+
+
+def serves() -> None:
+    """Take a signal from here on as the ordinary end of the command, a server."""
+    _state["server"] = True
 
 
 @contextmanager
@@ -63,7 +68,7 @@ def watched() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _state.update(hint="", own=0, last=int(signal.SIGINT))
+    _state.update(hint="", own=0, last=int(signal.SIGINT), server=False)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():
         if handler != signal.SIG_IGN:  # as nohup makes it
@@ -108,6 +113,7 @@ def _watch(heard: int) -> None:
 
 def leave() -> None:
     """End the process now, with the cursor back that a progress bar may have hidden."""
-    shown = "\x1b[?25h\n" if sys.stderr.isatty() else ""
-    os.write(2, f"{shown}{message()}\n".encode())
+    if not _state["server"]:
+        shown = "\x1b[?25h\n" if sys.stderr.isatty() else ""
+        os.write(2, f"{shown}{message()}\n".encode())
     os._exit(exit_code())

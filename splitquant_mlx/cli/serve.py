@@ -1,13 +1,16 @@
-"""Offer `serve`."""
+"""Offer `serve`; its options are the fields of ServeSettings."""
 
+import dataclasses
+import inspect
+import logging
 import sys
 from ipaddress import ip_address
-from typing import Annotated
+from typing import Annotated, Any, get_args, get_type_hints
 from urllib.parse import urlsplit
 
 import typer
 
-from splitquant_mlx.cli.launched import join
+from splitquant_mlx.cli.launched import end_on_signal, join
 from splitquant_mlx.cli.options import (
     DEFAULT_MODEL,
     Device,
@@ -16,70 +19,56 @@ from splitquant_mlx.cli.options import (
     check_model,
     start,
 )
-from splitquant_mlx.inference.request import Limits
+from splitquant_mlx.inference.settings import ServeSettings
+
+END_S = 1.8  # after a signal, for what mlx computes at the time
 
 
+def _offer_settings(command: Any) -> Any:
+    """Give a command an option for each field of ServeSettings, in place of **settings."""
+    shared = [p for p in inspect.signature(command).parameters.values() if p.kind != p.VAR_KEYWORD]
+    hints = get_type_hints(ServeSettings, include_extras=True)
+    options = []
+    for field in dataclasses.fields(ServeSettings):
+        kind, text = get_args(hints[field.name])
+        kind = list[str] if field.default == () else kind
+        variable = "SPLITQUANT_API_KEY" if field.name == "api_key" else None
+        option = Annotated[kind, typer.Option(help=text, envvar=variable)]
+        kind_of = inspect.Parameter.KEYWORD_ONLY
+        options.append(
+            inspect.Parameter(field.name, kind_of, default=field.default, annotation=option)
+        )
+    command.__signature__ = inspect.Signature([*shared, *options])
+    command.__annotations__ = {p.name: p.annotation for p in [*shared, *options]}
+    return command
+
+
+@_offer_settings
 def serve(
-    context: typer.Context,
     model: Model = DEFAULT_MODEL,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes any free one.")] = 8080,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            envvar="SPLITQUANT_API_KEY",
-            help="Key that clients must send; other users can read it from the process list, "
-            "unless it comes from the environment.",
-        ),
-    ] = None,
-    max_request_bytes: Annotated[
-        int, typer.Option(help="Largest body of a request; a larger one gets status 413.")
-    ] = Limits.max_request_bytes,
-    max_tokens_limit: Annotated[
-        int, typer.Option(help="Most tokens of an answer; asking for more gets status 400.")
-    ] = Limits.max_tokens_limit,
-    max_prompt_tokens: Annotated[
-        int, typer.Option(help="Most tokens of a prompt; a longer one gets status 400.")
-    ] = Limits.max_prompt_tokens,
-    max_concurrent: Annotated[
-        int, typer.Option(help="Requests answered at a time; one more gets status 429.")
-    ] = Limits.max_concurrent,
-    request_timeout: Annotated[
-        float, typer.Option(help="Seconds within which a request must have arrived.")
-    ] = Limits.request_timeout_s,
     trust_remote_code: TrustRemoteCode = False,
     device: Device = None,
+    **settings: Any,
 ) -> None:
-    """Serve a model with OpenAI's HTTP API; all other options are passed on to mlx_lm.server."""
-    limits = Limits(
-        max_request_bytes=max_request_bytes,
-        max_tokens_limit=max_tokens_limit,
-        max_prompt_tokens=max_prompt_tokens,
-        max_concurrent=max_concurrent,
-        request_timeout_s=request_timeout,
-    )
+    """Serve a model with OpenAI's HTTP API."""
+    chosen = ServeSettings(**settings)
     start(device)
     from splitquant_mlx.inference.server import serve as serve_model
-    from splitquant_mlx.runtime.ranks import together
+    from splitquant_mlx.runtime.ranks import alone, together
 
-    with together(join()):
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    group = join()
+    with together(group):
         check_model(model)
+    if alone(group):
+        end_on_signal(0, END_S)
 
     def announce(url: str) -> None:
-        if warning := _warning(url, api_key):
+        if warning := _warning(url, chosen.api_key):
             print(f"warning: {warning}", file=sys.stderr)
         print(f"Serving {model} at {url}/v1 (Ctrl-C stops)", flush=True)
 
-    serve_model(
-        model,
-        host=host,
-        port=port,
-        api_key=api_key,
-        limits=limits,
-        trust_remote_code=trust_remote_code,
-        options=context.args,
-        on_ready=announce,
-    )
+    serve_model(model, chosen, trust_remote_code=trust_remote_code, on_ready=announce)
 
 
 def _warning(url: str, api_key: str | None) -> str | None:

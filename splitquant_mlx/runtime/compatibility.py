@@ -17,27 +17,30 @@ OLDEST = {"mlx": "0.31.2", "mlx-lm": "0.31.3", "transformers": "5.6"}
 # names of mlx-lm that are called, replaced or overridden and not in its documented API
 NAMES = {
     "mlx_lm.utils": ("_get_classes",),
+    "mlx_lm.generate": (
+        "BatchGenerator.insert",
+        "BatchGenerator.next",
+        "BatchGenerator.remove",
+        "stream_generate",
+    ),
     "mlx_lm.models.cache": (
         "LRUPromptCache.fetch_nearest_cache",
+        "LRUPromptCache.insert_cache",
         "can_trim_prompt_cache",
+        "make_prompt_cache",
         "trim_prompt_cache",
     ),
-    "mlx_lm.server": (
-        "APIHandler._set_completion_headers",
-        "APIHandler.do_GET",
-        "APIHandler.do_POST",
-        "GenerationContext.stop",
-        "ModelProvider.load",
-        "ModelProvider.load_default",
-        "ResponseGenerator._generate",
-        "ResponseGenerator._tokenize",
-        "Thread",
-        "TimeBudget",
-        "argparse.ArgumentParser",
-        "get_system_fingerprint",
-        "load",
-        "main",
-        "run",
+    "mlx_lm.sample_utils": ("make_logits_processors", "make_sampler"),
+    "mlx_lm.tokenizer_utils": (
+        "TokenizerWrapper.detokenizer",
+        "TokenizerWrapper.eos_token_ids",
+        "TokenizerWrapper.has_thinking",
+        "TokenizerWrapper.has_tool_calling",
+        "TokenizerWrapper.think_end",
+        "TokenizerWrapper.think_start",
+        "TokenizerWrapper.tool_call_end",
+        "TokenizerWrapper.tool_call_start",
+        "TokenizerWrapper.tool_parser",
     ),
 }
 

@@ -7,12 +7,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serving import CHAT, STORY, TEXT, check_error, message, serve_to
-from tiny import write_checkpoint
-
 from splitquant_mlx.inference.fields import CHAT as CHAT_FIELDS
 from splitquant_mlx.inference.fields import COMMON, Refusal
 from splitquant_mlx.inference.fields import TEXT as TEXT_FIELDS
 from splitquant_mlx.inference.request import Limits, Served, check_request
+from tiny import write_checkpoint
 
 SERVED = Served(
     name="m",

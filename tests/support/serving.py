@@ -4,6 +4,7 @@ import _thread
 import http.client
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -12,11 +13,12 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from splitquant_mlx.inference.request import Limits
 from splitquant_mlx.inference.server import serve
+from splitquant_mlx.inference.settings import ServeSettings
 
 COMMAND = [sys.executable, "-m", "splitquant_mlx", "serve", "--device", "cpu", "--port", "0"]
 STORY = "Once upon a time"
+JSON = {"Content-Type": "application/json"}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
@@ -33,7 +35,7 @@ class Client:
         data = body if isinstance(body, bytes) else None if body is None else json.dumps(body)
         connection = http.client.HTTPConnection(*self.address, timeout=30)
         try:
-            connection.request(method, path, data, headers)
+            connection.request(method, path, data, {**JSON, **headers})
             response = connection.getresponse()
             text = response.read().decode()
             return response.status, json.loads(text) if text[:1] == "{" else text
@@ -72,7 +74,7 @@ class Client:
 def message(body: bytes, *headers: str, path: str = TEXT, length: object = None) -> bytes:
     """Return a POST request as bytes."""
     length = len(body) if length is None else length
-    head = [f"POST {path} HTTP/1.1", "Host: x", f"Content-Length: {length}", *headers]
+    head = [f"POST {path} HTTP/1.1", "Host: localhost", f"Content-Length: {length}", *headers]
     return "\r\n".join([*head, "", ""]).encode() + body
 
 
@@ -90,7 +92,7 @@ def check_error(answer: tuple[int, Any], status: int, *words: str) -> dict[str, 
     return error
 
 
-def serve_to(client, model, *options: str, api_key: str | None = None, **limits: Any) -> None:
+def serve_to(client, model, **settings: Any) -> None:
     """Serve `model` here while client(Client) runs in a thread; raises what that raises."""
     raised: list[BaseException] = []
 
@@ -109,14 +111,16 @@ def serve_to(client, model, *options: str, api_key: str | None = None, **limits:
         thread = threading.Thread(target=talk, args=(url,))
         thread.start()
 
-    serve(
-        str(model),
-        port=0,
-        api_key=api_key,
-        limits=Limits(**limits),
-        options=("--log-level", "ERROR", *options),
-        on_ready=on_ready,
-    )
+    # a test run that nohup started ignores the signal that ends the server
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        serve(
+            str(model),
+            ServeSettings(port=0, **{"log_level": "ERROR", **settings}),
+            on_ready=on_ready,
+        )
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert thread is not None
     thread.join()
     if raised:
@@ -146,7 +150,8 @@ class Process(Client):
 def serving(*arguments: str):
     """Run the command, yield its Process, kill it."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([*COMMAND, *arguments], **pipes) as process:
+    default = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen([*COMMAND, *arguments], **pipes, **default) as process:
         try:
             yield Process(process)
         finally:
