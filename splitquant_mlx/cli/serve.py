@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import logging
+import os
 import sys
 from ipaddress import ip_address
 from typing import Annotated, Any, get_args, get_type_hints
@@ -60,15 +61,18 @@ def serve(
     group = join()
     with together(group):
         check_model(model)
-    if alone(group):
-        end_on_signal(0, END_S)
 
     def announce(url: str) -> None:
+        if alone(group):
+            end_on_signal(0, END_S)
         if warning := _warning(url, chosen.api_key):
             print(f"warning: {warning}", file=sys.stderr)
         print(f"Serving {model} at {url}/v1 (Ctrl-C stops)", flush=True)
 
     serve_model(model, chosen, trust_remote_code=trust_remote_code, on_ready=announce)
+    if alone(group):  # the interpreter would take seconds to put away what it loaded
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def _warning(url: str, api_key: str | None) -> str | None:

@@ -22,10 +22,11 @@ KEEPALIVE_S = 10.0
 
 
 class Planned(NamedTuple):
-    """An answer to compute: how to read it, and the text before it, if that is to be repeated."""
+    """An answer to compute: how to read it, what it goes on from, and the text to repeat first."""
 
     plan: Plan
     reader: Reader
+    before: list[int] = []  # noqa: RUF012  a token, or the answer would lose its first space
     echo: str | None = None
 
 
@@ -46,11 +47,11 @@ class Answer:
     """
 
     def __init__(self, engine: Engine, planned: Planned) -> None:
-        self.plan, self._reader, self.echo = planned
+        self.plan, self._reader, before, self.echo = planned
         self.completion_tokens = self._length = 0
         self._detokenizer = engine.tokenizer.detokenizer
-        if self.echo is not None:  # or the answer's first token would lose its space
-            self._detokenizer.add_token(self.plan.prompt[-1])
+        for token in before:
+            self._detokenizer.add_token(token)
             self._detokenizer.last_segment  # noqa: B018  reading takes it away
         self._events: asyncio.Queue[Any] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -166,7 +167,8 @@ class Service:
             if plan.max_tokens == 0 and not request.echo:
                 refuse("max_tokens", "1 or more without echo", 0)
             echo = self.tokenizer.decode(tokens, skip_special_tokens=True) if request.echo else None
-            planned.append(Planned(plan, Reader(request.stop, {}), echo))
+            before = self._encode("a", special=False)[-1:]
+            planned.append(Planned(plan, Reader(request.stop, {}), before, echo))
         return planned
 
     def _plan(self, request: Request, prompt: list[int], most: int | None, **rest: Any) -> Plan:

@@ -20,6 +20,7 @@ from mlx_lm.generate import BatchGenerator, stream_generate
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+from splitquant_mlx.errors import RecipeError, one_line
 from splitquant_mlx.inference.grammar import Grammars
 from splitquant_mlx.inference.protocol import failure
 from splitquant_mlx.inference.settings import ServeSettings
@@ -92,10 +93,13 @@ class Engine:
     ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.group, self.draft_model, self.stopping = group, draft_model, False
-        self.vocab_size = model(mx.array([[0]])).shape[-1]
+        cache = make_prompt_cache(model)
+        self.vocab_size = model(mx.array([[0]]), cache=cache).shape[-1]
+        if settings.kv_bits is not None:
+            _check_kv_bits(cache, settings)
         self.grammars = Grammars(tokenizer, self.vocab_size)
         self._inbox: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        batchable = all(hasattr(cache, "merge") for cache in make_prompt_cache(model))
+        batchable = all(hasattr(layer, "merge") for layer in cache)
         single = draft_model is not None or settings.kv_bits is not None or not batchable
         self._runner_class = _OneByOne if single else _Batch
         self._reset()
@@ -288,6 +292,15 @@ class _OneByOne:
         self._responses = None
         # two models' caches do not hold the same tokens: they are not kept
         return None if self._engine.draft_model is not None else (self._tokens, self._cache)
+
+
+def _check_kv_bits(cache: list[Any], settings: ServeSettings) -> None:
+    try:
+        for layer in cache:
+            layer.to_quantized(group_size=settings.kv_group_size, bits=settings.kv_bits)
+    except (ValueError, NotImplementedError, AttributeError) as exc:
+        message = f"--kv-bits, --kv-group-size: not for this model: {one_line(exc)}"
+        raise RecipeError(message) from exc
 
 
 def _scored(token: int, logprobs: mx.array, top: int | None, finish: str | None) -> Scored:

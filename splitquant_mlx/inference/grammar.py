@@ -10,6 +10,9 @@ import numpy as np
 
 from splitquant_mlx.inference.protocol import Refusal
 
+# small models repeat white space without end where they may
+FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
 
 class Grammars:
     """Grammars over the tokens of one model.
@@ -30,7 +33,7 @@ class Grammars:
         except ImportError as exc:
             message = "JSON and forced tools need llguidance: pip install 'splitquant-mlx[json]'"
             raise Refusal(400, message, param="response_format", code="not_installed") from exc
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), FORM)
         wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar, self._vocabulary())
         if wrong:
             message = f"the JSON schema cannot be followed: {' '.join(messages[0].split())}"

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,25 +56,26 @@ def serve(
         check_names(module)
     settings = settings or ServeSettings()
     group = join()
-    with together(group):
-        if not alone(group) and (settings.adapter_path or settings.draft_model):
-            raise RecipeError("--adapter-path, --draft-model: not for more than one rank")
-        source = resolve(model)
-        listener = None if group.rank() else _bind(settings.host, settings.port)
-    with together(group):
-        engine = _engine(source, settings, trust_remote_code, group)
-        logging.getLogger("splitquant_mlx.serve").setLevel(settings.log_level)
-    if listener is None:
-        with suppress(RankError), connected():
+    with ExitStack() as stack:
+        with together(group):
+            if not alone(group) and (settings.adapter_path or settings.draft_model):
+                raise RecipeError("--adapter-path, --draft-model: not for more than one rank")
+            source, listener = resolve(model), None
+            if group.rank() == 0:
+                listener = stack.enter_context(bind(settings.host, settings.port))
+        with together(group):
+            engine = load_engine(source, settings, trust_remote_code, group)
+        if listener is None:
+            with suppress(RankError), connected():
+                return engine.run()
+        url = stack.enter_context(listening(make_service(engine, source), listener))
+        with suppress(KeyboardInterrupt), connected():
+            on_ready(url)
             engine.run()
-        return
-    service = _service(engine, source)
-    with listener, _listening(service, listener) as url, suppress(KeyboardInterrupt), connected():
-        on_ready(url)
-        engine.run()
 
 
-def _engine(source: Source, settings: ServeSettings, trusted: bool, group: Group) -> Engine:
+def load_engine(source: Source, settings: ServeSettings, trusted: bool, group: Group) -> Engine:
+    """Return an engine with a model, its adapter and its draft model, in the thread to compute."""
     own = {"chat_template": settings.chat_template} if settings.chat_template else {}
     model, tokenizer = load(
         source,
@@ -100,7 +101,8 @@ def _engine(source: Source, settings: ServeSettings, trusted: bool, group: Group
     return Engine(model, tokenizer, settings, group=group, draft_model=draft)
 
 
-def _service(engine: Engine, source: Source) -> Service:
+def make_service(engine: Engine, source: Source) -> Service:
+    """Return what answers requests for a model by any of its names."""
     own = source.name.rstrip("/").removeprefix("./")
     path = str(source.path.absolute())
     names = [
@@ -114,7 +116,7 @@ def _service(engine: Engine, source: Source) -> Service:
     return Service(engine, list(dict.fromkeys(names)), context or CONTEXT)
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """Return a socket that has its port, but takes no connections yet."""
     listener = None
     try:
@@ -135,8 +137,9 @@ def _bind(host: str, port: int) -> socket.socket:
 
 
 @contextmanager
-def _listening(service: Service, listener: socket.socket) -> Iterator[str]:
+def listening(service: Service, listener: socket.socket) -> Iterator[str]:
     """Answer requests in a thread; yield the URL once they are."""
+    logging.getLogger("splitquant_mlx.serve").setLevel(service.settings.log_level)
     config = uvicorn.Config(
         application(service),
         http=Connection,
@@ -161,7 +164,7 @@ def _listening(service: Service, listener: socket.socket) -> Iterator[str]:
     finally:
         service.engine.end_jobs(Refusal(503, "the server ends"))
         server.should_exit = True
-        thread.join(2 * END_S)
+        thread.join(5 * END_S)
 
 
 class Connection(H11Protocol):

@@ -1,31 +1,38 @@
-"""`serve` and its clients: who is one too many, who leaves, and what is done for whom."""
+"""Several clients: who is one too many, who leaves, and what is done for whom."""
 
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
+import mlx.core as mx
 import pytest
-from mlx_lm import server as mlx_lm_server
-from serving import STORY, TEXT, check_error, serve_to
+from serving import STORY, TEXT, check_error, running
 
-from splitquant_mlx.inference.server import CONNECTIONS
+from splitquant_mlx.inference import engine
+from splitquant_mlx.inference.stops import Reader
 
-LONG = {"max_tokens": 100_000, "temperature": 0}
-STOP_TOKENS = 12  # TURN_S of tokens, at 10 ms each, and some for a busy machine
+LONG = {"max_tokens": 8000, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def server(split_stories):
+    settings = {"max_concurrent": 3, "request_timeout": 1.0, "max_prompt_tokens": 100}
+    with running(split_stories, **settings) as server:
+        yield server
 
 
 @pytest.fixture
 def tokens(monkeypatch):
-    """Return a list that grows by one for every token computed, one in 10 ms at most."""
+    """Return a list that grows by the time of every token computed, which takes a while each."""
     tokens: list[float] = []
+    scored = engine._scored
 
-    class Response(mlx_lm_server.Response):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            tokens.append(time.monotonic())
-            time.sleep(0.01)
+    def slowly(*args):
+        tokens.append(time.monotonic())
+        time.sleep(0.01)
+        return scored(*args)
 
-    monkeypatch.setattr(mlx_lm_server, "Response", Response)
+    monkeypatch.setattr(engine, "_scored", slowly)
     return tokens
 
 
@@ -40,139 +47,94 @@ def free(server):
     return server.ask("POST", TEXT, {"prompt": "A", "max_tokens": 1})[0] == 200
 
 
-@pytest.mark.parametrize("seed", [None, 1], ids=["batch", "alone"])
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-def test_who_leaves_stops_the_answer_and_frees_the_place(split_stories, tokens, stream, seed):
-    def client(server):
-        with server.start(**LONG, stream=stream, seed=seed):
-            wait_for(lambda: len(tokens) > 5)
-            check_error(server.ask("POST", TEXT, {"prompt": "A"}), 429, "1 requests")
-        left = time.monotonic()
-        wait_for(lambda: time.monotonic() - tokens[-1] > 0.3)
-        assert sum(at > left for at in tokens) <= STOP_TOKENS
+def test_who_leaves_stops_the_answer_and_frees_the_place(server, tokens, stream):
+    with ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(server.start(**LONG, stream=stream))
+        wait_for(lambda: len(tokens) > 5)
+        error = check_error(server.ask("POST", TEXT, {"prompt": "A"}), 429, "3 requests")
+        assert error["code"] == "rate_limit_exceeded"
+        assert server.ask("GET", "/v1/models")[0] == 200
+    wait_for(lambda: time.monotonic() - tokens[-1] > 0.5)
+
+
+def test_who_does_not_read_frees_the_place(server, monkeypatch):
+    much = [("normal", "x" * 50_000)]  # soon more than the system keeps for a reader
+    monkeypatch.setattr(Reader, "feed", lambda *args, **options: much)
+    with ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(server.start(**LONG, stream=True))
+        wait_for(lambda: not free(server))
         wait_for(lambda: free(server))
 
-    serve_to(client, split_stories, max_concurrent=1, max_tokens_limit=100_000)
+
+@pytest.fixture
+def uncompiled():
+    """Do without mx.compile, which takes seconds for every way to sample, on a CPU."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
-def test_who_leaves_while_waiting_frees_the_place(split_stories, tokens):
-    def client(server):
-        with server.start(**LONG, seed=1) as first:
-            wait_for(lambda: tokens)
-            with server.start(**LONG, seed=2):
-                wait_for(lambda: not free_now(server))
-            # the first still has the generator: a place is free again, all the same
-            wait_for(lambda: free_now(server))
-            first.shutdown(2)
-        wait_for(lambda: free(server))
+def test_eight_clients_get_what_one_does(split_stories, uncompiled):
+    prompts = ["Tom", "The dog", "One day", "She", "They ran", "Mom", "A big", "It was"]
+    with running(split_stories, max_concurrent=9) as server:
 
-    def free_now(server):
-        with server.start(max_tokens=1, seed=3) as probe:
-            probe.settimeout(0.3)
-            try:
-                return b" 429 " not in probe.recv(100)
-            except TimeoutError:
-                return True
+        def say(prompt, **body):
+            body = {"prompt": prompt, "max_tokens": 20, "temperature": 0, **body}
+            answer = server.post(TEXT, **body)
+            return answer["choices"][0]["text"]
 
-    serve_to(client, split_stories, max_concurrent=2, max_tokens_limit=100_000)
-
-
-def test_who_does_not_read_frees_the_place(split_stories, monkeypatch):
-    class Response(mlx_lm_server.Response):
-        def __init__(self, text, *args, **kwargs):
-            # soon more than the system keeps for a reader
-            super().__init__(text * 50_000, *args, **kwargs)
-
-    monkeypatch.setattr(mlx_lm_server, "Response", Response)
-
-    def client(server):
-        with server.start(**LONG, stream=True):
-            time.sleep(0.2)
-            assert not free(server)
-            wait_for(lambda: free(server))
-
-    serve_to(
-        client,
-        split_stories,
-        max_concurrent=1,
-        max_tokens_limit=100_000,
-        request_timeout_s=0.5,
-    )
-
-
-def test_one_too_many_is_told_to_come_back(split_stories):
-    def client(server):
-        with ExitStack() as stack:
-            for _ in range(3):
-                began = stack.enter_context(server.start(**LONG, stream=True))
-                assert began.recv(100).startswith(b"HTTP/1.0 200 ")
-            answer = server.ask("POST", TEXT, {"prompt": STORY, "max_tokens": 1})
-            error = check_error(answer, 429, "3 requests are being answered")
-            assert error["code"] == "rate_limit_exceeded"
-            with server.start(max_tokens=1) as refused:
-                assert b"\r\nRetry-After: " in refused.recv(1000)
-            assert server.ask("GET", "/v1/models")[0] == 200
-        wait_for(lambda: free(server))
-
-    serve_to(client, split_stories, max_concurrent=3, max_tokens_limit=100_000)
-
-
-def test_a_crowd_is_turned_away_at_the_door(split_stories):
-    def client(server):
-        with ExitStack() as stack:
-            crowd = [stack.enter_context(server.connect()) for _ in range(CONNECTIONS + 1)]
-            crowd[-1].settimeout(10)
-            assert crowd[-1].recv(1) == b""
-        wait_for(lambda: threading.active_count() < 10)
-        assert free(server)
-
-    serve_to(client, split_stories)
+        alone = [say(prompt) for prompt in prompts]
+        assert len(set(alone)) == 8  # or mixing them up would not show
+        sampled = say("Tom", temperature=1.5, seed=7)
+        assert sampled != alone[0] and say("Tom", temperature=1.5, seed=8) != sampled
+        with ThreadPoolExecutor(8) as pool:
+            hot = pool.submit(say, "Tom", temperature=1.5, seed=7)
+            assert list(pool.map(say, prompts)) == alone
+        # the others change nothing of a seeded answer
+        assert hot.result() == sampled
+        begun = STORY + say(STORY)
+        more = server.post(TEXT, prompt=begun, max_tokens=4, temperature=0)
+        details = more["usage"]["prompt_tokens_details"]
+        assert details["cached_tokens"] >= more["usage"]["prompt_tokens"] - 3
+        fresh = server.post(TEXT, prompt=begun, max_tokens=4, temperature=0, echo=True, logprobs=0)
+        assert fresh["choices"][0]["text"] == begun + more["choices"][0]["text"]
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-def test_a_failing_generation_is_an_error_and_not_the_end(
-    split_stories, monkeypatch, stream, caplog
-):
+def test_a_failing_generation_is_an_error_and_not_the_end(server, monkeypatch, stream, caplog):
     """Whatever mlx does, all answers under way are told, and the next ones are computed."""
-    sampler = mlx_lm_server.make_sampler
+    sampler, calls = engine._sampler, iter(range(100))
 
-    def failing(temp, **settings):
-        if temp != 1.25:
-            return sampler(temp, **settings)
-
-        calls = iter(range(4))
-
+    def failing(special, **settings):
         def sample(logprobs):
             if next(calls) == 3:
                 raise RuntimeError("out of\nmemory")
-            return sampler(0)(logprobs)
+            return sampler(special, **{**settings, "temp": 0})(logprobs)
 
-        return sample
+        return sample if settings["temp"] == 1.25 else sampler(special, **settings)
 
-    monkeypatch.setattr(mlx_lm_server, "make_sampler", failing)
-
-    def client(server):
-        body = {"prompt": STORY, "max_tokens": 100_000}
-        with server.start(**LONG, stream=True) as bystander:
-            bystander.recv(100)
-            answer = server.ask("POST", TEXT, {**body, "temperature": 1.25, "stream": stream})
-            if stream:
-                assert answer[0] == 200
-                assert '"type": "server_error"' in answer[1].splitlines()[-2]
-            else:
-                check_error(answer, 500)
-            received = b""
-            while piece := bystander.recv(2**16):
-                received += piece
-            assert b'"type": "server_error"' in received and b"out of" not in received
-        again = server.post(TEXT, prompt=STORY, max_tokens=3)
-        assert again["usage"]["completion_tokens"] == 3
-
-    serve_to(client, split_stories, max_tokens_limit=100_000)
+    monkeypatch.setattr(engine, "_sampler", failing)
+    with server.start(**LONG, stream=True) as bystander:
+        bystander.recv(100)
+        body = {"prompt": STORY, "max_tokens": 200, "temperature": 1.25, "stream": stream}
+        answer = server.ask("POST", TEXT, body)
+        if stream:
+            assert answer[0] == 200 and '"type": "server_error"' in answer[1].splitlines()[-2]
+        else:
+            check_error(answer, 500)
+        received = b""
+        while b"server_error" not in received:
+            received += (piece := bystander.recv(2**16))
+            assert piece
+        assert b"out of" not in received
+    again = server.post(TEXT, prompt=STORY, max_tokens=3)
+    assert again["usage"]["completion_tokens"] == 3
     assert "out of\nmemory" in caplog.text
 
 
-def test_no_thread_outlives_the_server(split_stories):
-    before = threading.active_count()
-    serve_to(lambda server: server.post(TEXT, prompt=STORY, max_tokens=2), split_stories)
-    wait_for(lambda: threading.active_count() == before)
+def test_a_long_prompt_is_refused(server):
+    error = check_error(server.ask("POST", TEXT, {"prompt": STORY * 100}), 400, "1 to 100")
+    assert error["code"] == "context_length_exceeded"

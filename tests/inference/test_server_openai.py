@@ -1,138 +1,91 @@
-"""`serve` and OpenAI's own client: answers, errors, several at a time."""
+"""`serve` and OpenAI's own client."""
 
-from concurrent.futures import ThreadPoolExecutor
-
-import mlx.core as mx
+import openai
 import pytest
-from serving import STORY, serve_to
+from scripted import TOOLS, write_scripted
+from serving import running
 
-openai = pytest.importorskip("openai")
-
-# Whoever speaks is named, and one who speaks out of turn is an error, as in many real templates.
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-    "{{ m.role }}: {{ m.content }} {% endfor %}"
-)
-MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": STORY}]
+SCRIPTS = {
+    "S": [b" alpha", b" be", b"ta ga", b"mma"],
+    "T": ["<tool_call>", b'{"name": "f", ', b'"arguments": {"x": 1}}', "</tool_call>"],
+}
+FUNCTION = {"name": "f", "parameters": {"type": "object"}}
 
 
-@pytest.fixture
-def talk(split_stories):
-    """Return a function that serves the model to function(openai client)."""
-    mx.disable_compile()  # which takes seconds for every way to sample, on a CPU
-
-    def talk(function, *options, api_key="secret", **limits):
-        def client(raw):
-            with openai.OpenAI(
-                base_url=f"{raw.url}/v1", api_key="secret", max_retries=0, timeout=30
-            ) as client:
-                function(client)
-
-        options = ("--chat-template", TEMPLATE, *options)
-        serve_to(client, split_stories, *options, api_key=api_key, **limits)
-
-    yield talk
-    mx.enable_compile()
+@pytest.fixture(scope="module")
+def api(tmp_path_factory):
+    path = write_scripted(tmp_path_factory.mktemp("scripted") / "talker", SCRIPTS, TOOLS)
+    with running(path, api_key="secret") as server:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0) as api:
+            yield api
 
 
-def test_answers_whole_and_streamed(talk, split_stories):
-    model = str(split_stories)
-
-    def client(api):
-        assert [listed.id for listed in api.models.list()] == [model]
-        assert api.models.retrieve(model).id == model
-
-        chat = {"model": model, "messages": MESSAGES, "max_tokens": 20}
-        whole = api.chat.completions.create(**chat)
-        text = whole.choices[0].message.content
-        assert text and whole.choices[0].finish_reason == "length"
-        assert whole.usage.completion_tokens == 20
-        usage = {"include_usage": True}
-        *pieces, end = api.chat.completions.create(**chat, stream=True, stream_options=usage)
-        assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == text
-        assert end.usage == whole.usage or end.usage.total_tokens == whole.usage.total_tokens
-        list(api.chat.completions.create(**chat, stream=True, stream_options={}))
-
-        plain = {"model": model, "prompt": STORY, "max_tokens": 20}
-        text = api.completions.create(**plain).choices[0].text
-        stream = api.completions.create(**plain, stream=True)
-        assert text and "".join(piece.choices[0].text for piece in stream) == text
-        word = text.split()[2]
-        stopped = api.completions.create(**plain, stop=[word]).choices[0]
-        assert stopped.finish_reason == "stop" and word not in stopped.text
-        assert text.startswith(stopped.text.strip())
-
-    talk(client)
+def user(text):
+    return [{"role": "user", "content": text}]
 
 
-def test_settings_of_sampling(talk, split_stories):
-    model = str(split_stories)
-
-    def client(api):
-        def say(**settings):
-            answer = api.completions.create(model=model, prompt=STORY, max_tokens=8, **settings)
-            return answer.choices[0].text
-
-        greedy = say()
-        assert say(temperature=1.9, seed=7) == say(temperature=1.9, seed=7) != greedy
-        assert say(temperature=0, seed=-1) == greedy
-        # null is OpenAI's word for: not given
-        assert say(temperature=None, stop=None) == greedy
-        extra = {"top_k": 10**6, "min_p": 1, "xtc_probability": 0, "repetition_penalty": 1}
-        assert say(extra_body=extra) == greedy
-        assert "!!!" in say(logit_bias={str(_token(split_stories, "!")): 100})
-
-    talk(client)
+def test_answers_whole_and_streamed(api):
+    (model,) = api.models.list()
+    assert api.models.retrieve("talker").id == model.id
+    chat = {"model": "talker", "messages": user("S"), "logprobs": True}
+    whole = api.chat.completions.create(**chat)
+    assert whole.choices[0].message.content == "alpha beta gamma"
+    assert whole.choices[0].finish_reason == "stop" and whole.usage.completion_tokens == 5
+    assert len(whole.choices[0].logprobs.content) == 4
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    *pieces, end = api.chat.completions.create(**chat, **options)
+    text = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+    assert text == "alpha beta gamma" and end.usage.total_tokens == whole.usage.total_tokens
+    stream = api.completions.create(model="talker", prompt="S", stream=True, stop=["gam"])
+    assert "".join(piece.choices[0].text for piece in stream) == " alpha beta "
 
 
-def _token(model, text):
-    from splitquant_mlx.models.loader import load
-
-    return load(model)[1].encode(text, add_special_tokens=False)[-1]
-
-
-def test_errors_are_those_of_the_client(talk, split_stories):
-    model = str(split_stories)
-
-    def client(api):
-        def refusal(kind, message, **changes):
-            body = {"model": model, "messages": MESSAGES, "max_tokens": 4, **changes}
-            with pytest.raises(kind, match=message) as caught:
-                api.chat.completions.create(**body)
-            return caught.value
-
-        bad = openai.BadRequestError
-        assert refusal(openai.NotFoundError, "only", model="gpt").code == "model_not_found"
-        assert refusal(bad, "max_tokens: wanted .* 1 to 50", max_tokens=51).param == "max_tokens"
-        assert refusal(bad, "n: wanted", n=2).type == "invalid_request_error"
-        refusal(bad, "no tools", messages=[*MESSAGES, {"role": "tool", "content": "x"}])
-        long = [{"role": "user", "content": STORY * 20}]
-        assert refusal(bad, "wanted 1 to 60", messages=long).code == "context_length_exceeded"
-        assert refusal(bad, "60", messages=long, seed=1).code == "context_length_exceeded"
-        with pytest.raises(openai.NotFoundError):
-            api.models.retrieve("gpt")
-        with pytest.raises(openai.AuthenticationError) as caught:
-            api.with_options(api_key="Secret").models.list()
-        assert caught.value.code == "invalid_api_key"
-        with pytest.raises(openai.NotFoundError):
-            api.embeddings.create(model=model, input="x")
-
-    talk(client, max_tokens_limit=50, max_prompt_tokens=60)
+def test_tools_whole_and_streamed(api):
+    asked = {"model": "talker", "messages": user("T")}
+    asked["tools"] = [{"type": "function", "function": FUNCTION}]
+    (call,) = api.chat.completions.create(**asked).choices[0].message.tool_calls
+    assert (call.function.name, call.function.arguments) == ("f", '{"x": 1}')
+    with api.chat.completions.stream(**asked) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.tool_calls[0].function.arguments == '{"x": 1}'
+    again = [*asked["messages"], final.choices[0].message.to_dict()]
+    again += [{"role": "tool", "tool_call_id": call.id, "content": "S"}]
+    answer = api.chat.completions.create(**{**asked, "messages": again})
+    assert answer.choices[0].message.content == "alpha beta gamma"
 
 
-def test_eight_clients_at_once(talk, split_stories):
-    prompts = ["Tom", "The dog", "One day", "She", "They ran", "Mom", "A big", "It was"]
+def test_responses_whole_and_streamed(api):
+    whole = api.responses.create(model="talker", input="S")
+    assert (whole.output_text, whole.status) == ("alpha beta gamma", "completed")
+    tool = {"type": "function", "strict": False, **FUNCTION}
+    for text, tools in (("S", []), ("T", [tool])):
+        with api.responses.stream(model="talker", input=text, tools=tools) as stream:
+            kinds = [event.type for event in stream]
+            final = stream.get_final_response()
+        assert kinds[0] == "response.created" and kinds[-1] == "response.completed"
+        if tools:
+            assert final.output[0].name == "f" and final.output[0].arguments == '{"x": 1}'
+            item = final.output[0].to_dict()
+            output = {"type": "function_call_output", "call_id": item["call_id"], "output": "S"}
+            again = [*user("T"), item, output]
+            assert api.responses.create(model="talker", input=again).output_text.endswith("gamma")
+        else:
+            assert final.output_text == "alpha beta gamma"
 
-    def client(api):
-        def say(prompt):
-            answer = api.completions.create(
-                model=str(split_stories), prompt=prompt, max_tokens=30, temperature=0
-            )
-            return answer.choices[0].text
 
-        alone = [say(prompt) for prompt in prompts]
-        with ThreadPoolExecutor(8) as pool:
-            assert list(pool.map(say, prompts)) == alone
-        assert len(set(alone)) == 8  # or mixing them up would not show
+def test_errors_are_those_of_the_client(api):
+    def refusal(kind, **changes):
+        with pytest.raises(kind) as caught:
+            api.chat.completions.create(**{"model": "talker", "messages": user("S"), **changes})
+        return caught.value
 
-    talk(client, max_concurrent=8)
+    assert refusal(openai.NotFoundError, model="gpt").code == "model_not_found"
+    assert refusal(openai.BadRequestError, n=2).param == "n"
+    assert refusal(openai.BadRequestError, max_tokens=0).param == "max_tokens"
+    long = refusal(openai.BadRequestError, messages=user("S" * 600))
+    assert long.code == "context_length_exceeded"
+    with pytest.raises(openai.AuthenticationError) as caught:
+        api.with_options(api_key="Secret").models.list()
+    assert caught.value.code == "invalid_api_key"
+    with pytest.raises(openai.NotFoundError):
+        api.embeddings.create(model="talker", input="x")

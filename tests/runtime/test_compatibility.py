@@ -87,17 +87,14 @@ def test_the_library_raises_the_same(stories, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_every_private_name_is_listed():
-    """Underscored names of mlx-lm's modules, and whatever is taken of its server."""
+def test_what_is_used_of_mlx_lm_is_listed():
+    """Underscored names of mlx-lm's modules, and whatever serving takes of it."""
     found = set()
     for file in (ROOT / "splitquant_mlx").rglob("*.py"):
+        serving = file.parent.name == "inference" and file.stem not in ("chat", "server")
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlx_lm"):
-                found |= {(node.module, name.name) for name in node.names if name.name[0] == "_"}
-            elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "server":
-                if "from mlx_lm import server" in file.read_text():
-                    found.add(("mlx_lm.server", node.attr))
-    listed = {(module, name.partition(".")[0]) for module, name in NAMED}
-    assert ("mlx_lm.utils", "_get_classes") in found and ("mlx_lm.server", "main") in found
-    # serve.py has a variable of that name, too, of http.server's class
-    assert {pair for pair in found if not pair[1].startswith("server_")} <= listed
+                names = [name.name for name in node.names if serving or name.name[0] == "_"]
+                found |= {(node.module, name) for name in names}
+    assert {("mlx_lm.utils", "_get_classes"), ("mlx_lm.generate", "BatchGenerator")} <= found
+    assert found <= {(module, name.partition(".")[0]) for module, name in NAMED}

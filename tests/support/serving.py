@@ -1,8 +1,8 @@
 """Run `serve`: in this process, with clients in a thread; or as a process of its own."""
 
-import _thread
 import http.client
 import json
+import queue
 import re
 import signal
 import socket
@@ -13,8 +13,11 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from splitquant_mlx.inference.server import serve
+from splitquant_mlx.inference.engine import Engine
+from splitquant_mlx.inference.server import bind, listening, load_engine, make_service
 from splitquant_mlx.inference.settings import ServeSettings
+from splitquant_mlx.models.source import resolve
+from splitquant_mlx.runtime.ranks import join
 
 COMMAND = [sys.executable, "-m", "splitquant_mlx", "serve", "--device", "cpu", "--port", "0"]
 STORY = "Once upon a time"
@@ -30,7 +33,7 @@ class Client:
         parts = urlsplit(url)
         self.address = parts.hostname or "", parts.port or 0
 
-    def ask(self, method: str, path: str, body: object = None, **headers: str) -> tuple[int, Any]:
+    def ask(self, method: str, path: str, body: object = None, **headers: Any) -> tuple[int, Any]:
         """Return status and JSON of an answer; `body` is sent as JSON, or as it is if bytes."""
         data = body if isinstance(body, bytes) else None if body is None else json.dumps(body)
         connection = http.client.HTTPConnection(*self.address, timeout=30)
@@ -42,24 +45,39 @@ class Client:
         finally:
             connection.close()
 
+    def head(self, method: str, path: str, **headers: str) -> tuple[int, dict[str, str]]:
+        """Return status and headers of an answer."""
+        connection = http.client.HTTPConnection(*self.address, timeout=30)
+        try:
+            connection.request(
+                method, path, None, {k.replace("_", "-"): v for k, v in headers.items()}
+            )
+            response = connection.getresponse()
+            return response.status, {name.lower(): value for name, value in response.getheaders()}
+        finally:
+            connection.close()
+
     def post(self, path: str, **body: object) -> Any:
         """Return the JSON of an answer to a request that must succeed."""
         status, answer = self.ask("POST", path, body)
         assert status == 200, answer
         return answer
 
-    def raw(self, *pieces: bytes, half_close: bool = False) -> tuple[int, Any]:
-        """Send bytes; return status and JSON of what comes back until the server closes."""
-        with self.connect() as connection:
+    def raw(self, *pieces: bytes, strip: bytes = b"HTTP/1.1 000") -> tuple[int, Any]:
+        """Send bytes; return status and JSON, or text, of what comes back until the end.
+
+        An answer with the status line `strip` is passed over.
+        """
+        received = b""
+        with self.connect() as connection, suppress(ConnectionError):
             for piece in pieces:
                 connection.sendall(piece)
-            if half_close:
-                connection.shutdown(socket.SHUT_WR)
-            received = b""
             while piece := connection.recv(2**16):
                 received += piece
         head, _, body = received.partition(b"\r\n\r\n")
-        return int(head.split()[1]), json.loads(body)
+        if head.startswith(strip):
+            head, _, body = body.partition(b"\r\n\r\n")
+        return int(head.split()[1]), json.loads(body) if body[:1] == b"{" else body
 
     def connect(self) -> socket.socket:
         return socket.create_connection(self.address, timeout=30)
@@ -74,7 +92,13 @@ class Client:
 def message(body: bytes, *headers: str, path: str = TEXT, length: object = None) -> bytes:
     """Return a POST request as bytes."""
     length = len(body) if length is None else length
-    head = [f"POST {path} HTTP/1.1", "Host: localhost", f"Content-Length: {length}", *headers]
+    head = [
+        f"POST {path} HTTP/1.1",
+        "Host: localhost",
+        "Connection: close",
+        f"Content-Length: {length}",
+        *headers,
+    ]
     return "\r\n".join([*head, "", ""]).encode() + body
 
 
@@ -92,39 +116,34 @@ def check_error(answer: tuple[int, Any], status: int, *words: str) -> dict[str, 
     return error
 
 
-def serve_to(client, model, **settings: Any) -> None:
-    """Serve `model` here while client(Client) runs in a thread; raises what that raises."""
-    raised: list[BaseException] = []
+@contextmanager
+def running(model, **settings: Any):
+    """Serve `model` here, and yield a Client of it; mlx computes in a thread."""
+    chosen = ServeSettings(port=0, **settings)
+    source, ready = resolve(str(model)), queue.SimpleQueue()
 
-    def talk(url: str) -> None:
+    def compute() -> None:
         try:
-            client(Client(url))
+            engine = load_engine(source, chosen, False, join())
+            ready.put(engine)
+            engine.run()
         except BaseException as exc:
-            raised.append(exc)
-        finally:
-            _thread.interrupt_main()
+            ready.put(exc)
 
-    thread = None
-
-    def on_ready(url: str) -> None:
-        nonlocal thread
-        thread = threading.Thread(target=talk, args=(url,))
-        thread.start()
-
-    # a test run that nohup started ignores the signal that ends the server
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread = threading.Thread(target=compute)
+    thread.start()
+    engine = ready.get()
+    if not isinstance(engine, Engine):
+        raise engine
     try:
-        serve(
-            str(model),
-            ServeSettings(port=0, **{"log_level": "ERROR", **settings}),
-            on_ready=on_ready,
-        )
+        with (
+            bind(chosen.host, 0) as listener,
+            listening(make_service(engine, source), listener) as url,
+        ):
+            yield Client(url)
     finally:
-        signal.signal(signal.SIGINT, handler)
-    assert thread is not None
-    thread.join()
-    if raised:
-        raise raised[0]
+        engine.stopping = True
+        thread.join()
 
 
 class Process(Client):

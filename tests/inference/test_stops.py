@@ -1,0 +1,72 @@
+"""Text is cut at stop strings and markers, however it comes."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitquant_mlx.inference.stops import NORMAL, REASONING, TOOL, Reader
+
+MARKS = {
+    NORMAL: {"<think>": REASONING, "<call>": TOOL},
+    REASONING: {"</think>": NORMAL, "<call>": TOOL},
+    TOOL: {"</call>": NORMAL},
+}
+
+
+def read(pieces, stops=(), marks=None, state=NORMAL):
+    """Return the pieces read, joined where the state stays, and the reader."""
+    reader, found = Reader(stops, marks or {}, state), []
+    for i, piece in enumerate(pieces):
+        for kind, text in reader.feed(piece, last=i == len(pieces) - 1):
+            if found and found[-1][0] == kind != TOOL:
+                found[-1] = kind, found[-1][1] + text
+            else:
+                found.append((kind, text))
+    return found, reader
+
+
+def first_stop(text, stops):
+    """Return the text before the stop string that is complete first."""
+    for end in range(len(text) + 1):
+        ended = [stop for stop in stops if text[:end].endswith(stop)]
+        if ended:
+            return text[: end - max(map(len, ended))]
+    return text
+
+
+@given(
+    st.lists(st.text("ab", max_size=3), min_size=1), st.lists(st.text("ab", min_size=1), max_size=3)
+)
+def test_a_text_ends_at_its_first_stop_string(pieces, stops):
+    text = "".join(pieces)
+    found, reader = read(pieces, stops)
+    expected = first_stop(text, stops)
+    assert "".join(said for _, said in found) == expected
+    assert reader.stopped == any(stop in text for stop in stops)
+    assert reader.position == len(expected)
+
+
+def test_what_may_begin_a_stop_string_is_held_back_and_no_more():
+    reader = Reader(["gamma delta"], {})
+    assert [reader.feed(piece) for piece in ("alpha ga", "mma", " del", "ay")] == [
+        [(NORMAL, "alpha ")],
+        [],
+        [],
+        [(NORMAL, "gamma delay")],
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_thoughts_and_calls_are_told_apart(size):
+    text = "<think>\nwell, x\n</think>\n\nYes. <call>{1}</call><call>{2}</call> Done"
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    said = [(REASONING, "well, x\n"), (NORMAL, "Yes. "), (TOOL, "{1}"), (TOOL, "{2}")]
+    done = [(NORMAL, "Done")]
+    assert read(pieces, (), MARKS)[0] == said + done
+    # no stop string ends a thought, and the white space after it is none
+    assert read(pieces, ["\n\n", "x", "Done"], MARKS)[0] == said
+    assert read([text[8:]], (), MARKS, REASONING)[0] == said + done
+
+
+def test_a_call_that_is_cut_off_is_told_at_the_end():
+    assert read(["<call>{", '"a'], (), MARKS)[0] == [(TOOL, '{"a')]
