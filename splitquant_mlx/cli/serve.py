@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import logging
-import os
 import sys
 from ipaddress import ip_address
 from typing import Annotated, Any, get_args, get_type_hints
@@ -11,18 +10,17 @@ from urllib.parse import urlsplit
 
 import typer
 
-from splitquant_mlx.cli.launched import end_on_signal, join
+from splitquant_mlx.cli import interrupt
+from splitquant_mlx.cli.launched import join
 from splitquant_mlx.cli.options import (
-    DEFAULT_MODEL,
     Device,
-    Model,
+    ModelArgument,
+    ModelOption,
     TrustRemoteCode,
-    check_model,
+    choose_model,
     start,
 )
 from splitquant_mlx.inference.settings import ServeSettings
-
-END_S = 1.8  # after a signal, for what mlx computes at the time
 
 
 def _offer_settings(command: Any) -> Any:
@@ -46,7 +44,8 @@ def _offer_settings(command: Any) -> Any:
 
 @_offer_settings
 def serve(
-    model: Model = DEFAULT_MODEL,
+    model: ModelArgument = None,
+    model_option: ModelOption = None,
     trust_remote_code: TrustRemoteCode = False,
     device: Device = None,
     **settings: Any,
@@ -60,19 +59,18 @@ def serve(
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     group = join()
     with together(group):
-        check_model(model)
+        name = choose_model(model, model_option)
 
     def announce(url: str) -> None:
-        if alone(group):
-            end_on_signal(0, END_S)
+        interrupt.serves()
         if warning := _warning(url, chosen.api_key):
             print(f"warning: {warning}", file=sys.stderr)
-        print(f"Serving {model} at {url}/v1 (Ctrl-C stops)", flush=True)
+        print(f"Serving {name} at {url}/v1 (Ctrl-C stops)", flush=True)
 
-    serve_model(model, chosen, trust_remote_code=trust_remote_code, on_ready=announce)
+    serve_model(name, chosen, trust_remote_code=trust_remote_code, on_ready=announce)
     if alone(group):  # the interpreter would take seconds to put away what it loaded
         sys.stdout.flush()
-        os._exit(0)
+        interrupt.leave()
 
 
 def _warning(url: str, api_key: str | None) -> str | None:
