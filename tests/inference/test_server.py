@@ -26,7 +26,9 @@ def test_it_says_what_generate_says_and_ctrl_c_ends_it(split_stories, monkeypatc
         key = {"Authorization": "Bearer secret"}
         status, answer = server.ask("POST", TEXT, {"prompt": STORY, "model": "stories"}, **key)
         assert status == 200, answer
-        assert answer["choices"][0]["text"] == generate(*load(split_stories), STORY, max_tokens=24)
+        # which leaves out the first space
+        text = answer["choices"][0]["text"].lstrip()
+        assert text == generate(*load(split_stories), STORY, max_tokens=24)
         body = {"prompt": STORY, "max_tokens": 8000, "logit_bias": {"2": -100}}
         with server.connect() as streamed, server.connect() as whole:
             for connection, stream in ((streamed, True), (whole, False)):
