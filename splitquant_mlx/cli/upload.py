@@ -21,13 +21,13 @@ def upload(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repo private.")] = False,
     revision: Annotated[
-        str | None, typer.Option(help="Branch to commit to, made if there is none.")
+        str | None, typer.Option(help="Branch to commit to; created if there is none.")
     ] = None,
     create_pr: Annotated[
         bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")
     ] = False,
     card: Annotated[
-        str | None, typer.Option(help="keep or replace a README.md that was written by hand.")
+        str | None, typer.Option(help="A README.md that was written by hand: keep or replace it.")
     ] = None,
     base_model: Annotated[
         str | None, typer.Option(help="Repo id of the original, if it was a local copy.")
@@ -39,7 +39,7 @@ def upload(
         bool, typer.Option("--dry-run", help="Write the card, list the files, send nothing.")
     ] = False,
 ) -> None:
-    """Upload a converted model to the Hugging Face hub, with a card that says what was measured."""
+    """Upload a converted model to the Hugging Face hub, with a card of what was measured."""
     interrupt.resumes()
     check_model(str(path))
     from splitquant_mlx.cli.console import printable, size
@@ -54,14 +54,14 @@ def upload(
         print(printable(prepared.card))
         for file in prepared.files:
             print(printable(f"{size(file.stat().st_size):>10}  {file.name}"))
-        print_notes(prepared)
-        print(f"Would be sent to {upload_repo}; nothing was.")
+        print(f"Dry run: nothing was sent to {upload_repo}.", flush=True)
+        print_notes(prepared)  # last, where they are seen
         return
     send(prepared, private=private, revision=revision, create_pr=create_pr, overwrite=overwrite)
 
 
 def send(prepared: Any, **options: Any) -> None:
-    """Send what is prepared, and say where it went."""
+    """Send a prepared upload and print its address."""
     print_notes(prepared)
     interrupt.resumes("`splitquant-mlx upload` goes on from there.")
     address = prepared.send(**options)
@@ -69,7 +69,7 @@ def send(prepared: Any, **options: Any) -> None:
 
 
 def print_notes(prepared: Any) -> None:
-    """Print what the user should know before anything is sent."""
+    """Print the notes of an upload to stderr."""
     from splitquant_mlx.cli.console import plain
 
     for note in prepared.notes:

@@ -1,29 +1,32 @@
-"""Write the model card of a converted checkpoint: what it is, what it costs, how it is run.
+"""The model card of a converted checkpoint, from the template card.md.j2.
 
-What stands in a manifest or a result may be a stranger's: it goes into the table at the top as YAML
-strings, and into the text as code spans.
+Manifest and results may come from strangers: their words go into the metadata as YAML strings, and
+into the text as code spans.
 """
 
 import hashlib
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from splitquant_mlx._version import __version__
 from splitquant_mlx.errors import TargetError
 from splitquant_mlx.formats.manifest import MODEL_FILE, Manifest
 from splitquant_mlx.formats.model_card import check_source_card
-from splitquant_mlx.publish.figures import figures_table
+from splitquant_mlx.publish.figures import eval_results, figures_table
 from splitquant_mlx.publish.files import CARD, Converted
 from splitquant_mlx.publish.markdown import code, table
 from splitquant_mlx.publish.measurements import Measurement
-from splitquant_mlx.recipe import SELF
+from splitquant_mlx.recipe import SELF, Recipe
 from splitquant_mlx.report.numbers import decimals, megabytes
+from splitquant_mlx.runtime.disk import write_atomic
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
 
 REPO = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})(?:/|$)", re.ASCII)
@@ -47,17 +50,34 @@ def make_card(
         measurements: what was measured of it.
         base_model: repo id of the original, for one that was converted from a local copy.
     """
+    from huggingface_hub import ModelCard
+
     base, revision = (base_model, None) if base_model else find_base(converted.manifest)
-    sections = (
-        f"# {repo.rpartition('/')[2]}",
-        _origin(converted, base, revision),
-        _sizes(converted),
-        "## Measured\n\n" + _measured(measurements),
-        "## Run it\n\n" + (_run_split if converted.is_split else _run_plain)(converted, repo),
-        "## Licence\n\n" + _licence(converted),
-        "## How it was made\n\n" + _recipe(converted),
+    manifest, recipe = converted.manifest, converted.recipe
+    name = repo.rpartition("/")[2]
+    card = ModelCard.from_template(
+        _metadata(converted, base, name, measurements),
+        template_str=_packaged("publish", "card.md.j2").decode(),
+        name=name,
+        repo=repo,
+        origin=_origin(manifest, base, revision),
+        calibration=_calibration(recipe),
+        how=METHODS[recipe.method],
+        recipe=recipe,
+        split=converted.is_split,
+        sizes=_sizes(converted),
+        notes=_notes(converted),
+        figures=figures_table(measurements) if measurements else "",
+        model_file=MODEL_FILE,
+        is_shipped_file=converted.is_split
+        and (converted.path / MODEL_FILE).read_bytes() == _packaged("nn", "model_file.py"),
+        version=__version__,
+        licence=_licence(converted),
+        device=code(manifest.device),
+        versions=", ".join(code(f"{k} {v}") for k, v in list(manifest.versions.items())[:12]),
+        toml=_toml(recipe),
     )
-    text = f"---\n{_metadata(converted, base)}\n---\n\n" + "\n\n".join(sections) + "\n\n"
+    text = card.content.rstrip() + "\n\n"
     return f"{text}<!-- splitquant-mlx wrote this card: {_hash(text)} -->\n"
 
 
@@ -77,90 +97,84 @@ def find_base(manifest: Manifest) -> tuple[str | None, str | None]:
 
 
 def write_card(text: str, directory: Path) -> None:
-    """Write README.md, all of it or nothing. Raises TargetError when it cannot be written."""
+    """Write README.md atomically. Raises TargetError when it cannot be written."""
     file = directory / CARD
-    partial = directory / f".{CARD}.partial-{os.getpid()}"
     try:
-        try:
-            with partial.open("w", encoding="utf-8", newline="\n") as opened:
-                opened.write(text)
-                opened.flush()
-                os.fsync(opened.fileno())
-            partial.replace(file)
-        finally:
-            with suppress(FileNotFoundError):
-                partial.unlink()
+        write_atomic(file, text.encode())
     except OSError as exc:
         raise TargetError(f"cannot write {file}: {exc.strerror or exc}") from exc
+
+
+def _packaged(package: str, name: str) -> bytes:
+    return resources.files(f"splitquant_mlx.{package}").joinpath(name).read_bytes()
 
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _metadata(converted: Converted, base: str | None) -> str:
+def _metadata(
+    converted: Converted, base: str | None, name: str, measurements: Sequence[Measurement]
+) -> "ModelCardData":
     from huggingface_hub import ModelCardData
 
     found = check_source_card(converted.manifest.source_card)
     parent, tags = found.pop("base_model", None), found.pop("tags", [])
-    relation = {"base_model_relation": "quantized"} if base else {}
-    own = ["mlx", "splitquant-mlx", converted.recipe.method]
-    data = {
-        "pipeline_tag": "text-generation",
-        **found,
-        # the parent that a local copy names is no more than an ancestor
-        "base_model": base or parent,
-        **relation,
-        "library_name": "mlx",
-        "tags": [*(tags if isinstance(tags, list) else [tags]), *own],
-    }
-    return ModelCardData(**data).to_yaml()
+    tags = [*(tags if isinstance(tags, list) else [tags]), "mlx", "splitquant-mlx"]
+    results = eval_results(measurements)
+    return ModelCardData(
+        **{
+            "pipeline_tag": "text-generation",
+            **found,
+            # the parent that a local copy names is no more than an ancestor
+            "base_model": base or parent,
+            **({"base_model_relation": "quantized"} if base else {}),
+            **({"model_name": name, "eval_results": results} if results else {}),
+            "library_name": "mlx",
+            "tags": list(dict.fromkeys([*tags, converted.recipe.method])),
+        }
+    )
 
 
-def _origin(converted: Converted, base: str | None, revision: str | None) -> str:
-    manifest, recipe = converted.manifest, converted.recipe
-    if base and REPO.fullmatch(base):
-        origin = f"[{base}](https://huggingface.co/{base})"
-        origin += f" at revision {code(revision)}" if revision else ""
-    else:
-        origin = f"{code(Path(manifest.source).name)} (a local copy)"
-    methods = {
-        "splitquant": f"every linear layer is split by k-means into {recipe.clusters} layers that "
-        f"sum to it, whose narrower ranges quantize better ({PAPER})",
-        "rtn": "weights are rounded to the nearest code, as `mlx_lm.convert -q` does",
-        "imatrix": "scales and biases are fitted to the mean squared input of every channel",
-        "gptq": "roundings of a layer make up for each other (GPTQ and coordinate descent)",
-        "auto": "bits and group size are chosen for every layer from its predicted divergence, and "
-        "roundings of a layer make up for each other (GPTQ and coordinate descent)",
-    }
-    how = methods.get(recipe.method, f"method {code(recipe.method)}")
-    calibration = recipe.calibration
-    if calibration is None:
-        data = "without calibration data"
-    elif calibration.text == SELF:
-        data = "calibrated on text that the original wrote itself"
-    else:
-        data = "calibrated on a text"
-    text = f"{origin} quantized by splitquant-mlx, {data}: {how}."
-    if converted.is_split:
-        text += (
-            f" It stores {recipe.clusters} codes for every weight: where splitquant-mlx measured "
-            "both, plain quantization with more bits was closer to the original at equal bytes."
-        )
-    return text
+METHODS = {
+    "splitquant": "every linear layer is split by k-means into layers that sum to it, whose "
+    f"narrower ranges quantize better ({PAPER})",
+    "rtn": "weights are rounded to the nearest code, as `mlx_lm.convert -q` does",
+    "imatrix": "scales and biases are fitted to the mean squared input of every channel",
+    "gptq": "each column's rounding error is compensated in later columns (GPTQ and coordinate "
+    "descent)",
+    "auto": "bits and group size are chosen for every layer from its predicted divergence, and "
+    "each column's rounding error is compensated in later columns (GPTQ and coordinate descent)",
+}
+
+
+def _origin(manifest: Manifest, base: str | None, revision: str | None) -> str:
+    if not base or not REPO.fullmatch(base):
+        return f"{code(Path(manifest.source).name)} (a local copy)"
+    at = f" at revision {code(revision)}" if revision else ""
+    return f"[{base}](https://huggingface.co/{base}){at}"
+
+
+def _calibration(recipe: Recipe) -> str:
+    if recipe.calibration is None:
+        return "without calibration data"
+    own = recipe.calibration.text == SELF
+    return f"calibrated on {'text that the original model sampled' if own else 'a text file'}"
+
+
+ACTIONS = {"split": "split", "quantize": "quantized", "keep": "kept"}
 
 
 def _sizes(converted: Converted) -> str:
     manifest, recipe = converted.manifest, converted.recipe
     done = Counter(layer.action for layer in manifest.layers)
-    words = {"split": "split", "quantize": "quantized", "keep": "kept"}
-    chosen = "of each layer its own"
-    bits, size = (chosen,) * 2 if recipe.method == "auto" else (recipe.bits, recipe.group_size)
+    is_auto = recipe.method == "auto"
+    bits, size = ("per layer",) * 2 if is_auto else (recipe.bits, recipe.group_size)
     rows = [
         ("method", code(recipe.method)),
-        ("bits of a code, mode", f"{bits}, {code(recipe.mode)}"),
-        ("one scale for each", f"{recipe.granularity} (group size {size})"),
-        ("layers", ", ".join(f"{done[key]} {word}" for key, word in words.items() if done[key])),
+        ("bits per code, mode", f"{bits}, {code(recipe.mode)}"),
+        ("one scale per", f"{recipe.granularity} (group size {size})"),
+        ("layers", ", ".join(f"{done[key]} {word}" for key, word in ACTIONS.items() if done[key])),
         ("bits/weight, converted linear layers", decimals(manifest.linear_bits_per_weight, 2)),
         ("bits/weight, whole model", decimals(manifest.bits_per_weight, 2)),
         (
@@ -168,53 +182,17 @@ def _sizes(converted: Converted) -> str:
             f"{megabytes(manifest.stored_bytes)} (original {megabytes(manifest.source_bytes)})",
         ),
     ]
-    reasons = Counter((words[x.action], x.note) for x in manifest.layers if x.note)
-    notes = [
+    return table(("", ""), rows)
+
+
+def _notes(converted: Converted) -> str:
+    """Return why layers differ from the recipe, as a list."""
+    layers = converted.manifest.layers
+    reasons = Counter((ACTIONS.get(x.action, "changed"), x.note) for x in layers if x.note)
+    return "\n".join(
         f"- {count} layers {word}: {code(note)}"
         for (word, note), count in reasons.most_common(MOST_NOTES)
-    ]
-    explained = "Bits/weight is stored bits over the number of weights of the original."
-    return "\n\n".join([table(("", ""), rows), explained, *(["\n".join(notes)] if notes else [])])
-
-
-def _measured(measurements: Sequence[Measurement]) -> str:
-    if not measurements:
-        return "Nothing yet."
-    return figures_table(measurements) + "\n\n± is one standard error."
-
-
-def _run_plain(converted: Converted, repo: str) -> str:
-    return f"""Everything that reads MLX models runs it: mlx-lm, LM Studio, splitquant-mlx.
-
-```bash
-pip install mlx-lm
-mlx_lm.generate --model {repo} --prompt "Why is the sky blue?"
-mlx_lm.chat --model {repo}
-mlx_lm.server --model {repo}
-```"""
-
-
-def _run_split(converted: Converted, repo: str) -> str:
-    file = converted.path / MODEL_FILE
-    shipped = resources.files("splitquant_mlx.nn").joinpath("model_file.py").read_bytes()
-    same = f" It is the file that splitquant-mlx {__version__} installs."
-    return f"""With splitquant-mlx, which runs no code from this repo:
-
-```bash
-splitquant-mlx chat --model {repo}
-splitquant-mlx generate --model {repo} --prompt "Why is the sky blue?"
-splitquant-mlx serve --model {repo}
-```
-
-With stock mlx-lm:
-
-```bash
-pip install mlx-lm
-mlx_lm.generate --model {repo} --trust-remote-code --prompt "Why is the sky blue?"
-```
-
-`--trust-remote-code` runs [`{MODEL_FILE}`]({MODEL_FILE}) from this repo, with all your rights, on
-your machine: read it before you do.{same if file.read_bytes() == shipped else ""}"""
+    )
 
 
 def _licence(converted: Converted) -> str:
@@ -222,23 +200,15 @@ def _licence(converted: Converted) -> str:
     stated = card.get("license_name") or card.get("license")
     names = ", ".join(code(name) for name in converted.licences)
     if not stated and not names:
-        return "The original came without a statement of its licence: ask its authors."
+        return "The original states no licence: ask its authors."
     listed = stated if isinstance(stated, list) else [stated] if stated else []
     text = f"That of the original{': ' if listed else ''}{', '.join(map(code, listed))}."
     return f"{text} See {names}." if names else text
 
 
-def _recipe(converted: Converted) -> str:
-    manifest, recipe = converted.manifest, converted.recipe
+def _toml(recipe: Recipe) -> str:
     if recipe.calibration is not None:
-        # where the text lies on this machine is nobody's business
-        own = replace(recipe.calibration, text=Path(recipe.calibration.text).name)
-        recipe = replace(recipe, calibration=own)
-    toml = "".join(c if c.isprintable() or c == "\n" else " " for c in recipe.to_toml())
-    versions = ", ".join(code(f"{name} {v}") for name, v in list(manifest.versions.items())[:12])
-    return f"""`splitquant-mlx convert --recipe recipe.toml` with this recipe.toml, on
-{code(manifest.device)}, with {versions}. Every layer's record is in `splitquant.json`.
-
-```toml
-{toml.strip()}
-```"""
+        # the path on this machine is private
+        named = replace(recipe.calibration, text=Path(recipe.calibration.text).name)
+        recipe = replace(recipe, calibration=named)
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in recipe.to_toml()).strip()

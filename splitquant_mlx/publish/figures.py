@@ -1,19 +1,31 @@
-"""Put measurements into the rows of a card's table: what, how much, and how it was measured."""
+"""Measurements as the rows of a card's table, and as the evaluation results that the hub shows."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from splitquant_mlx.publish.markdown import code, table
 from splitquant_mlx.publish.measurements import Measurement
 from splitquant_mlx.report.numbers import MISSING, percent, perplexity, plus_minus, significant
 from splitquant_mlx.study.schema import PARTS
 
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
 ARC = {"arc_challenge": "ARC-Challenge", "arc_easy": "ARC-Easy"}
 ASKED = {
     "loglikelihood": "as lm-evaluation-harness asks it",
     "letter": "options lettered, through the chat template",
 }
+METRICS = {
+    "kl": ("kl_mean", "top1_agreement"),
+    "perplexity": ("perplexity",),
+    **dict.fromkeys(ARC, ("accuracy", "accuracy_norm")),
+}
+# the hub's type and name of a data set
+DATA = {task: ("allenai/ai2_arc", name) for task, name in ARC.items()}
+TEXT, WIKITEXT = ("text", "text"), ("wikitext", "WikiText-2")
 PACKAGES = ("splitquant-mlx", "mlx", "mlx-lm")
 Values = Mapping[str, Any]
 
@@ -26,6 +38,32 @@ def figures_table(measurements: Iterable[Measurement]) -> str:
         for what, value, compared, setting in _rows(measured)
     ]
     return table(("", "this model", "compared with", "how it was measured"), rows)
+
+
+def eval_results(measurements: Iterable[Measurement]) -> "list[EvalResult]":
+    """Return the finite figures as the hub's evaluation results; see huggingface_hub."""
+    from huggingface_hub import EvalResult
+
+    found = []
+    for measured in measurements:
+        task, _, protocol = measured.part.partition(".")
+        data = DATA.get(task) or TEXT
+        if task in ("kl", "perplexity") and measured.settings.get("data", "") is None:
+            data = WIKITEXT  # eval's own text
+        for metric in METRICS.get(task, ()):
+            value = _of(measured.values, metric)
+            if value is not None and math.isfinite(value):
+                found.append(
+                    EvalResult(
+                        task_type="text-generation",
+                        dataset_type=data[0],
+                        dataset_name=data[1],
+                        metric_type=metric,
+                        metric_name=f"{metric} ({protocol})" if protocol else metric,
+                        metric_value=value,
+                    )
+                )
+    return found
 
 
 def _rows(measured: Measurement) -> Iterator[tuple[str, str, str, str]]:
@@ -85,7 +123,7 @@ def _compared(value: str, named: str) -> str:
 
 
 def _named(reference: str) -> str:
-    """Return the name of the reference; of a path the last part, the rest is nobody's business."""
+    """Return the name of the reference; of a path the last part, the rest is private."""
     if reference in ("", "the original"):
         return reference
     local = PurePath(reference).is_absolute() or reference.startswith(("~", "."))
@@ -93,7 +131,7 @@ def _named(reference: str) -> str:
 
 
 def _text(settings: Values) -> str:
-    """Return what text it was, and in which windows it was read."""
+    """Return the name of the text and the windows it was read in."""
     data, hashed = settings.get("data"), settings.get("text")
     unnamed = "WikiText-2" if "data" in settings else "text"  # eval's own, or a study's
     name = code(PurePath(str(data)).name) if data else unnamed

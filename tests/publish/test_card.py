@@ -83,7 +83,7 @@ def test_bits_a_weight_are_stored_bits_over_those_of_the_original(home):
         text = card(home / name)
         assert f"| bits/weight, converted linear layers | {linear:.2f} |" in text
         assert f"| bits/weight, whole model | {whole:.2f} |" in text
-        assert "Nothing yet." in text
+        assert "Not measured." in text
 
 
 def test_how_it_is_run_depends_on_its_layers(home):
@@ -185,13 +185,13 @@ def test_a_calibrated_model_says_what_it_was_calibrated_on(home, tmp_path, monke
     recipe = Recipe(method=method, calibration=calibration)
     convert(home / "source", tmp_path / "own", recipe=recipe)
     text = card(tmp_path / "own")
-    assert "calibrated on text that the original wrote itself" in text
+    assert "calibrated on text that the original model sampled" in text
     assert "trust-remote-code" not in text
-    assert ("of each layer its own" in text) == (method == "auto")
+    assert ("per layer, `affine`" in text) == (method == "auto")
     file = tmp_path / "text.txt"
     file.write_text("w3 w5 w8 " * 40)
     calibration = Calibration(text=str(file), num_samples=2, sequence_length=16)
     recipe = Recipe(method=method, calibration=calibration)
     convert(home / "source", tmp_path / "file", recipe=recipe)
     text = card(tmp_path / "file")
-    assert "calibrated on a text" in text and str(tmp_path) not in text
+    assert "calibrated on a text file" in text and str(tmp_path) not in text

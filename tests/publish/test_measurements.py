@@ -119,6 +119,17 @@ def test_what_eval_found_is_shown_with_its_setting(home, kl, capfd):
     assert str(home) not in text, "where files lie on this machine is nobody's business"
 
 
+def test_the_hub_is_given_the_figures(home, kl):
+    from huggingface_hub import ModelCard
+
+    values = json.loads(kl.read_text())["values"]
+    shown = ModelCard(card(home / "rtn8", results=(kl,))).data
+    assert shown.model_name == "name"
+    assert {result.metric_type: result.metric_value for result in shown.eval_results} == {
+        name: values[name] for name in ("kl_mean", "top1_agreement")
+    }
+
+
 def test_a_studys_figures_go_to_the_variant_they_are_of(home):
     for name, other in (("plain", "split"), ("split", "plain")):
         model = home / "out" / "models" / name

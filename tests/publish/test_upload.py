@@ -197,7 +197,7 @@ def test_a_card_written_by_hand_is_kept_or_replaced_as_told(hub, model, upload, 
     assert upload(model, "--dry-run")[0] == 0
     own = (model / "README.md").read_text()
     assert upload(model, "--dry-run")[0] == 0, "it may replace its own"
-    changed = own.replace("Nothing yet.", "It is good.")
+    changed = own.replace("Not measured.", "It is good.")
     for text in (changed, "# Mine\n", own.rstrip("\n"), ""):
         (model / "README.md").write_text(text)
         assert "--card keep" in refused(model)
