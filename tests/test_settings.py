@@ -1,6 +1,9 @@
 """Settings classes: errors on one line that name the key, and options made from the class."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -55,6 +58,11 @@ def test_a_bad_value_is_refused_whenever_the_class_is_built(values, message):
 @pytest.mark.parametrize("kind", [Recipe, Calibration, Measure])
 def test_every_field_is_described(kind):
     assert all(descriptions(kind).values())
+
+
+def test_the_recipe_reference_is_that_of_the_classes():
+    script = Path(__file__).resolve().parents[1] / "docs" / "recipes.py"
+    subprocess.run([sys.executable, script, "--check"], check=True)
 
 
 def test_options_come_from_the_class():

@@ -16,7 +16,7 @@ DATA = ("arc_challenge", "arc_easy", "text")
 
 def run(
     study: Annotated[Path, typer.Argument(help="TOML file of a study, see recipes/.")],
-    model: Annotated[str | None, typer.Option(help="Another model than the study's.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model to use instead of the study's.")] = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(help="Directory of results (default: results/NAME)."),
@@ -28,13 +28,13 @@ def run(
         ),
     ] = None,
     keep_models: Annotated[
-        bool, typer.Option("--keep-models", help="Leave the converted models there.")
+        bool, typer.Option("--keep-models", help="Keep the converted models in the directory.")
     ] = False,
     device: Device = None,
 ) -> None:
-    """Convert a model in every way a study names, measure each, and write the report.
+    """Convert a model by every recipe of a study, measure each, and write the report.
 
-    An interrupted study goes on where it stopped when it is started again.
+    An interrupted study resumes where it stopped.
     """
     from splitquant_mlx.study.spec import load_study
 
@@ -55,5 +55,5 @@ def run(
 def _data(entry: str) -> tuple[str, Path]:
     name, _, file = entry.partition("=")
     if name not in DATA or not file:
-        raise RecipeError(f"--data: wanted NAME=FILE with a NAME of {', '.join(DATA)}, got {entry}")
+        raise RecipeError(f"--data: expected NAME=FILE, NAME of {', '.join(DATA)}, got {entry}")
     return name, Path(file)

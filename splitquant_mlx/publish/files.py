@@ -1,4 +1,4 @@
-"""Check a converted checkpoint and name the files that belong to it: what is sent, and no more."""
+"""Check a converted checkpoint, and list the files that belong to it and are sent."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ COMPANIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """Hold a checkpoint that was found whole.
+    """A complete converted checkpoint.
 
     Attributes:
         path: its directory.
@@ -64,22 +64,23 @@ def check_converted(path: Path) -> Converted:
     if manifest is None:
         raise CheckpointError(
             f"{path} was not made by `splitquant-mlx convert` (it has no {FILE_NAME}), so there is "
-            "nothing to say of it on a card: convert the model first"
+            "nothing to put on a card: convert the model first"
         )
     recipe = Recipe.from_dict(manifest.recipe)
     headers = read_headers(path)
     nbytes = sum(header.nbytes for header in headers.values())
     if nbytes != manifest.stored_bytes:
         raise CheckpointError(
-            f"{path}: the tensors have {nbytes} bytes, {FILE_NAME} speaks of "
-            f"{manifest.stored_bytes}: one of the two is another model's, convert it again"
+            f"{path}: expected {manifest.stored_bytes} bytes of tensors by {FILE_NAME}, got "
+            f"{nbytes}: one of the two is another model's, convert it again"
         )
     code = config.get("model_file")
     split = any(layer.action == "split" for layer in manifest.layers)
     if code != (MODEL_FILE if split else None):
         raise CheckpointError(
-            f"{path}: config.json has model_file {code!r:.80}, wanted "
-            f"{MODEL_FILE if split else 'none'}: other code is never published, convert it again"
+            f"{path}: config.json: model_file: expected "
+            f"{MODEL_FILE if split else 'none'}, got {code!r:.80}: other code is never published, "
+            "convert it again"
         )
     wanted = {"config.json", FILE_NAME, *(header.file.name for header in headers.values())}
     found = {*wanted, *([MODEL_FILE] if split else []), *_companions(path)}

@@ -19,9 +19,9 @@ def check_name(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError as exc:
-        raise UploadError(f"{repo!r:.100} is no name of a repo: wanted USER/NAME") from exc
+        raise UploadError(f"expected a repo name USER/NAME, got {repo!r:.100}") from exc
     if repo.count("/") != 1:
-        raise UploadError(f"{repo!r:.100} is no name of a repo: wanted USER/NAME")
+        raise UploadError(f"expected a repo name USER/NAME, got {repo!r:.100}")
 
 
 def check_login(repo: str) -> None:

@@ -1,4 +1,4 @@
-"""Put text that others wrote into Markdown, where it stays text."""
+"""Text of others in Markdown, where it stays text."""
 
 from collections.abc import Iterable, Sequence
 

@@ -143,7 +143,7 @@ class _Owner:
             return self._of_study(file)
         if "task" in content:
             return self._of_evaluation(file, content)
-        raise self._other(file, "it is neither of eval nor of run", is_near=False)
+        raise self._other(file, "it was written neither by eval nor by run", is_near=False)
 
     def _other(self, file: Path, reason: str, *, is_near: bool = True) -> _OtherModel:
         return _OtherModel(file, self.converted, reason, is_near=is_near)
@@ -160,7 +160,7 @@ class _Owner:
             if self.source_hash is None:
                 raise self._other(
                     file,
-                    "whether it has the same original cannot be told, as that is not on this "
+                    "it is unknown whether it has the same original, which is not on this "
                     f"machine ({self.converted.manifest.source!r:.80})",
                 )
             if source_hash != self.source_hash:
@@ -248,7 +248,7 @@ def _part_values(file: Path, part: str, values: Mapping[str, Any]) -> Mapping[st
 
 
 def _converted_hash(file: Path, result: Result) -> str | None:
-    """Return the hash that the study found of the conversion that a result is about."""
+    """Return the hash of the converted model that a result is about."""
     sibling = result_file(file.parent, result.variant, "convert")
     if not sibling.is_file():
         return None
@@ -261,7 +261,7 @@ def _converted_hash(file: Path, result: Result) -> str | None:
 
 
 def _original_values(file: Path, part: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what the study found of the original with the same settings, empty if nothing."""
+    """Return the original's values with the same settings; empty if it was not measured."""
     original = result_file(file.parent, ORIGINAL, part)
     if not original.is_file():
         return {}

@@ -18,7 +18,7 @@ MAX_CARD_BYTES = 1 << 22
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """Hold what is to be published.
+    """An upload: a checkpoint, its card and the notes for the user.
 
     Attributes:
         converted: the checkpoint.
@@ -84,7 +84,7 @@ def prepare_upload(
             `measurements.find_measurements`.
         card: what to do with a README.md that somebody wrote or changed: "keep" or "replace".
         base_model: repo id of the original, for one that was converted from a local copy.
-        progress: told how far the hashing of the model is.
+        progress: progress reporter, for the hashing of the model.
 
     Raises:
         SplitQuantError: when the checkpoint is not whole or not ours, a result is about another
@@ -92,9 +92,9 @@ def prepare_upload(
     """
     check_name(repo)
     if base_model is not None and not REPO.fullmatch(base_model):
-        raise RecipeError(f"base model: wanted a repo id such as org/name, got {base_model!r:.100}")
+        raise RecipeError(f"base model: expected a repo id like org/name, got {base_model!r:.100}")
     if card not in (None, *CARDS):
-        raise RecipeError(f"card: wanted {' or '.join(CARDS)}, got {card!r:.40}")
+        raise RecipeError(f"card: expected {' or '.join(CARDS)}, got {card!r:.40}")
     converted = check_converted(Path(path))
     theirs = _written_by_hand(converted.path)
     if theirs is not None and card is None:
@@ -117,14 +117,14 @@ def prepare_upload(
 
 
 def _written_by_hand(path: Path) -> str | None:
-    """Return the text of a README.md that is not as we wrote it; None without one."""
+    """Return the text of a README.md that this program did not write; None without one."""
     file = path / CARD
     if not file.exists():
         return None
     refuse_link_outside(path, file)
     try:
         if not file.is_file() or file.stat().st_size > MAX_CARD_BYTES:
-            raise CheckpointError(f"{file} is no file, or too large for a card: remove it")
+            raise CheckpointError(f"{file} is not a file, or too large for a card: remove it")
         text = file.read_bytes().decode("utf-8")
     except (OSError, ValueError) as exc:
         raise CheckpointError(f"{file} cannot be read as text: remove it") from exc

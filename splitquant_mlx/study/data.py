@@ -1,4 +1,4 @@
-"""Get the questions and the text that a study measures on, from files or from the hub."""
+"""The questions and the text that a study measures on, from files or from the hub."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,11 +12,11 @@ from splitquant_mlx.errors import SourceError
 
 @dataclass(kw_only=True)
 class Data:
-    """Get data once, and remember what could not be had.
+    """Data sets, read once; those that cannot be fetched are recorded.
 
     Attributes:
         files: in place of the hub's data sets, by "arc_challenge", "arc_easy" and "text".
-        missing: why a data set of the hub could not be had, by the same names.
+        missing: why a data set could not be fetched, by the same names.
     """
 
     files: dict[str, Path] = field(default_factory=dict)

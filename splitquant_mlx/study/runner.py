@@ -1,8 +1,8 @@
-"""Run a study: convert a model in every way it names, measure each, and keep every result.
+"""Run a study: convert a model by every recipe, measure each variant, and write every result.
 
-A result that is there already, of the same model, settings and data, is not measured again, so an
-interrupted study goes on where it stopped. Data that cannot be had is named in the report, and the
-rest is measured.
+An existing result of the same model, settings and data is not measured again, so an interrupted
+study resumes where it stopped. Data that cannot be fetched is named in the report; the rest is
+measured.
 """
 
 import dataclasses
@@ -64,18 +64,18 @@ def run_study(
     keep_models: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Run `study` and leave its results in `directory`, for `report.load_report`.
+    """Run `study` and write its results into `directory`, for `report.load_report`.
 
     Args:
         study: what to do.
-        directory: of the results; those it holds already are kept where they still hold.
+        directory: of the results; existing ones are kept where their settings still hold.
         data: files in place of the hub's data sets, by "arc_challenge", "arc_easy" and "text".
         keep_models: leave the converted models in `directory`/models.
-        progress: told how far the work is.
+        progress: progress reporter.
 
     Raises:
-        SplitQuantError: when the model cannot be had, a conversion fails, a data file is bad, or
-            another process is at work in `directory`.
+        SplitQuantError: when the model cannot be fetched, a conversion fails, a data file is not
+            valid, or another process is at work in `directory`.
     """
     progress = progress or Silent()
     source = fetch_demo_model(progress) if study.model == "demo" else None
@@ -102,7 +102,7 @@ def run_study(
 
 @contextmanager
 def _held(directory: Path) -> Iterator[Path]:
-    """Keep other studies out of `directory`; yields a directory in it for what is temporary."""
+    """Lock `directory` against other studies; yields a directory in it for temporary files."""
     scratch = directory / ".running"
     with as_target_error(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ class _Runner:
         self._take(ORIGINAL, parts)
 
     def measure(self, name: str, recipe: Recipe) -> None:
-        """Convert the model by one recipe and measure what came of it."""
+        """Convert the model by one recipe and measure the result."""
         home = self.directory / "models" / slug(name)
         sweep(home)
         opened = LazyModel(home)
@@ -180,7 +180,7 @@ class _Runner:
             )
 
     def describe(self) -> None:
-        """Write what the report says of the study."""
+        """Write the description of the study, for the report."""
         study = self.study
         missing = [f"{name} was not measured: {why}" for name, why in self.data.missing.items()]
         record = StudyRecord(
@@ -194,7 +194,7 @@ class _Runner:
         save_study(record, self.directory)
 
     def remove_journals(self) -> None:
-        """Remove what is of use only to a study that is interrupted."""
+        """Remove what only an interrupted study needs."""
         for task in self.study.measure.arc:
             for protocol in self.study.measure.protocols:
                 self._journal(task, protocol).unlink(missing_ok=True)
@@ -236,7 +236,7 @@ class _Runner:
             save(result, self.directory)
 
     def _is_whole(self, home: Path, recipe: Recipe) -> bool:
-        """Tell whether a study that was killed left the model there, as this recipe wants it."""
+        """Tell whether an interrupted study left a whole model of this recipe."""
         try:
             manifest = load_manifest(home)
         except CheckpointError:
@@ -246,7 +246,7 @@ class _Runner:
         return not check_files(home, manifest, self.progress).problems
 
     def _convert(self, recipe: Recipe, home: Path) -> dict[str, Any]:
-        """Convert in a process of its own, so that its memory can be told."""
+        """Convert in a process of its own, to measure its peak memory."""
         file = self.scratch / "recipe.toml"
         file.write_text(recipe.to_toml(), encoding="utf-8")
         command = [*OURS, "convert", "--model", str(self.original), "--recipe", str(file)]

@@ -124,10 +124,10 @@ def test_convert_uploads_what_it_made(hub, made, tmp_path, capfd):
 
 @pytest.mark.parametrize("repo", ["model", "a/b/c", "us er/model", "user/", "user/a--b", "x" * 200])
 def test_a_name_that_is_no_repos(hub, model, made, tmp_path, refused, capfd, repo):
-    assert "wanted USER/NAME" in refused(model, repo=repo)
+    assert "expected a repo name USER/NAME" in refused(model, repo=repo)
     arguments = ["convert", "--model", made / "source", "--mlx-path", tmp_path / "out"]
     assert cli.run([*map(str, arguments), "--upload-repo", repo]) == 2
-    assert "wanted USER/NAME" in capfd.readouterr().err
+    assert "expected a repo name USER/NAME" in capfd.readouterr().err
     assert not (tmp_path / "out").exists() and hub.requests == []
 
 
@@ -177,11 +177,11 @@ DAMAGED = {
     "no manifest": (lambda m: (m / "splitquant.json").unlink(), "was not made by"),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), "is missing"),
     "no model file": (lambda m: (m / "splitquant_model.py").unlink(), "is missing, or no file"),
-    "another's manifest": (edit("splitquant.json", stored_bytes=7), "speaks of 7"),
+    "another's manifest": (edit("splitquant.json", stored_bytes=7), "expected 7 bytes"),
     "a recipe of its own": (edit("splitquant.json", recipe={"a": 1}), "a: unknown key"),
     "foreign code": (edit("config.json", model_file="evil.py"), "other code is never published"),
     "no config": (lambda m: (m / "config.json").unlink(), "has no config.json"),
-    "a pipe of a card": (lambda m: (m / "README.md").mkdir(), "is no file"),
+    "a pipe of a card": (lambda m: (m / "README.md").mkdir(), "is not a file"),
 }
 
 
@@ -207,7 +207,7 @@ def test_a_card_written_by_hand_is_kept_or_replaced_as_told(hub, model, upload, 
     assert hub.repos["user/model"]["README.md"].decode() == changed
     assert upload(model, "--card", "replace")[0] == 0
     assert hub.repos["user/model"]["README.md"].decode() == own
-    assert "wanted keep or replace" in refused(model, "--card", "burn")
+    assert "expected keep or replace" in refused(model, "--card", "burn")
 
 
 FAILURES = {

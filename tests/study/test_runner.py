@@ -280,4 +280,4 @@ def test_a_bad_data_file_stops_the_study(study, tmp_path, capsys):
     assert run([*arguments, "--data", f"arc_easy={bad}"]) == 2
     assert "bad.jsonl, line 1" in capsys.readouterr().err
     assert run([*arguments, "--data", "arc_hard=x"]) == 2
-    assert "--data: wanted NAME=FILE" in capsys.readouterr().err
+    assert "--data: expected NAME=FILE" in capsys.readouterr().err
