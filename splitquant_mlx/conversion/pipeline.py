@@ -20,6 +20,7 @@ from splitquant_mlx.conversion.refine import refine, training_texts
 from splitquant_mlx.conversion.resume import ConversionState, conversion_key, open_journal
 from splitquant_mlx.conversion.save import copy_companions, hash_files, require_space, write_config
 from splitquant_mlx.conversion.staging import JOURNAL, MODEL, check_target, staged, sweep
+from splitquant_mlx.formats.gguf import gguf_files
 from splitquant_mlx.formats.manifest import LayerRecord, Manifest
 from splitquant_mlx.formats.model_card import read_source_card
 from splitquant_mlx.formats.patch import replace_tensors
@@ -132,7 +133,8 @@ def _opened(
     source: Source, staging: Path, progress: Progress
 ) -> Iterator[tuple[LazyModel, Checkpoint]]:
     """Open the original; a GGUF file is unpacked in `staging`, and stamped in place of that."""
-    own = {source.path: stamp(source.path)} if source.path.is_file() else {}
+    files = gguf_files(source.path) if source.path.is_file() else []
+    own = {file: stamp(file) for file in files if file.is_file()}  # a missing part is named below
     with as_directory(source, progress, scratch=staging) as directory:
         checkpoint = open_checkpoint(directory)
         if own:

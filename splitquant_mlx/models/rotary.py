@@ -53,12 +53,19 @@ def check_rotary(
             continue
         found = measured(module)
         try:
-            wanted = expected(table, len(found) * 2, config)
+            dims = len(found) * 2
+            wanted = expected(table, dims, config)
         except (KeyError, TypeError, ValueError, ArithmeticError) as exc:
             raise CheckpointError(
                 f"{path}: config.json: rotary embeddings {table}: {type(exc).__name__}: {exc}"
             ) from exc
-        if not _close(found, wanted[0]):
+        rounded = {**table, "truncate": True}
+        if table.get("truncate") is False and _close(found, expected(rounded, dims, config)[0]):
+            notes.add(
+                "mlx-lm rounds the range of YaRN's frequencies to whole pairs, the original does "
+                f"not ({_difference(found, wanted[0])}): every mlx checkpoint of it runs so"
+            )
+        elif not _close(found, wanted[0]):
             if len(wanted) == 1 or not _close(found, wanted[1]):
                 raise CheckpointError(
                     f"{path}: config.json asks for rotary embeddings {table}, but mlx-lm's "
