@@ -19,7 +19,6 @@ RECIPES = {
     "rtn": Recipe(method="rtn", **SIZES),
     "imatrix": Recipe(method="imatrix", **CALIBRATED),
     "gptq": Recipe(method="gptq", **CALIBRATED),
-    "gptq, refined": Recipe(method="gptq", refine=True, **CALIBRATED),
     "auto": Recipe(method="auto", target_bpw=4.0, dtype="float16", calibration=CALIBRATION),
     "splitquant": Recipe(**{**SIZES, "bits": 2}),
     "splitquant, calibrated": Recipe(**{**SIZES, "bits": 2}, calibration=CALIBRATION),
@@ -27,21 +26,27 @@ RECIPES = {
 
 
 @pytest.fixture(scope="module")
-def found(story_text, stories, tmp_path_factory):
-    """Convert with every method; returns KL divergences and manifests by name."""
+def measured(story_text, stories, tmp_path_factory):
+    """Return a function that converts and returns the KL divergence and the manifest."""
     original, tokenizer = load(stories)
     tokens = np.array(tokenizer.encode(story_text[:20_000])[: 8 * 256]).reshape(8, 256).tolist()
     wanted = [log_probabilities(original, row) for row in tokens]
     directory = tmp_path_factory.mktemp("methods")
-    results = {}
+
+    def measure(recipe):
+        manifest = convert(stories, directory / "model", recipe=recipe, overwrite=True)
+        model = load(directory / "model")[0]
+        got = (log_probabilities(model, row) for row in tokens)
+        return divergence(wanted, got).kl_mean, manifest
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPLITQUANT_CACHE", str(directory / "cache"))
-        for name, recipe in RECIPES.items():
-            manifest = convert(stories, directory / name, recipe=recipe)
-            model = load(directory / name)[0]
-            got = (log_probabilities(model, row) for row in tokens)
-            results[name] = divergence(wanted, got).kl_mean, manifest
-    return results
+        yield measure
+
+
+@pytest.fixture(scope="module")
+def found(measured):
+    return {name: measured(recipe) for name, recipe in RECIPES.items()}
 
 
 def test_each_method_stays_closer_than_the_one_before(found):
@@ -51,8 +56,10 @@ def test_each_method_stays_closer_than_the_one_before(found):
     assert kl["auto"] < kl["gptq"]
 
 
-def test_refinement_brings_it_closer_at_the_same_size(found):
-    (plain, before), (refined, after) = found["gptq"], found["gptq, refined"]
+@pytest.mark.slow
+def test_refinement_brings_it_closer_at_the_same_size(measured):
+    recipes = (Recipe(method="gptq", refine=refine, **CALIBRATED) for refine in (False, True))
+    (plain, before), (refined, after) = map(measured, recipes)
     assert refined < plain
     assert after.stored_bytes == before.stored_bytes
 

@@ -135,7 +135,7 @@ def test_more_bits_and_finer_granularity_are_closer(stories, tmp_path):
         convert(stories, target, recipe=Recipe(**settings))
         return kl_to(reference, target)
 
-    by_bits = [kl(bits=bits) for bits in (2, 3, 4, 6, 8)]
+    by_bits = [kl(bits=bits) for bits in (2, 4, 8)]
     assert by_bits == sorted(by_bits, reverse=True)
     by_grain = [kl(bits=3, granularity=g) for g in ("tensor", "channel", "group")]
     assert by_grain == sorted(by_grain, reverse=True)

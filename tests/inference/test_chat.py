@@ -360,6 +360,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal):
     assert terminal.process.wait(timeout=10) == 0
 
 
+@pytest.mark.robustness
 def test_the_history_of_a_session_is_there_in_the_next(terminal, tmp_path):
     terminal.type("/context\r")
     terminal.read_until("context 0 / 512")
@@ -443,6 +444,7 @@ def test_ctrl_d_leaves(terminal):
     assert terminal.process.wait(timeout=10) == 0
 
 
+@pytest.mark.robustness
 def test_a_terminated_chat_ends(terminal):
     terminal.process.terminate()
     assert terminal.process.wait(timeout=10) == -signal.SIGTERM

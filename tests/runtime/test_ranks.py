@@ -31,10 +31,10 @@ def worked(split_32, stories, story_text, questions_file, tmp_path_factory):
     convert(home / "sources" / "llama", home / "models" / "rtn", recipe=rtn)
     shutil.copytree(home / "models" / "qwen2", home / "models" / "qwen2-pipeline")
     text = home / "text.txt"
-    text.write_text(story_text[:4000], encoding="utf-8")
+    text.write_text(story_text[:2000], encoding="utf-8")
     lines = questions_file.read_text(encoding="utf-8").split("\n")
     questions = home / "questions.jsonl"
-    questions.write_text("\n".join(lines[:9]), encoding="utf-8")
+    questions.write_text("\n".join(lines[:5]), encoding="utf-8")
     shutil.copytree(split_32, home / "split")
     shutil.copytree(stories, home / "original")
     with pytest.MonkeyPatch.context() as patch:
