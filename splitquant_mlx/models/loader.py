@@ -93,7 +93,7 @@ def load_model(
         del checkpoint
     if group is not None and not alone(group):
         layout = [config, [[name, h.dtype, h.shape] for name, h in sorted(headers.items())]]
-        digest = hashlib.sha256(json.dumps(layout).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(layout, sort_keys=True).encode()).hexdigest()
         check_alike(group, f"model at {directory}", digest)
         divide(model, config, group, pipeline=pipeline, path=directory)
     with _readable(directory):
