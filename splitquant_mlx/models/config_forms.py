@@ -148,7 +148,7 @@ def _complete(path: Path, config: dict[str, Any], reference: Any, fields: Fields
     given = {key: value for key, value in config.items() if value is not None}
     known: dict[str, Any] = {"rope_scaling": None} if "rope_scaling" in fields else {}
     names = getattr(reference, "attribute_map", {})
-    for field in fields.keys() - ROPE_KEYS:
+    for field in sorted(fields.keys() - ROPE_KEYS):
         if field in NEVER_GUESSED and names.get(field) not in given:
             continue
         value = getattr(reference, field, None)

@@ -22,7 +22,7 @@ from damage import (
 
 PATHS = {
     "absent": (lambda path: None, "no such path"),
-    "empty directory": (lambda path: path.mkdir(), "it has no config.json"),
+    "empty directory": (lambda path: path.mkdir(), "is not a model directory"),
     "file": (lambda path: path.write_text("x"), "is a file: give the model's directory"),
     "broken symlink": (lambda path: path.symlink_to("nowhere"), "no such path"),
     "fifo": (os.mkfifo, "is a file"),
