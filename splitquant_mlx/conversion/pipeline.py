@@ -48,7 +48,7 @@ def convert(
 ) -> Manifest:
     """Quantize a model and save it as a checkpoint that mlx-lm and `load` run.
 
-    After a kill or a power cut, the same call goes on after the last finished safetensors file.
+    After a kill or a power cut, the same call goes on where it was, up to 20 s before.
 
     Args:
         model: hub repo id, directory, .gguf file, or a source already resolved.
@@ -100,7 +100,7 @@ def convert(
             require_space(staging, stored_bytes - writer.total_bytes)
             copy_companions(original.path, output)
             converter = Converter(checkpoint, plan, writer, state)
-            records = converter.run(progress, _calibration(original, plan, tokens))
+            records = converter.run(progress, _calibration(original, plan, tokens, state))
         check_unchanged(checkpoint)
         write_config(checkpoint.config, records, output)
         hashes, refinement = writer.hashes, {}
@@ -182,13 +182,17 @@ def _statistics(plan: Plan) -> dict[str, Callable[[mx.array], mx.array]]:
 
 
 def _calibration(
-    original: LazyModel, plan: Plan, tokens: np.ndarray | None
+    original: LazyModel, plan: Plan, tokens: np.ndarray | None, state: ConversionState
 ) -> Iterator[InputStatistics] | None:
     if tokens is None:
         return None
-    return iterate_blocks(
-        load_model(original.path, lazy=True, dequantize=True), tokens, _statistics(plan)
-    )
+    wanted = {
+        path: statistic
+        for path, statistic in _statistics(plan).items()
+        if not state.is_done(f"{path}.weight", plan.layers[path])
+    }
+    model = load_model(original.path, lazy=True, dequantize=True)
+    return iterate_blocks(model, tokens, wanted)
 
 
 def _refined(

@@ -1,8 +1,8 @@
 """Record what is finished of a conversion, and resume it when it was interrupted.
 
-A journal beside the shards has one record for every finished one. It is resumed only by a
-conversion of the same source with the same settings and versions, and a shard only where its hash
-is still the recorded one.
+A journal beside the shards has one record for every finished one, and, every `SAVE_S` seconds, one
+for the shard that is still written. It is resumed only by a conversion of the same source with the
+same settings and versions, and a shard only where its hash is still the recorded one.
 """
 
 import dataclasses
@@ -11,35 +11,41 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 from splitquant_mlx.conversion.plan import LayerPlan
 from splitquant_mlx.errors import TargetError
 from splitquant_mlx.formats.manifest import LayerRecord
-from splitquant_mlx.formats.shard_writer import ShardWriter
+from splitquant_mlx.formats.shard_writer import ShardWriter, UnfinishedShard
 from splitquant_mlx.runtime.environment import versions
 from splitquant_mlx.runtime.journal import Journal
 from splitquant_mlx.settings import load_json, record
 
+SAVE_S = 20.0
 STAGES = ("read", "cluster", "quantize", "write")
 
 
 @record
-class FinishedShard:
-    """Record of a shard that is on the disk.
+class SavedShard:
+    """Record of a shard that is on the disk, whole or as far as it was written.
 
     Attributes:
         number: of the shard, from 1.
-        sha256: of its file.
+        sha256: of its file; of an unfinished one, of the data.
         layers: records of the layers that it completed.
-        seconds: of each stage up to its end, and wall time in "total", s.
+        seconds: of each stage up to then, and wall time in "total", s.
+        header: of an unfinished one, its tensors so far; else empty.
+        nbytes: of their data.
     """
 
     number: int
     sha256: str
     layers: tuple[LayerRecord, ...]
     seconds: dict[str, float]
+    header: dict[str, Any] = field(default_factory=dict)
+    nbytes: int = 0
 
 
 def conversion_key(
@@ -87,19 +93,31 @@ class ConversionState:
         self._journal = journal
         self._writer = writer
         self._earlier_s = 0.0
-        shards = _finished_shards(journal.done)
-        taken = writer.resume([shard.sha256 for shard in shards])
+        self._journaled = 0  # records of finished shards
+        shards = _saved_shards(journal.done)
+        last = shards[-1] if shards and shards[-1].header else None
+        unfinished = last and UnfinishedShard(
+            header=last.header, nbytes=last.nbytes, sha256=last.sha256
+        )
+        digests = [shard.sha256 for shard in shards if not shard.header]
+        taken = writer.resume(digests, unfinished)
         for shard in shards[:taken]:
             self.records.update({layer.path: layer for layer in shard.layers})
             self.seconds.update(shard.seconds)
             self._earlier_s = self.seconds.pop("total", 0.0)
-        self._journaled = len(self.records)
-        self._started = time.perf_counter()
+            if not shard.header:
+                self._journaled = len(self.records)
+        self._started = self._saved = time.perf_counter()
         writer.on_finished = self._keep
 
     def add(self, record: LayerRecord) -> None:
         """Add a layer all of whose tensors were given to the writer."""
         self.records[record.path] = record
+        if time.perf_counter() - self._saved > SAVE_S:
+            if shard := self._writer.save_point():
+                header = {"header": shard.header, "nbytes": shard.nbytes}
+                self._append(self._writer.number, shard.sha256, **header)
+            self._saved = time.perf_counter()
 
     def is_done(self, name: str, layer: LayerPlan | None) -> bool:
         """Return whether all tensors made of parameter `name`, the weight of `layer`, are there."""
@@ -120,30 +138,33 @@ class ConversionState:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
     def _keep(self, number: int, sha256: str) -> None:
-        layers = tuple(self.records.values())
-        shard = FinishedShard(
+        self._append(number, sha256)
+        self._journaled = len(self.records)
+
+    def _append(self, number: int, sha256: str, **unfinished: Any) -> None:
+        shard = SavedShard(
             number=number,
             sha256=sha256,
-            layers=layers[self._journaled :],
+            layers=tuple(self.records.values())[self._journaled :],
             seconds=self.seconds_since(self._started),
+            **unfinished,
         )
         self._journal.append(dataclasses.asdict(shard))
-        self._journaled = len(layers)
 
 
-def _finished_shards(records: Iterable[Mapping[str, Any]]) -> list[FinishedShard]:
+def _saved_shards(records: Iterable[Mapping[str, Any]]) -> list[SavedShard]:
     """Return the shards of a journal in order, up to the first that it does not tell of properly.
 
-    A shard that was written a second time has two records, of which the later one holds.
+    Of a shard that has several records the last one holds. Nothing follows an unfinished one.
     """
-    found: dict[int, FinishedShard] = {}
+    found: dict[int, SavedShard] = {}
     for entry in records:
         try:
-            shard = load_json(FinishedShard, entry)
+            shard = load_json(SavedShard, entry)
         except ValueError:
             break
         found[shard.number] = shard
     shards = []
-    while len(shards) + 1 in found:
+    while len(shards) + 1 in found and not (shards and shards[-1].header):
         shards.append(found[len(shards) + 1])
     return shards

@@ -5,6 +5,7 @@ header names every offset, so it comes last here: room for it is left at the sta
 padded with spaces, as the format allows (huggingface/safetensors, "Format").
 """
 
+import hashlib
 import json
 import os
 import re
@@ -12,8 +13,9 @@ import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -25,6 +27,7 @@ from splitquant_mlx.runtime.disk import remove, sha256, sync_descriptor
 
 MAX_SHARD_BYTES = 5 * 10**9
 FLUSH_BYTES = 1 << 27  # written before the disk is told to take them in
+CHUNK_BYTES = 1 << 20
 WAITING_BYTES = 1 << 26  # that may wait behind a tensor that is being written
 
 FINAL_NAME = re.compile(r"model(?:-(\d{5,})-of-\d{5,})?\.safetensors")
@@ -45,9 +48,45 @@ SAFETENSORS_NAMES = {
 }
 
 
+def _in_order(header: dict[str, Any]) -> dict[str, Any]:
+    """Return the header of an unfinished shard as it was written; a journal sorts its keys."""
+    metadata = {"__metadata__": {"format": "mlx"}}
+    try:
+        entries = {
+            name: {key: header[name][key] for key in ("dtype", "shape", "data_offsets")}
+            for name in header.keys() - metadata.keys()
+        }
+        order = sorted(entries, key=lambda name: (entries[name]["data_offsets"], name))
+    except (KeyError, TypeError):  # not written by this program: no name of it will fit
+        return {**metadata, "": None}
+    return metadata | {name: entries[name] for name in order}
+
+
+def _update(digest: Any, file: BinaryIO, nbytes: int) -> None:
+    """Add the next `nbytes` of a file to a digest."""
+    while nbytes > 0 and (chunk := file.read(min(nbytes, CHUNK_BYTES))):
+        digest.update(chunk)
+        nbytes -= len(chunk)
+
+
 def tensor_bytes(tensor: mx.array) -> memoryview:
     """Return the bytes of a tensor in row-major order."""
     return np.ascontiguousarray(host_values(tensor)).data
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnfinishedShard:
+    """What is on the disk of a shard that is still written.
+
+    Attributes:
+        header: of the tensors so far, as in the safetensors format.
+        nbytes: of their data.
+        sha256: of that.
+    """
+
+    header: dict[str, Any]
+    nbytes: int
+    sha256: str
 
 
 class ShardWriter:
@@ -88,8 +127,10 @@ class ShardWriter:
         self._flusher = ThreadPoolExecutor(1)
         self._flush: Future[None] | None = None
         self._flushed = 0
-        self._header: dict[str, object] = {}
+        self._header: dict[str, Any] = {}
         self._offset = 0
+        self._hashed = 0  # bytes of data that `_digest` is over
+        self._digest = hashlib.sha256()
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -100,15 +141,16 @@ class ShardWriter:
         if self._file is not None:
             self._file.close()
 
-    def resume(self, digests: Sequence[str]) -> int:
+    def resume(self, digests: Sequence[str], unfinished: UnfinishedShard | None = None) -> int:
         """Take over the first shards of an interrupted writer; nothing else in `directory` stays.
 
         Args:
             digests: their SHA-256, in order. The first file that is missing or another one, and
                 all after it, are written again; an `add` of what was taken over does nothing.
+            unfinished: the shard after those, which is gone on with.
 
         Returns:
-            How many were taken over.
+            How many were taken over, the unfinished one among them.
         """
         self._take_names_back()
         for digest in digests:
@@ -127,10 +169,57 @@ class ShardWriter:
             self._resumed |= headers.keys()
             self.missing -= headers.keys()
             self.total_bytes += sum(header.nbytes for header in headers.values())
+        if unfinished and len(self._shards) == len(digests):
+            self._reopen(unfinished)
         for path in self.directory.iterdir():
             if path not in self._shards:
                 remove(path)
         return len(self._shards)
+
+    def _reopen(self, shard: UnfinishedShard) -> None:
+        """Go on with a shard, if its file is what it was."""
+        path = self._path(len(self._shards) + 1)
+        header = _in_order(shard.header)
+        names = header.keys() - {"__metadata__"}
+        if path.is_symlink() or not path.is_file() or not names <= self.missing:
+            return
+        digest, begin = hashlib.sha256(), 8 + self._room
+        file = path.open("r+b")
+        file.seek(begin)
+        _update(digest, file, shard.nbytes)
+        if digest.hexdigest() != shard.sha256:
+            file.close()
+            return
+        file.truncate(begin + shard.nbytes)
+        self._file, self._header = file, header
+        self._offset = self._hashed = shard.nbytes
+        self._flushed, self._digest = begin + shard.nbytes, digest
+        self._weight_map.update(dict.fromkeys(names, len(self._shards)))
+        self._shards.append(path)
+        self._resumed |= names
+        self.missing -= names
+        self.total_bytes += shard.nbytes
+
+    @property
+    def number(self) -> int:
+        """Return the number of the shard that is written, from 1."""
+        return len(self._shards)
+
+    def save_point(self) -> UnfinishedShard | None:
+        """Have the disk take in all that was added, and return what is to be known to go on."""
+        if self._file is None:
+            return None
+        self._await_writes()
+        self._await_flush()
+        self._file.flush()
+        sync_descriptor(self._file.fileno())
+        with self._shards[-1].open("rb") as written:
+            written.seek(8 + self._room + self._hashed)
+            _update(self._digest, written, self._offset - self._hashed)
+        self._hashed = self._offset
+        return UnfinishedShard(
+            header=dict(self._header), nbytes=self._offset, sha256=self._digest.hexdigest()
+        )
 
     def _take_names_back(self) -> None:
         """Undo the renaming of `close`."""
@@ -220,7 +309,8 @@ class ShardWriter:
         self._file = path.open("wb")
         self._file.seek(8 + self._room)
         self._header = {"__metadata__": {"format": "mlx"}}
-        self._offset = self._flushed = 0
+        self._offset = self._flushed = self._hashed = 0
+        self._digest = hashlib.sha256()
 
     def _finish_shard(self) -> None:
         if self._file is None:

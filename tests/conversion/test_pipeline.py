@@ -20,7 +20,7 @@ from splitquant_mlx import (
     load_manifest,
     split_model,
 )
-from splitquant_mlx.conversion import quantizers
+from splitquant_mlx.conversion import converter, quantizers, resume
 from splitquant_mlx.evaluation.divergence import divergence, log_probabilities
 from splitquant_mlx.models.dense import dense_weight, dequantized
 from splitquant_mlx.models.loader import load_model
@@ -231,3 +231,23 @@ def test_one_weight_at_a_time_gives_the_same(tmp_path, monkeypatch):
     monkeypatch.undo()
     written = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert written == (tmp_path / "pool" / "model.safetensors").read_bytes()
+
+
+def test_a_shard_is_gone_on_with_where_it_was_saved(stories, split_stories, tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "SAVE_S", 0.0)
+    convert_weight, seen = converter.convert_weight, []
+
+    def convert_or_stop(w, layer, inputs):
+        seen.append(layer.path)
+        if len(seen) == 20:
+            raise KeyboardInterrupt
+        return convert_weight(w, layer, inputs)
+
+    monkeypatch.setattr(converter, "convert_weight", convert_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert(stories, tmp_path / "out")
+    first = len(seen)
+    convert(stories, tmp_path / "out")
+    assert len(seen) - first < 36 - 10, "half of the layers were finished"
+    written = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert written == (split_stories / "model.safetensors").read_bytes()

@@ -32,7 +32,7 @@ def test_a_dozen_points(tmp_path):
     points = campaign(source, tmp_path, overwrite=True, steps=10)
     assert len(points) >= 12 and all(point["killed"] for point in points)
     assert {point["found"] for point in points} == {"old", "none", "whole"}
-    assert max(point["taken"] for point in points) > 5, "finished shards were to be taken over"
+    assert max(point["taken"] for point in points) > 3, "finished shards were to be taken over"
 
 
 @pytest.mark.slow

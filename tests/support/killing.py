@@ -23,11 +23,13 @@ import mlx_lm.models.llama
 import mlx_lm.utils  # noqa: F401  all that a conversion imports is to be imported before the fork
 
 from splitquant_mlx import TargetError, convert
+from splitquant_mlx.conversion import resume as state
 from splitquant_mlx.formats.shard_writer import ShardWriter
 from splitquant_mlx.runtime.journal import Journal
 
 EVENTS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "fcntl.flock")
-SHARD_BYTES = 16_000
+SHARD_BYTES = 40_000
+state.SAVE_S = 0.0  # a record in the journal for each layer
 
 
 class Steps:
@@ -78,8 +80,8 @@ def conversion(source: Path, target: Path, last: int, report: Path, overwrite: b
     taken = []
     resume = ShardWriter.resume
 
-    def counted_resume(writer, digests):
-        taken.append(resume(writer, digests))
+    def counted_resume(writer, *saved):
+        taken.append(resume(writer, *saved))
         return taken[-1]
 
     ShardWriter.resume = counted_resume
