@@ -95,40 +95,6 @@ def test_a_text_file_of_a_terabyte_is_not_read(model, tmp_path, name):
         assert "has 1099511627776 bytes" in refused(action, *arguments)
 
 
-MANIFESTS = {
-    "path of escapes": {"path": ESCAPE},
-    "path of markup": {"path": "[/red]"},
-    "path of nothing": {"path": ""},
-    "path a number": {"path": 1},
-    "action of markup": {"action": "[blink]split"},
-    "mode a list": {"mode": ["affine"]},
-    "shape of texts": {"shape": ["a"]},
-    "shape negative": {"shape": [-1, 2]},
-    "nbytes a table": {"nbytes": {}},
-    "nbytes of 400 digits": {"nbytes": 10**400},
-    "bits_per_weight null": {"bits_per_weight": None},
-    "bits_per_weight NaN": {"bits_per_weight": float("nan")},
-    "snr_db text": {"snr_db": "28"},
-    "cut points of lists": {"cut_points": [[]]},
-}
-
-
-@pytest.mark.parametrize("changes", MANIFESTS.values(), ids=MANIFESTS)
-def test_a_manifest_whose_layer_cannot_be_shown(split_stories, tmp_path, capfd, changes):
-    manifest = json.loads((split_stories / "splitquant.json").read_text())
-    manifest["layers"][3].update(changes)
-    (tmp_path / "splitquant.json").write_text(json.dumps(manifest))
-    assert "is not a splitquant-mlx manifest" in complaint(capfd, "inspect", "--model", tmp_path)
-
-
-@pytest.mark.parametrize("name", ["bits_per_weight", "stored_bytes", "linear_bits_per_weight"])
-@pytest.mark.parametrize("value", [None, "1", {}, float("inf"), 10**400], ids=str)
-def test_a_manifest_whose_totals_cannot_be_shown(split_stories, tmp_path, capfd, name, value):
-    manifest = json.loads((split_stories / "splitquant.json").read_text())
-    (tmp_path / "splitquant.json").write_text(json.dumps({**manifest, name: value}))
-    assert name in complaint(capfd, "inspect", "--model", tmp_path)
-
-
 CONFIGS = {
     "text_config a number": ({"text_config": 1}, "text_config is no table"),
     "10**9 layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000"),
