@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from splitquant_mlx.errors import CheckpointError, TargetError
-from splitquant_mlx.formats.manifest import FILE_NAME, MODEL_FILE, LayerRecord
+from splitquant_mlx.formats.manifest import MODEL_FILE, LayerRecord
+from splitquant_mlx.models.companions import companions
 from splitquant_mlx.runtime.disk import sha256
 
-COPIED = (
-    "*.json", "*.txt", "*.jinja", "*.tiktoken", "*.model", "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
-NOT_COPIED = ("config.json", FILE_NAME)
 TABLES = ("quantization", "quantization_config", "splitquant", "model_file")
 
 
@@ -29,36 +26,19 @@ def require_space(directory: Path, needed_bytes: int) -> None:
 
 
 def copy_companions(source: Path, directory: Path) -> None:
-    """Copy tokenizer, chat template, generation settings and licence; no code, no weights.
+    """Copy tokenizer, chat templates, generation settings and licence; no code, no weights.
 
     Raises:
-        CheckpointError: when a file cannot be read, or is a link to elsewhere. A model that was
-            unpacked or cloned could so have any file of the user's published with the result.
+        CheckpointError: when a file cannot be read, or is a link that is not followed.
     """
-    for pattern in COPIED:
-        for file in sorted(source.glob(pattern)):
-            known = file.name in NOT_COPIED or file.name.endswith(".index.json")
-            if not file.is_file() or known or file.name.startswith("."):
-                continue
-            refuse_link_outside(source, file)
-            try:
-                content = file.read_bytes()
-            except OSError as exc:
-                raise CheckpointError(f"{file} cannot be read: {exc.strerror}") from exc
-            (directory / file.name).write_bytes(content)
-
-
-def refuse_link_outside(source: Path, file: Path) -> None:
-    """Raise CheckpointError unless a file really lies in `source`, or with its hub snapshot."""
-    snapshot, found = source.resolve(), file.resolve()
-    # the cache's layout is <repo>/snapshots/<commit hash>/<link to ../../blobs/...>
-    blobs = snapshot.parent.with_name("blobs")
-    is_snapshot = snapshot.parent.name == "snapshots"
-    if not (found.is_relative_to(snapshot) or (is_snapshot and found.is_relative_to(blobs))):
-        raise CheckpointError(
-            f"{file} links to a file outside of the model's directory, which is not copied: put "
-            "the file itself there, or remove the link"
-        )
+    for file in companions(source):
+        target = directory / file.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        try:
+            content = file.read_bytes()
+        except OSError as exc:
+            raise CheckpointError(f"{file} cannot be read: {exc.strerror}") from exc
+        target.write_bytes(content)
 
 
 def write_config(config: dict[str, Any], layers: list[LayerRecord], directory: Path) -> None:
@@ -106,7 +86,9 @@ def config_tables(layers: Sequence[LayerRecord]) -> dict[str, Any]:
 
 def hash_files(directory: Path, known: dict[str, str]) -> dict[str, str]:
     """Return the SHA-256 of every file of `directory`; those in `known` are not read again."""
-    return {file.name: known.get(file.name) or sha256(file) for file in sorted(directory.iterdir())}
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    names = {file.relative_to(directory).as_posix(): file for file in files}
+    return {name: known.get(name) or sha256(file) for name, file in names.items()}
 
 
 def _settings(layer: LayerRecord) -> dict[str, Any]:

@@ -1,26 +1,16 @@
 """Check a converted checkpoint, and list the files that belong to it and are sent."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from splitquant_mlx.conversion.save import refuse_link_outside
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.manifest import FILE_NAME, MODEL_FILE, Manifest, load_manifest
+from splitquant_mlx.models.companions import LICENCES, companions, refuse_foreign_link
 from splitquant_mlx.models.config import read_config
-from splitquant_mlx.models.shards import read_headers
+from splitquant_mlx.models.shards import INDEX, read_headers
 from splitquant_mlx.recipe import Recipe
 
 CARD = "README.md"
-INDEX = "model.safetensors.index.json"
-LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
-# what transformers' tokenizers and chats read; any other file could be a user's own
-COMPANIONS = (
-    "tokenizer*.json", "tokenizer*.jinja", "special_tokens_map.json", "added_tokens.json",
-    "vocab*.json", "vocab*.txt", "merges*.txt", "tekken.json", "*.model", "*.tiktoken",
-    "chat_template*.jinja", "chat_template*.json", "generation_config.json",
-    "preprocessor_config.json", "processor_config.json", *LICENCES,
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,20 +73,16 @@ def check_converted(path: Path) -> Converted:
             "convert it again"
         )
     wanted = {"config.json", FILE_NAME, *(header.file.name for header in headers.values())}
-    found = {*wanted, *([MODEL_FILE] if split else []), *_companions(path)}
+    found = {*wanted, *([MODEL_FILE] if split else [])}
+    found |= {file.relative_to(path).as_posix() for file in companions(path)}
+    found |= {file.name for file in [path / INDEX] if file.is_file()}
     files = tuple(path / name for name in sorted(found))
     for file in files:
         if not file.is_file():
             raise CheckpointError(f"{file} is missing, or no file: convert the model again")
-        refuse_link_outside(path, file)
-    left_out = sorted(file.name for file in path.iterdir() if file.name not in {*found, CARD})
+        refuse_foreign_link(path, file)
+    kept = {name.partition("/")[0] for name in (*found, CARD)}
+    left_out = sorted(file.name for file in path.iterdir() if file.name not in kept)
     return Converted(
         path=path, manifest=manifest, recipe=recipe, files=files, left_out=tuple(left_out)
     )
-
-
-def _companions(path: Path) -> Iterator[str]:
-    for pattern in (INDEX, *COMPANIONS):
-        for file in path.glob(pattern):
-            if file.is_file() and not file.name.startswith("."):
-                yield file.name

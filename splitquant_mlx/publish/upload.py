@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from splitquant_mlx.conversion.save import refuse_link_outside
 from splitquant_mlx.errors import CheckpointError, RecipeError, TargetError
+from splitquant_mlx.models.companions import refuse_foreign_link
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.publish.card import REPO, find_base, is_own, make_card, write_card
 from splitquant_mlx.publish.files import CARD, Converted, check_converted
@@ -57,7 +57,7 @@ class Upload:
         self.write_card()
         return send(
             self.converted.path,
-            [file.name for file in self.files],
+            [file.relative_to(self.converted.path).as_posix() for file in self.files],
             self.repo,
             private=private,
             revision=revision,
@@ -121,7 +121,7 @@ def _written_by_hand(path: Path) -> str | None:
     file = path / CARD
     if not file.exists():
         return None
-    refuse_link_outside(path, file)
+    refuse_foreign_link(path, file)
     try:
         if not file.is_file() or file.stat().st_size > MAX_CARD_BYTES:
             raise CheckpointError(f"{file} is not a file, or too large for a card: remove it")
