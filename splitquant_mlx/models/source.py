@@ -6,26 +6,27 @@ that is missing or holds nothing to quantize is refused before gigabytes are dow
 their cache, progress bars and log-in are those of huggingface_hub.
 """
 
-import json
 import re
 import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 
-from splitquant_mlx.errors import SourceError
-from splitquant_mlx.models.hub import answer_within, explain
+from splitquant_mlx.errors import CheckpointError, SourceError, some
+from splitquant_mlx.models.hub import answer_within, endpoint, explain
+from splitquant_mlx.models.shards import INDEX, PICKLES, SUFFIX, read_index, shard_names
 
 # Subfolders hold other formats (onnx, original) and training checkpoints, and `consolidated*` is a
 # second copy of the same weights; pickles and Python files could run code, so none is fetched.
-ALLOW = (
+FETCHED = (
     "*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja",
     "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-IGNORE = ("*/*", "consolidated*")
-WEIGHTS = "*.safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pickle", ".pkl")
+TEMPLATES = "additional_chat_templates/*.jinja"
+COMMIT = re.compile(r"[0-9a-f]{7,40}")
 ABANDONED_S = 3600  # since a download wrote last
 
 
@@ -65,25 +66,49 @@ def resolve(model: str, *, revision: str | None = None, timeout_s: float | None 
 
 
 def cached(repo: str, *, revision: str | None = None) -> Source | None:
-    """Find a complete copy of `repo` in the hub's cache, without any network; None without one."""
+    """Find a copy of `repo` in the hub's cache, without any network; None without one.
+
+    Whichever program fetched it: config.json and all weights are required, and nothing else.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    commits = [commit for commit in _cached_commits(repo) if commit.startswith(revision or "/")]
+    if len(commits) == 1 and COMMIT.fullmatch(revision or ""):
+        revision = commits[0]
     try:
-        source = _snapshot(repo, revision, local_files_only=True)
+        config = try_to_load_from_cache(repo, "config.json", revision=revision)
+        if not isinstance(config, str):
+            return None
+        path = Path(config).parent
+        source = Source(name=repo, path=path, revision=path.name)
         _check_snapshot(source)
-    except (OSError, SourceError):
+    except (OSError, ValueError, SourceError):
         return None
     return source
+
+
+def _cached_commits(repo: str) -> list[str]:
+    """Return the hashes of the commits that the hub's cache has something of."""
+    from huggingface_hub import constants
+
+    try:
+        folder = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}" / "snapshots"
+        return sorted(path.name for path in folder.iterdir())
+    except (OSError, ValueError):
+        return []
 
 
 def _local(model: str) -> Path | None:
     if not model.strip():
         raise SourceError("the model's name is empty: give a directory, a .gguf file or a repo id")
     try:
+        model.encode()  # mlx opens no path that UTF-8 does not encode
         path = Path(model).expanduser()
         exists = path.exists()
     except OSError as exc:
         raise SourceError(f"cannot open {model!r}: {exc.strerror}") from exc
     except (ValueError, RuntimeError) as exc:
-        raise SourceError(f"cannot open {model!r}: {exc}") from exc
+        raise SourceError(f"cannot open {model!a}: {exc}") from exc
     if exists:
         if path.is_dir() or path.suffix.lower() == ".gguf":
             return path
@@ -113,18 +138,33 @@ def _from_hub(repo: str, revision: str | None, timeout_s: float | None) -> Sourc
     except Exception as exc:
         if found := cached(repo, revision=revision):
             return found
-        raise SourceError(explain(exc, repo, revision=revision)) from exc
-    _check_files(repo, [file.rfilename for file in info.siblings or ()])
+        otherwise = None
+        if revision is None and (commits := _cached_commits(repo)):
+            only = f"the cache has it without the name of a branch, at {some(commits)}"
+            otherwise = f"{only}: pass one as --revision; {endpoint()} cannot be reached"
+        message = explain(exc, repo, revision=revision, otherwise=otherwise)
+        raise SourceError(message) from exc
+    names = [file.rfilename for file in info.siblings or ()]
+    _check_files(repo, names)
+    files = [name for name in names if _is_fetched(name)]
     try:
         # the weights last: where they all are, a download that was killed had got all the rest
-        companions = _snapshot(repo, revision, ignore=WEIGHTS)
-        source = _snapshot(repo, companions.revision)
+        commit = _fetch(repo, revision, [name for name in files if not name.endswith(SUFFIX)]).name
+        path = _fetch(repo, commit, files)
     except Exception as exc:
         broken = "the download broke off; the same command carries on with the files it lacks"
         raise SourceError(explain(exc, repo, revision=revision, otherwise=broken)) from exc
+    source = Source(name=repo, path=path, revision=commit)
     _check_snapshot(source)
-    _remove_abandoned(source.path.parents[1] / "blobs")
+    _remove_abandoned(path.parents[1] / "blobs")
     return source
+
+
+def _is_fetched(name: str) -> bool:
+    if "/" in name:
+        return fnmatchcase(name, TEMPLATES)
+    wanted = any(fnmatchcase(name, pattern) for pattern in FETCHED)
+    return wanted and not name.startswith("consolidated")
 
 
 def _remove_abandoned(blobs: Path) -> None:
@@ -135,21 +175,17 @@ def _remove_abandoned(blobs: Path) -> None:
                 file.unlink()
 
 
-def _snapshot(
-    repo: str, revision: str | None, *, ignore: str | None = None, local_files_only: bool = False
-) -> Source:
+def _fetch(repo: str, revision: str | None, files: list[str]) -> Path:
+    """Fetch files of a repo; returns <cache>/<repo>/snapshots/<commit hash>."""
     from huggingface_hub import constants, snapshot_download
 
     path = snapshot_download(
         repo,
         revision=revision,
         etag_timeout=constants.HF_HUB_ETAG_TIMEOUT,
-        allow_patterns=list(ALLOW),
-        ignore_patterns=[*IGNORE, *([ignore] if ignore else [])],
-        local_files_only=local_files_only,
+        allow_patterns=[escape(name) for name in files],
     )
-    # The cache's layout is <repo>/snapshots/<commit hash>.
-    return Source(name=repo, path=Path(path), revision=Path(path).name)
+    return Path(path)
 
 
 def _check_files(repo: str, names: Iterable[str]) -> None:
@@ -158,11 +194,11 @@ def _check_files(repo: str, names: Iterable[str]) -> None:
     if not any(name.endswith(".safetensors") for name in top):
         if ggufs := [name for name in top if name.endswith(".gguf")]:
             raise SourceError(
-                f"{repo} holds GGUF files only ({_some(ggufs)}): download one and give its path"
+                f"{repo} holds GGUF files only ({some(ggufs)}): download one and give its path"
             )
         if pickles := [name for name in top if name.endswith(PICKLES)]:
             raise SourceError(
-                f"{repo} holds pickled weights only ({_some(pickles)}), which can run code when "
+                f"{repo} holds pickled weights only ({some(pickles)}), which can run code when "
                 "loaded: choose a repo with .safetensors files"
             )
         raise SourceError(f"{repo} holds no weights: there is no .safetensors file at its top")
@@ -176,16 +212,10 @@ def _check_snapshot(source: Source) -> None:
     """Refuse a snapshot that lacks a file, as a broken download leaves it. Raises SourceError."""
     names = {path.name for path in source.path.iterdir() if path.exists()}
     _check_files(source.name, names)
-    if "model.safetensors.index.json" in names:
-        try:
-            text = (source.path / "model.safetensors.index.json").read_text(encoding="utf-8")
-            shards = {str(name) for name in json.loads(text)["weight_map"].values()}
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as exc:
-            raise SourceError(f"{source.name}: its model.safetensors.index.json is broken") from exc
-        if missing := sorted(shards - names):
-            raise SourceError(f"{source.name} lacks files that its index names: {_some(missing)}")
-
-
-def _some(names: list[str]) -> str:
-    """Join the first few names."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    try:
+        indexed = set(read_index(source.path).values())
+    except CheckpointError as exc:
+        raise SourceError(f"{source.name}: its {INDEX} is broken") from exc
+    there = {name for name in names if name.endswith(SUFFIX)}
+    if missing := shard_names(there, indexed) - there:
+        raise SourceError(f"{source.name} lacks files of its weights: {some(missing)}")

@@ -103,6 +103,37 @@ def test_revision_is_resolved_and_the_cache_serves_offline(hub, revision):
     assert cached("org/whole") is None
 
 
+@pytest.mark.parametrize("offline", [False, True])
+def test_what_another_program_fetched_is_used_offline(hub, monkeypatch, offline):
+    from huggingface_hub import constants, snapshot_download
+
+    hub.repos["org/whole"] = WHOLE | {"LICENSE": b"MIT"}
+    path = snapshot_download("org/whole", allow_patterns=["config.json", "model*.safetensors"])
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    hub.close()
+    expected = Source(name="org/whole", path=Path(path), revision=COMMIT)
+    assert resolve("org/whole") == expected
+    for revision in (COMMIT, COMMIT[:7]):
+        assert resolve("org/whole", revision=revision) == expected
+    refusal("org/whole", revision="c0ffee1")  # which begins no commit in the cache
+
+
+def test_what_was_fetched_by_its_commit_is_named(hub):
+    from huggingface_hub import snapshot_download
+
+    path = Path(snapshot_download("org/whole", revision=COMMIT))
+    hub.close()
+    assert f"at {COMMIT}: pass one as --revision" in refusal("org/whole")
+    assert resolve("org/whole", revision=COMMIT).path == path
+
+
+def test_named_chat_templates_are_fetched(hub):
+    name = "additional_chat_templates/tool_use.jinja"
+    hub.repos["org/named"] = WHOLE | {name: b"tools", "original/chat_template.jinja": b"x"}
+    path = resolve("org/named").path
+    assert (path / name).read_bytes() == b"tools" and not (path / "original").exists()
+
+
 @pytest.mark.parametrize("status", [401, 403, 429, 500, 503])
 def test_cache_serves_while_the_hub_refuses(hub, status):
     first = resolve("org/whole")
@@ -156,7 +187,7 @@ def test_missing_repo_and_revision(hub):
     ("names", "expected"),
     [
         (["config.json", "pytorch_model.bin"], "pickled weights only (pytorch_model.bin)"),
-        (["config.json", *(f"q{n}.gguf" for n in range(6))], "q3.gguf and 2 more): download one"),
+        (["config.json", *(f"q{n}.gguf" for n in range(6))], "q2.gguf and 3 more): download one"),
         (["config.json", "onnx/model.safetensors"], "holds no weights"),
         (["adapter_model.safetensors"], "no config.json"),
         ([], "holds no weights"),
@@ -171,7 +202,7 @@ def test_repo_with_nothing_to_quantize_is_refused_before_a_download(hub, names, 
 def test_index_that_does_not_fit_the_repo(hub):
     lacking = {name: body for name, body in SHARDED.items() if "00002-of" not in name}
     hub.repos["org/lacking"] = lacking
-    assert "lacks files that its index names: model-00002-of" in refusal("org/lacking")
+    assert "lacks files of its weights: model-00002-of" in refusal("org/lacking")
     hub.repos["org/broken"] = WHOLE | {"model.safetensors.index.json": b"[]"}
     assert "index.json is broken" in refusal("org/broken")
 
