@@ -3,11 +3,16 @@
 A question is {"id", "question", "choices": {"text": [..], "label": [..]}, "answerKey"}, one on
 every line of a .jsonl file or in every row of a .parquet file, as on the hub. A .csv file has the
 columns id, question, choices and answerKey, where choices is that object as JSON.
+
+The files of AI2's own archive are read too: its .jsonl has question and choices together,
+{"stem", "choices": [{"text", "label"}, ..]}, its .csv has the columns questionID, question and
+AnswerKey, and the options in the question's text: "Which is it? (A) this (B) that".
 """
 
 import csv
 import io
 import json
+import string
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +27,7 @@ FOLDERS = {"arc_challenge": "ARC-Challenge", "arc_easy": "ARC-Easy"}
 ARC_TASKS = tuple(FOLDERS)
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("id", "question", "choices", "answerKey")
+AI2_COLUMNS = ("questionID", "question", "AnswerKey")
 MAX_CHOICES = 26  # as many as there are letters
 
 Row = tuple[str, Any]  # where in the file, and what stands there
@@ -60,7 +66,7 @@ def load_questions(path: Path) -> list[Question]:
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise SourceError(f"{path}: wanted a .jsonl, .parquet or .csv file, got {path.suffix!r}")
+        raise SourceError(f"{path}: expected a .jsonl, .parquet or .csv file, got {path.suffix!r}")
     first_seen: dict[str, str] = {}
     questions = []
     try:
@@ -95,9 +101,9 @@ def fetch_questions(task: str, split: str = "test") -> list[Question]:
         SourceError: when they cannot be fetched.
     """
     if task not in FOLDERS:
-        raise RecipeError(f"task: wanted {' or '.join(FOLDERS)}, got {task!r}")
+        raise RecipeError(f"task: expected {' or '.join(FOLDERS)}, got {task!r}")
     if split not in SPLITS:
-        raise RecipeError(f"{task}: wanted the split {', '.join(SPLITS)}, got {split!r}")
+        raise RecipeError(f"{task}: expected the split {', '.join(SPLITS)}, got {split!r}")
     name = f"{FOLDERS[task]}/{split}-00000-of-00001.parquet"
     return load_questions(fetch_dataset_file(ARC, name))
 
@@ -114,19 +120,48 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
 def _csv_rows(path: Path) -> Iterator[Row]:
     reader = csv.DictReader(io.StringIO(_read_utf8(path), newline=""), strict=True)
     try:
-        _check_columns(path, list(reader.fieldnames or ()))
+        names = list(reader.fieldnames or ())
+        is_ai2 = set(AI2_COLUMNS) <= set(names)
+        if not is_ai2:
+            _check_columns(path, names)
         for row in reader:
             where = f"line {reader.line_num}"
             try:
-                yield where, {**row, "choices": json.loads(row["choices"] or "")}
+                yield where, _ai2_row(row) if is_ai2 else _csv_row(row)
             except (ValueError, RecursionError) as exc:
-                raise SourceError(
-                    f"{path}, {where}: choices is not JSON ({one_line(exc)})"
-                ) from exc
+                raise SourceError(f"{path}, {where}: {one_line(exc)}") from exc
     except csv.Error as exc:
         raise SourceError(
             f"{path}, near line {reader.line_num}: not CSV ({one_line(exc)})"
         ) from exc
+
+
+def _csv_row(row: dict[str, str]) -> dict[str, Any]:
+    try:
+        return {**row, "choices": json.loads(row["choices"] or "")}
+    except (ValueError, RecursionError) as exc:
+        raise ValueError(f"choices is not JSON ({one_line(exc)})") from exc
+
+
+def _ai2_row(row: dict[str, str]) -> dict[str, Any]:
+    """Bring a row of AI2's .csv into the layout of the hub."""
+    text = row["question"] or ""
+    for labels in (string.ascii_uppercase, string.digits[1:]):
+        starts = [text.rfind(f"({labels[0]})")]
+        for label in labels[1:] if starts[0] >= 0 else "":
+            if (start := text.find(f"({label})", starts[-1] + 3)) < 0:
+                break
+            starts.append(start)
+        if len(starts) > 1:
+            ends = [*starts[1:], len(text)]
+            texts = [text[a + 3 : b].strip() for a, b in zip(starts, ends, strict=True)]
+            choices = {"text": texts, "label": list(labels[: len(texts)])}
+            question = text[: starts[0]].strip()
+            key = (row["AnswerKey"] or "").strip()
+            return {
+                "id": row["questionID"], "question": question, "choices": choices, "answerKey": key
+            }  # fmt: skip
+    raise ValueError('expected options such as "(A) this (B) that" in the question, got none')
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -146,7 +181,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 def _check_columns(path: Path, names: list[str]) -> None:
     if missing := [name for name in COLUMNS if name not in names]:
         raise SourceError(
-            f"{path}: wanted the columns {', '.join(COLUMNS)}, got {', '.join(names) or 'none'}: "
+            f"{path}: expected the columns {', '.join(COLUMNS)}, got {', '.join(names) or 'none'}: "
             f"add {', '.join(missing)}"
         )
 
@@ -154,16 +189,24 @@ def _check_columns(path: Path, names: list[str]) -> None:
 def _question(row: Any) -> Question:
     """Build a question from a row of the file. Raises ValueError saying what is wrong with it."""
     if not isinstance(row, dict):
-        raise ValueError(f"wanted an object with {', '.join(COLUMNS)}, got a {type(row).__name__}")
+        raise ValueError(
+            f"expected an object with {', '.join(COLUMNS)}, got a {type(row).__name__}"
+        )
+    if isinstance(inner := row.get("question"), dict):  # AI2's own layout
+        listed = inner.get("choices")
+        if not isinstance(listed, list) or not all(isinstance(c, dict) for c in listed):
+            raise ValueError('expected "question" to have a list "choices" of objects')
+        choices = {key: [choice.get(key) for choice in listed] for key in ("text", "label")}
+        row = {**row, "question": inner.get("stem"), "choices": choices}
     name, question, answer = (_text(row, key) for key in ("id", "question", "answerKey"))
     choices = row.get("choices")
     if not isinstance(choices, dict):
-        raise ValueError('wanted "choices" to be an object with the lists "text" and "label"')
+        raise ValueError('expected "choices" to be an object with the lists "text" and "label"')
     texts, labels = _texts(choices, "text"), _texts(choices, "label")
     if len(texts) != len(labels):
         raise ValueError(f"the choices have {len(texts)} texts and {len(labels)} labels")
     if not 2 <= len(texts) <= MAX_CHOICES:
-        raise ValueError(f"wanted 2 to {MAX_CHOICES} choices, got {len(texts)}")
+        raise ValueError(f"expected 2 to {MAX_CHOICES} choices, got {len(texts)}")
     if len(set(labels)) < len(labels):
         raise ValueError(f"two choices have the same label: {', '.join(labels)}")
     if answer not in labels:
@@ -176,7 +219,7 @@ def _question(row: Any) -> Question:
 def _texts(choices: dict[str, Any], key: str) -> tuple[str, ...]:
     values = choices.get(key)
     if not isinstance(values, list):
-        raise ValueError(f'wanted "choices" to have a list "{key}"')
+        raise ValueError(f'expected "choices" to have a list "{key}"')
     return tuple(_text({key: value}, key) for value in values)
 
 
@@ -184,7 +227,7 @@ def _text(row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
         got = "none" if value is None else "an empty one" if value == "" else repr(value)[:40]
-        raise ValueError(f'wanted a "{key}" that is a string with some text, got {got}')
+        raise ValueError(f'expected a "{key}" that is a string with some text, got {got}')
     if "\0" in value:
         raise ValueError(f'the "{key}" holds a NUL character')
     if not value.isascii():

@@ -51,7 +51,7 @@ def fetch_wikitext(split: str = "test") -> str:
         SourceError: when it cannot be fetched.
     """
     if split not in WIKITEXT_SPLITS:
-        raise RecipeError(f"WikiText-2: wanted {' or '.join(WIKITEXT_SPLITS)}, got {split!r}")
+        raise RecipeError(f"WikiText-2: expected {' or '.join(WIKITEXT_SPLITS)}, got {split!r}")
     name = f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet"
     return load_text(fetch_dataset_file(WIKITEXT, name))
 
@@ -83,11 +83,11 @@ def cut_windows(tokens: Sequence[int], context_length: int, limit: int | None = 
         RecipeError: when there are too few tokens for one window.
     """
     if context_length < 1 or (limit is not None and limit < 1):
-        raise RecipeError(f"wanted a window of 1 token or more, got {limit} of {context_length}")
+        raise RecipeError(f"expected a window of 1 token or more, got {limit} of {context_length}")
     count = min(len(tokens) // context_length, limit or len(tokens))
     if not count:
         raise RecipeError(
-            f"the text has {len(tokens)} tokens, wanted at least context_length "
+            f"the text has {len(tokens)} tokens, expected at least context_length "
             f"({context_length}): give a longer text or a smaller context_length"
         )
     return np.array(tokens[: count * context_length], np.int32).reshape(count, context_length)
@@ -130,7 +130,7 @@ def _read_parquet(path: Path) -> str:
         table = parquet.ParquetFile(path)
         if "text" not in table.schema_arrow.names:
             names = ", ".join(table.schema_arrow.names)
-            raise SourceError(f'{path}: wanted a column "text", got {names}')
+            raise SourceError(f'{path}: expected a column "text", got {names}')
         values = table.read(columns=["text"]).column("text").to_pylist()
     except (ArrowException, ValueError, KeyError, OSError) as exc:
         raise SourceError(f"{path}: not a sound parquet file ({one_line(exc)})") from exc
@@ -142,7 +142,7 @@ def _join(path: Path, rows: Iterable[tuple[str, object]]) -> str:
     texts = []
     for where, value in rows:
         if not isinstance(value, str):
-            raise SourceError(f'{path}, {where}: wanted a "text" that is a string')
+            raise SourceError(f'{path}, {where}: expected a "text" that is a string')
         if "\0" in value or not _encodes(value):
             raise SourceError(f"{path}, {where}: not text: it holds a NUL or half a character")
         texts.append(value)

@@ -54,14 +54,74 @@ def as_csv(*rows, columns=("id", "question", "choices", "answerKey", "note")) ->
     return text.getvalue().encode()
 
 
+def as_ai2_jsonl(*rows) -> bytes:
+    """Write questions as the .jsonl files of AI2's archive have them."""
+    return as_jsonl(
+        *(
+            {
+                "id": row["id"],
+                "question": {
+                    "stem": row["question"],
+                    "choices": [
+                        {"text": text, "label": label}
+                        for text, label in zip(*row["choices"].values(), strict=True)
+                    ],
+                },
+                "answerKey": row["answerKey"],
+            }
+            for row in rows
+        )
+    )
+
+
+def as_ai2_csv(*rows) -> bytes:
+    """Write questions as the .csv files of AI2's archive have them."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["questionID", "originalQuestionID", "AnswerKey", "question", "subject"])
+    for row in rows:
+        options = zip(*row["choices"].values(), strict=True)
+        listed = " ".join(f"({label}) {option}" for option, label in options)
+        writer.writerow([row["id"], "1", row["answerKey"], f"{row['question']} {listed}", ""])
+    return text.getvalue().encode()
+
+
 @pytest.mark.parametrize(
-    ("name", "write"), [("a.jsonl", as_jsonl), ("a.PARQUET", as_parquet), ("a.csv", as_csv)]
+    ("name", "write"),
+    [
+        ("a.jsonl", as_jsonl),
+        ("a.PARQUET", as_parquet),
+        ("a.csv", as_csv),
+        ("a.jsonl", as_ai2_jsonl),
+        ("a.csv", as_ai2_csv),
+    ],
 )
 def test_every_layout_reads_the_same(tmp_path, name, write):
     (tmp_path / name).write_bytes(write(ROW, NUMBERED))
     first, second = load_questions(tmp_path / name)
     assert first == QUESTION
     assert second.labels == tuple("12345") and second.answer == 4
+
+
+def test_a_letter_in_brackets_before_the_options_is_the_questions(tmp_path):
+    row = {**ROW, "question": "Is vitamin (A) found in (B) or (1)?"}
+    (tmp_path / "a.csv").write_bytes(as_ai2_csv(row))
+    (found,) = load_questions(tmp_path / "a.csv")
+    assert found.question == row["question"] and found.choices == QUESTION.choices
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.csv", b"questionID,AnswerKey,question\n1,A,What?\n", "line 2: expected options such"),
+        ("a.csv", b"questionID,AnswerKey,question\n1,C,Q (A) a (B) b\n", "the answerKey 'C' is"),
+        ("a.jsonl", b'{"id": "1", "question": {"stem": "Q"}, "answerKey": "A"}', "a list"),
+    ],
+)
+def test_questions_of_ai2_that_lack_something(tmp_path, name, content, problem):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=problem):
+        load_questions(tmp_path / name)
 
 
 @given(
@@ -102,18 +162,18 @@ def choices(texts, labels):
 
 
 MALFORMED = [
-    (changed(answerKey=...), 'wanted a "answerKey" that is a string with some text, got none'),
+    (changed(answerKey=...), 'expected a "answerKey" that is a string with some text, got none'),
     (changed(answerKey="D"), "the answerKey 'D' is none of the labels A, B, C"),
     (changed(answerKey="b"), "the answerKey 'b' is none"),
-    (changed(question="  "), 'wanted a "question"'),
+    (changed(question="  "), 'expected a "question"'),
     (changed(question=""), "got an empty one"),
-    (changed(id=None), 'wanted a "id"'),
-    (changed(choices=choices(["a"], ["A"]), answerKey="A"), "wanted 2 to 26 choices, got 1"),
+    (changed(id=None), 'expected a "id"'),
+    (changed(choices=choices(["a"], ["A"]), answerKey="A"), "expected 2 to 26 choices, got 1"),
     (changed(choices=choices(["a", "b"], ["A", "B", "C"])), "have 2 texts and 3 labels"),
     (changed(choices=choices(["a", "b", "c"], ["A", "B", "B"])), "same label: A, B, B"),
-    (changed(choices=choices(["a", "", "c"], ["A", "B", "C"])), 'wanted a "text"'),
-    (changed(choices=choices(["a", None, "c"], ["A", "B", "C"])), 'wanted a "text"'),
-    (changed(choices={"text": ["a", "b"]}), 'wanted "choices" to have a list "label"'),
+    (changed(choices=choices(["a", "", "c"], ["A", "B", "C"])), 'expected a "text"'),
+    (changed(choices=choices(["a", None, "c"], ["A", "B", "C"])), 'expected a "text"'),
+    (changed(choices={"text": ["a", "b"]}), 'expected "choices" to have a list "label"'),
 ]
 
 
@@ -140,26 +200,30 @@ def check(path, *expected):
         ("a.jsonl", as_jsonl(ROW, NUMBERED, ROW), "line 3: the id 'Mercury_1' is taken by line 1"),
         ("a.jsonl", as_jsonl(ROW) + b"\n{", "a.jsonl, line 3: not JSON"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: not JSON"),
-        ("a.jsonl", as_jsonl(ROW) + b"[1]", "line 2: wanted an object with id, question, choices"),
+        (
+            "a.jsonl",
+            as_jsonl(ROW) + b"[1]",
+            "line 2: expected an object with id, question",
+        ),
         ("a.jsonl", as_jsonl(ROW) + b"caf\xe9", "a.jsonl, line 2: not UTF-8 text (byte 0xe9)"),
         ("a.jsonl", as_jsonl(ROW).decode().encode("utf-16"), "not UTF-8"),
         ("a.jsonl", as_jsonl(changed(question="\ud800?")), "line 1: 'utf-8' codec can't encode"),
         ("a.jsonl", as_jsonl(changed(question="a\0")), 'line 1: the "question" holds a NUL'),
-        ("a.jsonl", as_jsonl(changed(choices=["a", "b"])), 'line 1: wanted "choices" to be'),
+        ("a.jsonl", as_jsonl(changed(choices=["a", "b"])), 'line 1: expected "choices" to be'),
         ("a.jsonl", as_jsonl(changed(choices=choices("abc", "ABC"))), 'have a list "text"'),
         ("a.jsonl", as_jsonl(changed(choices=choices(["a"] * 27, ["A"] * 27))), "got 27"),
-        ("a.jsonl", as_jsonl(changed(answerKey=2)), 'wanted a "answerKey"'),
+        ("a.jsonl", as_jsonl(changed(answerKey=2)), 'expected a "answerKey"'),
         ("a.parquet", b"PAR1 and no more PAR1", "a.parquet: not a sound parquet file"),
         ("a.parquet", as_parquet(changed(answerKey=...)), "got id, question, choices: add answer"),
         ("a.parquet", as_parquet(ROW, ROW), "row 2: the id 'Mercury_1' is taken by row 1"),
-        ("a.csv", b"", "a.csv: wanted the columns id, question, choices, answerKey, got none"),
+        ("a.csv", b"", "a.csv: expected the columns id, question, choices, answerKey, got none"),
         ("a.csv", b"id,question\n1,2\n", "got id, question: add choices, answerKey"),
         ("a.csv", as_csv(), "a.csv holds no questions"),
         ("a.csv", as_csv(ROW) + b"2,Why?,oops,A\n", "a.csv, line 4: choices is not JSON"),
         ("a.csv", as_csv(ROW) + b"2,Why?\n", "a.csv, line 4: choices is not JSON"),
         ("a.csv", as_csv(ROW) + b'2,"Why', "a.csv, near line 3: not CSV (unexpected end"),
         ("a.csv", as_csv(changed(answerKey="E")), "a.csv, line 3: the answerKey 'E'"),
-        ("a.txt", b"Why?", "wanted a .jsonl, .parquet or .csv file, got '.txt'"),
+        ("a.txt", b"Why?", "expected a .jsonl, .parquet or .csv file, got '.txt'"),
     ],
 )
 def test_malformed_files_are_refused(tmp_path, name, content, expected):
@@ -203,8 +267,8 @@ def test_a_hub_that_refuses_is_named(hub):
 @pytest.mark.parametrize(
     ("task", "split", "expected"),
     [
-        ("arc", "test", "wanted arc_challenge or arc_easy, got 'arc'"),
-        ("arc_easy", "dev", "wanted the split train, validation, test, got 'dev'"),
+        ("arc", "test", "expected arc_challenge or arc_easy, got 'arc'"),
+        ("arc_easy", "dev", "expected the split train, validation, test, got 'dev'"),
     ],
 )
 def test_there_is_no_such_split(task, split, expected):

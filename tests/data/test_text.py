@@ -60,18 +60,18 @@ def test_text_comes_in_as_it_is(tmp_path, name, content, text):
         ("a.txt", b"one\nt\0o\n", "a.txt, line 2: not text: it holds a NUL"),
         ("a.jsonl", b"", "a.jsonl holds no text"),
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2: not JSON"),
-        ("a.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', 'a.jsonl, line 3: wanted a "text"'),
-        ("a.jsonl", b'{"text": 3}', "a.jsonl, line 1: wanted"),
-        ("a.jsonl", b'["text"]', "a.jsonl, line 1: wanted"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', 'a.jsonl, line 3: expected a "text"'),
+        ("a.jsonl", b'{"text": 3}', "a.jsonl, line 1: expected"),
+        ("a.jsonl", b'["text"]', "a.jsonl, line 1: expected"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: not JSON"),
         ("a.jsonl", b'{"text": "a\\u0000"}', "a.jsonl, line 1: not text"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}', "a.jsonl, line 2: not text"),
         ("a.jsonl", b'{"text": ""}\n', "a.jsonl holds no text"),
         ("a.parquet", b"", "a.parquet: not a sound parquet file"),
         ("a.parquet", b"PAR1 and no more PAR1", "a.parquet: not a sound parquet file"),
-        ("a.parquet", as_parquet(["a"], name="body"), 'wanted a column "text", got id, body'),
-        ("a.parquet", as_parquet(["a", None]), "a.parquet, row 2: wanted"),
-        ("a.parquet", as_parquet([1, 2]), "a.parquet, row 1: wanted"),
+        ("a.parquet", as_parquet(["a"], name="body"), 'expected a column "text", got id, body'),
+        ("a.parquet", as_parquet(["a", None]), "a.parquet, row 2: expected"),
+        ("a.parquet", as_parquet([1, 2]), "a.parquet, row 1: expected"),
         ("a.parquet", as_parquet(pa.array([], pa.string())), "a.parquet holds no text"),
         ("a.parquet", as_parquet(["a" * 999])[:-40] + b"PAR1", "not a sound parquet file"),
     ],
@@ -127,7 +127,7 @@ def test_refusals_of_the_hub(hub, failure, expected):
 
 
 def test_without_a_hub_or_a_split(hub, monkeypatch):
-    with pytest.raises(RecipeError, match="wanted test or validation, got 'train'"):
+    with pytest.raises(RecipeError, match="expected test or validation, got 'train'"):
         fetch_wikitext("train")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 0.3)
     for manner in ("silent", "dead"):
