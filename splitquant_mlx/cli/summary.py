@@ -20,12 +20,17 @@ LM_STUDIO = "~/.lmstudio/models/USER/NAME"
 
 def print_summary(manifest: Manifest, path: Path) -> None:
     """Print sizes, bits/weight, seconds, exceptions, where it runs and the next command."""
+    from splitquant_mlx.models.loader import tokenizer_problem
+
     show(pairs(*_rows(manifest)))
     for text in notes(manifest.layers):
         show(f"  {text}")
     for text in _where_it_runs(manifest, path):
         show(text)
-    next_step(f"Saved in {path}.", "chat", path)
+    if tokenizer_problem(path):
+        show(f"Saved in {path}. It has no usable tokenizer: put one there before you run it.")
+    else:
+        next_step(f"Saved in {path}.", "chat", path)
 
 
 def print_estimate(found: "Estimate", recipe: "Recipe", target: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
@@ -20,6 +21,7 @@ from splitquant_mlx.conversion.refine import refine, training_texts
 from splitquant_mlx.conversion.resume import ConversionState, conversion_key, open_journal
 from splitquant_mlx.conversion.save import copy_companions, hash_files, require_space, write_config
 from splitquant_mlx.conversion.staging import JOURNAL, MODEL, check_target, staged, sweep
+from splitquant_mlx.errors import SplitQuantWarning
 from splitquant_mlx.formats.gguf import gguf_files
 from splitquant_mlx.formats.manifest import LayerRecord, Manifest
 from splitquant_mlx.formats.model_card import read_source_card
@@ -28,13 +30,15 @@ from splitquant_mlx.formats.shard_writer import MAX_SHARD_BYTES, ShardWriter
 from splitquant_mlx.models.checkpoint import Checkpoint, check_unchanged, open_checkpoint, stamp
 from splitquant_mlx.models.directory import as_directory
 from splitquant_mlx.models.lazy import LazyModel
-from splitquant_mlx.models.loader import load_model
+from splitquant_mlx.models.loader import load_model, tokenizer_problem
 from splitquant_mlx.models.source import Source, resolve
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.recipe import Calibration, Recipe
+from splitquant_mlx.runtime.blas import fixed_threads
 from splitquant_mlx.runtime.environment import versions
 
 
+@fixed_threads()
 def convert(
     model: str | Path | Source,
     mlx_path: str | Path = "mlx_model",
@@ -63,6 +67,9 @@ def convert(
     Returns:
         The manifest, which is also saved in `mlx_path` as splitquant.json.
 
+    Warns:
+        SplitQuantWarning: when the model has no usable tokenizer.
+
     Raises:
         SplitQuantError: when the source is not found or not usable, the recipe does not fit it, or
             the target cannot be written. Nothing is left behind.
@@ -77,6 +84,9 @@ def convert(
         _opened(source, staging, progress) as (original, checkpoint),
     ):
         output = staging / MODEL
+        if problem := tokenizer_problem(original.path):
+            note = "the result will hold the weights alone, which chat and eval do not run"
+            warnings.warn(f"{problem}: {note}", SplitQuantWarning, stacklevel=2)
         chosen = _decide_bits(recipe, original, progress, on_forecast)
         plan = make_plan(chosen, checkpoint.model, checkpoint.config)
         tokens, training = _texts(chosen, plan, original, progress)

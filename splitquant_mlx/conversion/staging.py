@@ -107,9 +107,17 @@ def check_target(target: Path, *, overwrite: bool = False, source: Path | None =
 
 def _absolute(target: Path) -> Path:
     try:
+        if "\0" in str(target):
+            raise TargetError(f"cannot write {str(target)!r}: a path holds no NUL character")
+        str(target).encode()  # mlx writes to no other path
         return Path(os.path.abspath(target.expanduser()))
     except RuntimeError as exc:
         raise TargetError(f"cannot write {target}: there is no such user's home") from exc
+    except UnicodeEncodeError as exc:
+        raise TargetError(
+            f"cannot write {str(target)!a}: expected a path that UTF-8 can encode, got half a "
+            "character: choose another --mlx-path"
+        ) from exc
 
 
 def _staging(target: Path) -> Path:

@@ -29,6 +29,9 @@ from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.models.source import Source, resolve
 from splitquant_mlx.runtime.ranks import Group, alone, check_alike
 
+# what transformers makes a tokenizer of
+TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
+
 
 def load(
     model: str | Path | Source,
@@ -158,9 +161,19 @@ def load_tokenizer(directory: Path, settings: dict[str, Any]) -> Any:
     except KeyboardInterrupt:
         raise
     except BaseException as exc:  # OSError, ValueError, ...; a panic in Rust is no Exception
-        raise CheckpointError(
-            f"{directory}: the tokenizer cannot be loaded: {type(exc).__name__}: {one_line(exc)}"
-        ) from exc
+        reason = f"{type(exc).__name__}: {one_line(exc)}"
+        if not any(file for pattern in TOKENIZERS for file in directory.glob(pattern)):
+            reason = f"it has none of {', '.join(TOKENIZERS)}"
+        raise CheckpointError(f"{directory}: the tokenizer cannot be loaded: {reason}") from exc
+
+
+def tokenizer_problem(directory: Path) -> str:
+    """Return why a checkpoint has no usable tokenizer; empty where it has one."""
+    try:
+        load_tokenizer(directory, {})
+    except CheckpointError as exc:
+        return str(exc)
+    return ""
 
 
 def _check_keys(directory: Path) -> None:

@@ -1,0 +1,72 @@
+"""The same model and recipe give the same bytes: in every process, with any number of threads."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from threadpoolctl import threadpool_limits
+
+from splitquant_mlx import Recipe, convert
+from splitquant_mlx.recipe import Calibration
+from tests.support import tiny
+
+TEXTS = Calibration(num_samples=4, sequence_length=16)
+RECIPES = {
+    "splitquant": Recipe(),
+    "splitquant, fitted": Recipe(calibration=TEXTS),
+    "rtn": Recipe(method="rtn"),
+    "imatrix": Recipe(method="imatrix", calibration=TEXTS),
+    "gptq": Recipe(method="gptq", calibration=TEXTS),
+    "auto": Recipe(method="auto", calibration=TEXTS),
+    "refine": Recipe(method="imatrix", calibration=TEXTS, refine=True),
+}
+PROGRAM = """
+import sys
+from splitquant_mlx.runtime import blas
+blas.preload()
+import mlx.core as mx
+mx.set_default_device(mx.Device(mx.cpu))
+from splitquant_mlx import convert
+from tests.conversion.test_determinism import RECIPES
+for name, recipe in RECIPES.items():
+    convert(sys.argv[1], f"{sys.argv[2]}/{name}", recipe=recipe)
+"""
+
+
+def contents(directory):
+    """Return the bytes of every file, of the manifest without its times."""
+    files = {file.name: file.read_bytes() for file in directory.iterdir()}
+    manifest = json.loads(files.pop("splitquant.json"))
+    assert manifest.pop("seconds")
+    return files, manifest
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("determinism") / "source")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_conversions_with_other_numbers_of_threads_are_the_same_bytes(
+    source, tmp_path, monkeypatch, name
+):
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / f"cache-{threads}"))
+        with threadpool_limits(threads, user_api="blas"):
+            convert(source, tmp_path / str(threads), recipe=RECIPES[name])
+        found.append(contents(tmp_path / str(threads)))
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_another_process_writes_the_same_bytes(source, tmp_path):
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    for number in ("1", "2"):
+        own = {"OMP_NUM_THREADS": number, "SPLITQUANT_CACHE": str(tmp_path / f"cache-{number}")}
+        command = [sys.executable, "-c", PROGRAM, str(source), str(tmp_path / number)]
+        subprocess.run(command, env=os.environ | paths | own, check=True, timeout=300)
+    for name in RECIPES:
+        assert contents(tmp_path / "1" / name) == contents(tmp_path / "2" / name)
