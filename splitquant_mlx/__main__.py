@@ -10,7 +10,8 @@ def main() -> None:
         from splitquant_mlx.cli import run
 
         code = run(sys.argv[1:])
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before there was anything to go on from
+        print("Interrupted.", file=sys.stderr)
         code = 130
     if code > 128:  # interrupted: wait for no thread and no device
         for stream in (sys.stdout, sys.stderr):

@@ -50,15 +50,15 @@ def show(*items: Any) -> None:
     from rich.console import Console
 
     if sys.stdout.isatty():
-        console = Console(highlight=False, **styles())
+        console = Console(highlight=False, markup=False, **styles())
         for item in items:
-            console.print(item, markup=False, soft_wrap=isinstance(item, str))
+            console.print(item, soft_wrap=isinstance(item, str))
         return
     for item in items:
         text = item
         if not isinstance(item, str):
             lines = StringIO()
-            Console(file=lines, width=10_000, color_system=None).print(item)
+            Console(file=lines, width=10_000, color_system=None, markup=False).print(item)
             text = "\n".join(line.rstrip() for line in lines.getvalue().splitlines())
         print(text)
 

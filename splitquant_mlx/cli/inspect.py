@@ -156,7 +156,7 @@ def _print_layers(layers: Any, cuts: dict[str, tuple[float, ...]], *, each: bool
             text += f"{first.bits} bits g{first.group_size}"
         snr = [layer.snr_db for layer in group if layer.snr_db is not None]
         row = [
-            path.removeprefix("model.").removeprefix("layers.*."),
+            console.plain(path.removeprefix("model.").removeprefix("layers.*.")),
             *([] if each else [str(len(group))]),
             " x ".join(str(n) for n in first.shape),
             text,

@@ -134,10 +134,27 @@ def start(device: str | None) -> None:
 
 
 def one_name(argument: str | None, option: str | None) -> str | None:
-    """Return what is named as an argument or an option. Raises RecipeError for two names."""
+    """Return what is named as an argument or an option.
+
+    Raises:
+        RecipeError: when both are given, and differ.
+        SourceError: when the name looks like a misspelt directory.
+    """
+    from splitquant_mlx.models.library import closest
+
     if argument is not None and option is not None and argument != option:
         raise RecipeError(f"two models are named, {argument!r} and --model {option!r}: give one")
-    return option if argument is None else argument
+    named = option if argument is None else argument
+    if named and not _exists(named) and (near := closest(named, Path.cwd())):
+        raise SourceError(f"there is no {named} here: did you mean {near}?")
+    return named
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # which `resolve` explains
+        return True
 
 
 def choose_model(argument: str | None, option: str | None = None) -> str:
@@ -147,12 +164,10 @@ def choose_model(argument: str | None, option: str | None = None) -> str:
         RecipeError: when it is named twice, differently.
         SourceError: when none is named and none was converted here, or the name is a typo.
     """
-    from splitquant_mlx.models.library import closest, converted_in
+    from splitquant_mlx.models.library import converted_in
 
-    named = one_name(argument, option)
+    named = one_name(argument, option) or os.environ.get("SPLITQUANT_MODEL")
     if named is not None:
-        if not Path(named).exists() and (near := closest(named, Path.cwd())):
-            raise SourceError(f"there is no {named} here: did you mean {near}?")
         return named
     if found := converted_in(Path.cwd()):
         name = found[0].path.name

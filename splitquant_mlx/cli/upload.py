@@ -7,14 +7,21 @@ from typing import Annotated, Any
 import typer
 
 from splitquant_mlx.cli import interrupt
-from splitquant_mlx.cli.options import DEFAULT_MODEL, check_model
+from splitquant_mlx.cli.options import ModelArgument, choose_model
 
 
 def upload(
-    upload_repo: Annotated[str, typer.Option(help="Hugging Face repo to upload to, USER/NAME.")],
-    path: Annotated[
-        Path, typer.Option("--path", "--mlx-path", help="Directory of the converted model.")
-    ] = Path(DEFAULT_MODEL),
+    model: ModelArgument = None,
+    model_option: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "--path", "--mlx-path", metavar="MODEL", help="The same, as an option."
+        ),
+    ] = None,
+    *,
+    upload_repo: Annotated[
+        str, typer.Option(metavar="USER/NAME", help="Hugging Face repo to upload to.")
+    ],
     results: Annotated[
         list[Path] | None,
         typer.Option(help="File of eval --json or run, or a directory of them; repeatable."),
@@ -41,7 +48,7 @@ def upload(
 ) -> None:
     """Upload a converted model to the Hugging Face hub, with a card of what was measured."""
     interrupt.resumes()
-    check_model(str(path))
+    path = Path(choose_model(model, model_option))
     from splitquant_mlx.cli.console import printable, size
     from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.publish.upload import prepare_upload

@@ -121,6 +121,8 @@ def _absolute(target: Path) -> Path:
 
 
 def _staging(target: Path) -> Path:
+    if not target.name:
+        raise TargetError(f"cannot write {target}: give a directory inside it")
     return target.with_name(f".{target.name}.partial")
 
 

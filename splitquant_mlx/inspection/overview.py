@@ -61,8 +61,8 @@ class LayerKind:
 
 def describe(directory: Path) -> Overview:
     """Describe a model directory. Raises CheckpointError when it is none."""
-    config, headers = read_config(directory), read_headers(directory)
     manifest = load_manifest(directory)
+    config, headers = read_config(directory), read_headers(directory)
     layers = manifest.layers if manifest else tuple(_layers(config, headers))
     stored = sum(header.nbytes for header in headers.values())
     quantized = {leaf for x in layers for leaf in (f"{x.path}.scales", f"{x.path}.biases")}

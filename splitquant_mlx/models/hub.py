@@ -56,7 +56,7 @@ def explain(
     said = next((str(m) for e in causes if (m := getattr(e, "server_message", None))), "")
     said = f" ({hide_token(one_line(ValueError(said)))[:300]})" if said else ""
     quota = any(word in said.lower() for word in ("quota", "storage limit", "storage patterns"))
-    otherwise = otherwise or f"is not in the cache, and {hub} cannot be reached"
+    otherwise = otherwise or f"no such path, not in the cache, and {hub} cannot be reached"
 
     def is_a(kind: type[BaseException]) -> bool:
         return any(isinstance(e, kind) for e in causes)

@@ -15,8 +15,7 @@ from splitquant_mlx import CheckpointError, convert, load
 from splitquant_mlx.cli import run
 from splitquant_mlx.formats.gguf_tokenizer import build_tokenizer
 from splitquant_mlx.inference.chat import encode
-from splitquant_mlx.inspection.layers import layer_histogram
-from splitquant_mlx.inspection.overview import describe
+from splitquant_mlx.inspection.layers import find_cut_points, layer_histogram
 from splitquant_mlx.models.source import cached
 
 ESCAPE = "\x1b]0;owned\x07"
@@ -125,7 +124,7 @@ def test_the_index_of_a_snapshot_may_nest_too_deep(model, tmp_path, monkeypatch)
 def test_weights_that_are_not_finite_are_named_by_inspect(model):
     tensor(UP, mx.full((tiny.INNER, tiny.HIDDEN), float("nan")))(model)
     layer = UP.removesuffix(".weight")
-    for action, *arguments in ((describe, model), (layer_histogram, model, layer)):
+    for action, *arguments in ((find_cut_points, model), (layer_histogram, model, layer)):
         message = refused(action, *arguments)
         assert layer in message and "NaN" in message
 
@@ -202,4 +201,4 @@ def test_what_a_model_says_cannot_drive_the_terminal(model, capfd, verbose):
 
 def test_a_name_of_a_million_characters_is_cut(model, capfd):
     tensor("A" * 1_000_000, mx.zeros(3))(model)
-    assert len(complaint(capfd, "inspect", "--model", model)) < 2000
+    assert len(complaint(capfd, "inspect", "--cut-points", "--model", model)) < 2000

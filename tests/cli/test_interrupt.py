@@ -1,0 +1,68 @@
+"""Signals that come while Python cannot react, and progress where there is no terminal."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from splitquant_mlx.cli import console, progress
+
+# hashing lets other threads run, as mlx does, and takes half a minute
+BUSY = """
+import hashlib, sys
+from splitquant_mlx.cli import interrupt
+with interrupt.watched():
+    interrupt.resumes()
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha512", b"", b"", 60_000_000)
+"""
+
+
+@pytest.mark.parametrize(
+    ("numbers", "within_s"),
+    [([signal.SIGINT], 4), ([signal.SIGTERM], 4), ([signal.SIGINT, signal.SIGINT], 1.4)],
+)
+def test_a_signal_ends_what_computes_for_long(numbers, within_s):
+    with subprocess.Popen(
+        [sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(1)  # until it hashes
+        began = time.monotonic()
+        for number in numbers:
+            process.send_signal(number)
+            time.sleep(0.2)
+        _, err = process.communicate(timeout=20)
+    assert time.monotonic() - began < within_s
+    assert process.returncode == 128 + numbers[0]
+    assert err == "Interrupted. Run the same command to go on.\n"
+
+
+def test_a_pipe_gets_a_line_for_each_stage_and_minute(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY_S", 0.2)
+    bars = progress.Bars(["Sampling text", "Quantizing"])
+    with bars.task("Sampling text"):
+        pass
+    with bars.task("Quantizing", 4) as advance:
+        advance(1)
+        time.sleep(0.5)
+    first, second, third, *_ = capsys.readouterr().err.splitlines()
+    assert (first, second) == ("1 of 2, Sampling text", "2 of 2, Quantizing")
+    assert third.startswith("2 of 2, Quantizing: 25%, 0:00 elapsed")
+
+
+def test_quiet_shows_nothing(capsys):
+    console.be_quiet(True)
+    try:
+        with progress.Bars(["Quantizing"]).task("Quantizing", 4):
+            console.note("a note")
+    finally:
+        console.be_quiet(False)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_time_that_is_left_follows_from_what_is_done():
+    assert progress._times(30, 1, 4) == "0:30 elapsed, 1:30 left"
+    assert progress._times(3700, 0, 4) == "1:01:40 elapsed"
