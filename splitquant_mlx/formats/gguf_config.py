@@ -1,19 +1,18 @@
-"""Turn the metadata of a GGUF file into the config.json of the same model.
-
-The keys are those of llama.cpp's converters, which leave out what all models of an architecture
-share: that, and how the converters change the weights, is in `ARCHITECTURES`.
-"""
+"""Turn the metadata of a GGUF file into the config.json of the same model."""
 
 import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from splitquant_mlx.errors import CheckpointError, SplitQuantWarning
 from splitquant_mlx.formats.gguf import Gguf, read_tensor
+from splitquant_mlx.formats.gguf_architectures import (
+    LOCAL_EXPERTS,
+    Architecture,
+    architecture_of,
+)
 from splitquant_mlx.formats.gguf_tokenizer import ELSEWHERE, end_token_ids
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -25,24 +24,6 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-EXPERTS = {
-    "num_experts": "expert_count",
-    "num_experts_per_tok": "expert_used_count",
-    "moe_intermediate_size": "expert_feed_forward_length",
-}
-LOCAL_EXPERTS = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
-WINDOW = {"sliding_window": "attention.sliding_window"}
-MULTIPLIERS = {
-    "attention_multiplier": "attention.scale",
-    "embedding_multiplier": "embedding_scale",
-    "residual_multiplier": "residual_scale",
-    "logits_scaling": "logit_scale",
-}
-SOFTCAPS = {
-    f"{place}_logit_softcapping": f"{place}_logit_softcapping" for place in ("attn", "final")
-}
-
-
 # Every key that is read, or that says nothing which the tensors and the architecture do not say.
 KNOWN = frozenset(
     "block_count context_length embedding_length feed_forward_length vocab_size "
@@ -54,113 +35,6 @@ KNOWN = frozenset(
     "rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow rope.scaling.yarn_log_multiplier "
     "expert_count expert_used_count expert_feed_forward_length".split()
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """How the models of one GGUF architecture are described in config.json.
-
-    Args:
-        model_type: mlx-lm's name of the architecture.
-        settings: keys of config.json, each with the metadata key that holds its number.
-        fixed: what every model of the architecture has, and no file says.
-        interleaved: the converter reordered the rows of the query and key projections: llama.cpp
-            rotates neighbouring channels, transformers channel i with channel i + head_dim / 2.
-        biases: the settings that say which projections have biases.
-        norm_offset: what the converter added to the weights of norms.
-        partial_rotary: only a part of a head's channels may be rotated.
-        wide_range: activations outgrow float16.
-    """
-
-    model_type: str
-    settings: Mapping[str, str] = field(default_factory=dict)
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    interleaved: bool = False
-    biases: tuple[str, ...] = ("attention_bias", "mlp_bias")
-    norm_offset: float = 0.0
-    partial_rotary: bool = False
-    wide_range: bool = False
-
-
-def _gemma(model_type: str, **settings: Any) -> Architecture:
-    return Architecture(model_type=model_type, norm_offset=1.0, wide_range=True, **settings)
-
-
-ARCHITECTURES = {
-    "llama": Architecture(model_type="llama", interleaved=True),
-    "qwen2": Architecture(model_type="qwen2"),
-    "qwen2moe": Architecture(
-        model_type="qwen2_moe",
-        settings={
-            **EXPERTS,
-            "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
-        },
-    ),
-    "qwen3": Architecture(model_type="qwen3"),
-    "qwen3moe": Architecture(
-        model_type="qwen3_moe",
-        settings=EXPERTS,
-        fixed={"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
-    ),
-    "gemma": _gemma("gemma"),
-    "gemma2": _gemma("gemma2", settings={**WINDOW, **SOFTCAPS}),
-    "gemma3": _gemma("gemma3_text", settings=WINDOW, fixed={"sliding_window_pattern": 6}),
-    "phi3": Architecture(model_type="phi3", partial_rotary=True),
-    "olmo2": Architecture(model_type="olmo2"),
-    "olmoe": Architecture(
-        model_type="olmoe",
-        settings={key: EXPERTS[key] for key in ("num_experts", "num_experts_per_tok")},
-        fixed={"norm_topk_prob": False},
-    ),
-    "smollm3": Architecture(
-        model_type="smollm3", interleaved=True, fixed={"no_rope_layer_interval": 4}
-    ),
-    "granite": Architecture(model_type="granite", settings=MULTIPLIERS, interleaved=True),
-    "granitemoe": Architecture(
-        model_type="granitemoe", settings={**MULTIPLIERS, **LOCAL_EXPERTS}, interleaved=True
-    ),
-    "starcoder2": Architecture(
-        model_type="starcoder2", settings={"norm_epsilon": "attention.layer_norm_epsilon"}
-    ),
-    "gpt-oss": Architecture(
-        model_type="gpt_oss",
-        settings={**LOCAL_EXPERTS, **WINDOW, "intermediate_size": "expert_feed_forward_length"},
-    ),
-    "glm4": Architecture(model_type="glm4", partial_rotary=True),
-    "command-r": Architecture(
-        model_type="cohere",
-        settings={"layer_norm_eps": "attention.layer_norm_epsilon", "logit_scale": "logit_scale"},
-    ),
-    "cohere2": Architecture(
-        model_type="cohere2",
-        settings={
-            **WINDOW,
-            "layer_norm_eps": "attention.layer_norm_epsilon",
-            "logit_scale": "logit_scale",
-        },
-    ),
-    "seed_oss": Architecture(
-        model_type="seed_oss", biases=("attention_bias", "attention_out_bias", "mlp_bias")
-    ),
-    "mistral3": Architecture(model_type="ministral3", interleaved=True),
-    "ernie4_5": Architecture(model_type="ernie4_5", biases=("use_bias",)),
-}
-
-
-def architecture_of(metadata: dict[str, Any]) -> Architecture:
-    """Return what is known of the file's architecture.
-
-    Raises:
-        CheckpointError: when nothing is.
-    """
-    name = metadata.get("general.architecture")
-    found = ARCHITECTURES.get(str(name))
-    if found is None:
-        known = ", ".join(ARCHITECTURES)
-        raise CheckpointError(
-            f"architecture: expected one of {known}, got {name!r:.80}; {ELSEWHERE}"
-        )
-    return found
 
 
 def model_config(gguf: Gguf, dtype: str) -> dict[str, Any]:
