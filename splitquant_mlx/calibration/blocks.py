@@ -1,7 +1,7 @@
 """Run a model over texts block by block, and watch the inputs of its layers.
 
 A transformer of mlx-lm has a list `layers` of blocks, each called with the hidden states first and
-whatever else it needs (masks, caches) behind. With the blocks replaced by stand-ins that note what
+whatever else it needs (masks, caches) after. With the blocks replaced by stand-ins that note what
 they are called with, one pass tells what each block needs, without computing it; then the blocks
 are called one after the other on all texts. Only one block's weights are in memory at a time, and
 each layer of a block is seen while its weights are there.
@@ -25,7 +25,7 @@ BATCH_TOKENS = 2048
 
 @dataclass(eq=False)
 class Pass:
-    """Hold texts on their way through a model.
+    """Texts on their way through a model.
 
     Attributes:
         blocks: the model's blocks; `release` frees the weights of one.
@@ -58,7 +58,7 @@ class Pass:
         block.update(tree_map(lambda array: mx.array(0), block.parameters()))
 
     def finish(self, state: mx.array) -> mx.array:
-        """Return the model's output for a state behind the last block; not evaluated yet."""
+        """Return the model's output for a state after the last block; not evaluated yet."""
         with _replaced(self.blocks, lambda *call: state):
             return self.model(mx.zeros(state.shape[:2], mx.int32))
 

@@ -150,7 +150,7 @@ def beginnings(tokenizer: Any, texts: int, rng: np.random.Generator) -> list[lis
     """Return the tokens that each of `texts` texts begins with, at least one.
 
     A token that begins all texts is there only if the tokenizer puts it there by itself. In
-    SmolLM2-Instruct it is the one that opens a turn of a chat: sensitivities on plain texts behind
+    SmolLM2-Instruct it is the one that opens a turn of a chat: sensitivities on plain texts after
     it agree less with those on WikiText-2 (correlation of their logarithms 0.89, without 0.95).
     """
     start = tokenizer.encode("")[:1]

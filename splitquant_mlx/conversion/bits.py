@@ -32,7 +32,7 @@ TOKENS = 4096  # that sensitivities are measured on
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """Hold chosen bits, and what they are expected to cost.
+    """Result of choosing bits, and what they are expected to lose.
 
     Attributes:
         recipe: a "gptq" recipe with the bits and group size of every layer.

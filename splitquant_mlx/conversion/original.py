@@ -34,7 +34,7 @@ def compare(directory: Path, manifest: Manifest, original: Path, progress: Progr
         directory: of the converted checkpoint.
         manifest: of it.
         original: directory of the model it was made from.
-        progress: told how far the work is.
+        progress: progress reporter.
 
     Raises:
         CheckpointError: when one of the two is not usable.

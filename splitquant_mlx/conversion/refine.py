@@ -47,12 +47,12 @@ LEARNING_RATE = 2e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Refined:
-    """Hold what training found.
+    """Result of the training.
 
     Attributes:
         tensors: scales and biases by their names, float32; none where training did not help.
         before: mean KL divergence from the original over texts not trained on, nats a token.
-        after: the same behind training.
+        after: the same after training.
     """
 
     before: float
@@ -82,14 +82,14 @@ def refine(
         tokens: (texts, length), int32. One text in `HELD_OUT` is for the measurement alone, the
             others are gone through once.
         seed: of their order.
-        progress: told of every batch.
+        progress: progress reporter.
 
     Raises:
         RecipeError: when there are too few texts, or no layer to train.
     """
     if len(tokens) < 2 * BATCH_TEXTS:
         raise RecipeError(
-            f"refinement wants {2 * BATCH_TEXTS} texts or more to train on, got {len(tokens)}: "
+            f"refinement: expected {2 * BATCH_TEXTS} texts or more to train on, got {len(tokens)}: "
             "give a larger --num-samples"
         )
     layers = _make_trainable(model)

@@ -29,7 +29,7 @@ Headers = dict[str, TensorHeader]
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Hold what one check found.
+    """Result of one check.
 
     Attributes:
         name: what was checked.
@@ -50,7 +50,7 @@ def verify(
     Args:
         directory: of the checkpoint.
         source: the model it was made from, to compare the weights with.
-        progress: told how far the work is.
+        progress: progress reporter.
 
     Returns:
         The checks, each with the problems it found.

@@ -21,7 +21,7 @@ EPS = 1e-7
 
 
 class Quantized(NamedTuple):
-    """Hold one quantized weight in mlx's layout.
+    """One quantized weight in mlx's layout.
 
     Attributes:
         weight: packed codes, uint32 (..., out, in * bits / 32).

@@ -72,7 +72,7 @@ def damped_hessian(hessian: np.ndarray) -> np.ndarray:
 
 
 class Grid:
-    """Hold the codes of a weight, with the scales and biases that they are read by.
+    """The codes of a weight, with the scales and biases that they are read by.
 
     Attributes:
         codes: (in, out), whole numbers in float32.

@@ -30,7 +30,7 @@ CHUNK = 1 << 17  # entries; bounds the temporaries, and keeps sums of squared lo
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """Hold m runs of neighbouring values in ascending order, as prefix sums over the entries.
+    """The m runs of neighbouring values in ascending order, as prefix sums over the entries.
 
     Attributes:
         low: (m,) float64, no entry of the run is below it, none of the run before above it.

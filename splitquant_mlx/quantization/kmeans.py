@@ -37,7 +37,7 @@ ROUNDING = 2.0**-46  # bounds that of a short float64 sum, as a fraction of its 
 
 @dataclass(frozen=True, kw_only=True)
 class Clustering:
-    """Hold d = min(k, distinct values) clusters of an array, in ascending order.
+    """The d = min(k, distinct values) clusters of an array, in ascending order.
 
     Attributes:
         centers: d means.
