@@ -6,6 +6,7 @@ the model; rank 0 serves, and the others compute along.
 """
 
 import logging
+import signal
 import socket
 import threading
 import time
@@ -71,6 +72,9 @@ def serve(
         url = stack.enter_context(listening(make_service(engine, source), listener))
         with suppress(KeyboardInterrupt), connected():
             on_ready(url)
+            if not alone(group):  # the others have to hear of the end
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, lambda *_: setattr(engine, "stopping", True))
             engine.run()
 
 
@@ -111,6 +115,7 @@ def make_service(engine: Engine, source: Source) -> Service:
         Path(own).name,
         path,
         str(source.path.resolve()),
+        "default_model",  # mlx_lm.server's name for it
     ]
     context = getattr(getattr(engine.model, "args", None), "max_position_embeddings", None)
     return Service(engine, list(dict.fromkeys(names)), context or CONTEXT)
