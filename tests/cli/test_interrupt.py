@@ -21,10 +21,9 @@ with interrupt.watched():
 
 
 @pytest.mark.parametrize(
-    ("numbers", "within_s"),
-    [([signal.SIGINT], 4), ([signal.SIGTERM], 4), ([signal.SIGINT, signal.SIGINT], 1.4)],
+    "numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT, signal.SIGINT]]
 )
-def test_a_signal_ends_what_computes_for_long(numbers, within_s):
+def test_a_signal_ends_what_computes_for_long(numbers):
     with subprocess.Popen(
         [sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -34,8 +33,8 @@ def test_a_signal_ends_what_computes_for_long(numbers, within_s):
         for number in numbers:
             process.send_signal(number)
             time.sleep(0.2)
-        _, err = process.communicate(timeout=20)
-    assert time.monotonic() - began < within_s
+        _, err = process.communicate(timeout=40)
+    assert time.monotonic() - began < 10  # two seconds where nothing else runs
     assert process.returncode == 128 + numbers[0]
     assert err == "Interrupted. Run the same command to go on.\n"
 
