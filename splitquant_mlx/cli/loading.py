@@ -44,7 +44,7 @@ def load_model(
         SplitQuantError: when the model cannot be found or used.
     """
     from splitquant_mlx.models.checkpoint import read_config
-    from splitquant_mlx.models.footprint import check_running, context_limit, weight_bytes
+    from splitquant_mlx.models.footprint import context_limit, weight_bytes
     from splitquant_mlx.models.loader import load
     from splitquant_mlx.models.source import resolve
     from splitquant_mlx.runtime.ranks import alone
@@ -52,8 +52,7 @@ def load_model(
     source = resolve(name, revision=revision)
     nbytes = weight_bytes(source.path)
     if group is None or alone(group):  # ranks divide it
-        if warning := check_running(source.path, f"running {name}"):
-            console.note(f"warning: {warning}")
+        check_room(source.path, f"running {name}")
     if not launched_rank():
         console.note(f"Loading {console.plain(name)} ({console.size(nbytes)}) ...")
     model, tokenizer = load(
@@ -80,3 +79,11 @@ def warn_of_context(found: Loaded, tokens: int) -> None:
             f"warning: {tokens:,} tokens are more than the {found.context:,} that this model was "
             "made for: expect nonsense"
         )
+
+
+def check_room(path: Path, work: str) -> None:
+    """Refuse to load what memory is too small for; warn where it is short."""
+    from splitquant_mlx.models.footprint import check_running
+
+    if warning := check_running(path, work):
+        console.note(f"warning: {warning}")

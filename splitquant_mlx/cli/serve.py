@@ -53,13 +53,17 @@ def serve(
     """Serve a model with OpenAI's HTTP API."""
     chosen = ServeSettings(**settings)
     start(device)
+    from splitquant_mlx.cli.loading import check_room
     from splitquant_mlx.inference.server import serve as serve_model
+    from splitquant_mlx.models.source import resolve
     from splitquant_mlx.runtime.ranks import alone, together
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     group = join()
     with together(group):
         name = choose_model(model, model_option)
+        if alone(group):
+            check_room(resolve(name).path, f"serving {name}")
 
     def announce(url: str) -> None:
         interrupt.serves()
