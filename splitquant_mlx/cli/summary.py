@@ -23,7 +23,7 @@ def print_summary(manifest: Manifest, path: Path) -> None:
     from splitquant_mlx.models.loader import tokenizer_problem
 
     show(pairs(*_rows(manifest)))
-    for text in notes(manifest.layers):
+    for text in [*manifest.warnings, *notes(manifest.layers)]:
         show(f"  {text}")
     for text in _where_it_runs(manifest, path):
         show(text)

@@ -1,6 +1,8 @@
 """Compare a converted checkpoint with the model that it was made from, weight by weight."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -11,16 +13,29 @@ from splitquant_mlx.conversion.weight import BLOCK, SAMPLE
 from splitquant_mlx.errors import CheckpointError, RecipeError, one_line
 from splitquant_mlx.formats.manifest import LayerRecord, Manifest
 from splitquant_mlx.models.checkpoint import open_checkpoint
+from splitquant_mlx.models.config import read_config, to_json
 from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.progress import Progress
 from splitquant_mlx.quantization.affine import Quantized, dequantize
 from splitquant_mlx.quantization.noise import decibels, row_squares
 from splitquant_mlx.recipe import Recipe
 
+# what says nothing of the function, or is compared elsewhere
+NOT_SETTINGS = ("_name_or_path", "torch_dtype", "dtype", "quantization", "quantization_config")
 TOLERANCE_DB = 0.05
 # a sample of rows has another ratio than the whole weight, but not by far
 WHOLE_TOLERANCE_DB = 3.0
 EXACT_DB = 150.0  # float32 has no more
+
+
+def _differing_settings(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Name the keys of config.json that make the converted model another function."""
+    found, wanted = (json.loads(to_json(config)) for config in (found, wanted))
+    return [
+        f"config.json: {key} is {found.get(key)!r:.80}, expected {wanted[key]!r:.80}"
+        for key in wanted
+        if key not in NOT_SETTINGS and found.get(key) != wanted[key]
+    ]
 
 
 def compare(directory: Path, manifest: Manifest, original: Path, progress: Progress) -> list[str]:
@@ -53,6 +68,7 @@ def compare(directory: Path, manifest: Manifest, original: Path, progress: Progr
             f"{manifest.source_bytes}"
         )
     names, dtype = list(checkpoint.weights), stored_dtype(recipe, checkpoint.config)
+    problems += _differing_settings(read_config(directory), checkpoint.config)
     with progress.task("Comparing", len(names)) as advance:
         for name in names:
             path, _, leaf = name.rpartition(".")

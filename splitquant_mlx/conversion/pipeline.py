@@ -132,6 +132,7 @@ def convert(
             refinement=refinement,
             source_card=read_source_card(original.path),
             seconds=state.seconds_since(started),
+            warnings=checkpoint.warnings,
             files=hash_files(output, hashes),
         )
         manifest.save(output)

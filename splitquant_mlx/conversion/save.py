@@ -1,6 +1,5 @@
 """Write what stands beside the weights of a converted checkpoint: config, tokenizer, licence."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from importlib import resources
@@ -10,6 +9,7 @@ from typing import Any
 from splitquant_mlx.errors import CheckpointError, TargetError
 from splitquant_mlx.formats.manifest import MODEL_FILE, LayerRecord
 from splitquant_mlx.models.companions import companions
+from splitquant_mlx.models.config import to_json
 from splitquant_mlx.runtime.disk import sha256
 
 TABLES = ("quantization", "quantization_config", "splitquant", "model_file")
@@ -48,8 +48,7 @@ def write_config(config: dict[str, Any], layers: list[LayerRecord], directory: P
     if "model_file" in config:
         code = resources.files("splitquant_mlx.nn").joinpath("model_file.py").read_bytes()
         (directory / MODEL_FILE).write_bytes(code)
-    text = json.dumps(dict(sorted(config.items())), indent=4)
-    (directory / "config.json").write_text(text + "\n", encoding="utf-8")
+    (directory / "config.json").write_text(to_json(config), encoding="utf-8")
 
 
 def config_tables(layers: Sequence[LayerRecord]) -> dict[str, Any]:

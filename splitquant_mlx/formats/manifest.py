@@ -76,6 +76,7 @@ class Manifest:
             "after" training scales and biases, nats per token; empty without it. The layers'
             snr_db is that before the training.
         source_card: licence, languages and the like from the source's README.
+        warnings: what mlx-lm's model does otherwise than the original's, or leaves out.
         files: SHA-256 of every other file of the checkpoint, by name; `verify` reads it.
     """
 
@@ -92,6 +93,7 @@ class Manifest:
     seconds: dict[str, Finite] = Field(default_factory=dict)
     refinement: dict[str, Finite] = Field(default_factory=dict)
     source_card: dict[str, Any] = Field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
     files: dict[str, str] = Field(default_factory=dict)
 
     def save(self, directory: Path) -> None:

@@ -18,8 +18,10 @@ from splitquant_mlx.errors import CheckpointError, one_line
 from splitquant_mlx.formats.safetensors import TensorHeader
 from splitquant_mlx.models.architecture import build_model, parameters
 from splitquant_mlx.models.config import check_config, read_config
-from splitquant_mlx.models.config_forms import check_function, normalize
+from splitquant_mlx.models.config_forms import normalize
 from splitquant_mlx.models.expert_stacks import separate_experts
+from splitquant_mlx.models.function import check_function
+from splitquant_mlx.models.left_out import check_left_out, left_out, settle_head
 from splitquant_mlx.models.quantized import quantization_table, unpacked, without_quantization
 from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.models.tensor_names import fit_names
@@ -83,16 +85,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 f"{header.file}: tensor {name!r} has dtype {header.dtype}, expected one of "
                 f"{', '.join(FLOATS)}: cast the checkpoint to one of them first"
             )
-    quantized, config = config, normalize(path, without_quantization(config))
-    tensors, notes = unpacked(path, quantized, headers, _load_lazily(headers))
-    tensors = separate_experts(tensors, config["model_type"])
+    quantized = config
+    config = normalize(path, settle_head(without_quantization(config), headers))
+    stored, notes = unpacked(path, quantized, headers, _load_lazily(headers))
+    tensors = separate_experts(stored, config["model_type"])
     model, weights = fit_names(path, tensors, lambda: build_model(path, config))
-    warnings = (*notes, *check_function(path, model, config))
+    notes = [*notes, *check_function(path, model, config)]
     _check_parameters(path, model, weights)
+    layers, kind = len(getattr(model, "layers", ())), config["model_type"]
+    notes += check_left_out(path, left_out(stored, weights), headers, layers, kind)
     if any(header.dtype == "F64" for header in headers.values()):
         config |= {k: "float32" for k in ("torch_dtype", "dtype") if config.get(k) == "float64"}
     source_bytes = sum(header.nbytes for header in headers.values())
-    return Checkpoint(path, config, model, weights, source_bytes, stamps, warnings)
+    return Checkpoint(path, config, model, weights, source_bytes, stamps, tuple(notes))
 
 
 def check_unchanged(checkpoint: Checkpoint) -> None:

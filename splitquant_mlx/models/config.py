@@ -1,6 +1,7 @@
 """Read config.json and check what no model has, before anything is built from it."""
 
 import json
+import math
 import re
 import stat
 from pathlib import Path
@@ -15,10 +16,32 @@ SIZES = (
 # the numbers an architecture loops over when it is built
 COUNTS = re.compile(r"(?:\w+_)?(?:num|n)_(?:\w+_)?(layers?|experts)")
 MAX_EXPERTS = 10_000
+# JSON has no such numbers; transformers writes {"__float__": "Infinity"}
+FLOAT, NOT_FINITE = "__float__", ("Infinity", "-Infinity", "NaN")
 MAX_NESTING = 50
 # what is read whole; the largest tokenizers in use are of some 30 MB
 TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 MAX_TEXT_BYTES = 1 << 28
+
+
+def to_json(config: dict[str, Any]) -> str:
+    """Return the text of a config.json; numbers that are not finite as transformers writes them."""
+    return json.dumps(_encode_floats(config), indent=4, sort_keys=True, allow_nan=False) + "\n"
+
+
+def _decode_float(table: dict[str, Any]) -> Any:
+    return float(table[FLOAT]) if list(table) == [FLOAT] and table[FLOAT] in NOT_FINITE else table
+
+
+def _encode_floats(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _encode_floats(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encode_floats(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        name = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        return {FLOAT: name}
+    return value
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -27,7 +50,7 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     refuse_special_file(file)
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"), object_hook=_decode_float)
     except FileNotFoundError as exc:
         raise CheckpointError(
             f"{path} is not a model directory: it has no config.json (wanted: config.json, "

@@ -18,12 +18,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import mlx.nn as nn
-
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.models.architecture import find_classes
 from splitquant_mlx.models.config import SIZES
-from splitquant_mlx.models.rotary import check_rotary
+from splitquant_mlx.models.derived_keys import derived_keys
 
 ROPE_TYPES = {"su": "longrope", "deepseek_yarn": "yarn"}
 # how the base of the windowed layers is called, beside the `rope_theta` of the others
@@ -41,6 +39,8 @@ NEVER_GUESSED = set(SIZES) - {"head_dim", "num_key_value_heads"}
 NOT_SETTINGS = ("quantization", "quantization_config", "splitquant", "model_file", "auto_map")
 # every how manieth layer attends to all tokens, where the others have a window or no attention
 PERIODS = ("sliding_window_pattern", "full_attention_interval")
+LAYER_WORDS = {"layer_types"}
+MISSING = object()
 Fields = dict[str, dataclasses.Field[Any]]
 
 
@@ -58,6 +58,18 @@ def normalize(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     model_class, _ = find_classes(path, config)
     fields = settings_fields(sys.modules[model_class.__module__])
     reference = text_reference(reference_config(config))
+    both = _both_forms(path, config, reference, fields)
+    if reference is not None and reference_config(both) is None:
+        raise CheckpointError(
+            f"{path}: config.json of this {config['model_type']} cannot be written so that mlx-lm "
+            "and transformers read it alike"
+        )
+    return both
+
+
+def _both_forms(
+    path: Path, config: dict[str, Any], reference: Any, fields: Fields
+) -> dict[str, Any]:
     text = config.get("text_config")
     if not isinstance(text, dict):
         return _complete(path, config, reference, fields)
@@ -65,27 +77,6 @@ def normalize(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     written = reference.to_diff_dict() if reference else {}
     written = {key: value for key, value in written.items() if key not in NOT_SETTINGS}
     return {**config, "text_config": _complete(path, {**written, **text}, reference, fields)}
-
-
-def check_function(path: Path, model: nn.Module, config: dict[str, Any]) -> list[str]:
-    """Compare what mlx-lm's model computes with what config.json asks for.
-
-    Args:
-        path: the checkpoint, for messages.
-        model: built from `config`.
-        config: config.json, normalized.
-
-    Returns:
-        What differs for some texts only, one sentence each.
-
-    Raises:
-        CheckpointError: when it computes something else.
-    """
-    reference = text_reference(reference_config(config))
-    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
-    tables = rope_parameters(text, reference)
-    settings = {**text, **({} if reference is None else reference.to_dict())}
-    return check_rotary(path, model, tables, settings)
 
 
 def settings_fields(module: ModuleType) -> Fields:
@@ -125,11 +116,12 @@ def rope_parameters(config: dict[str, Any], reference: Any) -> dict[str, dict[st
     Each has a rope_type and, where config.json or its class in transformers gives them, a
     rope_theta and a partial_rotary_factor.
     """
-    found = getattr(reference, "rope_parameters", None) or config.get("rope_parameters")
-    found = found or config.get("rope_scaling")
+    read = getattr(reference, "rope_parameters", None)
+    found = read or config.get("rope_parameters") or config.get("rope_scaling")
     found = found if isinstance(found, dict) else {}
     nested = {kind: table for kind, table in found.items() if isinstance(table, dict)}
-    return {kind: _rope_table(table, config) for kind, table in (nested or {"": found}).items()}
+    beside = {} if read else config  # where transformers' class has read all there is
+    return {kind: _rope_table(table, beside) for kind, table in (nested or {"": found}).items()}
 
 
 def _rope_table(table: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -147,19 +139,27 @@ def _complete(path: Path, config: dict[str, Any], reference: Any, fields: Fields
     """Return a table of settings, not nested, with the keys that it lacks."""
     given = {key: value for key, value in config.items() if value is not None}
     known: dict[str, Any] = {"rope_scaling": None} if "rope_scaling" in fields else {}
+    derived = derived_keys(reference)
     names = getattr(reference, "attribute_map", {})
     for field in sorted(fields.keys() - ROPE_KEYS):
-        if field in NEVER_GUESSED and names.get(field) not in given:
+        if field in NEVER_GUESSED - derived.keys() and names.get(field) not in given:
             continue
-        value = getattr(reference, field, None)
-        if _is_plain(value) and (value is not None or hasattr(reference, field)):
+        if _is_computed(reference, field) and fields[field].default is not dataclasses.MISSING:
+            continue  # which transformers could not read back
+        value = _attribute(reference, field)
+        if value is MISSING or value is None:
+            value = derived.get(field, value)
+        if value is not MISSING and _is_plain(value):
             known[field] = copy.deepcopy(value)
     for names in SYNONYMS:
         value = next((given[name] for name in names if name in given), None)
         if value is not None:
             known |= {name: value for name in names if name in fields}
+    known |= {key: derived[key] for key in derived.keys() & fields.keys() & ROPE_KEYS}
     rope = _rope_forms(rope_parameters(config, reference), fields)
-    return {**config, **known, **given, **rope, **_layer_period(path, reference, fields)}
+    layers = {key: derived[key] for key in derived.keys() & fields.keys() & LAYER_WORDS}
+    layers |= _layer_period(path, reference, fields)
+    return {**config, **known, **given, **rope, **layers}
 
 
 def _rope_forms(tables: dict[str, dict[str, Any]], fields: Fields) -> dict[str, Any]:
@@ -175,11 +175,11 @@ def _rope_forms(tables: dict[str, dict[str, Any]], fields: Fields) -> dict[str, 
         "rope_theta": table["rope_theta"],
         "rope_parameters": table if "" in tables else tables,
     }
-    if table["rope_type"] != "default":
+    if table["rope_type"] != "default" and ("" in tables or "rope_scaling" in fields):
         forms["rope_scaling"] = {**scaling, "type": table["rope_type"]}
-    if "partial_rotary_factor" in table:
-        names = [*SYNONYMS[1][1:], "partial_rotary_factor"]
-        forms |= {n: table["partial_rotary_factor"] for n in names if n in fields or n == names[-1]}
+    part = table.get(SYNONYMS[1][0])
+    if part is not None and all(other.get(SYNONYMS[1][0]) == part for other in tables.values()):
+        forms |= {n: part for n in SYNONYMS[1] if n in fields or n == SYNONYMS[1][0]}
     return forms
 
 
@@ -199,6 +199,18 @@ def _layer_period(path: Path, reference: Any, fields: Fields) -> dict[str, Any]:
             "class of this architecture reads"
         )
     return {keys[0]: period}
+
+
+def _is_computed(reference: Any, name: str) -> bool:
+    found = getattr(type(reference), name, None)
+    return isinstance(found, property) and found.fset is None
+
+
+def _attribute(reference: Any, name: str) -> Any:
+    try:
+        return getattr(reference, name, MISSING)
+    except Exception:  # of models whose layers differ, transformers gives none for all layers
+        return MISSING
 
 
 def _is_plain(value: Any) -> bool:

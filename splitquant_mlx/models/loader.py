@@ -21,8 +21,10 @@ from splitquant_mlx.formats.manifest import MODEL_FILE
 from splitquant_mlx.models.architecture import settle_random_state
 from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.config import check_config, read_config
-from splitquant_mlx.models.config_forms import check_function, normalize
+from splitquant_mlx.models.config_forms import normalize
 from splitquant_mlx.models.directory import as_directory
+from splitquant_mlx.models.function import check_function
+from splitquant_mlx.models.left_out import settle_head
 from splitquant_mlx.models.quantized import quantization_table, runs_packed
 from splitquant_mlx.models.sharding import divide
 from splitquant_mlx.models.shards import read_headers
@@ -88,6 +90,7 @@ def load_model(
     check_config(directory, config, len(headers))
     packed = runs_packed(quantization_table(directory, config)) and not dequantize
     if packed or config.get("model_file"):
+        config = settle_head(config, headers)
         model = _load_with_mlx_lm(directory, config, trust_remote_code)
     else:
         checkpoint = open_checkpoint(directory)

@@ -72,10 +72,10 @@ def check_rotary(
                     f"{type(model).__module__.rpartition('.')[2]} rotates otherwise "
                     f"({_difference(found, wanted[0])} in {name}): its output would be wrong"
                 )
+            original = table["original_max_position_embeddings"]
             notes.add(
-                "mlx-lm uses the long factors of rotary embeddings for texts of every length, "
-                f"transformers the short ones up to {table['original_max_position_embeddings']} "
-                "tokens"
+                "mlx-lm takes the long factors of rotary embeddings at every length, the original "
+                f"the short ones up to {original} tokens: texts that short give other results"
             )
     return sorted(notes)
 
@@ -85,7 +85,8 @@ def measured(module: nn.Module) -> np.ndarray:
 
     The angle is the frequency, in radians per token, the length the factor on the vector.
     """
-    dims: int = getattr(module, "dims", None) or module.dim  # type: ignore[assignment]
+    sizes = (getattr(module, name, None) for name in ("dims", "dim"))
+    dims = next((size for size in sizes if isinstance(size, int)), 0) or 2 * module["_freqs"].size
     pairs = np.arange(dims // 2)
     one = module(mx.eye(dims)[:1].reshape(1, 1, 1, dims), offset=1)
     first, second = pairs, pairs + dims // 2

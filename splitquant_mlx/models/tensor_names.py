@@ -79,8 +79,10 @@ def _namings(
     (new, _), *_ = prefixes.most_common(1)
     head = next(iter(heads), "")
     for old in dict.fromkeys(match[1] for name in bare if (match := NUMBERED.match(name))):
-        for outer in ("", "model."):  # which transformers puts before the parts that see and hear
-            names = [_rename(name, old, new, head, outer) for name in bare]
+        # no prefix is what sanitize expects of some architectures that have one in mlx-lm, GPT-2
+        # among them; `model.` is put by transformers before the parts that see and hear
+        for prefix, outer in (("", ""), (new, ""), (new, "model.")):
+            names = [_rename(name, old, prefix, head, outer) for name in bare]
             if len(set(names)) == len(names):
                 yield dict(zip(names, bare.values(), strict=True))
 

@@ -7,8 +7,10 @@ import pytest
 import tiny
 
 from splitquant_mlx import Recipe, convert
+from splitquant_mlx.conversion.verify import verify
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.models.loader import load_model
+from splitquant_mlx.models.source import resolve
 
 TOKENS = mx.array([[n * 7 % tiny.VOCAB for n in range(150)]])
 LLAMA3 = {
@@ -80,7 +82,6 @@ def test_the_result_has_both_forms(tmp_path):
     [
         ({"rope_type": "spiral", "factor": 2.0}, "spiral"),
         ({"rope_type": "llama3", "factor": 8.0}, "low_freq_factor"),
-        ({**SCALINGS["yarn"], "truncate": False}, "truncate"),
         ({**SCALINGS["yarn"], "attention_factor": 1.5}, "attention_factor"),
     ],
 )
@@ -97,3 +98,16 @@ def test_a_scaling_that_the_class_does_not_read_is_refused(tmp_path):
     _, new = write_both_forms(tmp_path, "gemma2", 10_000.0, SCALINGS["linear"])
     with pytest.raises(CheckpointError, match=r"gemma2 rotates otherwise"):
         load_model(new)
+
+
+def test_verify_names_a_setting_that_was_lost(tmp_path):
+    """As in checkpoints converted before both forms were written."""
+    _, new = write_both_forms(tmp_path, "llama", 250_000.0, LLAMA3)
+    convert(new, tmp_path / "out", recipe=Recipe(method="rtn", bits=8))
+    source = resolve(str(new))
+    assert not any(check.problems for check in verify(tmp_path / "out", source=source))
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "rope_theta": 10_000.0}))
+    found = {check.name: check.problems for check in verify(tmp_path / "out", source=source)}
+    assert "rope_theta is 10000.0, expected 250000.0" in found["original"][0]

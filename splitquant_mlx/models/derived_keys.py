@@ -1,0 +1,80 @@
+"""Keys that mlx-lm's classes ask for and transformers' configuration classes have no name for.
+
+Checkpoints of the architecture's makers have them; one that transformers 5 saved has not. Each is
+what the model in transformers does, as its code says; tests/support/architectures.py compares.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+Reference = Any  # transformers' configuration of the language model
+
+
+def _is_sparse(reference: Reference) -> list[bool]:
+    return [kind == "sparse" for kind in reference.mlp_layer_types]
+
+
+def _old_words(reference: Reference) -> list[str]:
+    """Return layer types in the words of transformers 4."""
+    words = {"full_attention": "attention", "linear_attention": "mamba"}
+    return [words.get(kind, kind) for kind in reference.layer_types]
+
+
+def _in_full_layers(key: str) -> Callable[[Reference], Any]:
+    """Return a setting of the layers without a window, where layers differ."""
+
+    def value(reference: Reference) -> Any:
+        layers = getattr(reference, "per_layer_config", None)
+        full = reference.layer_types.index("full_attention")
+        return getattr(layers[full], key) if layers else getattr(reference, key)
+
+    return value
+
+
+DERIVED: dict[str, dict[str, Callable[[Reference], Any]]] = {
+    "apertus": {
+        "mlp_bias": lambda c: False,
+        "post_norm": lambda c: False,
+        "qk_norm": lambda c: True,
+    },
+    "exaone_moe": {"is_moe_layer": _is_sparse},
+    "gemma4_text": {
+        "global_head_dim": _in_full_layers("head_dim"),
+        "num_global_key_value_heads": _in_full_layers("num_key_value_heads"),
+    },
+    "glm_moe_dsa": {
+        "topk_method": lambda c: "noaux_tc",
+        "scoring_func": lambda c: "sigmoid",
+        "moe_layer_freq": lambda c: 1,
+        "first_k_dense_replace": lambda c: [*_is_sparse(c), True].index(True),
+    },
+    "gpt2": {"n_ctx": lambda c: c.n_positions},
+    "gpt_bigcode": {"n_inner": lambda c: 4 * c.n_embd},
+    "granitemoehybrid": {"layer_types": _old_words},
+    "lfm2": {"block_dim": lambda c: c.hidden_size},
+    "mamba2": {"intermediate_size": lambda c: c.expand * c.hidden_size},
+    "minimax_m2": {
+        "shared_intermediate_size": lambda c: 0,
+        "rotary_dim": lambda c: int(c.head_dim * c.rope_parameters.get("partial_rotary_factor", 1)),
+    },
+    "solar_open": {
+        "intermediate_size": lambda c: c.moe_intermediate_size,
+        "first_k_dense_replace": lambda c: 0,
+        "partial_rotary_factor": lambda c: 1.0,
+    },
+}
+
+
+def derived_keys(reference: Reference) -> dict[str, Any]:
+    """Return the keys that are missing from transformers' form of an architecture."""
+    if reference is None:
+        return {}
+    found = {}
+    for key, value in DERIVED.get(reference.model_type, {}).items():
+        with suppress(AttributeError, KeyError, TypeError, ValueError):
+            found[key] = value(reference)
+    heads, width = (getattr(reference, key, None) for key in ("num_attention_heads", "hidden_size"))
+    if isinstance(heads, int) and isinstance(width, int) and heads:
+        found["head_dim"] = width // heads  # where the class has none; overridden otherwise
+    return found
