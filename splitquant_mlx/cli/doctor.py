@@ -3,7 +3,9 @@
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from splitquant_mlx.cli import console
 from splitquant_mlx.cli.console import new_table, pairs, plain, show, size
@@ -11,9 +13,17 @@ from splitquant_mlx.cli.options import Device, JsonFile, start
 from splitquant_mlx.errors import SplitQuantError
 
 
-def doctor(json_file: JsonFile = None, device: Device = None) -> None:
+def doctor(
+    json_file: JsonFile = None,
+    device: Device = None,
+    architectures: Annotated[
+        bool, typer.Option(help="List how mlx-lm's architectures compare with transformers'.")
+    ] = False,
+) -> None:
     """Show device, versions, memory and disk, and check that this machine computes correctly."""
     console.check_json(json_file)
+    if architectures:
+        return _show_architectures(json_file)
     start(device)
     from splitquant_mlx.inspection.doctor import dispatch_ratio, self_check
 
@@ -77,3 +87,16 @@ def _login() -> str:
     from huggingface_hub import get_token
 
     return "token found" if get_token() else "none (hf auth login, for gated and own repos)"
+
+
+def _show_architectures(json_file: Path | None) -> None:
+    from splitquant_mlx.inspection.architectures import recorded, rows
+
+    found = recorded()
+    if console.write_json(json_file, dataclasses.asdict(found)):
+        return
+    table = new_table("", "variant", "verdict", "difference", "8 bits", "remark")
+    for row in rows(found):
+        table.add_row(*map(plain, row))
+    made_with = ", ".join(f"{name} {number}" for name, number in found.versions.items())
+    show(table, f"Compared with transformers; made with {made_with}.")
