@@ -243,7 +243,7 @@ def warm_up(bases: Path) -> None:
     os.environ["COLUMNS"] = "200"
     for base in ("plain", "split", "rtn"):
         run(["generate", "--model", str(bases / base), "--prompt", "w3", "--max-tokens", "2"])
-        run(["inspect", "--model", str(bases / base)])
+        run(["inspect", str(bases / base)])
 
 
 def table(results: list[Result]) -> str:
