@@ -24,6 +24,7 @@ WRAPPERS = re.compile(
 )
 NUMBERED = re.compile(r"((?:[^.]+\.)*?)[^.]+\.\d+\.")  # prefix, container, number
 HEAD = re.compile(r"((?:.*\.)?)lm_head\..+")
+ROTARY = "rotary_emb.inv_freq"
 ADAPTER = re.compile(r"\.lora_[AB]\.|\.lora_[ab]$")
 
 
@@ -40,6 +41,8 @@ def fit_names(
     Raises:
         CheckpointError: when no naming gives the model its tensors, all of them and no other.
     """
+    # a buffer that follows from config.json, which older releases of transformers stored
+    tensors = {n: tensor for n, tensor in tensors.items() if not n.endswith(ROTARY)}
     attempts = []
     for renamed in _namings(tensors, parameters(build())):
         model = build()

@@ -70,6 +70,13 @@ def test_parts_that_see_are_left_out_under_both_of_their_names(tmp_path):
     assert mx.array_equal(*outputs)
 
 
+@pytest.mark.parametrize("name", ["model.", "model.layers.1.self_attn."])
+def test_stored_rotary_frequencies_are_left_out(tmp_path, name):
+    extra = {f"{name}rotary_emb.inv_freq": mx.ones((8,))}
+    plain, renamed = save(tmp_path, NAMINGS["torch.compile"], extra=extra)
+    assert mx.array_equal(load_model(renamed)(TOKENS), load_model(plain)(TOKENS))
+
+
 def refusal(path):
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(path)
