@@ -67,8 +67,8 @@ def taken(monkeypatch):
     """Return the list that receives how many shards each conversion takes over."""
     numbers, resume = [], ShardWriter.resume
 
-    def counted(writer, digests):
-        numbers.append(resume(writer, digests))
+    def counted(writer, *args):
+        numbers.append(resume(writer, *args))
         return numbers[-1]
 
     monkeypatch.setattr(ShardWriter, "resume", counted)
