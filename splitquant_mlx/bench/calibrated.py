@@ -49,6 +49,10 @@ class Stages:
         seconds = time.perf_counter() - started
         self.found.append({"stage": label, "seconds": seconds, "peak_bytes": peak_bytes()})
 
+    def note(self, text: str) -> None:
+        """Pass a line on."""
+        self._shown.note(text)
+
 
 def bench_calibrated(
     model: Path,

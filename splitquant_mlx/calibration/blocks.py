@@ -158,9 +158,10 @@ class Tap:
         """Do as the layer does."""
         self.inputs = self.layer_inputs = x
         if is_expert_stack(self.layer):
-            self.routes = args[0] if args else kwargs["indices"]
+            routes: mx.array = args[0] if args else kwargs["indices"]
+            self.routes = routes
             # a row for each expert that a token goes to; mlx-lm calls with (..., 1, in)
-            self.inputs = mx.broadcast_to(x.squeeze(-2), (*self.routes.shape, x.shape[-1]))
+            self.inputs = mx.broadcast_to(x.squeeze(-2), (*routes.shape, x.shape[-1]))
         y = self.layer(x, *args, **kwargs)
         self.output_shape = y.shape
         return y if self.shift is None else y + self.shift

@@ -120,7 +120,7 @@ def _block_sensitivities(
                     routes.setdefault(path, []).append(np.array(tap.routes).reshape(-1))
             # the shifts are asked for their gradients; the inputs come out, but are not asked for
             shifts = [mx.zeros(tap.output_shape, state.dtype) for tap in taps.values()]
-            unasked = [mx.zeros_like(tap.inputs) for tap in taps.values()]
+            unasked = [mx.zeros_like(tap.inputs) for tap in taps.values() if tap.inputs is not None]
             outputs, (into, *shifted) = mx.vjp(forward, [state, *shifts], [gradient, *unasked])
             mx.eval(outputs, into, shifted)
             before.append(into)

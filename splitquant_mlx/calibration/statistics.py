@@ -172,6 +172,4 @@ class _ExpertSums:
         assert self._sums is not None
         overall = self._sums.sum(axis=0) / self._counts.sum()
         counts = self._counts.reshape(-1, *[1] * overall.ndim)
-        self._sums += FEW_TOKENS * overall
-        self._sums /= counts + FEW_TOKENS
-        return mx.array(self._sums)
+        return mx.array((self._sums + FEW_TOKENS * overall) / (counts + FEW_TOKENS))

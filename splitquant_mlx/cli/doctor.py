@@ -89,7 +89,7 @@ def _login() -> str:
     return "token found" if get_token() else "none (hf auth login, for gated and own repos)"
 
 
-def _show_architectures(json_file: Path | None) -> None:
+def _show_architectures(json_file: JsonFile) -> None:
     from splitquant_mlx.inspection.architectures import recorded, rows
 
     found = recorded()

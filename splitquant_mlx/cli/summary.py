@@ -93,7 +93,7 @@ def notes(layers: Iterable[Any]) -> list[str]:
     ]
 
 
-def _option(settings: Mapping[str, int]) -> str:
+def _option(settings: Mapping[str, Any]) -> str:
     return f"{settings['bits']} g{settings['group_size']}"
 
 

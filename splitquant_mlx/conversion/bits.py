@@ -20,7 +20,6 @@ from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.quantization.allocate import allocate
 from splitquant_mlx.recipe import Calibration, Recipe
-from splitquant_mlx.runtime.blas import fixed_threads
 from splitquant_mlx.runtime.cache import kept
 
 OPTIONS: tuple[Option, ...] = (
@@ -57,7 +56,6 @@ def forecast(
         return choose_bits(opened, recipe, progress)
 
 
-@fixed_threads()
 def choose_bits(opened: LazyModel, recipe: Recipe, progress: Progress) -> Forecast:
     """Choose for a model what an "auto" recipe asks for.
 

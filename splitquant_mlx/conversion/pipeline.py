@@ -34,11 +34,9 @@ from splitquant_mlx.models.loader import load_model, tokenizer_problem
 from splitquant_mlx.models.source import Source, resolve
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.recipe import Calibration, Recipe
-from splitquant_mlx.runtime.blas import fixed_threads
 from splitquant_mlx.runtime.environment import versions
 
 
-@fixed_threads()
 def convert(
     model: str | Path | Source,
     mlx_path: str | Path = "mlx_model",

@@ -199,7 +199,7 @@ def _pack_quantized(
             f"expected symmetric integers of 4 or 8 bits, got {groups!r:.200}: fetch the model it "
             "was made from"
         )
-    width = bits.pop()
+    width: int = bits.pop()  # type: ignore[assignment]  # one of the two above
     found = {}
     for name, w in tensors.items():
         path, _, leaf = name.rpartition(".")

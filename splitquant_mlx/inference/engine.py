@@ -256,18 +256,18 @@ class _OneByOne:
     def step(self) -> Iterator[tuple[int, Scored, Any]]:
         for name, waiting in list(self._waiting.items())[:1]:
             if self._responses is None:
-                self._start(*waiting)
+                self._responses = self._start(*waiting)
             r = next(self._responses)
             self._tokens.append(r.token)
             computed = self.remove(name) if r.finish_reason else None
             yield name, _scored(r.token, r.logprobs, waiting[0].plan.top, r.finish_reason), computed
 
-    def _start(self, job: Job, cache: Any, sampler: Sampler, processors: list[Any]) -> None:
+    def _start(self, job: Job, cache: Any, sampler: Sampler, processors: list[Any]) -> Any:
         engine, settings, plan = self._engine, self._engine.settings, job.plan
         models = [m for m in (engine.model, engine.draft_model) if m is not None]
         self._tokens: list[int] = list(plan.prompt)
         self._cache = cache or [layer for model in models for layer in make_prompt_cache(model)]
-        self._responses = stream_generate(
+        return stream_generate(
             engine.model,
             engine.tokenizer,
             plan.prompt[job.cached :],
@@ -284,9 +284,9 @@ class _OneByOne:
         )
 
     def remove(self, name: int) -> tuple[list[int], Any] | None:
-        current = name == next(iter(self._waiting)) and self._responses is not None
+        current = name == next(iter(self._waiting))
         del self._waiting[name]
-        if not current:
+        if not current or self._responses is None:
             return None
         self._responses.close()
         self._responses = None

@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,9 @@ def serve(
         with together(group):
             if not alone(group) and (settings.adapter_path or settings.draft_model):
                 raise RecipeError("--adapter-path, --draft-model: not for more than one rank")
-            source, listener = resolve(model), None
-            if group.rank() == 0:
-                listener = stack.enter_context(bind(settings.host, settings.port))
+            source = resolve(model)
+            bound = bind(settings.host, settings.port) if group.rank() == 0 else nullcontext()
+            listener = stack.enter_context(bound)
         with together(group):
             engine = load_engine(source, settings, trust_remote_code, group)
         if listener is None:

@@ -60,7 +60,7 @@ class ServeSettings:
                 right, expected = 0 <= value <= UP_TO[name], f"0 to {UP_TO[name]}"
             elif isinstance(value, int | float) and name != "quantized_kv_start":
                 right, expected = value is False or 0 < value < float("inf"), "a number above 0"
-            elif name == "api_key" and value is not None:
+            elif name == "api_key" and isinstance(value, str):
                 right = value.isprintable() and value == value.strip() != ""
                 expected, value = "printable characters without spaces around them", "others"
             if not right:

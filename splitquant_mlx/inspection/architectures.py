@@ -49,7 +49,9 @@ class Comparisons:
 
 def recorded() -> Comparisons:
     """Return the comparisons that come with this package."""
-    return load_json(Comparisons, resources.files(__package__).joinpath(FILE).read_bytes())
+    return load_json(
+        Comparisons, resources.files("splitquant_mlx.inspection").joinpath(FILE).read_bytes()
+    )
 
 
 def rows(found: Comparisons) -> list[tuple[str, ...]]:

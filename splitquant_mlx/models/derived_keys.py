@@ -15,7 +15,7 @@ def _is_sparse(reference: Reference) -> list[bool]:
     return [kind == "sparse" for kind in reference.mlp_layer_types]
 
 
-def _old_words(reference: Reference) -> list[str]:
+def _old_words(reference: Reference) -> list[Any]:
     """Return layer types in the words of transformers 4."""
     words = {"full_attention": "attention", "linear_attention": "mamba"}
     return [words.get(kind, kind) for kind in reference.layer_types]

@@ -145,7 +145,8 @@ def _windows(model: nn.Module, reference: Reference) -> list[str]:
     from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
     window = getattr(reference, "sliding_window", None)
-    types = getattr(reference, "layer_types", None) or ["sliding_attention"] * len(model.layers)
+    layers: Any = model.layers
+    types = getattr(reference, "layer_types", None) or ["sliding_attention"] * len(layers)
     wanted = [window if kind == "sliding_attention" else None for kind in types]
     found = [
         cache.max_size if isinstance(cache, RotatingKVCache) else None

@@ -51,7 +51,8 @@ def settle_head(config: dict[str, Any], headers: dict[str, TensorHeader]) -> dic
     if not heads and said:
         return config
     tie = {"tie_word_embeddings": not heads}
-    return {**config, **tie, **({"text_config": {**text, **tie}} if len(tables) > 1 else {})}
+    own = {"text_config": {**text, **tie}} if isinstance(text, dict) else {}
+    return {**config, **tie, **own}
 
 
 def same_bytes(one: TensorHeader, other: TensorHeader) -> bool:

@@ -21,7 +21,11 @@ def html(report: Report) -> str:
     """
     from jinja2 import Environment, StrictUndefined
 
-    template = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
+    template = (
+        resources.files("splitquant_mlx.report")
+        .joinpath("page.html.j2")
+        .read_text(encoding="utf-8")
+    )
     rules = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -77,19 +77,3 @@ def one_thread_for_numpy() -> Iterator[None]:
 
     with ThreadpoolController().select(prefix="libscipy_openblas").limit(limits=1):
         yield
-
-
-@contextmanager
-def fixed_threads() -> Iterator[None]:
-    """Let OpenBLAS compute with one thread, so that its results are the same wherever it runs.
-
-    The last bits of a product of matrices depend on the number of its threads (measured: OpenBLAS
-    0.3.21, float32, 1 to 8 threads), and with them text that is sampled, statistics and codes.
-    `$SPLITQUANT_BLAS_THREADS` is another number for machines with many cores: results then depend
-    on it. Does nothing where there is no OpenBLAS, as on a Mac.
-    """
-    from threadpoolctl import ThreadpoolController
-
-    threads = int(os.environ.get("SPLITQUANT_BLAS_THREADS") or 1)
-    with ThreadpoolController().select(internal_api="openblas").limit(limits=threads):
-        yield

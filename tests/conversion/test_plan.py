@@ -4,13 +4,13 @@ import math
 
 import mlx.core as mx
 import pytest
+import tiny
 
 from splitquant_mlx import convert, load_manifest
 from splitquant_mlx.conversion.plan import make_plan
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.recipe import Recipe
-from tests.support import tiny
 
 EMBEDDING, HEAD, MLP = "model.embed_tokens", "lm_head", "model.layers.1.mlp.up_proj"
 

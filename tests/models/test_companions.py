@@ -1,11 +1,11 @@
 """What belongs to a model goes with it, wherever it lies; what training left and secrets do not."""
 
 import pytest
+import tiny
 
 from splitquant_mlx import Recipe, cli, convert, load
 from splitquant_mlx.errors import SplitQuantWarning, TargetError
 from splitquant_mlx.models.companions import companions
-from tests.support import tiny
 
 RTN = Recipe(method="rtn")
 LEFTOVERS = (

@@ -4,12 +4,12 @@ import shutil
 
 import mlx.core as mx
 import pytest
+import tiny
 
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.models.shards import shard_names
-from tests.support import tiny
 
 TOKENS = mx.array([[3, 1, 4]])
 

@@ -3,13 +3,13 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import save_file
 
 from splitquant_mlx import Recipe, convert
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.loader import load_model
-from tests.support import tiny
 
 TOKENS = mx.array([[3, 1, 4, 1, 5]])
 
