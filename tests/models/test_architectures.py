@@ -1,4 +1,4 @@
-"""Convert every architecture of tests/tiny.py, and compare rtn with mlx-lm's own quantization."""
+"""Convert every architecture of tests/support/tiny.py, and compare rtn with mlx-lm's own quantization."""
 
 import json
 
@@ -42,8 +42,16 @@ def test_an_architecture_converts_and_runs(tmp_path, architecture, method):
     assert actions == {"split" if method == "splitquant" else "quantize"}
 
 
-@pytest.mark.parametrize("method", ["imatrix", "gptq", "auto"])
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+CALIBRATED = [
+    # auto takes long: by default one dense architecture, and one with experts
+    pytest.param(architecture, method, marks=[pytest.mark.slow] if rare else [])
+    for architecture in tiny.ARCHITECTURES
+    for method in ("imatrix", "gptq", "auto")
+    for rare in [method == "auto" and architecture not in ("llama", "qwen3_moe")]
+]
+
+
+@pytest.mark.parametrize(("architecture", "method"), CALIBRATED)
 def test_an_architecture_is_calibrated(tmp_path, monkeypatch, architecture, method):
     """On its own text, to a plain mlx checkpoint, which can be refined."""
     monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
