@@ -76,6 +76,7 @@ def test_calibration_helps_the_parts_of_a_split(found):
     assert fitted < 0.9 * plain
 
 
+@pytest.mark.slow
 def test_experts_are_calibrated(tmp_path, monkeypatch):
     monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
     source = tiny.write_checkpoint(tmp_path / "source", "qwen3_moe")

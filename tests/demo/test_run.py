@@ -44,12 +44,12 @@ def test_demo_compares_the_original_with_every_recipe(chat_model, tmp_path):
     assert saved["versions"]["mlx"] and saved["machine"]["memory_bytes"] > 0
 
 
-def test_demo_command_runs_twice_and_says_what_to_do_next(
-    chat_model, tmp_path, monkeypatch, capsys
+def test_demo_command_replaces_an_earlier_one_and_says_what_to_do_next(
+    chat_model, split_stories, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
-    for _ in range(2):
-        assert run(["demo", "--model", str(chat_model)]) == 0
+    shutil.copytree(split_stories, tmp_path / "cache" / "demo" / "gptq-4-bit")
+    assert run(["demo", "--model", str(chat_model)]) == 0
     shown = capsys.readouterr().out
     assert "split 4-bit" in shown
     path = tmp_path / "cache" / "demo" / "gptq-4-bit"

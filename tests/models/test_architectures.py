@@ -1,4 +1,4 @@
-"""Convert every architecture of tests/support/tiny.py, and compare rtn with mlx-lm's own quantization."""
+"""Convert every architecture of tests/support/tiny.py; rtn is mlx-lm's own quantization."""
 
 import json
 

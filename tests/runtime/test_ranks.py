@@ -15,6 +15,7 @@ from splitquant_mlx import Recipe, convert
 from splitquant_mlx.cli import run
 
 SCRIPT = Path(rank_work.__file__)
+pytestmark = pytest.mark.slow  # two processes and five models of their own
 
 
 @pytest.fixture(scope="module")
