@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
@@ -31,6 +32,7 @@ import tiny
 from children import CONTROL, LIMIT_S, Defect, Result, campaign
 
 from splitquant_mlx import Recipe, SplitQuantError
+from splitquant_mlx.errors import SplitQuantWarning
 from splitquant_mlx.formats import gguf_tokenizer
 from splitquant_mlx.runtime import blas
 
@@ -106,7 +108,9 @@ def attempt(bases: Path, seed: int, room: Path, number: int) -> str:
         target.unlink(missing_ok=True)  # or the link's other end would be written
         target.write_bytes(mutated(rng, parser, bases / base / name))
     try:
-        outcome = use(rng, parser, base, model, room)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SplitQuantWarning)  # a note to the user
+            outcome = use(rng, parser, base, model, room)
     except SplitQuantError as exc:
         if not str(exc) or "\n" in str(exc):
             raise Defect(f"not one line: {exc!r:.200}") from exc
