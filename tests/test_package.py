@@ -53,7 +53,15 @@ def test_the_tests_of_the_sdist_run_in_it(dist, tmp_path):
     subprocess.run(["tar", "xzf", next(dist.glob("*.tar.gz")), "-C", tmp_path], check=True)
     (home,) = tmp_path.iterdir()
     held = {str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()}
-    alone = {"README.md", "CHANGELOG.md", "LICENSE", "Justfile", "mkdocs.yml", "pyproject.toml"}
+    alone = {
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "LICENSE",
+        "Justfile",
+        "mkdocs.yml",
+        "pyproject.toml",
+    }
     wanted = files("splitquant_mlx", "tests", "recipes", "docs", "examples", ".ci") | alone
     assert {path for path in wanted if not re.match(r"docs/results/\w+/report\.", path)} <= held
     names = ("test_readme", "test_recipe", "runtime/test_compatibility", "test_imports")

@@ -26,6 +26,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 SMALL = {
     "meta-llama/Llama-3.2-1B-Instruct": "tiny",
     "--port 8080": "--port 0",
+    "my-model": "tiny",
     "mlx chat": "mlx chat --max-tokens 8",
     "llama-3.2-1b random-1b": "tiny random-1b",
     "bench convert": "bench convert --trials 1",

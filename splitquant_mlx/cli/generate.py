@@ -147,7 +147,7 @@ def generate(
     with readable_errors(), connected(), redirect_stdout(Printable(sys.stdout)):  # type: ignore[arg-type]
         answer, last = _generate(found, tokens, decoding, group, wordy)
     settle(group, generation_stream)
-    if last.finish_reason == "length":
+    if last.finish_reason == "length" and not group.rank():
         console.note(f"cut off at {last.generation_tokens} tokens (--max-tokens)")
     values = {
         "model": name,

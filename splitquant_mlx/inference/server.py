@@ -68,7 +68,8 @@ def serve(
             engine = load_engine(source, settings, trust_remote_code, group)
         if listener is None:
             with suppress(RankError), connected():
-                return engine.run()
+                engine.run()
+            return
         url = stack.enter_context(listening(make_service(engine, source), listener))
         with suppress(KeyboardInterrupt), connected():
             on_ready(url)

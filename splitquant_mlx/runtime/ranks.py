@@ -137,7 +137,10 @@ def _exchange(group: Group, message: dict[str, Any]) -> list[dict[str, Any]]:
     with connected():
         sizes = _all_gather(group, np.array([content.size], np.int32))
         rows = _all_gather(group, np.pad(content, (0, sizes.max() - content.size))[None])
-    messages = [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+    try:
+        messages = [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+    except ValueError as exc:  # a backend may hand out noise when a peer is gone
+        raise RankError("the connection to another rank was lost: its message is broken") from exc
     for rank, other in enumerate(messages):
         if "failed" in other:
             raise FailedElsewhere(f"rank {rank}: {other['failed']}")
