@@ -99,6 +99,7 @@ class Engine:
             _check_kv_bits(cache, settings)
         self.grammars = Grammars(tokenizer, self.vocab_size)
         self._inbox: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._unanswered: dict[int, Job] = {}  # by id: in the inbox, being begun, or under way
         batchable = all(hasattr(layer, "merge") for layer in cache)
         single = draft_model is not None or settings.kv_bits is not None or not batchable
         self._runner_class = _OneByOne if single else _Batch
@@ -106,6 +107,7 @@ class Engine:
 
     def submit(self, job: Job) -> None:
         """Have a job computed; callable from any thread."""
+        self._unanswered[id(job)] = job
         self._inbox.put(job)
 
     def run(self) -> None:
@@ -116,7 +118,7 @@ class Engine:
                     return
             except Exception:
                 # other ranks are in the middle of it, or it was no job that did this
-                if not alone(self.group) or not self._jobs:
+                if not alone(self.group) or not self._unanswered:
                     raise
                 logging.exception("the answers under way failed")
                 self.end_jobs(failure())
@@ -125,9 +127,9 @@ class Engine:
     def end_jobs(self, exc: Exception) -> None:
         """End all jobs with an error."""
         while not self._inbox.empty():
-            self._inbox.get().emit(exc)
-        for job in self._jobs.values():
-            job.emit(exc)
+            self._inbox.get()
+        while self._unanswered:
+            self._unanswered.popitem()[1].emit(exc)
 
     def _reset(self) -> None:
         size, most = self.settings.prompt_cache_size, self.settings.prompt_cache_bytes
@@ -170,7 +172,7 @@ class Engine:
         if plan.score_prompt:
             job.emit(self._score(plan))
         if plan.max_tokens == 0:
-            return job.emit(None)
+            return self._end(job)
         cache, rest = None, plan.prompt[:-1]
         if rest:  # without the last token: the logits after it are in no cache
             cache, rest = self._prompts.fetch_nearest_cache(MODEL, rest)
@@ -185,7 +187,11 @@ class Engine:
     def _finish(self, name: int, computed: tuple[list[int], Any] | None) -> None:
         if computed is not None:
             self._prompts.insert_cache(MODEL, *computed)
-        self._jobs.pop(name).emit(None)
+        self._end(self._jobs.pop(name))
+
+    def _end(self, job: Job) -> None:
+        self._unanswered.pop(id(job), None)
+        job.emit(None)
 
     def _score(self, plan: Plan) -> list[Scored]:
         """Return the prompt's tokens with their log-probabilities, the first without."""

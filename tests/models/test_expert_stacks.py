@@ -6,7 +6,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
-import torch
 import transformers
 
 from splitquant_mlx.models.checkpoint import open_checkpoint
@@ -24,11 +23,14 @@ SIZES = {
     "num_experts_per_tok": 2,
 }
 
+pytestmark = pytest.mark.slow  # the oracle is transformers with torch
+
 
 @pytest.fixture(scope="module")
 def gpt_oss(tmp_path_factory):
     """Write transformers' own gpt-oss in floating point; returns its directory and tensors."""
     directory = tmp_path_factory.mktemp("gpt") / "bf16"
+    torch = pytest.importorskip("torch", reason='pip install ".[parity]"')
     torch.manual_seed(0)
     model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**SIZES))
     with torch.no_grad():

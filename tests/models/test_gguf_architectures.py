@@ -4,7 +4,6 @@ import gguf_models
 import mlx.core as mx
 import numpy as np
 import pytest
-import torch
 import transformers
 
 from splitquant_mlx.models.gguf_import import import_gguf
@@ -120,11 +119,14 @@ CASES = {
     ),
 }
 
+pytestmark = pytest.mark.slow  # the oracle is transformers with torch
+
 
 def reference(name):
     """Return transformers' model of a case, with weights that show what happens to them."""
     _, family, settings, _ = CASES[name]
     config = getattr(transformers, f"{family}{'Text' if family == 'Gemma3' else ''}Config")
+    torch = pytest.importorskip("torch", reason='pip install ".[parity]"')
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config(**{**BASE, **settings})).eval()
     with torch.no_grad():
@@ -158,6 +160,7 @@ def test_logits_are_those_of_transformers(name, tmp_path):
     (tmp_path / "hf").mkdir()
     import_gguf(tmp_path / "a.gguf", tmp_path / "hf")
     ids = np.random.default_rng(0).integers(0, VOCAB, (1, 40))
+    torch = pytest.importorskip("torch", reason='pip install ".[parity]"')
     with torch.no_grad():
         expected = model(torch.tensor(ids)).logits.numpy()
     imported, _ = load_model(tmp_path / "hf")

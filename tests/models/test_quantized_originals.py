@@ -7,7 +7,6 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import tiny
-import torch
 
 from splitquant_mlx import Recipe, convert
 from splitquant_mlx.errors import CheckpointError
@@ -17,6 +16,13 @@ from splitquant_mlx.models.loader import load_model
 RANDOM = np.random.default_rng(0)
 CONFIG = {**tiny.make_config("llama"), "torch_dtype": "float32"}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+# what the 256 codes of float8 e4m3fn stand for, by its definition; two are no number
+_SIGN, _EXPONENT, _MANTISSA = (np.arange(256) >> np.array([[7], [3], [0]])) & [[1], [15], [7]]
+E4M3 = np.where(
+    _EXPONENT > 0, (1 + _MANTISSA / 8) * 2.0 ** (_EXPONENT - 7.0), _MANTISSA / 8 * 2.0**-6
+) * (1 - 2.0 * _SIGN)
+E4M3[[127, 255]] = np.inf
 
 
 def weights():
@@ -67,10 +73,9 @@ def stored(array):
 
 
 def as_fp8(w, scale):
-    """Return the codes of w / scale by torch, and what they stand for."""
-    codes = torch.tensor(w / scale).to(torch.float8_e4m3fn)
-    values = (codes.to(torch.float32) * torch.tensor(scale)).numpy()
-    return ("F8_E4M3", w.shape, codes.view(torch.uint8).numpy().tobytes()), values
+    """Return the codes nearest to w / scale, and what they stand for."""
+    codes = np.abs((w / scale)[..., None] - E4M3).argmin(axis=-1).astype(np.uint8)
+    return ("F8_E4M3", w.shape, codes.tobytes()), (E4M3[codes] * scale).astype(np.float32)
 
 
 def fp8_tensor(w):  # Ministral: one scale

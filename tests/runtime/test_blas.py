@@ -32,5 +32,4 @@ def test_a_machine_without_any_is_told_so(monkeypatch):
 
     monkeypatch.setattr(blas, "LIBRARIES", ())
     monkeypatch.setattr(blas, "_package_files", lambda package, pattern: iter(()))
-    blas.preload.cache_clear()
-    assert blas.preload() is (False if sys.platform == "linux" else None)
+    assert blas.preload.__wrapped__() is (False if sys.platform == "linux" else None)
