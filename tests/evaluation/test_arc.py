@@ -275,12 +275,49 @@ def test_refusals(options, expected, small):
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
+KNOWN = """
+What do bees make?|honey|iron|paper|glass
+What do cows give us to drink?|milk|petrol|ink|lava
+What is the capital of France?|Paris|Madrid|Oslo|Cairo
+What is water made of when it freezes?|ice|sand|smoke|wood
+Which animal says meow?|a cat|a horse|a fish|a spider
+What do plants need from the sun?|light|salt|noise|metal
+How many legs does a dog have?|four|nine|seven|eleven
+What falls from clouds?|rain|stones|bread|coins
+What do we use to write on paper?|a pen|a spoon|a shoe|a pillow
+Which organ pumps blood through the body?|the heart|the hair|the nose|the knee
+What is the color of the sky on a clear day?|blue|brown|purple|gray
+Which planet do humans live on?|Earth|Jupiter|Saturn|Neptune
+What do birds use to fly?|wings|teeth|horns|gills
+What is the opposite of hot?|cold|tall|loud|wet
+What do fish live in?|water|fire|trees|books
+What do people read in a library?|books|clouds|engines|shoes
+Which season is the coldest?|winter|summer|July|noon
+What do you call frozen rain?|snow|steam|mud|oil
+What does a clock show?|the time|the price|the weight|the taste
+Where do people go to see a doctor?|a hospital|a cinema|a bakery|a farm
+"""
+
+
 @pytest.mark.slow
-def test_a_real_model_knows_something(smollm2, questions_file):
+def test_a_real_model_knows_something(smollm2):
     from splitquant_mlx.models.dense import for_scoring
 
     model, tokenizer = load(smollm2)
-    questions = load_questions(questions_file)
+    questions = []
+    for number, line in enumerate(KNOWN.strip().splitlines()):
+        text, *choices = line.split("|")
+        answer = number % 4  # the right one does not always stand first
+        choices.insert(answer, choices.pop(0))
+        questions.append(
+            Question(
+                id=str(number),
+                question=text,
+                choices=tuple(choices),
+                labels=tuple("ABCD"),
+                answer=answer,
+            )
+        )
     model = for_scoring(model)
     found = evaluate_arc(model, tokenizer, questions, task="arc_easy")
     assert found.accuracy > 0.25 + 4 * found.standard_error
