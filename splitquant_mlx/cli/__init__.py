@@ -36,7 +36,6 @@ from splitquant_mlx.models.hub import hide_token
 PROGRAM = "splitquant-mlx"
 # click's UsageError, which typer brings along under a name of its own in some versions
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-SHELLS = "--install-completion and --show-completion set up completion for your shell."
 VARIABLES = (
     "Variables: SPLITQUANT_CACHE (where caches go), SPLITQUANT_API_KEY (of serve), "
     "SPLITQUANT_MEMORY_CHECK (off: try even what memory is too small for), NO_COLOR, and the "

@@ -29,7 +29,6 @@ from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.runtime.cache import cache_directory
 
 LIMIT_BYTES = 4_000_000_000
-CHUNK_BYTES = 1 << 20
 SUFFIX = ".npy"
 PARTIAL = ".partial"
 ABANDONED_S = 3600
