@@ -10,6 +10,7 @@ import logging
 import queue
 import random
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -100,6 +101,7 @@ class Engine:
         self.grammars = Grammars(tokenizer, self.vocab_size)
         self._inbox: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._unanswered: dict[int, Job] = {}  # by id: in the inbox, being begun, or under way
+        self._closed: Exception | None = None
         batchable = all(hasattr(layer, "merge") for layer in cache)
         single = draft_model is not None or settings.kv_bits is not None or not batchable
         self._runner_class = _OneByOne if single else _Batch
@@ -109,6 +111,8 @@ class Engine:
         """Have a job computed; callable from any thread."""
         self._unanswered[id(job)] = job
         self._inbox.put(job)
+        if self._closed is not None:
+            self.end_jobs(self._closed)
 
     def run(self) -> None:
         """Compute until `stopping`. What goes wrong ends the answers under way, not the engine."""
@@ -124,12 +128,19 @@ class Engine:
                 self.end_jobs(failure())
                 self._reset()
 
+    def close(self, exc: Exception) -> None:
+        """End all jobs with an error, those still to come as well; callable from any thread."""
+        self._closed = exc
+        self.end_jobs(exc)
+
     def end_jobs(self, exc: Exception) -> None:
         """End all jobs with an error."""
-        while not self._inbox.empty():
-            self._inbox.get()
-        while self._unanswered:
-            self._unanswered.popitem()[1].emit(exc)
+        with suppress(queue.Empty):
+            while True:
+                self._inbox.get_nowait()
+        with suppress(KeyError):  # there is none left
+            while True:
+                self._unanswered.popitem()[1].emit(exc)
 
     def _reset(self) -> None:
         size, most = self.settings.prompt_cache_size, self.settings.prompt_cache_bytes

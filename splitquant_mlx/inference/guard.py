@@ -5,6 +5,7 @@ let it hide its Origin, and what sends none is no page. The Host is checked agai
 attacker has lead here (DNS rebinding).
 """
 
+import asyncio
 import hmac
 import logging
 import re
@@ -17,7 +18,7 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 
-from splitquant_mlx.inference.protocol import Refusal
+from splitquant_mlx.inference.protocol import ENDS, Refusal
 from splitquant_mlx.inference.settings import ServeSettings
 
 LOG = logging.getLogger("splitquant_mlx.serve")
@@ -61,6 +62,9 @@ class Guard:
             await self.cors(scope, receive, noting)
         except Refusal as exc:
             await refusal_response(exc)(scope, receive, noting)
+        except asyncio.CancelledError:  # by uvicorn: the server ends, and has waited long enough
+            if isinstance(status, str):
+                await refusal_response(Refusal(503, ENDS))(scope, receive, noting)
         finally:
             client, took_s = (scope.get("client") or ("-",))[0], time.perf_counter() - began
             what, note = f"{scope['method']} {scope['path']}", scope.get("note", "")

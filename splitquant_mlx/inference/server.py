@@ -22,7 +22,7 @@ from splitquant_mlx.errors import CheckpointError, RankError, RecipeError, Split
 from splitquant_mlx.inference.answers import Service
 from splitquant_mlx.inference.app import application
 from splitquant_mlx.inference.engine import Engine
-from splitquant_mlx.inference.protocol import Refusal
+from splitquant_mlx.inference.protocol import ENDS, Refusal
 from splitquant_mlx.inference.settings import ServeSettings
 from splitquant_mlx.models.loader import load
 from splitquant_mlx.models.source import Source, resolve
@@ -168,7 +168,7 @@ def listening(service: Service, listener: socket.socket) -> Iterator[str]:
     try:
         yield f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     finally:
-        service.engine.end_jobs(Refusal(503, "the server ends"))
+        service.engine.close(Refusal(503, ENDS))
         server.should_exit = True
         thread.join(5 * END_S)
 

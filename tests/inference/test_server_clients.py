@@ -6,10 +6,14 @@ from contextlib import ExitStack
 
 import mlx.core as mx
 import pytest
-from serving import STORY, TEXT, check_error, running
+from serving import STORY, TEXT, check_error, message, running
 
 from splitquant_mlx.inference import engine
+from splitquant_mlx.inference.server import load_engine
+from splitquant_mlx.inference.settings import ServeSettings
 from splitquant_mlx.inference.stops import Reader
+from splitquant_mlx.models.source import resolve
+from splitquant_mlx.runtime.ranks import join
 
 LONG = {"max_tokens": 8000, "temperature": 0}
 
@@ -138,3 +142,24 @@ def test_a_failing_generation_is_an_error_and_not_the_end(server, monkeypatch, s
 def test_a_long_prompt_is_refused(server):
     error = check_error(server.ask("POST", TEXT, {"prompt": STORY * 100}), 400, "1 to 100")
     assert error["code"] == "context_length_exceeded"
+
+
+def test_who_comes_after_the_end_is_told(split_stories):
+    """A request may be planned while the answers under way are ended."""
+    computing = load_engine(resolve(str(split_stories)), ServeSettings(), False, join())
+    computing.close(KeyError("the end"))
+    events: list[object] = []
+    computing.submit(engine.Job(engine.Plan(prompt=[1], max_tokens=3), events.append))
+    assert [str(event) for event in events] == ["'the end'"]
+
+
+def test_a_request_that_never_ends_to_arrive_does_not_outlive_the_server(split_stories, caplog):
+    with running(split_stories) as server:
+        connection = server.connect()
+        connection.sendall(message(b"{", length=100))
+        time.sleep(0.2)
+    with connection:
+        received = b"".join(iter(lambda: connection.recv(2**16), b""))
+    assert received.startswith(b"HTTP/1.1 503")
+    assert b"the server ends" in received
+    assert not any(record.exc_info for record in caplog.records)
