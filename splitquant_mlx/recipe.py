@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
 from splitquant_mlx.errors import RecipeError, TargetError
@@ -20,6 +20,7 @@ from splitquant_mlx.settings import (
     nested,
     settings,
 )
+from splitquant_mlx.sizes import parse_bytes
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,8 +33,17 @@ GroupSize = Literal[16, 32, 64, 128]
 Mode = Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
 DType = Literal["float16", "bfloat16", "float32"]
 
+
+def _require_size(text: str) -> str:
+    parse_bytes(text)
+    return text
+
+
+Size = Annotated[str, AfterValidator(_require_size)]
+
 METHODS: tuple[str, ...] = get_args(Method)
 CALIBRATED = ("imatrix", "gptq", "auto")
+TARGETS = ("target_bpw", "max_kl", "target_size", "fits")  # of auto, one of them
 SELF = "self"  # calibration on text that the model writes
 BITS: tuple[int, ...] = get_args(Bits)
 GROUP_SIZES = (32, 64, 128)  # of mode affine
@@ -99,6 +109,10 @@ class Recipe:
         target_bpw: for auto, bits/weight of the quantized layers, embeddings and lm_head among
             them; by default 4.5.
         max_kl: for auto, KL divergence, nats per token, to stay below, instead of a target_bpw.
+        target_size: for auto, size of all .safetensors files to stay below, such as 4.2GB or 4GiB,
+            instead of a target_bpw.
+        fits: for auto, memory of the machine to run on, such as 16GB, instead of a target_bpw: the
+            model is to fit in beside a context of 8,192 tokens and the system.
         refine: train scales and biases, codes fixed, to predict what the original predicts. Not
             for splitquant.
     """
@@ -121,6 +135,8 @@ class Recipe:
     sweeps: NonNegativeInt | None = None
     target_bpw: Annotated[float, Field(gt=3, lt=16)] | None = None
     max_kl: Annotated[float, Field(gt=0)] | None = None
+    target_size: Size | None = None
+    fits: Size | None = None
     refine: bool | None = None
 
     def __post_init__(self) -> None:
@@ -140,8 +156,12 @@ class Recipe:
             self._fill(calibration=Calibration(), embedding_bits=embedding_bits)
         if self.method in ("gptq", "auto"):
             self._fill(sweeps=3)
-        if self.method == "auto" and self.max_kl is None:
+        if self.method == "auto" and not self._targets:
             self._fill(target_bpw=4.5)
+
+    @property
+    def _targets(self) -> list[str]:
+        return [name for name in TARGETS if getattr(self, name) is not None]
 
     @property
     def _is_calibrated(self) -> bool:
@@ -164,15 +184,14 @@ class Recipe:
             "refine": not split,
             "calibration": self._is_calibrated or split,
             "sweeps": self.method in ("gptq", "auto"),
-            "target_bpw": auto,
-            "max_kl": auto,
+            **dict.fromkeys(TARGETS, auto),
         }
         for name, is_allowed in allowed.items():
             value = getattr(self, name)
             if value is not None and not is_allowed:
                 raise RecipeError(f"{name}: not for method {self.method!r}: leave it out")
-        if self.target_bpw is not None and self.max_kl is not None:
-            raise RecipeError("max_kl: expected either target_bpw or max_kl, got both")
+        if len(named := self._targets) > 1:
+            raise RecipeError(f"{named[1]}: expected one target, got {named[0]} as well")
 
     def _check_mode(self) -> None:
         group_size, bits = MODES[self.mode]
@@ -203,6 +222,10 @@ class Recipe:
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+
+    def without_target(self) -> "Recipe":
+        """Return the gptq recipe that bits are chosen for, of an "auto" recipe."""
+        return dataclasses.replace(self, method="gptq", **dict.fromkeys(TARGETS))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON or TOML values, without unset ones."""

@@ -9,7 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1] / "splitquant_mlx"
 # what every package may import: those before it
 ORDER = [
-    *("_version", "errors", "progress", "settings", "recipe"),
+    *("_version", "errors", "progress", "sizes", "settings", "recipe"),
     *("runtime", "quantization", "nn", "formats", "models", "data", "inference"),
     *("calibration", "evaluation", "conversion", "inspection", "demo", "bench"),
     *("study", "report", "publish", "cli"),

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from splitquant_mlx import Recipe, RecipeError, load_recipe
 from splitquant_mlx.recipe import BITS, GROUP_SIZES, Calibration
+from splitquant_mlx.sizes import parse_bytes
 from splitquant_mlx.study.spec import load_study
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -100,6 +101,11 @@ def test_defaults_are_the_paper_for_splitquant_and_mlx_lm_for_rtn():
         {"method": "gptq", "layers": ["a"]},
         {"method": "rtn", "mode": "mxfp4", "layers": {"a": {"bits": 4}}},
         {"method": "auto", "target_bpw": 4.5, "max_kl": 0.1},
+        {"method": "auto", "target_size": "4GB", "fits": "16GB"},
+        {"method": "auto", "target_size": "4"},
+        {"method": "auto", "target_size": 4_000_000_000},
+        {"method": "auto", "fits": "16 apples"},
+        {"method": "gptq", "fits": "16GB"},
         {"method": "auto", "target_bpw": 3},
         {"method": "auto", "max_kl": 0},
         {"method": "auto", "max_kl": float("nan")},
@@ -149,6 +155,15 @@ def test_bad_files_are_named(tmp_path, text, message):
     with pytest.raises(RecipeError, match=message) as caught:
         load_recipe(file)
     assert "mine.toml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("4.2GB", 4_200_000_000), ("4 GiB", 4 * 2**30), ("900mb", 9 * 10**8), ("64k", 64_000)],
+)
+def test_sizes_are_read_as_they_are_written(text, nbytes):
+    assert parse_bytes(text) == nbytes
+    assert Recipe(method="auto", target_size=text).target_bpw is None
 
 
 def test_missing_file_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""Print results, notes and sizes: styled on a terminal, else plain lines, not wrapped or padded."""
+"""Print results and notes: styled on a terminal, else plain lines, not wrapped or padded."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from splitquant_mlx.errors import TargetError
+from splitquant_mlx.sizes import size as size  # for the other modules here
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -140,14 +141,6 @@ class Printable:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-def size(nbytes: float) -> str:
-    """Return a size in GB, MB or kB, powers of ten."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.2f} {unit}"
-    return f"{nbytes / 1e3:.1f} kB"
 
 
 def styles() -> dict[str, Any]:

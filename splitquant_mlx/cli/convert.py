@@ -17,9 +17,7 @@ from splitquant_mlx.cli.options import (
 )
 from splitquant_mlx.cli.settings import Given, settings_options
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.recipe import Calibration, Recipe, load_recipe, write_recipe
-
-TARGETS = ("target_bpw", "max_kl")  # which only auto can have
+from splitquant_mlx.recipe import TARGETS, Calibration, Recipe, load_recipe, write_recipe
 
 
 @settings_options(
@@ -166,6 +164,8 @@ def _recipe(
 ) -> Recipe:
     """Return the recipe that a file and the options ask for; a target implies auto."""
     base = load_recipe(file).to_dict() if file else {}
+    if any(name in settings for name in TARGETS):  # which takes the place of the file's
+        base = {name: value for name, value in base.items() if name not in TARGETS}
     if calibration:
         settings["calibration"] = {**base.get("calibration", {}), **calibration}
     if "method" not in settings and "method" not in base:
@@ -192,7 +192,9 @@ def default_name(model: str, recipe: Recipe) -> str:
     stem = Path(model).expanduser().resolve().name.removesuffix(".gguf")
     kind = "split" if recipe.method == "splitquant" else recipe.method
     if recipe.method == "auto":
-        size = f"kl{recipe.max_kl:g}" if recipe.max_kl else f"{recipe.target_bpw:g}bpw"
+        size = f"kl{recipe.max_kl:g}" if recipe.max_kl else f"{recipe.target_bpw or 0:g}bpw"
+        if written := recipe.target_size or recipe.fits:
+            size = ("fits" if recipe.fits else "") + "".join(written.split())
     else:
         size = f"{recipe.bits}bit" if recipe.mode == "affine" else recipe.mode
     return "-".join([stem or "model", kind, size, *(["refined"] if recipe.refine else [])])

@@ -37,9 +37,11 @@ def print_estimate(found: "Estimate", recipe: "Recipe", target: Path) -> None:
     """Print what a conversion would come to."""
     done = Counter(layer.action for layer in found.layers)
     guess = " (a guess: --max-kl decides)" if recipe.max_kl else ""
+    fits = [("Fits", found.explanation)] if found.explanation else []
     show(
         pairs(
             ("Method", recipe.method),
+            *fits,
             ("Layers", ", ".join(f"{done[a]} {word}" for a, word in WORDS.items() if done[a])),
             ("Size", f"{size(found.stored_bytes)}, the original {size(found.source_bytes)}{guess}"),
             ("Whole model", f"{found.bits_per_weight:.2f} bits/weight{guess}"),
@@ -75,6 +77,12 @@ def print_forecast(found: "Forecast") -> None:
     table.add_section()
     total = size(sum(found.nbytes.values()))
     table.add_row("all", f"{found.bits_per_weight:.2f} bits/weight", total, f"{whole:.4f}", "100%")
+    table.add_row("whole checkpoint", "", size(found.total_bytes), f"{whole:.4f}", "")
+    if larger := found.next_size:
+        bits, loss = f"{larger.bits_per_weight:.2f} bits/weight", f"{larger.divergence:.4f}"
+        table.add_row("next size up", bits, size(larger.total_bytes), loss, "")
+    if found.explanation:
+        show(f"Fits: {found.explanation}.")
     show(table)
 
 

@@ -1,8 +1,7 @@
-"""Choose bits and group size of every layer, for a target of bits/weight or of KL divergence."""
+"""Choose bits and group size of every layer, for a target of size or of KL divergence."""
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
@@ -10,11 +9,11 @@ from importlib.metadata import version
 import mlx.core as mx
 import numpy as np
 
-from splitquant_mlx.calibration.sensitivity import Option, predict_divergence
+from splitquant_mlx.calibration.sensitivity import predict_divergence
 from splitquant_mlx.calibration.tokens import calibration_tokens
-from splitquant_mlx.conversion.converter import source_array
-from splitquant_mlx.conversion.plan import LayerPlan, Plan, make_plan
-from splitquant_mlx.models.checkpoint import Checkpoint, open_checkpoint
+from splitquant_mlx.conversion.budget import Option, Sizes, find_budget, measure_sizes
+from splitquant_mlx.formats.shard_writer import MAX_SHARD_BYTES
+from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.lazy import LazyModel, open_model
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.progress import Progress, Silent
@@ -22,11 +21,23 @@ from splitquant_mlx.quantization.allocate import allocate
 from splitquant_mlx.recipe import Calibration, Recipe
 from splitquant_mlx.runtime.cache import kept
 
-OPTIONS: tuple[Option, ...] = (
-    (2, 64), (2, 32), (3, 128), (3, 64), (3, 32), (4, 128), (4, 64), (4, 32),
-    (5, 128), (5, 64), (5, 32), (6, 128), (6, 64), (6, 32), (8, 64), (8, 32),
-)  # fmt: skip
 TOKENS = 4096  # that sensitivities are measured on
+STEP = 0.5  # bits/weight to the next size up
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What another size would give.
+
+    Attributes:
+        bits_per_weight: stored bits over entries of the layers that are quantized.
+        total_bytes: size of all .safetensors files, at the most.
+        divergence: predicted KL divergence, nats a token.
+    """
+
+    bits_per_weight: float
+    total_bytes: float
+    divergence: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +47,21 @@ class Forecast:
     Attributes:
         recipe: a "gptq" recipe with the bits and group size of every layer.
         bits_per_weight: stored bits over entries of the layers that are quantized.
+        total_bytes: size of all .safetensors files, at the most.
         divergence: predicted KL divergence of each layer alone, on text that the model writes, nats
             a token; the sum predicts the model's.
         nbytes: stored size of each layer, bytes.
+        next_size: what half a bit/weight more would give; None where this is the largest size.
+        explanation: how the size was computed, one line; empty where the target is the size.
     """
 
     recipe: Recipe
     bits_per_weight: float
+    total_bytes: float
     divergence: Mapping[str, float]
     nbytes: Mapping[str, float]
+    next_size: Step | None = None
+    explanation: str = ""
 
 
 def forecast(
@@ -56,7 +73,12 @@ def forecast(
         return choose_bits(opened, recipe, progress)
 
 
-def choose_bits(opened: LazyModel, recipe: Recipe, progress: Progress) -> Forecast:
+def choose_bits(
+    opened: LazyModel,
+    recipe: Recipe,
+    progress: Progress,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Forecast:
     """Choose for a model what an "auto" recipe asks for.
 
     Raises:
@@ -64,35 +86,50 @@ def choose_bits(opened: LazyModel, recipe: Recipe, progress: Progress) -> Foreca
         SplitQuantError: when the model or the calibration text cannot be used.
     """
     checkpoint = open_checkpoint(opened.path)
-    chosen = replace(recipe, method="gptq", target_bpw=None, max_kl=None)
-    plan = make_plan(chosen, checkpoint.model, checkpoint.config)
-    layers = {
-        path: layer
-        for path, layer in plan.layers.items()
-        if layer.action == "quantize" and (layer.kind != "experts" or layer.quantizer == "gptq")
-    }
-    options = {path: _options(layer, recipe) for path, layer in layers.items()}
-    calibration = chosen.calibration or Calibration()
+    sizes = measure_sizes(recipe, checkpoint, max_shard_bytes)
+    budget = find_budget(recipe, sizes, checkpoint)
+    options = {path: list(stored) for path, stored in sizes.layers.items()}
+    calibration = recipe.calibration or Calibration()
     tokens = calibration_tokens(opened, calibration, progress)
     texts = max(1, TOKENS // tokens.shape[1])
     divergence = _sensitivities(opened, tokens[:texts], options, calibration.seed, progress)
-    stored = {path: _stored_bits(checkpoint, plan, path, options[path]) for path in layers}
-    entries = sum(math.prod(layer.shape) for layer in layers.values())
-    if recipe.max_kl is not None:
-        found = allocate(stored, divergence, recipe.max_kl)
+    if budget.total_bytes is None:
+        found = allocate(sizes.layers, divergence, recipe.max_kl or 0)
     else:
-        found = allocate(divergence, stored, (recipe.target_bpw or 0) * entries)
+        found = allocate(divergence, sizes.layers, budget.total_bytes - sizes.rest_bytes)
+    chosen = _step(found, sizes, divergence)
+    layers = {path: {"bits": bits, "group_size": width} for path, (bits, width) in found.items()}
     return Forecast(
-        recipe=replace(
-            chosen,
-            layers={
-                path: {"bits": bits, "group_size": size} for path, (bits, size) in found.items()
-            },
-        ),
-        bits_per_weight=sum(stored[path][option] for path, option in found.items()) / entries,
+        recipe=replace(recipe.without_target(), layers=layers),
+        bits_per_weight=chosen.bits_per_weight,
+        total_bytes=chosen.total_bytes,
         divergence={path: divergence[path][option] for path, option in found.items()},
-        nbytes={path: stored[path][option] / 8 for path, option in found.items()},
+        nbytes={path: sizes.layers[path][option] for path, option in found.items()},
+        next_size=_next_size(chosen, sizes, divergence),
+        explanation=budget.explanation,
     )
+
+
+def _step(
+    found: Mapping[str, Option], sizes: Sizes, divergence: Mapping[str, Mapping[Option, float]]
+) -> Step:
+    """Return what a choice comes to."""
+    nbytes = sum(sizes.layers[path][option] for path, option in found.items())
+    return Step(
+        bits_per_weight=8 * nbytes / sizes.entries,
+        total_bytes=sizes.rest_bytes + nbytes,
+        divergence=sum(divergence[path][option] for path, option in found.items()),
+    )
+
+
+def _next_size(
+    chosen: Step, sizes: Sizes, divergence: Mapping[str, Mapping[Option, float]]
+) -> Step | None:
+    """Return what `STEP` bits/weight more would give."""
+    if chosen.total_bytes >= sizes.most_bytes:
+        return None
+    larger = sizes.of_bits(chosen.bits_per_weight + STEP) - sizes.rest_bytes
+    return _step(allocate(divergence, sizes.layers, larger), sizes, divergence)
 
 
 def _sensitivities(
@@ -120,32 +157,3 @@ def _sensitivities(
         return predict_divergence(model, tokens, options, seed=seed, progress=progress)
 
     return kept(f"sensitivity/{name}.json", compute, pack=pack, unpack=unpack)
-
-
-def _options(layer: LayerPlan, recipe: Recipe) -> list[Option]:
-    """Return what may be chosen for a layer: what the recipe fixes for it is not."""
-    own = recipe.layers.get(layer.path, {})
-    bits = own.get("bits")
-    if layer.kind in ("embedding", "lm_head"):
-        bits = bits or recipe.embedding_bits
-    size = own.get("group_size")
-    found = [
-        option
-        for option in OPTIONS
-        if layer.shape[-1] % option[1] == 0
-        and (bits is None or option[0] == bits)
-        and (size is None or option[1] == size)
-    ]
-    return found or [(layer.bits, layer.group_size)]
-
-
-def _stored_bits(
-    checkpoint: Checkpoint, plan: Plan, path: str, options: Sequence[Option]
-) -> dict[Option, float]:
-    """Return the stored size of a layer at each option, bits."""
-    dtype = source_array(checkpoint, plan.dtype, f"{path}.weight").dtype
-    layer = plan.layers[path]
-    return {
-        (bits, size): 8.0 * replace(layer, bits=bits, group_size=size).stored_bytes(dtype)
-        for bits, size in options
-    }

@@ -85,7 +85,7 @@ def convert(
         if problem := tokenizer_problem(original.path):
             note = "the result will hold the weights alone, which chat and eval do not run"
             warnings.warn(f"{problem}: {note}", SplitQuantWarning, stacklevel=2)
-        chosen = _decide_bits(recipe, original, progress, on_forecast)
+        chosen = _decide_bits(recipe, original, progress, on_forecast, max_shard_bytes)
         plan = make_plan(chosen, checkpoint.model, checkpoint.config)
         tokens, training = _texts(chosen, plan, original, progress)
         tensors = plan.tensors(
@@ -157,11 +157,12 @@ def _decide_bits(
     original: LazyModel,
     progress: Progress,
     on_forecast: Callable[[Forecast], None] | None,
+    max_shard_bytes: int,
 ) -> Recipe:
     """Return the recipe with bits and group size of every layer, where "auto" has to choose."""
     if recipe.method != "auto":
         return recipe
-    forecast = choose_bits(original, recipe, progress)
+    forecast = choose_bits(original, recipe, progress, max_shard_bytes)
     if on_forecast:
         on_forecast(forecast)
     return forecast.recipe

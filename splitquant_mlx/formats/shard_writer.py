@@ -7,11 +7,12 @@ padded with spaces, as the format allows (huggingface/safetensors, "Format").
 
 import hashlib
 import json
+import math
 import os
 import re
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,21 @@ def _update(digest: Any, file: BinaryIO, nbytes: int) -> None:
         nbytes -= len(chunk)
 
 
+def header_room(names: Iterable[str]) -> int:
+    """Return the bytes that are left for the header of a shard of any of these tensors."""
+    room = 64 + sum(len(json.dumps(name)) + 160 for name in names)
+    return room + -room % 8
+
+
+def most_header_bytes(names: Iterable[str], total_bytes: float, max_shard_bytes: int) -> int:
+    """Return the most that the headers of all shards take, for `total_bytes` of tensors.
+
+    Two shards in a row hold more than one may: there are at most twice as many as full ones.
+    """
+    shards = 1 if total_bytes <= max_shard_bytes else 2 * math.ceil(total_bytes / max_shard_bytes)
+    return shards * (8 + header_room(names))
+
+
 def tensor_bytes(tensor: mx.array) -> memoryview:
     """Return the bytes of a tensor in row-major order."""
     return np.ascontiguousarray(host_values(tensor)).data
@@ -117,8 +133,7 @@ class ShardWriter:
         self.missing = set(names)
         self._resumed: set[str] = set()
         self._digests: list[str] = []
-        self._room = 64 + sum(len(json.dumps(name)) + 160 for name in names)
-        self._room += -self._room % 8
+        self._room = header_room(names)
         self._shards: list[Path] = []
         self._weight_map: dict[str, int] = {}
         self._file: BinaryIO | None = None

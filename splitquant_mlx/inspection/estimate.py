@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from splitquant_mlx.calibration.statistics import hessian
+from splitquant_mlx.conversion.budget import find_budget, measure_sizes
 from splitquant_mlx.conversion.converter import source_array
 from splitquant_mlx.conversion.plan import LayerPlan, make_plan
 from splitquant_mlx.conversion.quantizers import QUANTIZERS
@@ -44,6 +45,7 @@ class Estimate:
         stored_bytes: size of the converted model's tensors.
         memory_bytes: peak.
         seconds: time of the whole conversion, s; rough.
+        explanation: how the size was computed, one line; empty where the target is the size.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -52,6 +54,7 @@ class Estimate:
     stored_bytes: float
     memory_bytes: float
     seconds: float
+    explanation: str = ""
 
     @property
     def bits_per_weight(self) -> float:
@@ -67,15 +70,18 @@ def estimate(directory: Path, recipe: Recipe) -> Estimate:
     """
     checkpoint = open_checkpoint(directory)
     sizes = {name: array.size for name, array in parameters(checkpoint.model).items()}
-    plan = make_plan(_planned(recipe), checkpoint.model, checkpoint.config)
+    planned = recipe.without_target() if recipe.method == "auto" else recipe
+    plan = make_plan(planned, checkpoint.model, checkpoint.config)
     arrays = {name: source_array(checkpoint, plan.dtype, name) for name in checkpoint.weights}
     tensors = plan.tensors(arrays)
     stored = float(sum(dtype.size * math.prod(shape) for dtype, shape in tensors.values()))
-    chosen = [x for x in plan.layers.values() if x.action == "quantize" and x.kind != "experts"]
-    if recipe.method == "auto" and recipe.target_bpw is not None:
-        for layer in chosen:
-            target = recipe.target_bpw * math.prod(layer.shape) / 8
-            stored += target - layer.stored_bytes(arrays[f"{layer.path}.weight"].dtype)
+    explanation = ""
+    if recipe.method == "auto":
+        choice = measure_sizes(recipe, checkpoint)
+        budget = find_budget(recipe, choice, checkpoint)
+        explanation = budget.explanation
+        if budget.total_bytes is not None:
+            stored = min(budget.total_bytes, choice.most_bytes)
     total = sum(sizes.values())
     return Estimate(
         layers=tuple(plan.layers.values()),
@@ -84,6 +90,7 @@ def estimate(directory: Path, recipe: Recipe) -> Estimate:
         stored_bytes=stored,
         memory_bytes=converting_bytes(sizes, recipe),
         seconds=_seconds(plan.layers.values(), arrays, recipe, total),
+        explanation=explanation,
     )
 
 
@@ -101,13 +108,6 @@ def converting_bytes(sizes: dict[str, int], recipe: Recipe) -> float:
     calibrated = recipe.method in CALIBRATED or bool(recipe.refine)
     models = (2.5 if recipe.refine else 1) if calibrated else 0
     return PROGRAM_BYTES + held + models * entry * sum(sizes.values())
-
-
-def _planned(recipe: Recipe) -> Recipe:
-    """Return a recipe that can be planned: that of auto has no bits yet."""
-    if recipe.method != "auto":
-        return recipe
-    return dataclasses.replace(recipe, method="gptq", target_bpw=None, max_kl=None)
 
 
 def _seconds(layers: Any, arrays: dict[str, mx.array], recipe: Recipe, parameters: int) -> float:

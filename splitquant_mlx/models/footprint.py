@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from splitquant_mlx.models.checkpoint import read_config, read_headers
 from splitquant_mlx.runtime.memory import check_memory
@@ -79,6 +81,34 @@ def context_limit(config: Mapping[str, Any]) -> int | None:
             if type(limit := table.get(key)) is int and limit > 0:
                 return limit
     return None
+
+
+def context_bytes(model: nn.Module, tokens: int) -> float:
+    """Return the size of the caches of a context, in 16 bits, on a machine with a GPU.
+
+    The model is called with one token, and nothing is evaluated: the caches' shapes tell.
+
+    Args:
+        model: one of mlx-lm's; its parameters are not read.
+        tokens: of the context.
+    """
+    from mlx_lm.models.cache import make_prompt_cache
+
+    caches = make_prompt_cache(model)
+    model(mx.zeros((1, 1), mx.int32), cache=caches)
+    return 2.0 * sum(_cached_entries(cache, tokens) for cache in caches)
+
+
+def _cached_entries(cache: Any, tokens: int) -> int:
+    """Return the entries that a cache with one token has when it holds `tokens`."""
+    if hasattr(cache, "caches"):
+        return sum(_cached_entries(part, tokens) for part in cache.caches)
+    arrays = [leaf for _, leaf in tree_flatten(cache.state) if isinstance(leaf, mx.array)]
+    if not hasattr(cache, "offset"):  # a state of fixed size
+        return sum(array.size for array in arrays)
+    # (1, heads, positions, width), with room for more positions than one
+    entries = sum(array.size // array.shape[2] for array in arrays)
+    return entries * min(tokens, getattr(cache, "max_size", None) or tokens)
 
 
 def _sizes(path: Path, *, widened: bool) -> list[int]:

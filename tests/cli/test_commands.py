@@ -39,6 +39,8 @@ def test_convert_tells_what_it_did(command, stories, tmp_path):
         (["-q", "--method", "gptq"], "gptq"),
         (["--target-bpw", "5"], "auto"),
         (["--max-kl", "0.1", "-q"], "auto"),
+        (["--target-size", "400kB"], "auto"),
+        (["--fits", "2GB", "-q"], "auto"),
         ([], "splitquant"),
     ],
 )

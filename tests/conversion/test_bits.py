@@ -1,9 +1,13 @@
 """Bits chosen for every layer of a real tiny checkpoint."""
 
 import pytest
+import tiny
 
-from splitquant_mlx import Recipe
-from splitquant_mlx.conversion.bits import OPTIONS, choose_bits
+from splitquant_mlx import Recipe, convert
+from splitquant_mlx.conversion.bits import choose_bits
+from splitquant_mlx.conversion.budget import OPTIONS, find_budget, measure_sizes
+from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.lazy import LazyModel
 from splitquant_mlx.progress import Silent
 from splitquant_mlx.recipe import BITS, Calibration
@@ -48,3 +52,60 @@ def test_what_the_recipe_says_of_a_layer_stands(stories, cache):
 
 def test_a_width_that_64_does_not_divide_may_have_any_bits():
     assert {bits for bits, size in OPTIONS if size == 32} == set(BITS)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kilobytes", "shard_bytes"),
+    [("llama", 90, 10**9), ("llama", 150, 40_000), ("qwen3_moe", 200, 10**9)],
+)
+def test_files_take_what_was_asked_for(
+    tmp_path, cache, monkeypatch, architecture, kilobytes, shard_bytes
+):
+    def predict(model, tokens, options, **settings):
+        return {path: {o: o[1] / 4 ** o[0] for o in own} for path, own in options.items()}
+
+    monkeypatch.setattr("splitquant_mlx.conversion.bits.predict_divergence", predict)
+    source = tiny.write_checkpoint(tmp_path / "source", architecture)
+    recipe = auto(target_size=f"{kilobytes}kB")
+    told = []
+    settings = {"max_shard_bytes": shard_bytes, "on_forecast": told.append}
+    manifest = convert(source, tmp_path / "target", recipe=recipe, **settings)
+    files = list((tmp_path / "target").glob("*.safetensors"))
+    taken, target = sum(file.stat().st_size for file in files), 1000 * kilobytes
+    assert manifest.recipe["target_size"] == f"{kilobytes}kB"
+    assert 0.98 * target < told[0].total_bytes <= target
+    assert taken <= told[0].total_bytes
+    assert len(files) > 1 if shard_bytes < target else taken > 0.98 * target
+    larger = told[0].next_size
+    assert told[0].total_bytes < larger.total_bytes
+    assert larger.divergence < sum(told[0].divergence.values())
+    routers = [layer for layer in manifest.layers if layer.path.endswith(".gate")]
+    assert {layer.bits for layer in routers} == ({8} if architecture == "qwen3_moe" else set())
+
+
+def test_what_a_machine_has_room_for(stories):
+    checkpoint = open_checkpoint(stories)
+
+    def left(memory):
+        recipe = auto(fits=memory)
+        return find_budget(recipe, measure_sizes(recipe, checkpoint), checkpoint)
+
+    small, large = left("16GB"), left("64 GiB")
+    # 5 layers of 4 heads of 8 for keys, as many for values, 2 bytes each, 512 tokens
+    context = 2 * 5 * 4 * 8 * 2 * 512
+    assert small.total_bytes == pytest.approx(16e9 * 2 / 3 - 0.3e9 - context, abs=1)
+    assert large.total_bytes == pytest.approx(64 * 2**30 * 3 / 4 - 0.3e9 - context, abs=1)
+    assert "16.00 GB of memory less 5.63 GB for the system" in small.explanation
+    assert "327.7 kB for a context of 512 tokens leave 10.37 GB for the model" in small.explanation
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ({"target_size": "150kB"}, r"target_size: 150kB is too small .* takes 19\d.\d kB, 13\d"),
+        ({"fits": "450.6MB"}, r"fits: .* leave 7\d.\d kB for the model: .* takes 19\d.\d kB"),
+    ],
+)
+def test_what_is_too_small_is_refused_with_the_figures(stories, target, message):
+    with pytest.raises(RecipeError, match=message):
+        choose_bits(LazyModel(stories), auto(**target), Silent())

@@ -1,0 +1,33 @@
+"""What the caches of a context take, by the shapes of a call that computes nothing."""
+
+import pytest
+import tiny
+
+from splitquant_mlx.models.architecture import build_model
+from splitquant_mlx.models.footprint import context_bytes
+
+KEYS_AND_VALUES = 2 * 2 * tiny.KV_HEADS * tiny.HEAD_DIM  # bytes of a layer for a token
+LATENT = {
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "q_lora_rank": 48,
+    "moe_intermediate_size": 32,
+    "rope_scaling": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "bytes_for_100"),
+    [
+        (tiny.make_config("llama"), 100 * tiny.LAYERS * KEYS_AND_VALUES),
+        # one of the layers sees the last 32 tokens only
+        (tiny.make_config("gemma3_text"), (100 + 32) * KEYS_AND_VALUES),
+        # the latent vector and the part of the keys that is rotated
+        (tiny.make_config("llama") | LATENT | {"model_type": "deepseek_v3"}, 100 * 2 * 2 * 40),
+    ],
+    ids=["all tokens", "a window", "latent attention"],
+)
+def test_bytes_of_a_context(tmp_path, config, bytes_for_100):
+    assert context_bytes(build_model(tmp_path, config), 100) == bytes_for_100
