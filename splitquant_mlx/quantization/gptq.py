@@ -22,6 +22,8 @@ diagonal down; with none of them left, the cost is that of `fit.py`.
 Arrays here are numpy's and transposed, (in, out), so that a channel is contiguous.
 """
 
+from typing import Protocol
+
 import mlx.core as mx
 import numpy as np
 
@@ -55,10 +57,10 @@ def gptq_quantize(
     columns = np.ascontiguousarray(np.array(w.astype(mx.float32)).T)
     grid = compensated_grid(columns, h, w.dtype, bits, group_size)
     for _ in range(sweeps):
-        grid.descend(columns, h)
+        descend(grid, columns, h)
         grid.refit(columns, h)
     if sweeps:
-        grid.descend(columns, h)
+        descend(grid, columns, h)
     return grid.packed()
 
 
@@ -69,6 +71,24 @@ def damped_hessian(hessian: np.ndarray) -> np.ndarray:
     h = (hessian * ((1 - OFF_DIAGONAL_SHRINKAGE) / unit)).astype(np.float32, copy=False)
     np.fill_diagonal(h, diagonal / unit + DAMPING)
     return h
+
+
+class Codes(Protocol):
+    """What stands for a weight (in, out), for `compensate` and `descend`; see `Grid`."""
+
+    group_size: int
+
+    def values(self) -> np.ndarray:
+        """Return the weight (in, out) that the codes stand for."""
+        ...
+
+    def fit(self, group: int, columns: np.ndarray, importance: np.ndarray) -> None:
+        """Prepare for the channels of a group, which are to be rounded next."""
+        ...
+
+    def round(self, channel: int, wanted: np.ndarray) -> np.ndarray:
+        """Give a channel the codes nearest to `wanted` (out,); returns what they stand for."""
+        ...
 
 
 class Grid:
@@ -119,20 +139,6 @@ class Grid:
         self.codes[channel] = codes
         return codes * scale + bias
 
-    def descend(self, columns: np.ndarray, h: np.ndarray) -> None:
-        """Give each weight its best code, all others fixed, channel after channel."""
-        values = self.values()
-        error = columns - values
-        for start in range(0, len(columns), STEP):
-            end = min(start + STEP, len(columns))
-            gradient = h[start:end] @ error
-            for k in range(start, end):
-                step = gradient[k - start] / h[k, k]
-                moved = self.round(k, values[k] + step) - values[k]
-                error[k] -= moved
-                if k + 1 < end:
-                    gradient[k + 1 - start :] -= h[k + 1 : end, k, None] * moved
-
     def refit(self, columns: np.ndarray, h: np.ndarray) -> None:
         """Give each group its best scale and bias, all codes and other groups fixed."""
         error = columns - self.values()
@@ -170,18 +176,38 @@ def compensated_grid(
     its first channel is rounded.
     """
     grid = Grid(columns.shape, dtype, bits, group_size)  # type: ignore[arg-type]
+    compensate(grid, columns, h)
+    return grid
+
+
+def compensate(grid: Codes, columns: np.ndarray, h: np.ndarray) -> None:
+    """Give each channel its codes in turn, compensating the errors of those before it."""
     feedback = _unit_upper(h)
     importance = np.diagonal(h)
     error = np.empty_like(columns)
-    for start in range(0, len(columns), group_size):
-        end = start + group_size
+    for start in range(0, len(columns), grid.group_size):
+        end = start + grid.group_size
         wanted = columns[start:end] + feedback[:start, start:end].T @ error[:start]
-        grid.fit(start // group_size, wanted, importance[start:end])
+        grid.fit(start // grid.group_size, wanted, importance[start:end])
         for k in range(start, end):
             error[k] = columns[k] - grid.round(k, wanted[k - start])
             if k + 1 < end:
                 wanted[k + 1 - start :] += feedback[k, k + 1 : end, None] * error[k]
-    return grid
+
+
+def descend(grid: Codes, columns: np.ndarray, h: np.ndarray) -> None:
+    """Give each weight its best code, all others fixed, channel after channel."""
+    values = grid.values()
+    error = columns - values
+    for start in range(0, len(columns), STEP):
+        end = min(start + STEP, len(columns))
+        gradient = h[start:end] @ error
+        for k in range(start, end):
+            step = gradient[k - start] / h[k, k]
+            moved = grid.round(k, values[k] + step) - values[k]
+            error[k] -= moved
+            if k + 1 < end:
+                gradient[k + 1 - start :] -= h[k + 1 : end, k, None] * moved
 
 
 def _unit_upper(h: np.ndarray) -> np.ndarray:
@@ -191,7 +217,7 @@ def _unit_upper(h: np.ndarray) -> np.ndarray:
     return factor / np.diagonal(factor)
 
 
-def cost(columns: np.ndarray, grid: Grid, h: np.ndarray) -> float:
+def cost(columns: np.ndarray, grid: Codes, h: np.ndarray) -> float:
     """Return tr(E^T h E) of the error E (in, out) of a grid."""
     error = columns - grid.values()
     return float(np.sum((h @ error) * error, dtype=np.float64))
