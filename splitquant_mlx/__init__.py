@@ -1,7 +1,8 @@
 """Quantize LLMs for Apple silicon without a calibration data set: SplitQuantV2 for MLX.
 
 One weight:      split, cluster_weight, quantize, quantize_parts, dequantize
-One layer:       SplitLinear, SplitConv, QuantizedSplitLinear, QuantizedSplitConv
+One layer:       SplitLinear, SplitConv, QuantizedSplitLinear, QuantizedSplitConv,
+                 LUTLinear
 One mlx model:   split_model, quantize_split_layers
 One checkpoint:  Recipe, Calibration, load_recipe, forecast, convert, load, load_manifest
 Its quality:     evaluate, verify
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from splitquant_mlx.evaluation.task import Task, evaluate
     from splitquant_mlx.formats.manifest import LayerRecord, Manifest, load_manifest
     from splitquant_mlx.models.loader import load
+    from splitquant_mlx.nn.lut_file import LUTLinear
     from splitquant_mlx.nn.model_file import QuantizedSplitLinear
     from splitquant_mlx.nn.split_layers import (
         QuantizedSplitConv,
@@ -46,6 +48,7 @@ __all__ = [
     "CheckpointError",
     "Clustering",
     "Forecast",
+    "LUTLinear",
     "LayerRecord",
     "Manifest",
     "Quantized",
@@ -106,6 +109,7 @@ _MODULES = {
         "load_manifest",
     ),
     "models.loader": ("load",),
+    "nn.lut_file": ("LUTLinear",),
     "nn.model_file": ("QuantizedSplitLinear",),
     "nn.split_layers": (
         "QuantizedSplitConv",

@@ -27,7 +27,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
-Method = Literal["splitquant", "rtn", "imatrix", "gptq", "auto"]
+Method = Literal["splitquant", "rtn", "imatrix", "gptq", "auto", "lut"]
 Bits = Literal[2, 3, 4, 5, 6, 8]
 GroupSize = Literal[16, 32, 64, 128]
 Mode = Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
@@ -42,10 +42,12 @@ def _require_size(text: str) -> str:
 Size = Annotated[str, AfterValidator(_require_size)]
 
 METHODS: tuple[str, ...] = get_args(Method)
-CALIBRATED = ("imatrix", "gptq", "auto")
+CALIBRATED = ("imatrix", "gptq", "auto", "lut")
 TARGETS = ("target_bpw", "max_kl", "target_size", "fits")  # of auto, one of them
+FIXED_BITS = ("imatrix", "gptq", "lut")  # calibrated, with one number of bits
 SELF = "self"  # calibration on text that the model writes
 BITS: tuple[int, ...] = get_args(Bits)
+LUT_BITS = (2, 3, 4)
 GROUP_SIZES = (32, 64, 128)  # of mode affine
 DTYPES: tuple[str, ...] = get_args(DType)
 # mode -> (group_size, bits): the defaults of affine, the only values of the others
@@ -85,8 +87,8 @@ class Recipe:
         method: "splitquant" (k-means split, then affine quantization of every part), "rtn"
             (round to nearest, what `mlx_lm.convert -q` does), "imatrix" (rtn with scales fitted
             under the importance of the inputs), "gptq" (also compensates each column's rounding
-            error in the columns not yet quantized) or "auto" (gptq with bits and group size chosen
-            for each layer).
+            error in the columns not yet quantized), "auto" (gptq with bits and group size chosen
+            for each layer) or "lut" (a codebook for each row of a linear layer; 2 to 4 bits).
         bits: bits per code; by default 4 (mxfp8: 8). Not for auto.
         group_size: inputs that share scales and biases; by default 64 (mxfp4, mxfp8: 32, nvfp4:
             16). Not for auto.
@@ -100,12 +102,15 @@ class Recipe:
         lm_head: "keep", "quantize" or "split"; the default is that of embeddings.
         include: glob patterns; where given, only layers that match one of them are converted.
         exclude: glob patterns of layers to keep unquantized.
-        embedding_bits: bits of quantized embeddings and lm_head; by default 6 for imatrix and gptq,
-            as in mlx_lm.gptq, and `bits` for the others.
+        embedding_bits: bits of quantized embeddings and lm_head; by default 6 for imatrix, gptq
+            and lut, as in mlx_lm.gptq, and `bits` for the others.
         layers: settings of single layers, by path: {"bits": ..., "group_size": ...}.
-        calibration: text that imatrix, gptq and auto are calibrated on; with splitquant, the scales
-            of the parts are then fitted as by imatrix, which the paper does not do.
-        sweeps: rounds of coordinate descent of gptq and auto; by default 3.
+        calibration: text that imatrix, gptq, auto and lut are calibrated on; with splitquant, the
+            scales of the parts are then fitted as by imatrix, which the paper does not do.
+        sweeps: rounds of coordinate descent of gptq and auto, of codes and codebooks in turn of
+            lut, where 0 is SqueezeLLM; by default 3.
+        outliers: for lut, the share of each row that is kept in 16 bits, such as "0.5%".
+        codebook: for lut, "kmeans" or "powers" (of two, times a scale for each row).
         target_bpw: for auto, bits/weight of the quantized layers, embeddings and lm_head among
             them; by default 4.5.
         max_kl: for auto, KL divergence, nats per token, to stay below, instead of a target_bpw.
@@ -114,7 +119,7 @@ class Recipe:
         fits: for auto, memory of the machine to run on, such as 16GB, instead of a target_bpw: the
             model is to fit in beside a context of 8,192 tokens and the system.
         refine: train scales and biases, codes fixed, to predict what the original predicts. Not
-            for splitquant.
+            for splitquant and lut.
     """
 
     method: Method = "splitquant"
@@ -133,6 +138,8 @@ class Recipe:
     layers: Mapping[str, LayerSettings] = Field(default_factory=dict)
     calibration: Annotated[Calibration | None, nested(Calibration)] = None
     sweeps: NonNegativeInt | None = None
+    outliers: Annotated[str, Field(pattern=r"^\d+(\.\d+)?%$")] | None = None
+    codebook: Literal["kmeans", "powers"] | None = None
     target_bpw: Annotated[float, Field(gt=3, lt=16)] | None = None
     max_kl: Annotated[float, Field(gt=0)] | None = None
     target_size: Size | None = None
@@ -145,7 +152,7 @@ class Recipe:
         self._check_mode()
         unsplit = "keep" if self.method == "splitquant" else "quantize"
         self._fill(embeddings=unsplit, lm_head=unsplit)
-        embedding_bits = 6 if self.method in ("imatrix", "gptq") else None
+        embedding_bits = 6 if self.method in FIXED_BITS else None
         kept = self.embeddings == self.lm_head == "keep"
         if kept and self.embedding_bits not in (None, embedding_bits):
             raise RecipeError(
@@ -154,14 +161,24 @@ class Recipe:
             )
         if self._is_calibrated:
             self._fill(calibration=Calibration(), embedding_bits=embedding_bits)
-        if self.method in ("gptq", "auto"):
+        if self.method in ("gptq", "auto", "lut"):
             self._fill(sweeps=3)
         if self.method == "auto" and not self._targets:
             self._fill(target_bpw=4.5)
+        if self.method == "lut":
+            self._fill(codebook="kmeans")
+            self._require("bits", LUT_BITS, "with method 'lut'")
+            if not 0 <= self.outlier_share <= 0.1:
+                raise RecipeError(f"outliers: expected 0% to 10%, got {self.outliers!r:.80}")
 
     @property
     def _targets(self) -> list[str]:
         return [name for name in TARGETS if getattr(self, name) is not None]
+
+    @property
+    def outlier_share(self) -> float:
+        """Return the share of each row that lut keeps."""
+        return float((self.outliers or "0%")[:-1]) / 100
 
     @property
     def _is_calibrated(self) -> bool:
@@ -170,6 +187,7 @@ class Recipe:
     def _refuse_unused(self) -> None:
         """Refuse settings that the method would ignore; a default value counts as unset."""
         auto, split = self.method == "auto", self.method == "splitquant"
+        lut = self.method == "lut"
         if auto:  # recipes of auto used to hold these defaults
             for name, default in (("bits", 4), ("group_size", 64)):
                 if getattr(self, name) == default:
@@ -181,10 +199,12 @@ class Recipe:
             "clusters": split or self.clusters == 3,
             "kmeans": split or self.kmeans == "exact",
             "lm_head": split or self.lm_head != "split",
-            "refine": not split,
+            "refine": not split and not lut,
             "calibration": self._is_calibrated or split,
-            "sweeps": self.method in ("gptq", "auto"),
+            "sweeps": self.method in ("gptq", "auto", "lut"),
             **dict.fromkeys(TARGETS, auto),
+            "outliers": lut,
+            "codebook": lut,
         }
         for name, is_allowed in allowed.items():
             value = getattr(self, name)

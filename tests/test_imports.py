@@ -6,6 +6,8 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).resolve().parents[1] / "splitquant_mlx"
 # what every package may import: those before it
 ORDER = [
@@ -69,8 +71,9 @@ def test_files_stay_small():
     assert not too_long
 
 
-def test_the_model_file_needs_only_mlx_and_mlx_lm():
-    tree = ast.parse((PACKAGE / "nn" / "model_file.py").read_text())
+@pytest.mark.parametrize("name", ["model_file", "lut_file"])
+def test_a_model_file_needs_only_mlx_and_mlx_lm(name):
+    tree = ast.parse((PACKAGE / "nn" / f"{name}.py").read_text())
     roots = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -153,7 +153,9 @@ def _print_layers(layers: Any, cuts: dict[str, tuple[float, ...]], *, each: bool
         form = {"keep": "as it was", "quantize": "", "split": f"{first.clusters} x "}
         text = form[first.action]
         if first.bits is not None:
-            text += f"{first.bits} bits g{first.group_size}"
+            text += f"{first.bits} bits "
+            text += "codebooks" if first.mode == "lut" else f"g{first.group_size}"
+            text += f", {first.outliers} kept a row" if first.outliers else ""
         snr = [layer.snr_db for layer in group if layer.snr_db is not None]
         row = [
             console.plain(path.removeprefix("model.").removeprefix("layers.*.")),

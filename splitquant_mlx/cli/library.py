@@ -48,7 +48,7 @@ def models(
             bits = "" if model.bits_per_weight is None else f"{model.bits_per_weight:.2f}"
             written = time.strftime("%Y-%m-%d", time.localtime(model.modified))
             form = model.method or "original"
-            runs = "here" if model.is_split else "mlx_lm, LM Studio"
+            runs = "here" if model.needs_code else "mlx_lm, LM Studio"
             table.add_row(plain(model.name), form, bits, size(model.nbytes), written, runs)
         show(table)
 

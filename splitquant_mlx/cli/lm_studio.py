@@ -13,9 +13,10 @@ OWNER = "splitquant-mlx"  # LM Studio wants USER/NAME
 
 def check(recipe: Recipe) -> None:
     """Refuse, before the work, a method whose result LM Studio does not run."""
-    if recipe.method == "splitquant":
+    layers = {"splitquant": "split layers", "lut": "lookup tables"}
+    if recipe.method in layers:
         raise RecipeError(
-            "--lmstudio: LM Studio does not run split layers: take --method auto, or -q"
+            f"--lmstudio: LM Studio does not run {layers[recipe.method]}: take --method auto, or -q"
         )
 
 

@@ -143,6 +143,11 @@ def _where_it_runs(manifest: Manifest, path: Path) -> list[str]:
             "with --trust-remote-code; not in LM Studio.",
             "For LM Studio, or the closest model at a given size: --method auto.",
         ]
+    if any(layer.needs_code for layer in manifest.layers):
+        return [
+            "Runs here, and in mlx_lm with --trust-remote-code; not in LM Studio.",
+            "For LM Studio: --method auto.",
+        ]
     return [
         f"Runs in mlx_lm and, moved or linked to {LM_STUDIO} (--lmstudio does that), in LM Studio."
     ]

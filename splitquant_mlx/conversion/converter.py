@@ -218,5 +218,6 @@ def _record(layer: LayerPlan, found: Converted, rare: list[int]) -> LayerRecord:
         clusters=layer.clusters if layer.action == "split" else None,
         cut_points=found.cut_points,
         snr_db=found.snr_db,
+        outliers=layer.outliers or None,
         note=note,
     )

@@ -9,14 +9,15 @@ import numpy as np
 
 from splitquant_mlx.conversion.converter import source_array
 from splitquant_mlx.conversion.plan import stored_dtype
-from splitquant_mlx.conversion.weight import BLOCK, SAMPLE
+from splitquant_mlx.conversion.weight import BLOCK, SAMPLE, stored_weight
 from splitquant_mlx.errors import CheckpointError, RecipeError, one_line
 from splitquant_mlx.formats.manifest import LayerRecord, Manifest
 from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.config import read_config, to_json
 from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.progress import Progress
-from splitquant_mlx.quantization.affine import Quantized, dequantize
+from splitquant_mlx.quantization.affine import Quantized
+from splitquant_mlx.quantization.lut import Lut
 from splitquant_mlx.quantization.noise import decibels, row_squares
 from splitquant_mlx.recipe import Recipe
 
@@ -75,7 +76,7 @@ def compare(directory: Path, manifest: Manifest, original: Path, progress: Progr
             layer = converted.pop(path, None) if leaf == "weight" else None
             tensors = {
                 part: stored.pop(f"{path}.{part}", None)
-                for part in ((leaf,) if layer is None else (leaf, "scales", "biases"))
+                for part in ((leaf,) if layer is None else _kind(layer)._fields)
             }
             w = source_array(checkpoint, dtype, name)
             del checkpoint.weights[name]
@@ -90,6 +91,10 @@ def compare(directory: Path, manifest: Manifest, original: Path, progress: Progr
             advance(1)
     problems += [f"{path} is in the manifest, and not in the original" for path in converted]
     return problems + [f"{name} is not in the original" for name in stored]
+
+
+def _kind(layer: LayerRecord) -> type[Quantized] | type[Lut]:
+    return Lut if layer.mode == "lut" else Quantized
 
 
 def _load(directory: Path) -> dict[str, mx.array]:
@@ -134,8 +139,7 @@ def _signal_to_noise(
             leaf: None if array is None else array[start : start + step]
             for leaf, array in rows.items()
         }
-        stored = Quantized(block["weight"], block["scales"], block["biases"])  # type: ignore[arg-type]
-        w_hat = dequantize(stored, **sizes)  # type: ignore[arg-type]
+        w_hat = stored_weight(_kind(layer)(**block), **sizes)  # type: ignore[arg-type]
         squares = row_squares(w[start : start + step], w_hat)
         signal.append(squares[0])
         noise.append(squares[1])

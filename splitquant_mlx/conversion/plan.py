@@ -13,7 +13,8 @@ from splitquant_mlx.calibration.blocks import is_expert_stack
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.models.architecture import parameters
 from splitquant_mlx.nn.split_layers import scale_dtype
-from splitquant_mlx.recipe import DTYPES, GROUP_SIZES, MODES, Recipe
+from splitquant_mlx.quantization.lut import index_dtype
+from splitquant_mlx.recipe import DTYPES, GROUP_SIZES, LUT_BITS, MODES, Recipe
 
 Predicate = Callable[[str, nn.Module], bool | dict[str, Any]]
 
@@ -30,11 +31,13 @@ class LayerPlan:
         quantizer: name in `quantizers.QUANTIZERS`; empty when kept.
         bits: per code; 0 when kept.
         group_size: inputs that share a scale; 0 when kept.
-        mode: mlx's quantization mode.
+        mode: mlx's quantization mode, or "lut" (a codebook for each row).
         granularity: one scale per "group", "channel" or "tensor".
         clusters: parts the weight is split into; 1 unless split.
         kmeans: "exact" or "sklearn".
-        sweeps: rounds of coordinate descent of gptq.
+        sweeps: rounds of coordinate descent of gptq, of codes and codebooks of lut.
+        outliers: entries of each row that lut keeps.
+        codebook: of lut, "kmeans" or "powers".
         note: why this layer is not treated as the recipe says for its kind; empty if it is.
     """
 
@@ -50,12 +53,14 @@ class LayerPlan:
     clusters: int = 1
     kmeans: str = "exact"
     sweeps: int = 0
+    outliers: int = 0
+    codebook: str = "kmeans"
     note: str = ""
 
     @property
     def uses_cpu(self) -> bool:
         """Return whether the quantizer computes on the CPU, whatever the default device."""
-        return self.quantizer == "gptq"
+        return self.quantizer in ("gptq", "lut")
 
     def tensors(self, dtype: mx.Dtype) -> dict[str, tuple[mx.Dtype, tuple[int, ...]]]:
         """Return type and shape of what is stored of a weight of type `dtype`, by leaf name."""
@@ -63,8 +68,14 @@ class LayerPlan:
             return {"weight": (dtype, self.shape)}
         *rows, width = self.shape
         width *= self.clusters
-        scales = (*rows, width // self.group_size)
         found = {"weight": (mx.uint32, (*rows, width * self.bits // 32))}
+        if self.mode == "lut":
+            found["codebook"] = dtype, (*rows, 2**self.bits)
+            if self.outliers:
+                found["outliers"] = dtype, (*rows, self.outliers)
+                found["indices"] = index_dtype(width), (*rows, self.outliers)
+            return found
+        scales = (*rows, width // self.group_size)
         if self.mode != "affine":
             return {**found, "scales": (mx.uint8, scales)}
         # a split float16 or float32 layer may have scales in bfloat16, which is as large
@@ -182,6 +193,8 @@ def _plan_layer(
     action, note = _wanted_action(recipe, path, kind)
     if action == "keep":
         return keep(note)
+    if recipe.method == "lut" and kind == "linear":
+        return _plan_tables(recipe, path, shape, keep)
     bits, group_size, mode = _settings(recipe, path, kind)
     if predicate is not None:
         asked = predicate(path, module)
@@ -214,6 +227,30 @@ def _plan_layer(
     )
 
 
+def _plan_tables(
+    recipe: Recipe, path: str, shape: tuple[int, ...], keep: Callable[[str], LayerPlan]
+) -> LayerPlan:
+    """Plan a layer with a codebook for each row."""
+    bits, _, _ = _settings(recipe, path, "linear")
+    if bits not in LUT_BITS:
+        raise RecipeError(f"layers.{path}.bits: expected 2, 3 or 4 with method 'lut', got {bits}")
+    if shape[-1] % 32:
+        return keep(f"its width {shape[-1]} is no multiple of 32")
+    return LayerPlan(
+        path=path,
+        kind="linear",
+        action="quantize",
+        shape=shape,
+        quantizer="lut",
+        bits=bits,
+        group_size=shape[-1],
+        mode="lut",
+        sweeps=recipe.sweeps or 0,
+        outliers=math.ceil(recipe.outlier_share * shape[-1]),
+        codebook=recipe.codebook or "kmeans",
+    )
+
+
 def _settings(recipe: Recipe, path: str, kind: str) -> tuple[int, int, str]:
     """Return bits, group_size and mode that the recipe has for a layer."""
     own = recipe.layers.get(path, {})
@@ -234,6 +271,8 @@ def _wanted_action(recipe: Recipe, path: str, kind: str) -> tuple[str, str]:
         return str(recipe.embeddings), ""
     if kind == "lm_head":
         return str(recipe.lm_head), ""
+    if recipe.method == "lut" and kind == "experts":
+        return "quantize", "a stack of experts has scales rather than codebooks"
     if recipe.method != "splitquant":
         return "quantize", ""
     if kind == "experts":
@@ -250,7 +289,7 @@ def _quantizer_for(recipe: Recipe, module: nn.Module, kind: str, action: str, ti
         return "splitquant_imatrix" if calibrated else "splitquant"
     if not calibrated or recipe.method == "rtn":  # which refine may calibrate
         return "rtn"
-    return "gptq" if recipe.method == "gptq" else "imatrix"
+    return "gptq" if recipe.method in ("gptq", "lut") else "imatrix"
 
 
 def _require_matches(recipe: Recipe, layers: Mapping[str, LayerPlan]) -> None:
@@ -276,7 +315,7 @@ def _require_convertible_layer(recipe: Recipe, layers: Mapping[str, LayerPlan]) 
                 f"{recipe.embeddings!r} and {recipe.lm_head!r} in this recipe"
             )
         raise RecipeError("this model has no linear layer to convert")
-    unfit = ("group size", "no group size", "this architecture")
+    unfit = ("group size", "no group size", "its width", "this architecture")
     if all(layer.note.startswith(unfit) for layer in selected):
         if all(layer.note.startswith("this architecture") for layer in selected):
             return

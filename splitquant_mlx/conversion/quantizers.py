@@ -26,6 +26,7 @@ from splitquant_mlx.quantization.affine import (
 )
 from splitquant_mlx.quantization.gptq import gptq_quantize
 from splitquant_mlx.quantization.imatrix import code_parts_weighted, quantize_weighted
+from splitquant_mlx.quantization.lut import Lut, lut_quantize
 from splitquant_mlx.quantization.split import cluster_weight, parts_of
 from splitquant_mlx.quantization.split_cpu import code_split
 
@@ -42,7 +43,7 @@ class Outcome(NamedTuple):
         cluster_s: time of the clustering, s.
     """
 
-    quantized: Quantized
+    quantized: Quantized | Lut
     cut_points: tuple[float, ...] = ()
     cluster_s: float = 0.0
 
@@ -121,6 +122,12 @@ def _gptq(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
     return Outcome(gptq_quantize(w, np.array(inputs), **sizes, sweeps=layer.sweeps))
 
 
+def _lut(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
+    settings = {"bits": layer.bits, "outliers": layer.outliers, "sweeps": layer.sweeps}
+    powers = layer.codebook == "powers"
+    return Outcome(lut_quantize(w, np.array(inputs), **settings, powers=powers))
+
+
 def _splitquant(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
     """Split by k-means, and quantize every part; with `inputs`, under the importance of channels.
 
@@ -155,6 +162,7 @@ QUANTIZERS = {
     "rtn": Quantizer(apply=_rtn),
     "imatrix": Quantizer(apply=_imatrix, statistic=sum_of_squares),
     "gptq": Quantizer(apply=_gptq, statistic=hessian),
+    "lut": Quantizer(apply=_lut, statistic=hessian),
     "splitquant": Quantizer(apply=_splitquant),
     "splitquant_imatrix": Quantizer(apply=_splitquant, statistic=sum_of_squares),
 }

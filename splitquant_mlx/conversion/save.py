@@ -42,23 +42,28 @@ def copy_companions(source: Path, directory: Path) -> None:
 
 
 def write_config(config: dict[str, Any], layers: list[LayerRecord], directory: Path) -> None:
-    """Write config.json, and the model file where there are split layers."""
+    """Write config.json, and the model file of split layers or lookup tables, where there are."""
     config = {**config, **config_tables(layers)}
     config.pop("_name_or_path", None)
     if "model_file" in config:
-        code = resources.files("splitquant_mlx.nn").joinpath("model_file.py").read_bytes()
-        (directory / MODEL_FILE).write_bytes(code)
+        (directory / MODEL_FILE).write_bytes(model_code(layers))
     (directory / "config.json").write_text(to_json(config), encoding="utf-8")
+
+
+def model_code(layers: Sequence[LayerRecord]) -> bytes:
+    """Return the model file of a checkpoint that needs one."""
+    name = "lut_file.py" if any(layer.mode == "lut" for layer in layers) else "model_file.py"
+    return resources.files("splitquant_mlx.nn").joinpath(name).read_bytes()
 
 
 def config_tables(layers: Sequence[LayerRecord]) -> dict[str, Any]:
     """Return the entries of config.json that say how layers are stored, those of TABLES.
 
     Plainly quantized layers are listed in mlx's `quantization` table, split layers in a
-    `splitquant` table of their own.
+    `splitquant` table of their own, as are layers of lookup tables.
     """
     tables: dict[str, Any] = {}
-    plain = [layer for layer in layers if layer.action == "quantize"]
+    plain = [layer for layer in layers if layer.action == "quantize" and layer.mode != "lut"]
     split = [layer for layer in layers if layer.action == "split"]
     if plain:
         settings = [_settings(layer) for layer in plain]
@@ -79,6 +84,11 @@ def config_tables(layers: Sequence[LayerRecord]) -> dict[str, Any]:
                 }
                 for layer in split
             }
+        }
+    if lut := [layer for layer in layers if layer.mode == "lut"]:
+        tables["model_file"] = MODEL_FILE
+        tables["splitquant"] = {
+            "lut": {x.path: {"bits": x.bits, "outliers": x.outliers or 0} for x in lut}
         }
     return tables
 

@@ -22,9 +22,13 @@ from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.models.source import Source
 from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.quantization.affine import Quantized
+from splitquant_mlx.quantization.lut import Lut
+from splitquant_mlx.recipe import LUT_BITS
 from splitquant_mlx.runtime.disk import sha256
 
 Headers = dict[str, TensorHeader]
+LEAVES = tuple(dict.fromkeys((*Quantized._fields, *Lut._fields)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +121,7 @@ def _tensors(directory: Path, manifest: Manifest) -> list[str]:
     for layer in manifest.layers:
         found = {
             leaf: headers[f"{layer.path}.{leaf}"]
-            for leaf in ("weight", "scales", "biases")
+            for leaf in LEAVES
             if f"{layer.path}.{leaf}" in headers
         }
         if layer.path in recorded:
@@ -137,7 +141,7 @@ def _tensors(directory: Path, manifest: Manifest) -> list[str]:
     parameters = sum(math.prod(layer.shape) for layer in manifest.layers)
     for name, header in headers.items():
         path, _, leaf = name.rpartition(".")
-        if path not in recorded or leaf not in ("weight", "scales", "biases"):
+        if path not in recorded or leaf not in LEAVES:
             parameters += math.prod(header.shape)
             if leaf == "scales" or (leaf == "weight" and len(header.shape) > 1):
                 problems.append(f"tensor {name} is of no layer in the manifest")
@@ -152,13 +156,17 @@ def _tensors(directory: Path, manifest: Manifest) -> list[str]:
 def _layer_problem(layer: LayerRecord, found: Headers) -> str:
     """Tell what of a layer's record does not fit its tensors; "" when all does."""
     leaves = {"weight"}
-    if layer.action != "keep":
+    if layer.mode == "lut":
+        leaves |= {"codebook"} | ({"outliers", "indices"} if layer.outliers else set())
+    elif layer.action != "keep":
         leaves |= {"scales", "biases"} if layer.mode == "affine" else {"scales"}
     if found.keys() != leaves:
         return f"it has {', '.join(found) or 'no tensor'}, wanted {', '.join(sorted(leaves))}"
     shapes = {leaf: header.shape for leaf, header in found.items()}
     if layer.action == "keep":
         fits = shapes["weight"] == layer.shape and len(layer.shape) > 1
+    elif layer.mode == "lut":
+        fits = _fits_tables(layer, found)
     else:
         *rows, width = layer.shape or (0,)
         width *= layer.clusters or 1 if layer.action == "split" else 1
@@ -181,6 +189,16 @@ def _layer_problem(layer: LayerRecord, found: Headers) -> str:
     if not _equal(layer.bits_per_weight * math.prod(layer.shape), 8 * nbytes):
         return f"it has not the {layer.bits_per_weight} bits/weight of the manifest"
     return ""
+
+
+def _fits_tables(layer: LayerRecord, found: Headers) -> bool:
+    bits, count = layer.bits or 0, layer.outliers or 0
+    if len(layer.shape) != 2 or bits not in LUT_BITS or found["weight"].dtype != "U32":
+        return False
+    out, width = layer.shape
+    expected = {"weight": (out, width * bits // 32), "codebook": (out, 2**bits)}
+    expected |= {"outliers": (out, count), "indices": (out, count)} if count else {}
+    return width % 32 == 0 and {leaf: x.shape for leaf, x in found.items()} == expected
 
 
 def _equal(a: float, b: float) -> bool:

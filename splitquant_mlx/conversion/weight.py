@@ -8,7 +8,9 @@ import numpy as np
 
 from splitquant_mlx.conversion.plan import LayerPlan
 from splitquant_mlx.conversion.quantizers import BLOCK, QUANTIZERS
+from splitquant_mlx.nn.lut_file import lut_weight
 from splitquant_mlx.quantization.affine import Quantized, dequantize
+from splitquant_mlx.quantization.lut import Lut
 from splitquant_mlx.quantization.noise import decibels, row_squares
 
 SAMPLE = 1 << 18  # entries that the signal-to-noise ratio is taken over
@@ -25,7 +27,7 @@ class Converted:
     """Result of converting a weight.
 
     Attributes:
-        tensors: what is stored, by leaf name: weight, scales, biases.
+        tensors: what is stored, by leaf name: those of `Quantized` or `Lut`.
         cut_points: of a split weight, ascending.
         snr_db: 10 log10(sum w^2 / sum (w - w_hat)^2), dB, over a sample of evenly spaced rows
             where there are more than 2^18 entries; None without any error.
@@ -81,16 +83,23 @@ def require_finite(w: mx.array) -> None:
             raise ValueError("holds NaN or infinite values")
 
 
-def _snr_db(w: mx.array, quantized: Quantized, layer: LayerPlan) -> float | None:
+def stored_weight(stored: Quantized | Lut, *, bits: int, group_size: int, mode: str) -> mx.array:
+    """Return the float32 weight (..., out, in) that stored tensors stand for."""
+    if isinstance(stored, Lut):
+        return lut_weight(*stored).astype(mx.float32)
+    return dequantize(stored, bits=bits, group_size=group_size, mode=mode)
+
+
+def _snr_db(w: mx.array, quantized: Quantized | Lut, layer: LayerPlan) -> float | None:
     step = -(-w.size // SAMPLE)
 
     def sample(array: mx.array | None) -> mx.array | None:
         return None if array is None else array.reshape(-1, array.shape[-1])[::step]
 
     rows = w.reshape(-1, w.shape[-1])[::step]
-    stored = Quantized(*(sample(array) for array in quantized))  # type: ignore[arg-type]
+    stored = type(quantized)(*(sample(array) for array in quantized))  # type: ignore[arg-type]
     sizes = {"bits": layer.bits, "group_size": layer.group_size}
-    squares = row_squares(rows, dequantize(stored, **sizes, mode=layer.mode))
+    squares = row_squares(rows, stored_weight(stored, **sizes, mode=layer.mode))
     signal, noise = (float(x.sum()) for x in squares)
     if not np.isfinite(noise):
         peak = mx.abs(w).max().item()

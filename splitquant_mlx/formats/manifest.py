@@ -11,7 +11,7 @@ from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.settings import NonNegativeInt, load_json, record
 
 FILE_NAME = "splitquant.json"
-# the code that a split checkpoint carries for mlx-lm, see nn/model_file
+# the code that a checkpoint carries for mlx-lm, see nn/model_file and nn/lut_file
 MODEL_FILE = "splitquant_model.py"
 # what is shown of a layer must not control the terminal
 Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
@@ -31,8 +31,9 @@ class LayerRecord:
         bits_per_weight: stored bits over ORIGINAL entries.
         bits: bits per code; None when kept.
         group_size: inputs that share a scale; None when kept.
-        mode: mlx's quantization mode; None when kept.
+        mode: mlx's quantization mode, or "lut"; None when kept.
         clusters: parts the layer is split into; None unless split.
+        outliers: entries of each row that are kept beside a codebook; None without.
         cut_points: where k-means split the entries, ascending; empty unless split.
         snr_db: 10 log10(sum w^2 / sum (w - w_hat)^2), dB, over evenly spaced rows of a large
             weight; None when kept or without error.
@@ -49,9 +50,15 @@ class LayerRecord:
     group_size: NonNegativeInt | None = None
     mode: Name | None = None
     clusters: NonNegativeInt | None = None
+    outliers: NonNegativeInt | None = None
     cut_points: tuple[Finite, ...] = ()
     snr_db: Finite | None = None
     note: str = ""
+
+    @property
+    def needs_code(self) -> bool:
+        """Return whether stock mlx-lm needs the checkpoint's model file to run the layer."""
+        return self.action == "split" or self.mode == "lut"
 
 
 @record

@@ -2,7 +2,8 @@
 
 A tiny random model is split, quantized and run on each device, and compared with the same
 computation in numpy: the split must leave the function as it was, and the quantized kernels must
-compute the product with the weights that the codes stand for.
+compute the product with the weights that the codes stand for. A layer of lookup tables, on a GPU a
+kernel of this package, is compared with the weight that mlx's operations make of its codes.
 """
 
 import statistics
@@ -15,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from splitquant_mlx.models.dense import dense_weight
+from splitquant_mlx.nn.lut_file import LUTLinear
 from splitquant_mlx.nn.split_layers import SplitLinear, quantize_split_layers, split_model
 from splitquant_mlx.quantization.split import split
 
@@ -59,6 +61,7 @@ def self_check() -> list[Check]:
             checks.append(
                 _check(f"{name}: split model against numpy", model(mx.array(x)), whole, limit)
             )
+            checks.append(_tables_check(name, limit))
             quantize_split_layers(model)
             linears = (model.layers[0], model.layers[2])  # type: ignore[index]
             dense = [np.array(dense_weight(layer), np.float64) for layer in linears]
@@ -106,6 +109,18 @@ def dispatch_ratio() -> float:
         times["one"].append(_seconds(lambda: layer(x)))
         times["separate"].append(_seconds(separate))
     return statistics.median(times["separate"]) / statistics.median(times["one"])
+
+
+def _tables_check(name: str, limit: float) -> Check:
+    rng = np.random.default_rng(1)
+    layer = LUTLinear(DIMS, DIMS, bits=3, outliers=2)
+    layer.weight = mx.array(rng.integers(0, 2**32, layer.weight.shape, np.uint32))
+    layer.indices = mx.array(rng.integers(0, DIMS, layer.indices.shape, np.uint16))
+    for leaf in ("codebook", "outliers", "bias"):
+        layer[leaf] = mx.array(rng.standard_normal(layer[leaf].shape).astype(np.float32))
+    x = rng.standard_normal((3, DIMS)).astype(np.float32)
+    wanted = x.astype(np.float64) @ np.array(layer.dense()).T + np.array(layer.bias)
+    return _check(f"{name}: lookup tables against numpy", layer(mx.array(x)), wanted, limit)
 
 
 def _tiny_model() -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:

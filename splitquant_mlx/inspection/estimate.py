@@ -118,7 +118,7 @@ def _seconds(layers: Any, arrays: dict[str, mx.array], recipe: Recipe, parameter
         per_entry = _timed_layer(sample, arrays[f"{sample.path}.weight"])
         cores = (os.cpu_count() or 1) if mx.default_device() == mx.cpu else 1
         entries = sum(math.prod(layer.shape) for layer in done)
-        seconds += per_entry * entries / (1 if sample.quantizer == "gptq" else cores)
+        seconds += per_entry * entries / (1 if sample.uses_cpu else cores)
         if recipe.method == "auto":  # every option of a layer, on a sample of its rows
             rows = sum(min(256, layer.shape[0]) * layer.shape[-1] for layer in done)
             seconds += 4 * per_entry * rows

@@ -107,4 +107,5 @@ def _require_finite(directory: Path, path: str, w: mx.array) -> None:
 def _dense(module: nn.Module | None) -> mx.array | None:
     if module is None or "weight" not in module:
         return None
-    return dense_weight(module) if "scales" in module else module["weight"]
+    packed = "scales" in module or "codebook" in module
+    return dense_weight(module) if packed else module["weight"]

@@ -74,7 +74,7 @@ def describe(directory: Path) -> Overview:
     )
     if manifest is not None:
         parameters = round(8 * manifest.stored_bytes / manifest.bits_per_weight)
-    is_split = any(layer.action == "split" for layer in layers)
+    needs_code = any(layer.needs_code for layer in layers)
     table = config.get("text_config")
     vocabulary = (table if isinstance(table, Mapping) else config).get("vocab_size")
     templates = ("chat_template.jinja", "chat_template.json")
@@ -90,7 +90,7 @@ def describe(directory: Path) -> Overview:
         bits_per_weight=8 * stored / max(parameters, 1),
         stored_bytes=stored,
         memory_bytes=running_bytes(directory),
-        runs_in="here, mlx_lm with --trust-remote-code" if is_split else "mlx_lm, LM Studio",
+        runs_in="here, mlx_lm with --trust-remote-code" if needs_code else "mlx_lm, LM Studio",
         layers=layers,
     )
 
@@ -100,7 +100,7 @@ def kinds(layers: tuple[LayerRecord, ...]) -> list[LayerKind]:
     found: dict[tuple[object, ...], list[LayerRecord]] = {}
     for layer in layers:
         name = re.sub(r"\.\d+\.", ".*.", layer.path)
-        form = (layer.action, layer.bits, layer.group_size, layer.clusters)
+        form = (layer.action, layer.bits, layer.group_size, layer.clusters, layer.mode)
         found.setdefault((name, layer.shape, form), []).append(layer)
     return [LayerKind(name=str(key[0]), layers=tuple(of)) for key, of in found.items()]
 

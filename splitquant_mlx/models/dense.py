@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from splitquant_mlx.nn.lut_file import LUTLinear
 from splitquant_mlx.nn.model_file import QuantizedSplitLinear
 from splitquant_mlx.quantization.affine import Quantized, dequantize
 
@@ -25,7 +26,7 @@ def dequantized(model: nn.Module) -> nn.Module:
     """Replace, in place, every quantized linear layer and embedding by its dense float32 form."""
     dense: list[tuple[str, nn.Module]] = []
     for path, module in model.named_modules():
-        if isinstance(module, (QuantizedSplitLinear, nn.QuantizedLinear)):
+        if isinstance(module, (QuantizedSplitLinear, nn.QuantizedLinear, LUTLinear)):
             layer: nn.Module = nn.Linear(1, 1, bias=False)
             if "bias" in module:
                 layer.bias = module.bias
@@ -42,6 +43,8 @@ def dequantized(model: nn.Module) -> nn.Module:
 
 def dense_weight(module: nn.Module) -> mx.array:
     """Return the float32 weight (out, in) that a quantized layer stands for."""
+    if isinstance(module, LUTLinear):
+        return module.dense().astype(mx.float32)
     quantized = Quantized(module["weight"], module["scales"], module.get("biases"))
     settings = {"bits": module.bits, "group_size": module.group_size, "mode": module.mode}
     w = dequantize(quantized, **settings)  # type: ignore[arg-type]

@@ -21,7 +21,8 @@ class LocalModel:
         bits_per_weight: of the whole model; None where it was not converted.
         nbytes: of its weights, bytes.
         modified: when it was written, s since 1970.
-        is_split: whether its layers are split, which only this program runs as it is.
+        needs_code: whether it has split layers or lookup tables, which only this program runs as it
+            is.
     """
 
     path: Path
@@ -30,12 +31,12 @@ class LocalModel:
     bits_per_weight: float | None
     nbytes: int
     modified: float
-    is_split: bool
+    needs_code: bool
 
     @property
     def runs_in(self) -> str:
         """Return the programs that run the model."""
-        return "here, mlx-lm with --trust-remote-code" if self.is_split else "mlx-lm, LM Studio"
+        return "here, mlx-lm with --trust-remote-code" if self.needs_code else "mlx-lm, LM Studio"
 
 
 def converted_in(directory: Path) -> list[LocalModel]:
@@ -73,7 +74,7 @@ def in_hub_cache() -> list[LocalModel]:
                     bits_per_weight=manifest.bits_per_weight if manifest else None,
                     nbytes=revision.size_on_disk,
                     modified=revision.last_modified,
-                    is_split=_is_split(manifest),
+                    needs_code=_needs_code(manifest),
                 )
             )
     return sorted(found, key=lambda model: model.modified, reverse=True)
@@ -98,7 +99,7 @@ def _converted(path: Path, manifest: Manifest) -> LocalModel:
         bits_per_weight=manifest.bits_per_weight,
         nbytes=manifest.stored_bytes,
         modified=(path / FILE_NAME).stat().st_mtime,
-        is_split=_is_split(manifest),
+        needs_code=_needs_code(manifest),
     )
 
 
@@ -106,5 +107,5 @@ def _method(manifest: Manifest) -> str:
     return str(manifest.recipe.get("method", "splitquant"))
 
 
-def _is_split(manifest: Manifest | None) -> bool:
-    return manifest is not None and any(layer.action == "split" for layer in manifest.layers)
+def _needs_code(manifest: Manifest | None) -> bool:
+    return manifest is not None and any(layer.needs_code for layer in manifest.layers)

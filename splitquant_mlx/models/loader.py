@@ -1,8 +1,8 @@
 """Load a model, converted or not, for mlx-lm to run.
 
-No code from the checkpoint is run: split layers are built from this package's own classes. On the
-CPU, where mlx's 16-bit products are slow, 16-bit parameters are widened to float32. With a group
-of ranks the model is divided before any weight is read.
+No code from the checkpoint is run: split layers and lookup tables are built from this package's own
+classes. On the CPU, where mlx's 16-bit products are slow, 16-bit parameters are widened to float32.
+With a group of ranks the model is divided before any weight is read.
 """
 
 import hashlib
@@ -117,13 +117,14 @@ def _load_with_mlx_lm(
     """Load a model that holds quantized layers, or runs code of its own."""
     from mlx_lm.utils import load_model as mlx_lm_load_model
 
-    from splitquant_mlx.nn import model_file
+    from splitquant_mlx.nn import lut_file, model_file
 
     options: dict[str, Any] = {"model_config": {}}
     foreign = config.get("model_file")
     if isinstance(config.get("splitquant"), dict) and foreign in (None, MODEL_FILE):
         options["model_config"]["model_file"] = None
-        options["get_model_classes"] = lambda config: (model_file.Model, model_file.ModelArgs)
+        code = lut_file if "lut" in config["splitquant"] else model_file
+        options["get_model_classes"] = lambda config: (code.Model, code.ModelArgs)
     elif foreign and not trust_remote_code:
         raise CheckpointError(
             f"{directory} wants to run its own code, {foreign!r}: read it, and pass "

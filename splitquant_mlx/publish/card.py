@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from splitquant_mlx._version import __version__
+from splitquant_mlx.conversion.save import model_code
 from splitquant_mlx.errors import TargetError
 from splitquant_mlx.formats.manifest import MODEL_FILE, Manifest
 from splitquant_mlx.formats.model_card import check_source_card
@@ -64,13 +65,14 @@ def make_card(
         calibration=_calibration(recipe),
         how=METHODS[recipe.method],
         recipe=recipe,
-        split=converted.is_split,
+        split=any(layer.action == "split" for layer in manifest.layers),
+        needs_code=converted.needs_code,
         sizes=_sizes(converted),
         notes=_notes(converted),
         figures=figures_table(measurements) if measurements else "",
         model_file=MODEL_FILE,
-        is_shipped_file=converted.is_split
-        and (converted.path / MODEL_FILE).read_bytes() == _packaged("nn", "model_file.py"),
+        is_shipped_file=converted.needs_code
+        and (converted.path / MODEL_FILE).read_bytes() == model_code(manifest.layers),
         version=__version__,
         licence=_licence(converted),
         device=code(manifest.device),
@@ -143,6 +145,8 @@ METHODS = {
     "imatrix": "scales and biases are fitted to the mean squared input of every channel",
     "gptq": "each column's rounding error is compensated in later columns (GPTQ and coordinate "
     "descent)",
+    "lut": "every row of a linear layer has a codebook of its own, by exact k-means and codes that "
+    "compensate each other's errors (SqueezeLLM, GANQ)",
     "auto": "bits and group size are chosen for every layer from its predicted divergence, and "
     "each column's rounding error is compensated in later columns (GPTQ and coordinate descent)",
 }

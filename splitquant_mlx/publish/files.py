@@ -32,9 +32,9 @@ class Converted:
     left_out: tuple[str, ...]
 
     @property
-    def is_split(self) -> bool:
-        """Tell whether a layer is split, so that stock mlx-lm needs the model file."""
-        return any(layer.action == "split" for layer in self.manifest.layers)
+    def needs_code(self) -> bool:
+        """Tell whether stock mlx-lm needs the model file."""
+        return any(layer.needs_code for layer in self.manifest.layers)
 
     @property
     def licences(self) -> list[str]:
@@ -65,15 +65,15 @@ def check_converted(path: Path) -> Converted:
             f"{nbytes}: one of the two is another model's, convert it again"
         )
     code = config.get("model_file")
-    split = any(layer.action == "split" for layer in manifest.layers)
-    if code != (MODEL_FILE if split else None):
+    expected = MODEL_FILE if any(layer.needs_code for layer in manifest.layers) else None
+    if code != expected:
         raise CheckpointError(
             f"{path}: config.json: model_file: expected "
-            f"{MODEL_FILE if split else 'none'}, got {code!r:.80}: other code is never published, "
+            f"{expected or 'none'}, got {code!r:.80}: other code is never published, "
             "convert it again"
         )
     wanted = {"config.json", FILE_NAME, *(header.file.name for header in headers.values())}
-    found = {*wanted, *([MODEL_FILE] if split else [])}
+    found = {*wanted, *([expected] if expected else [])}
     found |= {file.relative_to(path).as_posix() for file in companions(path)}
     found |= {file.name for file in [path / INDEX] if file.is_file()}
     files = tuple(path / name for name in sorted(found))

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 PROMPT = "Once upon a time"
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 FLAGS = {"rtn": [], "imatrix": [], "gptq": [], "auto": [], "splitquant": ["--trust-remote-code"]}
+FLAGS["lut"] = FLAGS["splitquant"]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,10 @@ def converted(stories, tmp_path_factory) -> dict[str, Path]:
     settings = json.loads((source / "tokenizer_config.json").read_text())
     settings["chat_template"] = TEMPLATE
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
-    own = {"auto": {"target_bpw": 6.0}}  # float32 scales take 1 bit a weight
+    own = {
+        "lut": {"outliers": "1%"},
+        "auto": {"target_bpw": 6.0},
+    }  # float32 scales take 1 bit a weight
     for method in FLAGS:
         convert(source, home / method, recipe=Recipe(method=method, **own.get(method, {})))
     return {method: home / method for method in FLAGS}

@@ -1,0 +1,220 @@
+"""Run a checkpoint of lookup tables: the one file that such a checkpoint carries with it.
+
+As `model_file` does for split layers: mlx-lm builds the model from this file when the user passes
+--trust-remote-code, so it imports nothing but mlx and mlx-lm.
+
+Each row of a layer has a codebook of 2^bits values. `LUTLinear` multiplies by what the codes stand
+for without making the weight: on a GPU a kernel reads the packed codes, looks each one up and adds
+its product (the idea of LUT-GEMM, Park et al., arXiv:2206.09557). Where there is no kernel, or the
+tokens are many, the weight is made by mlx's operations, and multiplied by.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+MOST_TOKENS = 8  # that the kernel takes: each reads all codes again
+LANES = 32  # threads that share a row
+
+# for one row and one token; 8 codes are `BITS` bytes
+BODY = """
+    if (row >= OUT) return;
+    DEVICE const unsigned char* packed =
+        (DEVICE const unsigned char*)weight + (size_t)row * (IN / 8 * BITS);
+    auto table = codebook + (size_t)row * (1 << BITS);
+    auto input = x + (size_t)token * IN;
+    float sum = 0;
+    for (int unit = lane; unit < IN / 8; unit += LANES) {
+        unsigned int codes = 0;
+        for (int byte = 0; byte < BITS; byte++)
+            codes |= (unsigned int)packed[unit * BITS + byte] << (8 * byte);
+        for (int i = 0; i < 8; i++) {
+            float value = static_cast<float>(table[codes >> (BITS * i) & ((1 << BITS) - 1)]);
+            sum += value * static_cast<float>(input[8 * unit + i]);
+        }
+    }
+    for (int i = lane; i < OUTLIERS; i += LANES) {
+        size_t place = (size_t)row * OUTLIERS + i;
+        sum += static_cast<float>(outliers[place]) * static_cast<float>(input[indices[place]]);
+    }
+    sum = SUM(sum);
+    if (lane == LANES - 1) y[(size_t)token * OUT + row] = static_cast<T>(sum);
+"""
+METAL_HEADER = """
+#define DEVICE device
+#define LANES 32
+#define SUM(value) metal::simd_sum(value)
+"""
+METAL = """
+    int row = thread_position_in_grid.x / LANES, token = thread_position_in_grid.y;
+    int lane = thread_position_in_grid.x % LANES;
+"""
+CUDA_HEADER = """
+#define DEVICE
+#define LANES 32
+__device__ inline float sum_of_lanes(float value) {
+    for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffff, value, step);
+    return value;
+}
+#define SUM(value) sum_of_lanes(value)
+"""
+CUDA = """
+    int row = (blockIdx.x * blockDim.x + threadIdx.x) / LANES, token = blockIdx.y;
+    int lane = threadIdx.x % LANES;
+"""
+NAMES = {
+    "input_names": ["x", "weight", "codebook", "outliers", "indices"],
+    "output_names": ["y"],
+}
+KERNELS: dict = {}  # built when first needed
+
+
+def lut_weight(
+    weight: mx.array,
+    codebook: mx.array,
+    outliers: mx.array | None = None,
+    indices: mx.array | None = None,
+) -> mx.array:
+    """Return the weight (out, in) that packed codes and codebooks stand for, in their dtype."""
+    bits = codebook.shape[-1].bit_length() - 1
+    units = weight.view(mx.uint8).reshape(len(weight), -1, bits).astype(mx.uint32)
+    words = sum(units[..., byte] << (8 * byte) for byte in range(bits))
+    codes = (words[..., None] >> (bits * mx.arange(8, dtype=mx.uint32))) & (2**bits - 1)
+    w = mx.take_along_axis(codebook, codes.reshape(len(weight), -1), axis=-1)
+    if outliers is None or indices is None:
+        return w
+    return w.at[mx.arange(len(weight))[:, None], indices].add(outliers)
+
+
+class LUTLinear(nn.Module):
+    """Apply a linear layer whose weights are looked up in a codebook for each output.
+
+    Parameters are `weight` (out, in * bits / 32) uint32, `codebook` (out, 2^bits), where the layer
+    has outliers, which are added to what the codes stand for, `outliers` and `indices` (out, n),
+    and, where it has one, `bias` (out,).
+
+    Args:
+        input_dims: in, a multiple of 32.
+        output_dims: out.
+        bias: whether the layer has a bias.
+        bits: bits of a code, 2 to 4.
+        outliers: number of them in each row.
+    """
+
+    def __init__(
+        self,
+        input_dims: int,
+        output_dims: int,
+        bias: bool = True,
+        *,
+        bits: int = 4,
+        outliers: int = 0,
+    ):
+        super().__init__()
+        self.bits = bits
+        self.weight = mx.zeros((output_dims, input_dims * bits // 32), mx.uint32)
+        self.codebook = mx.zeros((output_dims, 2**bits))
+        if outliers:
+            self.outliers = mx.zeros((output_dims, outliers))
+            wide = input_dims >= 1 << 16
+            self.indices = mx.zeros((output_dims, outliers), mx.uint32 if wide else mx.uint16)
+        if bias:
+            self.bias = mx.zeros((output_dims,))
+        self.freeze()
+
+    def _extra_repr(self) -> str:
+        out, words = self.weight.shape
+        outliers = self.outliers.shape[1] if "outliers" in self else 0
+        return (
+            f"input_dims={words * 32 // self.bits}, output_dims={out}, bias={'bias' in self}, "
+            f"bits={self.bits}, outliers={outliers}"
+        )
+
+    def dense(self) -> mx.array:
+        """Return the weight (out, in) that the layer stands for."""
+        return lut_weight(
+            self["weight"], self["codebook"], self.get("outliers"), self.get("indices")
+        )
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map x (..., in) to (..., out) in the dtype of x."""
+        kernel = _kernel() if x.size // x.shape[-1] <= MOST_TOKENS else None
+        y = x @ self.dense().T.astype(x.dtype) if kernel is None else self._looked_up(kernel, x)
+        return y + self["bias"] if "bias" in self else y
+
+    def _looked_up(self, kernel: object, x: mx.array) -> mx.array:
+        out, tokens = len(self["weight"]), x.size // x.shape[-1]
+        count = self.outliers.shape[1] if "outliers" in self else 0
+        sizes = {"IN": x.shape[-1], "OUT": out, "BITS": self.bits, "OUTLIERS": count}
+        # without outliers, no more than a place in the signature
+        sparse = (self["outliers"], self["indices"]) if count else (self.codebook, self.weight)
+        (y,) = kernel(  # type: ignore[operator]
+            inputs=[x, self["weight"], self["codebook"], *sparse],
+            template=[("T", x.dtype), *sizes.items()],
+            grid=(out * LANES, tokens, 1),
+            threadgroup=(4 * LANES, 1, 1),
+            output_shapes=[(*x.shape[:-1], out)],
+            output_dtypes=[x.dtype],
+        )
+        return y
+
+
+def _kernel() -> object | None:
+    """Return the kernel of the default device; None where it has none."""
+    if mx.default_device() == mx.cpu:
+        return None
+    if not KERNELS:
+        if mx.metal.is_available():
+            make, head, header = mx.fast.metal_kernel, METAL, METAL_HEADER
+        else:
+            make, head, header = mx.fast.cuda_kernel, CUDA, CUDA_HEADER
+        KERNELS["lut"] = make(name="lut_linear", source=head + BODY, header=header, **NAMES)
+    return KERNELS["lut"]
+
+
+def replace_lut_layers(model: nn.Module, layers: dict[str, dict]) -> None:
+    """Put empty layers of lookup tables where `layers` (path -> bits, outliers) says.
+
+    Raises:
+        ValueError: when a path is not that of a linear layer of the model.
+    """
+    modules = dict(model.named_modules())
+    replaced = []
+    for path, settings in layers.items():
+        linear = modules.get(path)
+        if type(linear) is not nn.Linear:
+            raise ValueError(f"config.json has tables for {path!r}, which is no linear layer")
+        output_dims, input_dims = linear.weight.shape
+        replaced.append((path, LUTLinear(input_dims, output_dims, "bias" in linear, **settings)))
+    model.update_modules(tree_unflatten(replaced))
+
+
+class Undivided(nn.Module):
+    """Refuse to be divided among ranks, before mlx-lm's `shard` meets layers it does not know."""
+
+    def shard(self, group: mx.distributed.Group | None = None) -> None:
+        """Raise ValueError."""
+        raise ValueError("layers of lookup tables are not divided: use another method than lut")
+
+
+class ModelArgs:
+    """Carry config.json to `Model`."""
+
+    def __init__(self, config: dict):
+        self.config = config
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "ModelArgs":
+        """Wrap `config` whole."""
+        return cls(config)
+
+
+def Model(args: ModelArgs) -> nn.Module:
+    """Build mlx-lm's own model of this architecture, with layers of lookup tables in place."""
+    from mlx_lm.utils import _get_classes
+
+    model_class, args_class = _get_classes(args.config)
+    model_class = type(model_class.__name__, (Undivided, model_class), {})
+    model = model_class(args_class.from_dict(args.config))
+    replace_lut_layers(model, args.config["splitquant"]["lut"])
+    return model
