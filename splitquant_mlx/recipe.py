@@ -108,7 +108,7 @@ class Recipe:
         calibration: text that imatrix, gptq, auto and lut are calibrated on; with splitquant, the
             scales of the parts are then fitted as by imatrix, which the paper does not do.
         sweeps: rounds of coordinate descent of gptq and auto, of codes and codebooks in turn of
-            lut, where 0 is SqueezeLLM; by default 3.
+            lut, where 0 is SqueezeLLM; by default 1, for lut 3.
         outliers: for lut, the share of each row that is kept in 16 bits, such as "0.5%".
         codebook: for lut, "kmeans" or "powers" (of two, times a scale for each row).
         target_bpw: for auto, bits/weight of the quantized layers, embeddings and lm_head among
@@ -162,7 +162,7 @@ class Recipe:
         if self._is_calibrated:
             self._fill(calibration=Calibration(), embedding_bits=embedding_bits)
         if self.method in ("gptq", "auto", "lut"):
-            self._fill(sweeps=3)
+            self._fill(sweeps=3 if self.method == "lut" else 1)
         if self.method == "auto" and not self._targets:
             self._fill(target_bpw=4.5)
         if self.method == "lut":

@@ -74,7 +74,7 @@ def test_defaults_are_the_paper_for_splitquant_and_mlx_lm_for_rtn():
     assert (plain.embeddings, plain.lm_head) == ("quantize", "quantize")
     assert Recipe(method="rtn", mode="mxfp8").bits == 8
     fitted, chosen = Recipe(method="gptq"), Recipe(method="auto")
-    assert (fitted.embeddings, fitted.embedding_bits, fitted.sweeps) == ("quantize", 6, 3)
+    assert (fitted.embeddings, fitted.embedding_bits, fitted.sweeps) == ("quantize", 6, 1)
     assert fitted.calibration == Calibration()
     assert (chosen.target_bpw, chosen.max_kl, chosen.embedding_bits) == (4.5, None, None)
     assert Recipe(calibration=Calibration()).embedding_bits is None

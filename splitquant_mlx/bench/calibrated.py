@@ -3,7 +3,7 @@
 The bound counts the products of matrices of `gptq`: with N weights of linear layers in blocks, V h
 of the output head, T calibration tokens and d the width of each distinct layer input, sampling
 takes 2 T (N + V h) operations, the forward pass 2 T N, the Hessians T sum(d^2) (a symmetric
-product), the rounding about 15 sum(out in^2). Divided by the rate of float32 products that the
+product), the rounding 5 sum(out in^2). Divided by the rate of float32 products that the
 machine reaches in the same run, before and after the conversion, that is a time.
 """
 
@@ -29,7 +29,7 @@ from splitquant_mlx.recipe import Calibration, Recipe
 from splitquant_mlx.runtime.environment import describe_machine, versions
 
 SIZE = 2048  # of the matrices whose product is timed
-ROUNDING = 15  # products of (out, in) and (in, in), over 2, that gptq with 3 sweeps takes
+ROUNDING = 5  # operations an entry and channel: half a product, then one in each of two sweeps
 
 
 class Stages:

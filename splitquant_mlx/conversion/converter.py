@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from splitquant_mlx.calibration.statistics import InputStatistics
 from splitquant_mlx.conversion.plan import LayerPlan, Plan
+from splitquant_mlx.conversion.quantizers import uses_cpu
 from splitquant_mlx.conversion.resume import ConversionState
 from splitquant_mlx.conversion.weight import Converted, convert_weight, require_finite
 from splitquant_mlx.errors import CheckpointError
@@ -87,7 +88,7 @@ class Converter:
                     advance(nbytes)
                     continue
                 w = self._read(name)
-                apart = on_cpu or (layer is not None and layer.uses_cpu)
+                apart = on_cpu or (layer is not None and uses_cpu(layer.quantizer))
                 work = partial(self._convert, name, w, inputs, on_cpu=apart)
                 waiting.append((name, nbytes, submit(work).result if apart else work))
                 large += layer is not None

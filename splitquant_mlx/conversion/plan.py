@@ -57,11 +57,6 @@ class LayerPlan:
     codebook: str = "kmeans"
     note: str = ""
 
-    @property
-    def uses_cpu(self) -> bool:
-        """Return whether the quantizer computes on the CPU, whatever the default device."""
-        return self.quantizer in ("gptq", "lut")
-
     def tensors(self, dtype: mx.Dtype) -> dict[str, tuple[mx.Dtype, tuple[int, ...]]]:
         """Return type and shape of what is stored of a weight of type `dtype`, by leaf name."""
         if self.action == "keep":

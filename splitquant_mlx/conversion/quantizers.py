@@ -27,6 +27,7 @@ from splitquant_mlx.quantization.affine import (
 from splitquant_mlx.quantization.gptq import gptq_quantize
 from splitquant_mlx.quantization.imatrix import code_parts_weighted, quantize_weighted
 from splitquant_mlx.quantization.lut import Lut, lut_quantize
+from splitquant_mlx.quantization.rounding import kernel_works
 from splitquant_mlx.quantization.split import cluster_weight, parts_of
 from splitquant_mlx.quantization.split_cpu import code_split
 
@@ -119,7 +120,8 @@ def _imatrix(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
 @_per_expert
 def _gptq(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
     sizes = {"bits": layer.bits, "group_size": layer.group_size}
-    return Outcome(gptq_quantize(w, np.array(inputs), **sizes, sweeps=layer.sweeps))
+    assert inputs is not None
+    return Outcome(gptq_quantize(w, inputs, **sizes, sweeps=layer.sweeps))
 
 
 def _lut(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
@@ -166,3 +168,8 @@ QUANTIZERS = {
     "splitquant": Quantizer(apply=_splitquant),
     "splitquant_imatrix": Quantizer(apply=_splitquant, statistic=sum_of_squares),
 }
+
+
+def uses_cpu(quantizer: str) -> bool:
+    """Return whether a quantizer computes with numpy, whatever the default device."""
+    return quantizer == "lut" or (quantizer == "gptq" and not kernel_works())

@@ -18,6 +18,7 @@ import numpy as np
 from splitquant_mlx.models.dense import dense_weight
 from splitquant_mlx.nn.lut_file import LUTLinear
 from splitquant_mlx.nn.split_layers import SplitLinear, quantize_split_layers, split_model
+from splitquant_mlx.quantization.rounding import kernel_difference
 from splitquant_mlx.quantization.split import split
 
 # largest difference relative to the largest value; GPUs may multiply in TF32, of 10-bit mantissa
@@ -72,6 +73,8 @@ def self_check() -> list[Check]:
             # a device may round a weight that lies between two codes the other way
             cpu, gpu = codes
             checks.append(_check("gpu: quantized weights, as on the CPU", gpu, cpu, CODE_LIMIT))
+            difference = kernel_difference()
+            checks.append(Check(name="gpu: kernel of gptq", difference=difference, limit=1e-3))
     finally:
         mx.set_default_device(default)
     return checks

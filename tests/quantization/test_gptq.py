@@ -9,13 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitquant_mlx import Quantized, dequantize
-from splitquant_mlx.quantization.gptq import (
-    compensated_grid,
-    cost,
-    damped_hessian,
-    descend,
-    gptq_quantize,
-)
+from splitquant_mlx.quantization.compensation import damped_hessian
+from splitquant_mlx.quantization.gptq import compensated_grid, cost, gptq_quantize
 from splitquant_mlx.quantization.imatrix import quantize_weighted
 
 
@@ -47,10 +42,8 @@ def test_the_cost_never_rises(seed, bits, group_size, dtype):
     columns = np.ascontiguousarray(w.T)
     grid = compensated_grid(columns, h, dtype, bits, group_size)
     costs = [cost(columns, grid, h)]
-    for _ in range(3):
-        descend(grid, columns, h)
-        costs.append(cost(columns, grid, h))
-        grid.refit(columns, h)
+    for refit in (True, False, True, False):
+        grid.sweep(refit=refit)
         costs.append(cost(columns, grid, h))
     slack = 1e-5 * costs[0]
     assert all(after <= before + slack for before, after in itertools.pairwise(costs)), costs
@@ -91,7 +84,7 @@ def test_compensation_is_gptq_as_published():
         codes = np.clip(np.rint((rest[k] - bias) / scale), 0, 15)
         error = (rest[k] - codes * scale - bias) / factor[k, k]
         rest[k + 1 :] -= factor[k, k + 1 :, None] * error
-        np.testing.assert_array_equal(codes, grid.codes[k])
+        np.testing.assert_array_equal(codes, grid.codes[0][k])
 
 
 def test_descent_ends_where_no_single_code_can_be_better():
@@ -100,13 +93,13 @@ def test_descent_ends_where_no_single_code_can_be_better():
     columns = np.ascontiguousarray(w.T)
     grid = compensated_grid(columns, h, mx.float32, 2, 32)
     for _ in range(20):
-        descend(grid, columns, h)
+        grid.sweep(refit=False)
     best = cost(columns, grid, h)
     for channel, row, code in itertools.product(range(32), range(3), range(4)):
-        before = grid.codes[channel, row]
-        grid.codes[channel, row] = code
+        before = grid.codes[0][channel, row]
+        grid.codes[0][channel, row] = code
         assert cost(columns, grid, h) >= best * (1 - 1e-5)
-        grid.codes[channel, row] = before
+        grid.codes[0][channel, row] = before
 
 
 @pytest.mark.parametrize(
