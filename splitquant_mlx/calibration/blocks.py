@@ -53,9 +53,13 @@ class Pass:
             self.states[batch] = state
 
     def release(self, index: int) -> None:
-        """Free the weights of a block, which cannot be run again."""
+        """Free the weights of a block, which cannot be run again before `restore`."""
         block = self.blocks[index]
         block.update(tree_map(lambda array: mx.array(0), block.parameters()))
+
+    def restore(self, model: nn.Module) -> None:
+        """Take the blocks of the same model, loaded anew, in the place of those here."""
+        self.blocks[:] = _blocks(model)
 
     def finish(self, state: mx.array) -> mx.array:
         """Return the model's output for a state after the last block; not evaluated yet."""

@@ -21,6 +21,7 @@ On SmolLM2-135M and 2,048 tokens of WikiText-2, predicted and found: all layers 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import mlx.core as mx
@@ -29,7 +30,8 @@ import numpy as np
 
 from splitquant_mlx.calibration.blocks import Pass, start_pass, tapped
 from splitquant_mlx.calibration.statistics import FEW_TOKENS, hessian
-from splitquant_mlx.progress import Progress
+from splitquant_mlx.calibration.unfinished import Unfinished
+from splitquant_mlx.progress import Advance, Progress
 from splitquant_mlx.quantization.affine import Quantized, dequantize
 from splitquant_mlx.quantization.gptq import gptq_quantize
 from splitquant_mlx.quantization.imatrix import quantize_weighted
@@ -39,42 +41,50 @@ Options = Mapping[str, Sequence[Option]]
 ROWS = 256
 EXPERTS = 16  # of a stack that are looked at
 HEAD_ROWS = 2048
+LOGITS = 1 << 26  # in memory together
 
 
 def predict_divergence(
-    model: nn.Module,
+    load: Callable[[], nn.Module],
     tokens: np.ndarray,
     options: Options,
     *,
     seed: int,
     progress: Progress,
+    unfinished: Unfinished,
 ) -> dict[str, dict[Option, float]]:
     """Return the predicted KL divergence, nats a token, of each layer alone at each option.
 
+    One block's weights are in memory at a time; the states between blocks are in a file each.
+
     Args:
-        model: one of mlx-lm's, unquantized, with its own weights.
+        load: loads one of mlx-lm's models, unquantized and unread.
         tokens: (texts, length) to predict on.
         options: by the path of a linear layer, head or embedding.
         seed: of the tokens drawn for the gradients.
         progress: progress reporter.
+        unfinished: where an interrupted call left off, this one goes on; it is emptied at the end.
 
     Raises:
         RecipeError: when the model is not built of blocks that can be called one by one.
     """
+    model = load()
     run = start_pass(model, tokens)
     names = {id(module): path for path, module in model.named_modules()}
     prefixes = [f"{names[id(block)]}." for block in run.blocks]
     outer = [path for path in options if not path.startswith(tuple(prefixes))]
     with progress.task("Measuring sensitivities", 2 * len(prefixes) + 1) as advance:
-        entered = []
-        for index in range(len(prefixes)):
-            entered.append(list(run.states))
-            run.advance(index)
+        found, gradients, left = _resumed(unfinished, len(prefixes))
+        if not gradients:
+            _go_forward(run, unfinished, advance)
+            found, gradients = _head_sensitivity(run, outer, options, seed)
+            _save(unfinished, found, gradients, left)
             advance(1)
-        found, gradients = _head_sensitivity(run, outer, options, seed)
-        advance(1)
-        for index in reversed(range(len(prefixes))):
-            run.states = entered.pop()
+        else:
+            advance(2 * len(prefixes) + 1 - left)
+        run.restore(load())
+        for index in reversed(range(left)):
+            run.states = unfinished.arrays(f"states-{index}") or []
             prefix = prefixes[index]
             own = {
                 path.removeprefix(prefix): options[path]
@@ -82,14 +92,66 @@ def predict_divergence(
                 if path.startswith(prefix)
             }
             predicted, gradients = _block_sensitivities(run, index, own, gradients)
+            run.release(index)
             found.update({prefix + path: values for path, values in predicted.items()})
+            _save(unfinished, found, gradients, index)
             advance(1)
         for path in outer:
             if isinstance(dict(model.named_modules())[path], nn.Embedding):
                 looked_up = _embedding_sensitivity(model, path, options[path], gradients)
                 for option, value in looked_up.items():
                     found[path][option] = found[path].get(option, 0.0) + value
+    unfinished.remove()
     return {path: found[path] for path in options}
+
+
+def _go_forward(run: Pass, unfinished: Unfinished, advance: Advance) -> None:
+    """Take all texts through all blocks, and keep the states before each."""
+    for index in range(len(run.blocks)):
+        kept = unfinished.arrays(f"states-{index}")
+        if kept is None or index == 0:
+            unfinished.keep(f"states-{index}", run.states)
+        else:
+            run.states = kept
+        if unfinished.arrays(f"states-{index + 1}") is None:
+            run.advance(index)
+        run.release(index)
+        advance(1)
+
+
+def to_json(found: Mapping[str, Mapping[Option, float]]) -> Any:
+    """Return what was predicted as JSON values."""
+    return {path: [[*option, kl] for option, kl in of.items()] for path, of in found.items()}
+
+
+def from_json(listed: Any) -> dict[str, dict[Option, float]]:
+    """Undo `to_json`. Raises TypeError or ValueError for anything else."""
+    return {path: {(bits, size): kl for bits, size, kl in of} for path, of in dict(listed).items()}
+
+
+def _save(
+    unfinished: Unfinished,
+    found: Mapping[str, Mapping[Option, float]],
+    gradients: list[mx.array],
+    left: int,
+) -> None:
+    """Keep what is there when so many blocks are left to go back through."""
+    unfinished.keep(f"gradients-{left}", gradients)
+    unfinished.note({"left": left, "found": to_json(found)})
+    unfinished.drop(f"gradients-{left + 1}")
+    unfinished.drop(f"states-{left}")
+
+
+def _resumed(
+    unfinished: Unfinished, blocks: int
+) -> tuple[dict[str, dict[Option, float]], list[mx.array], int]:
+    """Return divergences and gradients that were saved, and the blocks left to go back through."""
+    with suppress(TypeError, ValueError, KeyError):
+        noted = unfinished.findings()
+        found, left = from_json(noted["found"]), int(noted["left"])
+        if gradients := unfinished.arrays(f"gradients-{left}"):
+            return found, gradients, left
+    return {}, [], blocks
 
 
 def _block_sensitivities(
@@ -207,27 +269,33 @@ def _head_sensitivity(
     run: Pass, outer: list[str], options: Options, seed: int
 ) -> tuple[dict[str, dict[Option, float]], list[mx.array]]:
     """Draw tokens; return the divergences of the head's layer and the gradients before the head."""
-    keys = mx.random.split(mx.random.key(seed), len(run.states))
     gradients, fed, spread = [], [], []
     modules = dict(run.model.named_modules())
     linear = [path for path in outer if isinstance(modules[path], nn.Linear)]
     heads = (linear or outer)[:1]  # an embedding is the head where there is no other
+    key, logits = mx.random.key(seed), run.finish(run.states[0][:1])
+    texts = max(1, LOGITS // logits.size)
     with tapped(run.model, heads) as taps:
 
-        def log_probability(state: mx.array, batch: int) -> tuple[mx.array, mx.array, Any]:
+        def log_probability(state: mx.array, key: mx.array) -> tuple[mx.array, mx.array, Any]:
             logits = run.finish(state).astype(mx.float32)
-            drawn = mx.random.categorical(mx.stop_gradient(logits), key=keys[batch])
+            drawn = mx.random.categorical(mx.stop_gradient(logits), key=key)
             log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
             chosen = mx.take_along_axis(log_p, drawn[..., None], axis=-1).sum()
             p = mx.exp(mx.stop_gradient(log_p))
             return chosen, (1 - mx.square(p).sum(-1)).mean(), [tap.inputs for tap in taps.values()]
 
-        for batch, state in enumerate(run.states):
-            found, gradient = mx.value_and_grad(log_probability)(state, batch)
-            mx.eval(found, gradient)
-            gradients.append(gradient)
-            spread.append(found[1].item())
-            fed += [_rows(x) for x in found[2]]
+        for state in run.states:
+            pieces = []
+            for start in range(0, len(state), texts):
+                key, own = mx.random.split(key)
+                piece = state[start : start + texts]
+                found, gradient = mx.value_and_grad(log_probability)(piece, own)
+                mx.eval(found, gradient)
+                pieces.append(gradient)
+                spread += [found[1].item()] * len(piece)
+                fed += [_rows(x) for x in found[2]]
+            gradients.append(mx.concatenate(pieces))
     predicted: dict[str, dict[Option, float]] = {path: {} for path in outer}
     for path in heads:
         x, weight = mx.concatenate(fed), sum(spread) / len(spread) / 2

@@ -9,8 +9,9 @@ from importlib.metadata import version
 import mlx.core as mx
 import numpy as np
 
-from splitquant_mlx.calibration.sensitivity import predict_divergence
+from splitquant_mlx.calibration.sensitivity import from_json, predict_divergence, to_json
 from splitquant_mlx.calibration.tokens import calibration_tokens
+from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.conversion.budget import Option, Sizes, find_budget, measure_sizes
 from splitquant_mlx.formats.shard_writer import MAX_SHARD_BYTES
 from splitquant_mlx.models.checkpoint import open_checkpoint
@@ -19,7 +20,7 @@ from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.quantization.allocate import allocate
 from splitquant_mlx.recipe import Calibration, Recipe
-from splitquant_mlx.runtime.cache import kept
+from splitquant_mlx.runtime.cache import cache_directory, kept
 
 TOKENS = 4096  # that sensitivities are measured on
 STEP = 0.5  # bits/weight to the next size up
@@ -145,15 +146,20 @@ def _sensitivities(
     name = sha256(key + tokens.tobytes()).hexdigest()
 
     def unpack(content: bytes) -> dict[str, dict[Option, float]]:
-        listed = json.loads(content)
-        return {path: {(bits, size): kl for bits, size, kl in listed[path]} for path in options}
-
-    def pack(found: Mapping[str, Mapping[Option, float]]) -> bytes:
-        listed = {path: [[*option, kl] for option, kl in of.items()] for path, of in found.items()}
-        return json.dumps(listed).encode()
+        found = from_json(json.loads(content))
+        return {path: {option: found[path][option] for option in options[path]} for path in options}
 
     def compute() -> dict[str, dict[Option, float]]:
-        model = load_model(opened.path, lazy=True, dequantize=True)
-        return predict_divergence(model, tokens, options, seed=seed, progress=progress)
+        return predict_divergence(
+            lambda: load_model(opened.path, lazy=True, dequantize=True),
+            tokens,
+            options,
+            seed=seed,
+            progress=progress,
+            unfinished=Unfinished(cache_directory() / f"sensitivity/{name}.unfinished"),
+        )
+
+    def pack(found: dict[str, dict[Option, float]]) -> bytes:
+        return json.dumps(to_json(found)).encode()
 
     return kept(f"sensitivity/{name}.json", compute, pack=pack, unpack=unpack)

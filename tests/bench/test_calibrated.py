@@ -21,7 +21,7 @@ def test_operations_are_those_of_the_formula(tmp_path):
         "sampling": 2 * 32 * (weights + tiny.VOCAB * h),
         "forward": 2 * 32 * weights,
         "hessians": 32 * tiny.LAYERS * (2 * h**2 + queries**2 + inner**2),
-        "rounding": 15 * tiny.LAYERS * sum(out * width**2 for out, width in layers),
+        "rounding": 5 * tiny.LAYERS * sum(out * width**2 for out, width in layers),
     }
 
 

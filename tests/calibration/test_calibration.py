@@ -1,5 +1,7 @@
 """Calibration: text a model writes, statistics of its layers' inputs, sensitivities."""
 
+from contextlib import contextmanager
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -20,6 +22,7 @@ from splitquant_mlx.calibration.statistics import (
     sum_of_squares,
 )
 from splitquant_mlx.calibration.tokens import calibration_tokens
+from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.evaluation.divergence import divergence, log_probabilities
 from splitquant_mlx.models.architecture import parameters
 from splitquant_mlx.models.compact import compact
@@ -230,7 +233,7 @@ def test_text_from_a_file_is_taken_evenly(stories, tmp_path):
     assert "end" in tokenizer.decode(tokens[-1].tolist())
 
 
-def test_predicted_divergence_is_the_measured_one(stories):
+def test_predicted_divergence_is_the_measured_one(stories, tmp_path):
     """Each layer alone, quantized by gptq, on other text than the prediction was made on."""
     model, tokenizer = load(stories)
     tokens, other = (
@@ -245,7 +248,14 @@ def test_predicted_divergence_is_the_measured_one(stories):
     )
     paths = [path for path in linear_paths(model) if model_weight(model, path).shape[1] == 64]
     options = {path: [(3, 32), (4, 32)] for path in [*paths, "model.embed_tokens"]}
-    found = predict_divergence(model, tokens, options, seed=0, progress=Silent())
+    found = predict_divergence(
+        lambda: load(stories, lazy=True)[0],
+        tokens,
+        options,
+        seed=0,
+        progress=Silent(),
+        unfinished=Unfinished(tmp_path),
+    )
     wanted = [log_probabilities(model, text) for text in other.tolist()]
     means = input_means(load(stories)[0], tokens, paths, hessian)
     ratios = {}
@@ -260,6 +270,47 @@ def test_predicted_divergence_is_the_measured_one(stories):
     quantized = quantize_weighted(model_weight(model, path), mx.ones(64), bits=3, group_size=32)
     head = found[path][3, 32] / with_quantized(model, path, quantized, wanted, other)
     assert 0.4 < head < 2.5
+
+
+def test_sensitivities_go_on_where_they_were_interrupted(stories, tmp_path):
+    """In the blocks on the way there, and on the way back; the result is that of one go."""
+    paths = [f"model.layers.{i}.mlp.up_proj" for i in (0, 2, 4)]
+    options = {path: [(3, 32), (4, 32)] for path in [*paths, "model.embed_tokens"]}
+    tokens = np.arange(256, dtype=np.int32).reshape(4, 64)
+    steps: list[int] = []
+
+    class Interrupted(Silent):
+        def __init__(self, after: int):
+            self.after = after
+
+        @contextmanager
+        def task(self, label, total=None):
+            def advance(amount=1):
+                steps.append(amount)
+                if sum(steps) >= self.after:
+                    raise KeyboardInterrupt
+
+            yield advance
+
+    def predict(directory, after=1000):
+        steps.clear()
+        return predict_divergence(
+            lambda: load(stories, lazy=True)[0],
+            tokens,
+            options,
+            seed=0,
+            progress=Interrupted(after),
+            unfinished=Unfinished(tmp_path / directory),
+        )
+
+    whole = predict("one go")
+    assert sum(steps) == 2 * 5 + 1
+    for after in (2, 7, 9):
+        with pytest.raises(KeyboardInterrupt):
+            predict("interrupted", after)
+    assert predict("interrupted") == whole
+    assert steps[0] == 9
+    assert not (tmp_path / "interrupted").exists()
 
 
 def model_weight(model, path):
