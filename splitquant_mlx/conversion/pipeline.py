@@ -5,22 +5,33 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
+from splitquant_mlx.calibration.predictions import predict
 from splitquant_mlx.calibration.statistics import InputStatistics, iterate_blocks
 from splitquant_mlx.calibration.tokens import calibration_tokens
+from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.conversion.bits import Forecast, choose_bits
 from splitquant_mlx.conversion.converter import Converter, source_array
 from splitquant_mlx.conversion.plan import Plan, make_plan
 from splitquant_mlx.conversion.quantizers import QUANTIZERS
-from splitquant_mlx.conversion.refine import refine, training_texts
+from splitquant_mlx.conversion.refine import refine, require_texts, training_texts
 from splitquant_mlx.conversion.resume import ConversionState, conversion_key, open_journal
 from splitquant_mlx.conversion.save import copy_companions, hash_files, require_space, write_config
-from splitquant_mlx.conversion.staging import JOURNAL, MODEL, check_target, staged, sweep
+from splitquant_mlx.conversion.staging import (
+    JOURNAL,
+    MODEL,
+    REFINEMENT,
+    check_target,
+    staged,
+    sweep,
+)
 from splitquant_mlx.errors import SplitQuantWarning
 from splitquant_mlx.formats.gguf import gguf_files
 from splitquant_mlx.formats.manifest import LayerRecord, Manifest
@@ -81,60 +92,163 @@ def convert(
         staged(target, overwrite=overwrite, source=source.path) as staging,
         _opened(source, staging, progress) as (original, checkpoint),
     ):
-        output = staging / MODEL
         if problem := tokenizer_problem(original.path):
             note = "the result will hold the weights alone, which chat and eval do not run"
             warnings.warn(f"{problem}: {note}", SplitQuantWarning, stacklevel=2)
-        chosen = _decide_bits(recipe, original, progress, on_forecast, max_shard_bytes)
+        job = Job(original, checkpoint, staging, progress, max_shard_bytes)
+        chosen = job.decide_bits(recipe, on_forecast)
         plan = make_plan(chosen, checkpoint.model, checkpoint.config)
-        tokens, training = _texts(chosen, plan, original, progress)
-        tensors = plan.tensors(
-            {name: source_array(checkpoint, plan.dtype, name) for name in checkpoint.weights}
-        )
+        tokens, training = job.texts(chosen, plan)
+        written = job.write(chosen, plan, tokens)
+        refinement = {} if training is None else job.refine(written, training, chosen)
+        manifest = job.manifest(written, source, recipe, refinement, started)
+        manifest.save(job.output)
+    return manifest
+
+
+@dataclass(eq=False)
+class Written:
+    """The tensors of a conversion, all on the disk.
+
+    Attributes:
+        records: of each planned layer.
+        nbytes: of all tensors.
+        parameters: entries of the source's tensors.
+        hashes: SHA-256 by the name of the file.
+        state: with the seconds of each stage.
+    """
+
+    records: list[LayerRecord]
+    nbytes: int
+    parameters: int
+    hashes: dict[str, str]
+    state: ConversionState
+
+
+@dataclass(frozen=True)
+class Job:
+    """The stages of one conversion.
+
+    Attributes:
+        original: the model to convert.
+        checkpoint: its tensors, unread.
+        staging: directory in the place of the target until all is there.
+        progress: progress reporter.
+        max_shard_bytes: largest safetensors file to write, bytes.
+    """
+
+    original: LazyModel
+    checkpoint: Checkpoint
+    staging: Path
+    progress: Progress
+    max_shard_bytes: int
+
+    @property
+    def output(self) -> Path:
+        """Return the directory of the converted model."""
+        return self.staging / MODEL
+
+    def decide_bits(self, recipe: Recipe, on_forecast: Callable[[Forecast], None] | None) -> Recipe:
+        """Return the recipe with bits and group size of every layer, where "auto" has to choose."""
+        if recipe.method != "auto":
+            return recipe
+        forecast = choose_bits(self.original, recipe, self.progress, self.max_shard_bytes)
+        if on_forecast:
+            on_forecast(forecast)
+        return forecast.recipe
+
+    def texts(self, recipe: Recipe, plan: Plan) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Return the tokens to calibrate on, and those to refine on; None where not needed."""
+        settings = recipe.calibration or Calibration()
+        tokens = training = None
+        if _statistics(plan):
+            tokens = calibration_tokens(self.original, settings, self.progress)
+        if recipe.refine:
+            training = calibration_tokens(self.original, training_texts(settings), self.progress)
+            require_texts(training)
+        return tokens, training
+
+    def write(self, recipe: Recipe, plan: Plan, tokens: np.ndarray | None) -> Written:
+        """Convert every weight, except what an interrupted conversion has done before."""
+        checkpoint = self.checkpoint
+        sources = {name: source_array(checkpoint, plan.dtype, name) for name in checkpoint.weights}
+        tensors = plan.tensors(sources)
         stored_bytes = sum(dtype.size * math.prod(shape) for dtype, shape in tensors.values())
-        parameters = sum(array.size for array in checkpoint.weights.values())
+        parameters = sum(array.size for array in sources.values())
+        del sources
         settings = {
-            "recipe": chosen.to_dict(),
+            "recipe": {key: v for key, v in recipe.to_dict().items() if key != "refine"},
             "device": str(mx.default_device()),
-            "max_shard_bytes": max_shard_bytes,
+            "max_shard_bytes": self.max_shard_bytes,
             "calibration": None if tokens is None else sha256(tokens.tobytes()).hexdigest(),
         }
         key = conversion_key(settings=settings, config=checkpoint.config, stamps=checkpoint.stamps)
         with (
-            open_journal(staging / JOURNAL, key) as journal,
-            ShardWriter(output, list(tensors), max_shard_bytes) as writer,
+            open_journal(self.staging / JOURNAL, key) as journal,
+            ShardWriter(self.output, list(tensors), self.max_shard_bytes) as writer,
         ):
             state = ConversionState(journal, writer)
-            require_space(staging, stored_bytes - writer.total_bytes)
-            copy_companions(original.path, output)
+            require_space(self.staging, stored_bytes - writer.total_bytes)
+            copy_companions(self.original.path, self.output)
             converter = Converter(checkpoint, plan, writer, state)
-            records = converter.run(progress, _calibration(original, plan, tokens, state))
+            records = converter.run(self.progress, self._calibration(plan, tokens, state))
         check_unchanged(checkpoint)
-        write_config(checkpoint.config, records, output)
-        hashes, refinement = writer.hashes, {}
-        if training is not None:
-            with state.timed("refine"):
-                refined, refinement = _refined(output, original, training, chosen, progress)
-            hashes |= refined
-        manifest = Manifest(
+        write_config(checkpoint.config, records, self.output)
+        return Written(records, writer.total_bytes, parameters, writer.hashes, state)
+
+    def _calibration(
+        self, plan: Plan, tokens: np.ndarray | None, state: ConversionState
+    ) -> Iterator[InputStatistics] | None:
+        if tokens is None:
+            return None
+        wanted = {
+            path: statistic
+            for path, statistic in _statistics(plan).items()
+            if not state.is_done(f"{path}.weight", plan.layers[path])
+        }
+        return iterate_blocks(self._unread(), tokens, wanted)
+
+    def _unread(self) -> nn.Module:
+        return load_model(self.original.path, lazy=True, dequantize=True)
+
+    def refine(self, written: Written, training: np.ndarray, recipe: Recipe) -> dict[str, float]:
+        """Refine the converted model in place; returns its divergence before and after."""
+        seed = (recipe.calibration or Calibration()).seed
+        depends = repr((sorted(written.hashes.items()), seed)).encode() + training.tobytes()
+        unfinished = Unfinished(self.staging / REFINEMENT / sha256(depends).hexdigest())
+        settings = {"progress": self.progress, "unfinished": unfinished}
+        with written.state.timed("refine"):
+            predictions = predict(self._unread, training, **settings)
+            refined = refine(load_model(self.output), predictions, training, seed=seed, **settings)
+            written.hashes.update(replace_tensors(self.output, refined.tensors))
+        return {"before": refined.before, "after": refined.after}
+
+    def manifest(
+        self,
+        written: Written,
+        source: Source,
+        recipe: Recipe,
+        refinement: dict[str, float],
+        started: float,
+    ) -> Manifest:
+        """Return the record of the conversion, which began at `started`."""
+        return Manifest(
             source=source.name,
             revision=source.revision,
             recipe=recipe.to_dict(),
             versions=versions(),
             device=str(mx.default_device()),
-            layers=tuple(records),
-            linear_bits_per_weight=_linear_bits_per_weight(records),
-            bits_per_weight=8 * writer.total_bytes / parameters,
-            source_bytes=checkpoint.source_bytes,
-            stored_bytes=writer.total_bytes,
+            layers=tuple(written.records),
+            linear_bits_per_weight=_linear_bits_per_weight(written.records),
+            bits_per_weight=8 * written.nbytes / written.parameters,
+            source_bytes=self.checkpoint.source_bytes,
+            stored_bytes=written.nbytes,
             refinement=refinement,
-            source_card=read_source_card(original.path),
-            seconds=state.seconds_since(started),
-            warnings=checkpoint.warnings,
-            files=hash_files(output, hashes),
+            source_card=read_source_card(self.original.path),
+            seconds=written.state.seconds_since(started),
+            warnings=self.checkpoint.warnings,
+            files=hash_files(self.output, written.hashes),
         )
-        manifest.save(output)
-    return manifest
 
 
 @contextmanager
@@ -152,35 +266,6 @@ def _opened(
         yield LazyModel(directory, progress=progress), checkpoint
 
 
-def _decide_bits(
-    recipe: Recipe,
-    original: LazyModel,
-    progress: Progress,
-    on_forecast: Callable[[Forecast], None] | None,
-    max_shard_bytes: int,
-) -> Recipe:
-    """Return the recipe with bits and group size of every layer, where "auto" has to choose."""
-    if recipe.method != "auto":
-        return recipe
-    forecast = choose_bits(original, recipe, progress, max_shard_bytes)
-    if on_forecast:
-        on_forecast(forecast)
-    return forecast.recipe
-
-
-def _texts(
-    recipe: Recipe, plan: Plan, original: LazyModel, progress: Progress
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Return the tokens to calibrate on, and those to refine on; None where none are needed."""
-    settings = recipe.calibration or Calibration()
-    tokens = training = None
-    if _statistics(plan):
-        tokens = calibration_tokens(original, settings, progress)
-    if recipe.refine:
-        training = calibration_tokens(original, training_texts(settings), progress)
-    return tokens, training
-
-
 def _statistics(plan: Plan) -> dict[str, Callable[[mx.array], mx.array]]:
     """Return what has to be measured of the inputs of layers, by path."""
     wanted = {
@@ -189,30 +274,6 @@ def _statistics(plan: Plan) -> dict[str, Callable[[mx.array], mx.array]]:
         if layer.quantizer
     }
     return {path: statistic for path, statistic in wanted.items() if statistic}
-
-
-def _calibration(
-    original: LazyModel, plan: Plan, tokens: np.ndarray | None, state: ConversionState
-) -> Iterator[InputStatistics] | None:
-    if tokens is None:
-        return None
-    wanted = {
-        path: statistic
-        for path, statistic in _statistics(plan).items()
-        if not state.is_done(f"{path}.weight", plan.layers[path])
-    }
-    model = load_model(original.path, lazy=True, dequantize=True)
-    return iterate_blocks(model, tokens, wanted)
-
-
-def _refined(
-    output: Path, original: LazyModel, training: np.ndarray, recipe: Recipe, progress: Progress
-) -> tuple[dict[str, str], dict[str, float]]:
-    """Refine the converted model in place: new hashes of files, divergence before and after."""
-    seed = (recipe.calibration or Calibration()).seed
-    refined = refine(load_model(output), original.load(), training, seed=seed, progress=progress)
-    hashes = replace_tensors(output, refined.tensors)
-    return hashes, {"before": refined.before, "after": refined.after}
 
 
 def _linear_bits_per_weight(records: Sequence[LayerRecord]) -> float:

@@ -23,6 +23,7 @@ replaced at random, and codes trained with straight-through gradients. On a CPU,
 stream each are no faster than one: their operations wait for each other.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -32,8 +33,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
+from splitquant_mlx.calibration.predictions import Predictions, kl_divergence
+from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.models.dense import for_scoring
 from splitquant_mlx.progress import Progress
@@ -43,6 +46,7 @@ BATCH_TEXTS = 4
 HELD_OUT = 16  # one text in so many
 TEXTS_PER_SAMPLE = 4  # for each one that layers are calibrated on
 LEARNING_RATE = 2e-3
+SAVE_S = 30.0  # between two saves of what was trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,63 +70,71 @@ def training_texts(calibration: Calibration) -> Calibration:
     return replace(calibration, num_samples=texts, seed=calibration.seed + 1)
 
 
-def refine(
-    model: nn.Module,
-    original: nn.Module,
-    tokens: np.ndarray,
-    *,
-    seed: int = 0,
-    progress: Progress,
-) -> Refined:
-    """Train all quantized linear layers of `model`, which is used up.
-
-    Args:
-        model: one of mlx-lm's, with layers in affine quantization.
-        original: what it was made of.
-        tokens: (texts, length), int32. One text in `HELD_OUT` is for the measurement alone, the
-            others are gone through once.
-        seed: of their order.
-        progress: progress reporter.
-
-    Raises:
-        RecipeError: when there are too few texts, or no layer to train.
-    """
+def require_texts(tokens: np.ndarray) -> None:
+    """Raise RecipeError when `tokens` (texts, length) are too few texts to train on."""
     if len(tokens) < 2 * BATCH_TEXTS:
         raise RecipeError(
             f"refinement: expected {2 * BATCH_TEXTS} texts or more to train on, got {len(tokens)}: "
             "give a larger --num-samples"
         )
+
+
+def refine(
+    model: nn.Module,
+    predictions: Predictions,
+    tokens: np.ndarray,
+    *,
+    seed: int = 0,
+    progress: Progress,
+    unfinished: Unfinished,
+) -> Refined:
+    """Train all quantized linear layers of `model`, which is used up.
+
+    Args:
+        model: one of mlx-lm's, with layers in affine quantization.
+        predictions: of what it was made of, for `tokens`.
+        tokens: (texts, length), int32. One text in `HELD_OUT` is for the measurement alone, the
+            others are gone through once.
+        seed: of their order.
+        progress: progress reporter.
+        unfinished: where an interrupted call left off, this one goes on.
+
+    Raises:
+        RecipeError: when there is no layer to train.
+    """
     layers = _make_trainable(model)
     if not layers:
         raise RecipeError("there is no quantized linear layer to refine")
-    held_out = _batches(tokens[::HELD_OUT])
-    rest = np.delete(tokens, np.s_[::HELD_OUT], axis=0)
-    rng = np.random.default_rng(seed)
-    batches = _batches(rng.permutation(rest))
+    held_out, batches = _batches(len(tokens), seed)
     optimizer = optim.Adam(_schedule(len(batches)), betas=[0.9, 0.99], eps=1e-12)
+    optimizer.init(model.trainable_parameters())
 
-    def divergence(batch: mx.array) -> Any:
-        wanted = original(batch)
-        mx.eval(wanted)
-        return kl_divergence(model(batch), wanted)
+    def divergence(own: np.ndarray) -> Any:
+        wanted = (array[mx.array(own)] for array in predictions)
+        return kl_divergence(model(mx.array(tokens[own])), *wanted)
 
     step = nn.value_and_grad(model, divergence)
     with progress.task("Refining", len(batches) + 2 * len(held_out)) as advance:
 
         def measured() -> float:
             total = 0.0
-            for batch in held_out:
-                total += np.array(divergence(batch)) * len(batch)
+            for own in held_out:
+                total += np.array(divergence(own)) * len(own)
                 advance(1)
             return float(total / sum(map(len, held_out)))
 
         before = measured()
-        for batch in batches:
-            _, gradients = step(batch)
+        first, saved_s = _resume(unfinished, model, optimizer), time.monotonic()
+        advance(first)
+        for number in range(first, len(batches)):
+            _, gradients = step(batches[number])
             optimizer.update(model, gradients)
             del gradients
             mx.eval(model.trainable_parameters(), optimizer.state)
             advance(1)
+            if time.monotonic() - saved_s > SAVE_S:
+                _save(unfinished, model, optimizer, number + 1)
+                saved_s = time.monotonic()
         after = measured()
     if not after < before:
         return Refined(before=before, after=before)
@@ -133,22 +145,26 @@ def refine(
     return Refined(before=before, after=after, tensors=tensors)
 
 
-@mx.custom_function
-def kl_divergence(logits: mx.array, wanted: mx.array) -> mx.array:
-    """Return the mean KL divergence of `logits` (..., vocabulary) from `wanted`, nats, float32.
-
-    The gradient is for `logits` alone, and is the difference of the probabilities: it needs
-    nothing that the divergence itself does, which is computed only where it is asked for.
-    """
-    log_q, log_p = (nn.log_softmax(x.astype(mx.float32)) for x in (logits, wanted))
-    return nn.losses.kl_div_loss(log_q, log_p, reduction="mean")
+def _save(unfinished: Unfinished, model: nn.Module, optimizer: Any, steps: int) -> None:
+    """Keep what is trained, and the optimizer's state, after so many steps."""
+    trained = tree_flatten(model.trainable_parameters()) + tree_flatten(optimizer.state)
+    unfinished.keep(f"step-{steps}", [array for _, array in trained])  # type: ignore[misc]
+    before = unfinished.findings()
+    unfinished.note(steps)
+    unfinished.drop(f"step-{before}")
 
 
-@kl_divergence.vjp
-def _gradient(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
-    q, p = (mx.softmax(x.astype(mx.float32), axis=-1) for x in primals)
-    of_logits = (q - p) * (cotangent * p.shape[-1] / p.size)
-    return of_logits.astype(primals[0].dtype), mx.zeros_like(primals[1])
+def _resume(unfinished: Unfinished, model: nn.Module, optimizer: Any) -> int:
+    """Restore what was saved last; returns the steps done."""
+    steps = unfinished.findings()
+    arrays = unfinished.arrays(f"step-{steps}")
+    if not isinstance(steps, int) or arrays is None:
+        return 0
+    names = [name for name, _ in tree_flatten(model.trainable_parameters())]
+    model.update(tree_unflatten(list(zip(names, arrays, strict=False))))
+    states = [name for name, _ in tree_flatten(optimizer.state)]
+    optimizer.state = tree_unflatten(list(zip(states, arrays[len(names) :], strict=True)))
+    return steps
 
 
 class TrainableLinear(nn.Module):
@@ -224,8 +240,15 @@ def _make_trainable(model: nn.Module) -> dict[str, TrainableLinear]:
     return layers
 
 
-def _batches(tokens: np.ndarray) -> list[mx.array]:
-    return [mx.array(tokens[i : i + BATCH_TEXTS]) for i in range(0, len(tokens), BATCH_TEXTS)]
+def _batches(texts: int, seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return the numbers of the texts to measure on, and of those to train on, by batches."""
+    held_out = np.arange(texts) % HELD_OUT == 0
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(~held_out))
+    measured, trained = (
+        [numbers[i : i + BATCH_TEXTS] for i in range(0, len(numbers), BATCH_TEXTS)]
+        for numbers in (np.flatnonzero(held_out), order)
+    )
+    return measured, trained
 
 
 def _schedule(steps: int) -> Callable[[mx.array], mx.array]:

@@ -18,6 +18,7 @@ from splitquant_mlx.runtime.workspace import empty, workspace
 
 MODEL = "model"
 JOURNAL = "journal"
+REFINEMENT = "refinement"
 OLD = "replaced"  # the former target while it is replaced
 MAX_JOURNAL_BYTES = 1 << 28
 
@@ -135,8 +136,8 @@ def _has_finished_shards(journal: Path) -> bool:
 
 def _tidy(staging: Path) -> None:
     """Leave only what can be gone on with; somebody may have put the rest there."""
-    empty(staging, keep=(MODEL, JOURNAL, OLD))
-    for name in (MODEL, JOURNAL, OLD):
+    empty(staging, keep=(MODEL, JOURNAL, REFINEMENT, OLD))
+    for name in (MODEL, JOURNAL, REFINEMENT, OLD):
         path = staging / name
         if path.is_symlink() or not (path.is_file() if name == JOURNAL else path.is_dir()):
             remove(path)

@@ -1,5 +1,7 @@
 """Scales and biases trained against the original: the gradients, what is written, what is kept."""
 
+from contextlib import contextmanager
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -8,11 +10,14 @@ from safetensors import safe_open
 from scipy.special import rel_entr, softmax
 
 from splitquant_mlx import Recipe, convert, load
+from splitquant_mlx.calibration import predictions
+from splitquant_mlx.calibration.predictions import kl_divergence, likeliest
 from splitquant_mlx.conversion import pipeline, refine
-from splitquant_mlx.conversion.refine import TrainableLinear, kl_divergence
+from splitquant_mlx.conversion.refine import TrainableLinear
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.formats.patch import replace_tensors
 from splitquant_mlx.formats.shard_writer import ShardWriter
+from splitquant_mlx.progress import Silent
 from splitquant_mlx.recipe import Calibration
 from splitquant_mlx.runtime import workspace
 
@@ -63,15 +68,58 @@ def test_gradients_are_those_of_the_plain_formula(bits, bias):
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
-def test_divergence_and_its_gradient(dtype):
+@pytest.mark.parametrize("number", [11, 4])
+def test_divergence_and_its_gradient(dtype, number, monkeypatch):
+    """All tokens but the likeliest are one event."""
+    monkeypatch.setattr(predictions, "LIKELIEST", number)
     logits, wanted = (3 * mx.random.normal((2, 5, 11), key=mx.random.key(k)) for k in (0, 1))
     logits, wanted = logits.astype(dtype), wanted.astype(dtype)
     q, p = (softmax(np.array(x, np.float64), axis=-1) for x in (logits, wanted))
-    value, gradient = mx.value_and_grad(lambda x: 2 * kl_divergence(x, wanted))(logits)
-    np.testing.assert_allclose(value, 2 * rel_entr(p, q).sum(-1).mean(), rtol=1e-5)
+    order = np.argsort(-p, axis=-1)
+    top, rest = order[..., :number], order[..., number:]
+
+    def events(x):
+        chosen = np.take_along_axis(x, top, axis=-1)
+        others = np.take_along_axis(x, rest, axis=-1).sum(-1, keepdims=True)
+        return np.concatenate([chosen, others], axis=-1)
+
+    kept = likeliest(wanted)
+    value, gradient = mx.value_and_grad(lambda x: 2 * kl_divergence(x, *kept))(logits)
+    expected = rel_entr(events(p), events(q)).sum(-1).mean()
+    np.testing.assert_allclose(value, 2 * expected, rtol=1e-4)
     assert gradient.dtype == dtype
+    share = events(p)[..., -1:] / np.maximum(events(q)[..., -1:], 1e-30)
+    slopes = q * (1 - share)
+    np.put_along_axis(slopes, top, np.take_along_axis(q - p, top, axis=-1), axis=-1)
     atol = 1e-6 if dtype == mx.float32 else 1e-4
-    np.testing.assert_allclose(gradient, 2 * (q - p) / 10, rtol=1e-3, atol=atol)
+    np.testing.assert_allclose(gradient, 2 * slopes / 10, rtol=1e-3, atol=atol)
+
+
+def test_a_refinement_goes_on_where_it_was_interrupted(stories, tmp_path, monkeypatch):
+    recipe = Recipe(**PLAIN, refine=True)
+    whole = convert(stories, tmp_path / "whole", recipe=recipe)
+    monkeypatch.setattr(refine, "SAVE_S", 0.0)
+    steps: list[float] = []
+
+    class Interrupted(Silent):
+        @contextmanager
+        def task(self, label, total=None):
+            def advance(amount=1):
+                if label == "Refining":
+                    steps.append(amount)
+                    if len(steps) == 6:
+                        raise KeyboardInterrupt
+
+            yield advance
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workspace, "_clear", lambda directory: None)
+        with pytest.raises(KeyboardInterrupt):
+            convert(stories, tmp_path / "target", recipe=recipe, progress=Interrupted())
+    steps[:] = [0.0] * 10
+    again = convert(stories, tmp_path / "target", recipe=recipe, progress=Interrupted())
+    assert max(steps) > 2
+    assert again.files == whole.files
 
 
 def test_only_scales_and_biases_change(stories, tmp_path):
