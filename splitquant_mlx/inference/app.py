@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Mount, Route
+from starlette.routing import Route
 
 from splitquant_mlx.inference.answers import Answer, Service
 from splitquant_mlx.inference.endpoints import Chat, Completions, Endpoint, usage_of
@@ -25,6 +25,12 @@ from splitquant_mlx.inference.settings import ServeSettings
 def application(service: Service) -> Any:
     """Return the ASGI application that answers with a service."""
     created, name, slots = int(time.time()), service.names[0], Slots(service.settings)
+
+    posts = {
+        "/chat/completions": Chat(service),
+        "/completions": Completions(service),
+        "/responses": Responses(service),
+    }
 
     async def models(request: Request) -> Response:
         asked = request.path_params.get("name")
@@ -47,15 +53,13 @@ def application(service: Service) -> Any:
     async def failed(request: Request, exc: Exception) -> Response:
         return refusal_response(failure())
 
-    routes = [
-        Route("/models", models),
-        Route("/models/{name:path}", models),
-        Route("/chat/completions", Post(Chat(service), slots), methods=["POST"]),
-        Route("/completions", Post(Completions(service), slots), methods=["POST"]),
-        Route("/responses", Post(Responses(service), slots), methods=["POST"]),
-    ]
+    routes = [Route("/health", health)]
+    for prefix in ("/v1", ""):
+        routes += [Route(prefix + path, models) for path in ("/models", "/models/{name:path}")]
+        for path, endpoint in posts.items():
+            routes.append(Route(prefix + path, Post(endpoint, slots), methods=["POST"]))
     app = Starlette(
-        routes=[Route("/health", health), Mount("/v1", routes=routes), *routes],
+        routes=routes,
         exception_handlers={HTTPException: no_route, Refusal: refused, Exception: failed},
     )
     return Guard(app, service.settings)

@@ -12,7 +12,7 @@ import re
 import time
 from ipaddress import ip_address
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
@@ -23,6 +23,7 @@ from splitquant_mlx.inference.settings import ServeSettings
 
 LOG = logging.getLogger("splitquant_mlx.serve")
 CONTAINERS = "host.docker.internal"  # what containers call the machine that they run on
+ADDRESS = re.compile(r"(?:[a-z0-9.+-]+:)?//(?:\[([^]]*)\]|([^][:/@\\?#]*))(?::[0-9]*)?")
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
 
 
@@ -67,7 +68,7 @@ class Guard:
                 await refusal_response(Refusal(503, ENDS))(scope, receive, noting)
         finally:
             client, took_s = (scope.get("client") or ("-",))[0], time.perf_counter() - began
-            what, note = f"{scope['method']} {scope['path']}", scope.get("note", "")
+            what, note = f"{scope['method']} {quote(scope['path'])}", scope.get("note", "")
             LOG.info("%s %s %s, %s%.2f s", client, what, status, note, took_s)
 
     def knows_origin(self, origin: str) -> bool:
@@ -75,15 +76,16 @@ class Guard:
         return bool(self.origins & {"*", origin}) or is_local(_host(origin))
 
     def _check_source(self, headers: Headers) -> None:
-        host, origin = headers.get("host"), headers.get("origin")
+        host = headers.get("host")
         name = _host(f"//{host}")
         known = name in self.hosts or is_local(name) or (self.exposed and _is_ip(name))
         if host is not None and not known and "*" not in self.origins:
             message = f"Host {host!r} is not this server: use localhost, or see --allowed-origins"
             raise Refusal(403, message, code="host_not_allowed")
-        if origin is not None and not self.knows_origin(origin):
-            message = f"pages of {origin!r} may not use this server: see --allowed-origins"
-            raise Refusal(403, message, code="origin_not_allowed")
+        for origin in headers.getlist("origin"):
+            if not self.knows_origin(origin):
+                message = f"pages of {origin!r} may not use this server: see --allowed-origins"
+                raise Refusal(403, message, code="origin_not_allowed")
 
     async def _checked(self, scope: Any, receive: Any, send: Any) -> None:
         headers = Headers(scope=scope)
@@ -121,10 +123,9 @@ def refusal_response(exc: Refusal) -> JSONResponse:
 
 
 def _host(address: str) -> str:
-    try:
-        return (urlsplit(address).hostname or "").rstrip(".")
-    except ValueError:
-        return ""
+    """Return the host of `//host:port` or an origin; empty for anything else."""
+    found = ADDRESS.fullmatch(address.lower())
+    return (found[1] or found[2]).rstrip(".") if found else ""
 
 
 def _is_ip(host: str) -> bool:

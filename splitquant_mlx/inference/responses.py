@@ -134,7 +134,8 @@ class Responses(Endpoint):
                     yield event
         if message is not None:
             message["status"], text = "completed", message["content"][0]
-            yield {"type": "response.output_text.done", **place, **text}
+            done = {"text": text["text"], "logprobs": []}
+            yield {"type": "response.output_text.done", **place, **done}
             yield {"type": "response.content_part.done", **place, "part": text}
             yield {"type": "response.output_item.done", **place, "item": message}
         counts = usage_of(answers)

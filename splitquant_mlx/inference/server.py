@@ -108,18 +108,23 @@ def load_engine(source: Source, settings: ServeSettings, trusted: bool, group: G
 
 def make_service(engine: Engine, source: Source) -> Service:
     """Return what answers requests for a model by any of its names."""
+    context = getattr(getattr(engine.model, "args", None), "max_position_embeddings", None)
+    return Service(engine, model_names(source, engine.settings), context or CONTEXT)
+
+
+def model_names(source: Source, settings: ServeSettings) -> list[str]:
+    """Return the names by which clients may ask for a model, first the one that they are told."""
     own = source.name.rstrip("/").removeprefix("./")
-    path = str(source.path.absolute())
     names = [
-        *engine.settings.served_model_name,
+        *settings.served_model_name,
         own,
         Path(own).name,
-        path,
+        Path(own).name.removesuffix(".gguf"),
+        str(source.path.absolute()),
         str(source.path.resolve()),
         "default_model",  # mlx_lm.server's name for it
     ]
-    context = getattr(getattr(engine.model, "args", None), "max_position_embeddings", None)
-    return Service(engine, list(dict.fromkeys(names)), context or CONTEXT)
+    return list(dict.fromkeys(names))
 
 
 def bind(host: str, port: int) -> socket.socket:

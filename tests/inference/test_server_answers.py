@@ -7,6 +7,9 @@ from scripted import LAST, TOOLS, write_scripted
 from serving import CHAT, TEXT, check_error, running
 
 from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.inference.server import model_names
+from splitquant_mlx.inference.settings import ServeSettings
+from splitquant_mlx.models.source import Source
 
 CALL_END = "</tool_call>"
 SCRIPTS = {
@@ -214,6 +217,14 @@ def test_usage_and_length(server):
 def test_names(server, name):
     assert server.post(TEXT, prompt="X", model=name)["model"] == "the-talker"
     assert server.ask("GET", f"/v1/models/{name}")[1]["id"] == "the-talker"
+
+
+def test_a_gguf_file_goes_by_its_name_without_the_ending(tmp_path):
+    file = tmp_path / "smol.Q4_1.gguf"
+    source = Source(name="./models/smol.Q4_1.gguf", path=file, revision=None)
+    names = model_names(source, ServeSettings())
+    assert names[0] == "models/smol.Q4_1.gguf"
+    assert {"smol.Q4_1.gguf", "smol.Q4_1", str(file)} <= set(names)
 
 
 def test_an_unknown_name_is_told_the_right_one(server):

@@ -70,6 +70,7 @@ def test_responses_whole_and_streamed(api):
             again = [*user("T"), item, output]
             assert api.responses.create(model="talker", input=again).output_text.endswith("gamma")
         else:
+            assert kinds.count("response.output_text.done") == 1
             assert final.output_text == "alpha beta gamma"
 
 

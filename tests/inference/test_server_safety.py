@@ -38,6 +38,12 @@ def server(model):
         ("192.168.1.2", None, 403),
         ("localhost.evil.example", None, 403),
         ("127.0.0.1.evil.example", None, 403),
+        ("localhost@evil.example", None, 403),
+        ("evil.example@localhost", None, 403),
+        ("localhost/evil.example", None, 403),
+        ("localhost:evil.example", None, 403),
+        ("localhost", "https://evil.example@localhost", 403),
+        ("localhost", "https://localhost\r\nOrigin: https://evil.example", 403),
         ("localhost", "https://evil.example", 403),
         ("localhost", "https://localhost.evil.example", 403),
         ("localhost", "http://chat.example", 403),
@@ -79,10 +85,20 @@ def test_paths_and_methods(server):
     assert server.head("HEAD", "/v1/models")[0] == server.head("HEAD", "/health/")[0] == 200
     assert server.ask("GET", "/v1/models?x=1")[0] == 200
     check_error(server.ask("POST", "/v1/embeddings", OK), 404, "/v1/embeddings")
-    check_error(server.ask("GET", "/"), 404)
+    for path in ("/", "/v1", "/v1/", "/v1/v1/models"):
+        check_error(server.ask("GET", path), 404)
     for method in ("GET", "PUT", "DELETE", "BREW"):
         check_error(server.ask(method, CHAT), 405)
     assert "POST" in server.head("GET", CHAT)[1]["allow"]
+
+
+def test_a_path_cannot_write_lines_of_the_log(server, caplog):
+    check_error(server.ask("GET", "/v1/models/x%0A127.0.0.1%1B[2J"), 404)
+    for _ in range(100):  # the line is written after the answer
+        if found := [m for m in caplog.messages if "models/x%0A127.0.0.1%1B" in m]:
+            break
+        time.sleep(0.05)
+    assert found[0].isprintable()
 
 
 def test_bodies_are_read_within_the_limits(server):
