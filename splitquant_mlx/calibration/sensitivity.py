@@ -261,7 +261,7 @@ def _gptq_residual_ratio(rows: mx.array, x: mx.array, g: mx.array, option: Optio
         return mx.square((x[seen:] @ error.T) * g[seen:]).sum().item()  # type: ignore[return-value]
 
     plain = divergence(quantize_weighted(rows, mx.diag(h), bits=bits, group_size=group_size))
-    compensated = divergence(gptq_quantize(rows, np.array(h), bits=bits, group_size=group_size))
+    compensated = divergence(gptq_quantize(rows, h, bits=bits, group_size=group_size))
     return min(1.0, compensated / plain) if plain else 1.0
 
 

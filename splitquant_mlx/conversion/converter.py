@@ -70,6 +70,7 @@ class Converter:
         splits = any(layer.action == "split" for layer in self.plan.layers.values())
         label = "Splitting and quantizing" if splits else "Quantizing"
         on_cpu = mx.default_device() == mx.cpu
+        side_by_side = on_cpu or any(uses_cpu(x.quantizer) for x in self.plan.layers.values())
         self._limit = self._threads + 1 if on_cpu else 1
         total = sum(array.nbytes for array in self.checkpoint.weights.values())
         waiting: deque[tuple[str, float, Callable[[], Converted]]] = deque()
@@ -78,7 +79,7 @@ class Converter:
         large = 0  # norms and biases would fill the queue while a core has nothing to do
         with (
             progress.task(label, total) as advance,
-            one_thread_for_numpy(),
+            one_thread_for_numpy() if side_by_side else nullcontext(),
             _pool(self._threads) as submit,
         ):
             for name, inputs in self._inputs(calibration):

@@ -52,7 +52,9 @@ def gptq_quantize(
     Returns:
         Codes, scales and biases, the latter in the dtype of `w`.
     """
-    columns = np.ascontiguousarray(np.array(w.astype(mx.float32)).T)
+    columns: Any = mx.contiguous(w.astype(mx.float32).T)
+    if not kernel_works():
+        columns = np.array(columns)
     grid = compensated_grid(columns, damped_hessian(np.array(hessian)), w.dtype, bits, group_size)
     for _ in range(sweeps):
         grid.sweep()
@@ -82,7 +84,8 @@ class Grid:
         self._xp: Any = np if isinstance(columns, np.ndarray) else mx
         self.dtype, self.bits, self.group_size = dtype, bits, group_size
         self.top = 2**bits - 1
-        self.h, self.diagonal = h, self._xp.diagonal(h)
+        self.h = self._xp.array(h)
+        self.diagonal = self._xp.diagonal(self.h)
         self.error = self._xp.array(columns)
         self.codes: list[Any] = []
         self.scales: list[Any] = []
@@ -169,16 +172,16 @@ class Grid:
 
 
 def compensated_grid(
-    columns: np.ndarray, h: np.ndarray, dtype: mx.Dtype, bits: int, group_size: int
+    columns: Any, h: np.ndarray, dtype: mx.Dtype, bits: int, group_size: int
 ) -> Grid:
     """Round `columns` (in, out) channel by channel, compensating the errors of those before.
 
-    A group's scales are fitted to its compensated weights, under the diagonal of h, right before
-    its first channel is rounded.
+    It is computed by numpy or mlx, whichever's array `columns` is. A group's scales are fitted to
+    its compensated weights, under the diagonal of h, right before its first channel is rounded.
     """
     feedback: Any = unit_upper(h).T
-    if kernel_works():
-        columns, h, feedback = (mx.array(x) for x in (columns, h, feedback))  # type: ignore
+    if isinstance(columns, mx.array):
+        feedback = mx.array(feedback)
     grid = Grid(columns, h, dtype, bits, group_size)
     for own in grid.slices():
         before = slice(0, own.start)

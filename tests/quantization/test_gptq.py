@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitquant_mlx import Quantized, dequantize
+from splitquant_mlx.quantization import rounding
 from splitquant_mlx.quantization.compensation import damped_hessian
 from splitquant_mlx.quantization.gptq import compensated_grid, cost, gptq_quantize
 from splitquant_mlx.quantization.imatrix import quantize_weighted
@@ -68,6 +69,28 @@ def test_better_methods_have_a_lower_error(bits):
     assert errors[1] < 0.95 * errors[0]
     assert errors[2] < 0.9 * errors[1]
     assert errors[3] < 0.97 * errors[2]
+
+
+def test_mlx_computes_what_numpy_does(monkeypatch):
+    """With numpy in the place of the kernel that a GPU has."""
+    monkeypatch.setattr(
+        rounding,
+        "_by_kernel",
+        lambda *arrays: map(mx.array, rounding._by_numpy(*map(np.array, arrays))),
+    )
+    w, hessian = problem(3, out=40)
+    h = damped_hessian(hessian)
+    columns = np.ascontiguousarray(w.T)
+    grids = [compensated_grid(kind(columns), h, mx.float32, 4, 64) for kind in (np.array, mx.array)]
+    for grid in grids:
+        grid.sweep()
+        grid.sweep(refit=False)
+    expected, found = (cost(columns, grid, h) for grid in grids)
+    assert found == pytest.approx(expected, rel=0.01)
+    same = [a == np.array(b) for a, b in zip(grids[0].codes, grids[1].codes, strict=True)]
+    assert np.mean(same) > 0.98
+    packed = grids[1].packed()
+    assert packed.weight.shape == (40, 128 // 8) and packed.scales.shape == (40, 2)
 
 
 def test_compensation_is_gptq_as_published():
