@@ -179,10 +179,8 @@ def compensated_grid(
     It is computed by numpy or mlx, whichever's array `columns` is. A group's scales are fitted to
     its compensated weights, under the diagonal of h, right before its first channel is rounded.
     """
-    feedback: Any = unit_upper(h).T
-    if isinstance(columns, mx.array):
-        feedback = mx.array(feedback)
     grid = Grid(columns, h, dtype, bits, group_size)
+    feedback = unit_upper(grid.h).T
     for own in grid.slices():
         before = slice(0, own.start)
         target = columns[own] + feedback[own, before] @ grid.error[before]

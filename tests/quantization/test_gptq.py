@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from splitquant_mlx import Quantized, dequantize
 from splitquant_mlx.quantization import rounding
-from splitquant_mlx.quantization.compensation import damped_hessian
+from splitquant_mlx.quantization.compensation import damped_hessian, unit_upper
 from splitquant_mlx.quantization.gptq import compensated_grid, cost, gptq_quantize
 from splitquant_mlx.quantization.imatrix import quantize_weighted
 
@@ -91,6 +91,17 @@ def test_mlx_computes_what_numpy_does(monkeypatch):
     assert np.mean(same) > 0.98
     packed = grids[1].packed()
     assert packed.weight.shape == (40, 128 // 8) and packed.scales.shape == (40, 2)
+
+
+@pytest.mark.parametrize("channels", [64, 256, 600])
+@pytest.mark.parametrize("kind", [np.array, mx.array])
+def test_the_factor_is_unit_upper(channels, kind):
+    h = damped_hessian(problem(2, out=1, channels=channels)[1])
+    u = np.array(unit_upper(kind(h)), np.float64)
+    np.testing.assert_array_equal(np.tril(u), np.eye(channels))
+    d = np.linalg.inv(u) @ h @ np.linalg.inv(u).T
+    np.testing.assert_allclose(d, np.diag(np.diagonal(d)), atol=2e-4 * np.diagonal(h).max())
+    assert np.diagonal(d).min() > 0
 
 
 def test_compensation_is_gptq_as_published():
