@@ -42,7 +42,7 @@ def unit_upper(h: Any) -> Any:
         own, before = slice(start, min(start + FACTOR_BLOCK, len(h))), slice(0, start)
         # the lower factor of a block with its channels reversed, reversed again
         upper = np.linalg.cholesky(np.array(rest[own, own])[::-1, ::-1])[::-1, ::-1]
-        scale = np.diagonal(upper)
+        scale = np.ascontiguousarray(np.diagonal(upper))
         factor[own, own] = xp.array(upper / scale)
         if start:
             above = rest[before, own] @ xp.array(np.linalg.inv(upper).T)
