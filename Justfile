@@ -49,6 +49,10 @@ results:
     splitquant-mlx run recipes/smollm2.toml --output-dir docs/results/smollm2
     python docs/figures.py
 
+# how every architecture compares with transformers, half an hour; needs torch
+architectures:
+    python tests/support/architectures.py --json splitquant_mlx/inspection/architectures.json --page docs/architectures.md
+
 # the documentation, served on this machine while it is edited
 docs:
     mkdocs serve

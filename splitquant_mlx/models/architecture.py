@@ -31,7 +31,11 @@ def find_classes(path: Path, config: dict[str, Any]) -> tuple[Any, Any]:
         if not MODEL_TYPE.fullmatch(config["model_type"]):  # it becomes part of a module's name
             raise ValueError("no name of an architecture")
         model_class, args_class = _get_classes(config)
-    except (ValueError, AttributeError, SystemExit) as exc:  # an optional package may be missing
+    except SystemExit as exc:
+        raise CheckpointError(
+            f"{path}: mlx-lm's {config['model_type']} needs a package that is not installed"
+        ) from exc
+    except (ValueError, AttributeError) as exc:
         raise CheckpointError(
             f"{path}: unknown architecture {config['model_type']!r:.60}: this mlx-lm has no model "
             "of that name; a newer mlx-lm may (pip install -U mlx-lm)"

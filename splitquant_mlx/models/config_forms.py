@@ -55,10 +55,14 @@ def normalize(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         CheckpointError: when mlx-lm has no such architecture, or its class has no key for what
             config.json says of its layers.
     """
-    model_class, _ = find_classes(path, config)
+    model_class, args_class = find_classes(path, config)
     fields = settings_fields(sys.modules[model_class.__module__])
     reference = text_reference(reference_config(config))
     both = _both_forms(path, config, reference, fields)
+    # a wrapper's class may ask beside the language model's settings for what is one of them
+    text = both.get("text_config") or {}
+    asked = {field.name for field in dataclasses.fields(args_class)} & text.keys()
+    both |= {key: text[key] for key in asked if both.get(key) is None}
     if reference is not None and reference_config(both) is None:
         raise CheckpointError(
             f"{path}: config.json of this {config['model_type']} cannot be written so that mlx-lm "

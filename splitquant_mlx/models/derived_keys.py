@@ -32,6 +32,10 @@ def _in_full_layers(key: str) -> Callable[[Reference], Any]:
     return value
 
 
+_GEMMA4: dict[str, Callable[[Reference], Any]] = {
+    "global_head_dim": _in_full_layers("head_dim"),
+    "num_global_key_value_heads": _in_full_layers("num_key_value_heads"),
+}
 DERIVED: dict[str, dict[str, Callable[[Reference], Any]]] = {
     "apertus": {
         "mlp_bias": lambda c: False,
@@ -39,10 +43,8 @@ DERIVED: dict[str, dict[str, Callable[[Reference], Any]]] = {
         "qk_norm": lambda c: True,
     },
     "exaone_moe": {"is_moe_layer": _is_sparse},
-    "gemma4_text": {
-        "global_head_dim": _in_full_layers("head_dim"),
-        "num_global_key_value_heads": _in_full_layers("num_key_value_heads"),
-    },
+    "gemma4_text": _GEMMA4,
+    "gemma4_unified_text": {**_GEMMA4, "hidden_size_per_layer_input": lambda c: 0},
     "glm_moe_dsa": {
         "topk_method": lambda c: "noaux_tc",
         "scoring_func": lambda c: "sigmoid",
@@ -53,11 +55,18 @@ DERIVED: dict[str, dict[str, Callable[[Reference], Any]]] = {
     "gpt_bigcode": {"n_inner": lambda c: 4 * c.n_embd},
     "granitemoehybrid": {"layer_types": _old_words},
     "lfm2": {"block_dim": lambda c: c.hidden_size},
+    "longcat_flash": {
+        "attention_method": lambda c: "MLA",
+        "zero_expert_type": lambda c: "identity",
+        "mla_scale_q_lora": lambda c: True,
+        "mla_scale_kv_lora": lambda c: True,
+    },
     "mamba2": {"intermediate_size": lambda c: c.expand * c.hidden_size},
     "minimax_m2": {
         "shared_intermediate_size": lambda c: 0,
         "rotary_dim": lambda c: int(c.head_dim * c.rope_parameters.get("partial_rotary_factor", 1)),
     },
+    "qwen3_vl_moe_text": {"norm_topk_prob": lambda c: True},
     "solar_open": {
         "intermediate_size": lambda c: c.moe_intermediate_size,
         "first_k_dense_replace": lambda c: 0,

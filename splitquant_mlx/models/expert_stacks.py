@@ -2,8 +2,11 @@
 
 Newer programs store all experts of a layer as two arrays. gpt-oss: `gate_up_proj` (experts, hidden,
 2 inner) with gate and up in turn, `down_proj` (experts, inner, hidden), and their biases. Others:
-(experts, 2 inner, hidden) with the gate first. mlx-lm reads neither for the architectures here.
+(experts, 2 inner, hidden) with the gate first. mlx-lm reads neither for the architectures here; of
+some it reads the stacks as first published alone, neither turned nor expert by expert.
 """
+
+import re
 
 import mlx.core as mx
 
@@ -11,12 +14,17 @@ STACK = ".experts.gate_up_proj"
 # where mlx-lm has the experts of a block: model_type -> name of the block
 BLOCKS = {
     "mixtral": "block_sparse_moe",
-    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe"), "mlp"),
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe", "qwen3_vl_moe"), "mlp"),
 }
+EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+\.weight)")
+# of these mlx-lm stacks no experts by itself
+STACKED = {"qwen3_5_moe"}
 
 
 def separate_experts(tensors: dict[str, mx.array], model_type: str) -> dict[str, mx.array]:
     """Return the tensors, fused stacks of experts (see above) as three, lazily."""
+    if model_type in STACKED:
+        return _stacked(tensors)
     if not any(name.endswith(STACK) for name in tensors):
         return tensors
     if model_type == "gpt_oss":
@@ -27,11 +35,25 @@ def separate_experts(tensors: dict[str, mx.array], model_type: str) -> dict[str,
     for name in [name for name in tensors if name.endswith(STACK)]:
         layer = name.removesuffix(STACK).rpartition(".")[0]
         stack = f"{layer}.{BLOCKS[model_type]}.switch_mlp"
+        down = name.replace("gate_up_proj", "down_proj")
+        if down in found and found[name].shape[1] != 2 * found[down].shape[2]:
+            continue  # inputs first, which mlx-lm reads by itself
         gate, up = mx.split(found.pop(name), 2, axis=1)
         found |= {f"{stack}.gate_proj.weight": gate, f"{stack}.up_proj.weight": up}
-        down = name.replace("gate_up_proj", "down_proj")
         if down in found:
             found[f"{stack}.down_proj.weight"] = found.pop(down)
+    return found
+
+
+def _stacked(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+    found, experts = {}, {}
+    for name, w in tensors.items():
+        if match := EXPERT.fullmatch(name):
+            experts.setdefault((match[1], match[3]), {})[int(match[2])] = w
+        else:
+            found[name] = w
+    for (block, leaf), held in experts.items():
+        found[f"{block}.switch_mlp.{leaf}"] = mx.stack([held[n] for n in sorted(held)])
     return found
 
 

@@ -22,7 +22,7 @@ from splitquant_mlx.formats.safetensors import TensorHeader
 HARMLESS = re.compile(
     r"rotary|rope\.|inv_freq|freqs_c|position_ids|masked_bias|attn(ention)?\.bias$"
     r"|(^|\.)(mtp|eh_proj|enorm|hnorm|nextn|shared_head)[._]|(^|\.)mtp_"
-    r"|vision|visual|image|video|audio|multi_modal|multimodal|mm_projector|(^|\.)embed_vision"
+    r"|vision|visual|image|video|audio|multi_modal|multimodal|mm_projector|patch_merge|(^|\.)embed_vision"
 )
 LAYER = re.compile(r"layers\.(\d+)\.")
 HEAD = re.compile(r"(^|.*\.)lm_head\.weight$")
@@ -44,15 +44,16 @@ def settle_head(config: dict[str, Any], headers: dict[str, TensorHeader]) -> dic
     said = next(
         (t for table in tables if (t := table.get("tie_word_embeddings")) is not None), None
     )
-    if len(heads) > 1 or len(embeddings) != 1 or said is False:
+    if len(heads) > 1 or len(embeddings) != 1:
         return config
-    if heads and same_bytes(heads[0], embeddings[0]):
-        return config
-    if not heads and said:
-        return config
-    tie = {"tie_word_embeddings": not heads}
-    own = {"text_config": {**text, **tie}} if isinstance(text, dict) else {}
-    return {**config, **tie, **own}
+    tie = said is not False
+    if heads and tie:
+        tie = same_bytes(heads[0], embeddings[0])
+        if tie and said is None:
+            return config
+    settled = {"tie_word_embeddings": tie}
+    inner = {"text_config": {**text, **settled}} if isinstance(text, dict) else {}
+    return {**config, **settled, **inner}
 
 
 def same_bytes(one: TensorHeader, other: TensorHeader) -> bool:

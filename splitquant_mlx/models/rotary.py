@@ -43,9 +43,9 @@ def check_rotary(
     """
     kinds = config.get("layer_types") or ()
     notes: set[str] = set()
-    for name, module in model.named_modules():
-        if not ROTARY.search(type(module).__name__) or re.search("vision|visual|audio", name):
-            continue
+    modules = _rotary_modules(model)
+    _check_layers(path, modules, config)
+    for name, module in modules.items():
         layer = LAYER.search(name)
         kind = "" if "" in tables else kinds[int(layer[1])] if layer and kinds else None
         table = tables.get(kind) if kind is not None else None
@@ -78,6 +78,28 @@ def check_rotary(
                 f"the short ones up to {original} tokens: texts that short give other results"
             )
     return sorted(notes)
+
+
+def _rotary_modules(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if ROTARY.search(type(module).__name__) and not re.search("vision|visual|audio", name)
+    }
+
+
+def _check_layers(path: Path, modules: dict[str, nn.Module], config: Table) -> None:
+    """Refuse a model that rotates in other layers than config.json says."""
+    found = {int(layer[1]) for name in modules if (layer := LAYER.search(name))}
+    rotates = config.get("no_rope_layers")  # a misnomer: 1 where a layer does
+    if not found or not isinstance(rotates, list):
+        return
+    differing = found ^ {n for n, says in enumerate(rotates) if says}
+    if differing:
+        raise CheckpointError(
+            f"{path}: config.json has no_rope_layers {rotates}, mlx-lm does otherwise in layers "
+            f"{sorted(differing)}: its output would be wrong"
+        )
 
 
 def measured(module: nn.Module) -> np.ndarray:
@@ -114,8 +136,8 @@ def expected(table: Table, dims: int, config: Table) -> list[np.ndarray]:
     """
     kind, base = table["rope_type"], table["rope_theta"]
     width = config.get("head_dim") or 0
-    if "partial_rotary_factor" in table and width and kind != "proportional":
-        if int(width * table["partial_rotary_factor"]) // 2 != dims // 2:
+    if width and kind != "proportional":
+        if int(width * table.get("partial_rotary_factor", 1.0)) // 2 != dims // 2:
             raise ValueError(f"mlx-lm rotates {dims} of {width} dimensions")
     frequencies = base ** -(np.arange(0, dims, 2) / dims)
     if kind in ("default", "mrope", "dynamic"):  # the last differs on long texts only

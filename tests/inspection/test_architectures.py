@@ -31,7 +31,7 @@ def test_doctor_lists_architectures(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(5400)
 def test_every_architecture_computes_what_transformers_computes():
     """With another seed than the recorded one, and the same verdicts."""
     pytest.importorskip("torch")

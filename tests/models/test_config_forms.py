@@ -3,6 +3,7 @@
 import json
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 import tiny
 
@@ -10,6 +11,7 @@ from splitquant_mlx import Recipe, convert
 from splitquant_mlx.conversion.verify import verify
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.models.loader import load_model
+from splitquant_mlx.models.rotary import check_rotary
 from splitquant_mlx.models.source import resolve
 
 TOKENS = mx.array([[n * 7 % tiny.VOCAB for n in range(150)]])
@@ -111,3 +113,62 @@ def test_verify_names_a_setting_that_was_lost(tmp_path):
     file.write_text(json.dumps({**config, "rope_theta": 10_000.0}))
     found = {check.name: check.problems for check in verify(tmp_path / "out", source=source)}
     assert "rope_theta is 10000.0, expected 250000.0" in found["original"][0]
+
+
+def wrap(directory, architecture, **text):
+    """Make the checkpoint of a language model one of a model that sees, too."""
+    file, weights = directory / "config.json", str(directory / "model.safetensors")
+    inner = {**json.loads(file.read_text()), **text}
+    tie = inner.pop("outer_tie", inner["tie_word_embeddings"])
+    outer = {"model_type": architecture, "text_config": inner, "tie_word_embeddings": tie}
+    file.write_text(json.dumps(outer))
+    tensors = {f"language_model.{name}": w for name, w in mx.load(weights).items()}
+    mx.eval(tensors)
+    mx.save_safetensors(weights, tensors, metadata={"format": "pt"})
+    return directory
+
+
+def test_a_wrapper_without_a_vocabulary_of_its_own(tmp_path):
+    """transformers 5 writes Gemma 3's vocab_size in text_config alone."""
+    from mlx_lm.utils import load_model as stock_load_model
+
+    alone = tiny.write_checkpoint(tmp_path / "alone", "gemma3_text")
+    wanted = load_model(alone)(TOKENS)
+    wrapped = wrap(tiny.write_checkpoint(tmp_path / "wrapped", "gemma3_text"), "gemma3")
+    assert mx.array_equal(load_model(wrapped)(TOKENS), wanted).item()
+    convert(wrapped, tmp_path / "out", recipe=Recipe(method="rtn", bits=8))
+    ours = load_model(tmp_path / "out")(TOKENS)
+    assert mx.array_equal(stock_load_model(tmp_path / "out")[0](TOKENS), ours).item()
+
+
+def test_the_wrapper_decides_whether_the_head_is_tied(tmp_path):
+    """As in transformers; mlx-lm's Mistral 3 reads what text_config says."""
+    alone = tiny.write_checkpoint(tmp_path / "alone", tie_word_embeddings=True)
+    wanted = load_model(alone)(TOKENS)
+    wrapped = tiny.write_checkpoint(tmp_path / "wrapped", tie_word_embeddings=True)
+    wrap(wrapped, "mistral3", tie_word_embeddings=False, outer_tie=True)
+    assert mx.array_equal(load_model(wrapped)(TOKENS), wanted).item()
+
+
+def test_other_layers_rotated_than_asked_for_are_refused(tmp_path):
+    source = tiny.write_checkpoint(tmp_path / "source", no_rope_layers=[1, 0])
+    with pytest.raises(CheckpointError, match=r"no_rope_layers \[1, 0\].*layers \[1\]"):
+        load_model(source)
+
+
+def test_fewer_dimensions_rotated_than_asked_for_are_refused(tmp_path):
+    """Where nothing is said of a part, it is the whole head."""
+    model = nn.Module()
+    model.layers = [{"rope": nn.RoPE(8)}, {"rope": nn.RoPE(8)}]
+    table = {"rope_type": "default", "rope_theta": 10_000.0}
+    assert check_rotary(tmp_path, model, {"": table}, {"head_dim": 8}) == []
+    with pytest.raises(CheckpointError, match="8 of 16 dimensions"):
+        check_rotary(tmp_path, model, {"": table}, {"head_dim": 16})
+
+
+def test_a_missing_package_is_named_as_such(tmp_path):
+    source = tiny.write_checkpoint(tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "olmo"}))
+    with pytest.raises(CheckpointError, match="olmo needs a package that is not installed"):
+        load_model(source)

@@ -23,8 +23,6 @@ SIZES = {
     "num_experts_per_tok": 2,
 }
 
-pytestmark = pytest.mark.slow  # the oracle is transformers with torch
-
 
 @pytest.fixture(scope="module")
 def gpt_oss(tmp_path_factory):
@@ -46,6 +44,7 @@ def experts(tensors, layer=1):
     return {name.removeprefix(stem): w for name, w in tensors.items() if name.startswith(stem)}
 
 
+@pytest.mark.slow  # the oracle is transformers with torch
 def test_gpt_oss_in_floating_point(gpt_oss):
     directory, stored = gpt_oss
     checkpoint = open_checkpoint(directory)
@@ -65,6 +64,7 @@ def test_gpt_oss_in_floating_point(gpt_oss):
         np.testing.assert_array_equal(np.array(ours[name]), value)
 
 
+@pytest.mark.slow
 def test_gpt_oss_in_mxfp4(gpt_oss, tmp_path):
     directory, stored = gpt_oss
     tensors, values = {name: mx.array(w) for name, w in stored.items()}, {}
@@ -110,3 +110,26 @@ def test_stacks_of_other_mixtures(model_type, block):
     assert mx.array_equal(ours[f"{stack}.gate_proj.weight"], gate_up[:, :3])
     assert mx.array_equal(ours[f"{stack}.up_proj.weight"], gate_up[:, 3:])
     assert mx.array_equal(ours[f"{stack}.down_proj.weight"], down)
+
+
+def test_stacks_of_qwen3_vl_either_way_round():
+    """transformers saves them turned over, compared with the published checkpoints."""
+    stem = "model.language_model.layers.0.mlp.experts"
+    for inner, hidden in ((3, 8), (4, 8), (8, 8)):  # 2 inner, or inner, may equal hidden
+        gate_up, down = mx.zeros((4, 2 * inner, hidden)), mx.zeros((4, hidden, inner))
+        saved = {f"{stem}.gate_up_proj": gate_up, f"{stem}.down_proj": down}
+        published = {name: w.swapaxes(1, 2) for name, w in saved.items()}
+        assert separate_experts(published, "qwen3_vl_moe") == published  # mlx-lm's own business
+        ours = separate_experts(saved, "qwen3_vl_moe")
+        shapes = {name.split(".")[-2]: w.shape for name, w in ours.items()}
+        assert shapes["gate_proj"] == shapes["up_proj"] == (4, inner, hidden)
+        assert shapes["down_proj"] == (4, hidden, inner)
+
+
+def test_experts_stored_one_by_one_are_stacked():
+    stem = "model.language_model.layers.2.mlp"
+    w = mx.random.normal((12, 6, 8))  # more than ten: the order is that of numbers
+    tensors = {f"{stem}.experts.{e}.up_proj.weight": w[e] for e in (11, *range(11))}
+    ours = separate_experts({**tensors, f"{stem}.gate.weight": w[0]}, "qwen3_5_moe")
+    assert ours.keys() == {f"{stem}.switch_mlp.up_proj.weight", f"{stem}.gate.weight"}
+    assert mx.array_equal(ours[f"{stem}.switch_mlp.up_proj.weight"], w)
