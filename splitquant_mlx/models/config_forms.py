@@ -111,7 +111,10 @@ def reference_config(config: dict[str, Any]) -> Any:
 
 def text_reference(reference: Any) -> Any:
     """Return the part of transformers' configuration that describes the language model."""
-    return reference.get_text_config(decoder=True) if reference is not None else None
+    if reference is None:
+        return None
+    text = reference.get_text_config(decoder=True)
+    return reference if isinstance(text, dict) else text  # a key that its class does not know
 
 
 def rope_parameters(config: dict[str, Any], reference: Any) -> dict[str, dict[str, Any]]:
