@@ -10,7 +10,7 @@ from typing import Any
 from splitquant_mlx.bench.conversion import run_conversion
 from splitquant_mlx.bench.programs import OURS, check_trials
 from splitquant_mlx.bench.random_checkpoint import SHAPES, Shape, write_random_checkpoint
-from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.progress import Advance, Progress, Silent
 from splitquant_mlx.runtime.environment import describe_machine, versions
 
 
@@ -50,25 +50,11 @@ def bench_memory(
     shapes = [SHAPES["tiny"], *(replace(shape, num_hidden_layers=depth) for depth in layers)]
     found = []
     with progress.task("Converting", trials * len(shapes)) as advance:
-        for number, sizes in enumerate(shapes):
-            model, target = scratch / f"model-{number}", scratch / "converted"
+        for sizes in shapes:
+            model = scratch / f"model-{sizes.num_hidden_layers}-{sizes.hidden_size}"
             write_random_checkpoint(model, sizes, dtype=dtype)
-            nbytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-            command = [*OURS, "convert", "--model", str(model), "--mlx-path", str(target)]
-            runs = []
-            for _ in range(trials):
-                runs.append(run_conversion(command, target)[0])
-                advance(1)
+            found.append({"layers": sizes.num_hidden_layers, **_peaks(model, trials, advance)})
             shutil.rmtree(model)
-            found.append(
-                {
-                    "layers": sizes.num_hidden_layers,
-                    "source_bytes": nbytes,
-                    "peak_bytes": statistics.median(run.peak_bytes for run in runs),
-                    "peak_runs_bytes": [run.peak_bytes for run in runs],
-                    "seconds": [run.seconds for run in runs],
-                }
-            )
     floor, *depths = found
     peaks = [depth["peak_bytes"] for depth in depths]
     floor_bytes = floor["peak_bytes"]
@@ -81,4 +67,19 @@ def bench_memory(
         "growth_above_floor": (max(peaks) - floor_bytes) / (min(peaks) - floor_bytes),
         "machine": describe_machine(),
         "versions": versions(),
+    }
+
+
+def _peaks(model: Path, trials: int, advance: Advance) -> dict[str, Any]:
+    """Convert a checkpoint several times: its size, and peak memory and seconds of each time."""
+    target, runs = model.parent / "converted", []
+    command = [*OURS, "convert", "--model", str(model), "--mlx-path", str(target)]
+    for _ in range(trials):
+        runs.append(run_conversion(command, target)[0])
+        advance(1)
+    return {
+        "source_bytes": sum(file.stat().st_size for file in model.glob("*.safetensors")),
+        "peak_bytes": statistics.median(run.peak_bytes for run in runs),
+        "peak_runs_bytes": [run.peak_bytes for run in runs],
+        "seconds": [run.seconds for run in runs],
     }

@@ -39,7 +39,7 @@ from splitquant_mlx.calibration.predictions import Predictions, kl_divergence
 from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.models.dense import for_scoring
-from splitquant_mlx.progress import Progress
+from splitquant_mlx.progress import Advance, Progress
 from splitquant_mlx.recipe import Calibration
 
 BATCH_TEXTS = 4
@@ -115,15 +115,7 @@ def refine(
 
     step = nn.value_and_grad(model, divergence)
     with progress.task("Refining", len(batches) + 2 * len(held_out)) as advance:
-
-        def measured() -> float:
-            total = 0.0
-            for own in held_out:
-                total += np.array(divergence(own)) * len(own)
-                advance(1)
-            return float(total / sum(map(len, held_out)))
-
-        before = measured()
+        before = _mean(divergence, held_out, advance)
         first, saved_s = _resume(unfinished, model, optimizer), time.monotonic()
         advance(first)
         for number in range(first, len(batches)):
@@ -135,7 +127,7 @@ def refine(
             if time.monotonic() - saved_s > SAVE_S:
                 _save(unfinished, model, optimizer, number + 1)
                 saved_s = time.monotonic()
-        after = measured()
+        after = _mean(divergence, held_out, advance)
     if not after < before:
         return Refined(before=before, after=before)
     tensors = {}
@@ -143,6 +135,17 @@ def refine(
         tensors[f"{path}.scales"], tensors[f"{path}.biases"] = layer.trained()
     mx.eval(tensors)
     return Refined(before=before, after=after, tensors=tensors)
+
+
+def _mean(
+    divergence: Callable[[np.ndarray], Any], batches: list[np.ndarray], advance: Advance
+) -> float:
+    """Return the mean divergence over all texts of `batches`."""
+    total = 0.0
+    for own in batches:
+        total += np.array(divergence(own)) * len(own)
+        advance(1)
+    return float(total / sum(map(len, batches)))
 
 
 def _save(unfinished: Unfinished, model: nn.Module, optimizer: Any, steps: int) -> None:

@@ -101,10 +101,7 @@ def evaluate(
         SplitQuantError: when model, data or settings cannot be had or used.
     """
     progress = progress or Silent()
-    if task.name == "kl" and reference is None:
-        raise RecipeError("task kl measures the distance from another model: name it (--reference)")
-    if task.name not in (*ARC_TASKS, "kl") and reference is not None:
-        raise RecipeError(f"task {task.name} takes no --reference")
+    _check_reference(task, reference)
     options: Any = {"trust_remote_code": trust_remote_code, "progress": progress}
     with together(group), ExitStack() as stack:
         own = stack.enter_context(open_model(model, revision=revision, **options))
@@ -116,15 +113,7 @@ def evaluate(
         task = dataclasses.replace(
             task, context_length=_window(task, [x for x in (own, other) if x])
         )
-        if task.name in ARC_TASKS:
-            found = _answer(own, other, task, group, progress)
-        elif task.name == "perplexity":
-            found = _perplexity(own, task, group, progress)
-        elif task.name == "kl":
-            assert other
-            found = _divergence(own, other, task, group, progress)
-        else:
-            found = _harness(own, task, group, progress)
+        found = _measure(own, other, task, group, progress)
         model_hash = own.hash
     settings = {name: value for name, value in dataclasses.asdict(task).items() if name != "name"}
     return {
@@ -138,6 +127,30 @@ def evaluate(
         "machine": describe_machine(),
         "versions": versions(),
     }
+
+
+def _check_reference(task: Task, reference: str | None) -> None:
+    if task.name == "kl" and reference is None:
+        raise RecipeError("task kl measures the distance from another model: name it (--reference)")
+    if task.name not in (*ARC_TASKS, "kl") and reference is not None:
+        raise RecipeError(f"task {task.name} takes no --reference")
+
+
+def _measure(
+    own: LazyModel,
+    other: LazyModel | None,
+    task: Task,
+    group: Group | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    if task.name in ARC_TASKS:
+        return _answer(own, other, task, group, progress)
+    if task.name == "perplexity":
+        return _perplexity(own, task, group, progress)
+    if task.name == "kl":
+        assert other
+        return _divergence(own, other, task, group, progress)
+    return _harness(own, task, group, progress)
 
 
 def _window(task: Task, models: list[LazyModel]) -> int:
