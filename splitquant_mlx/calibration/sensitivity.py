@@ -91,11 +91,10 @@ def predict_divergence(
                 for path in options
                 if path.startswith(prefix)
             }
-            predicted, gradients = _block_sensitivities(run, index, own, gradients)
+            predicted, gradients = _block_sensitivities(run, index, own, gradients, advance)
             run.release(index)
             found.update({prefix + path: values for path, values in predicted.items()})
             _save(unfinished, found, gradients, index)
-            advance(1)
         for path in outer:
             if isinstance(dict(model.named_modules())[path], nn.Embedding):
                 looked_up = _embedding_sensitivity(model, path, options[path], gradients)
@@ -155,9 +154,12 @@ def _resumed(
 
 
 def _block_sensitivities(
-    run: Pass, index: int, options: Options, gradients: list[mx.array]
+    run: Pass, index: int, options: Options, gradients: list[mx.array], advance: Advance
 ) -> tuple[dict[str, dict[Option, float]], list[mx.array]]:
-    """Go back through a block: its layers' divergences, and the gradients at its input."""
+    """Go back through a block: its layers' divergences, and the gradients at its input.
+
+    `advance` comes to 1: half of it for the gradients, half for the layers.
+    """
     block = run.blocks[index]
     weights = {path: block_weight(block, path) for path in options}
     fed: dict[str, list[mx.array]] = {path: [] for path in options}
@@ -190,6 +192,7 @@ def _block_sensitivities(
             for path, x, g in zip(options, outputs[1:], shifted, strict=True):
                 fed[path].append(_rows(x))
                 back[path].append(_rows(g))
+            advance(0.5 / len(gradients))
     found = {}
     for path in options:
         x, g = mx.concatenate(fed.pop(path)), mx.concatenate(back.pop(path))
@@ -198,6 +201,7 @@ def _block_sensitivities(
             found[path] = _stack_sensitivity(weights[path], x, g, experts, options[path], tokens)
         else:
             found[path] = _layer_sensitivity(weights[path], x, g, options[path])
+        advance(0.5 / len(options))
     return found, before
 
 

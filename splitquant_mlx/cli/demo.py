@@ -1,11 +1,19 @@
 """Offer `demo`."""
 
-import shlex
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from splitquant_mlx.cli.options import Device, start
+from splitquant_mlx.cli.console import (
+    check_json,
+    new_table,
+    next_step,
+    plain,
+    show,
+    size,
+    write_json,
+)
+from splitquant_mlx.cli.options import Device, JsonFile, start
 
 BAR_WIDTH = 16
 
@@ -17,14 +25,12 @@ def demo(
             help="Chat model to take instead of SmolLM2-135M-Instruct (135 M parameters)."
         ),
     ] = None,
+    json_file: JsonFile = None,
     device: Device = None,
 ) -> None:
     """Fetch a small real chat model, convert it plain, calibrated and split, and compare them."""
+    check_json(json_file)
     start(device)
-    from rich.console import Console
-    from rich.table import Table
-
-    from splitquant_mlx.cli.console import plain
     from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.demo.model import fetch_demo_model
     from splitquant_mlx.demo.run import QUESTION, RECOMMENDED, run_demo, save_results
@@ -34,35 +40,36 @@ def demo(
     source = resolve(model) if model else fetch_demo_model(Bars())
     home = cache_directory() / "demo"
     results = run_demo(source, home, Bars())
-    save_results(results, source.name, home)
-    console = Console(highlight=False)
-    table = Table(box=None, padding=(0, 2, 0, 0), title=plain(source.name), title_justify="left")
-    table.add_column("method", no_wrap=True)
-    for name in ("bits/weight", "size", "took", "top-1", "KL, nats"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True, overflow="crop")
+    if write_json(json_file, save_results(results, source.name, home)):
+        return
+    show(_table(source.name, results))
+    if source.path.suffix == ".gguf":
+        show("These weights come from a 4-bit file, which flatters all methods a little.")
+    show(
+        "bits/weight: of the linear layers. KL divergence (lower is closer) and top-1 agreement: "
+        "with the original, on a short text.",
+        "",
+        QUESTION,
+        *(f"  {result.method}: {plain(result.answer)}" for result in results),
+        "",
+    )
+    chosen = next(result.path for result in results if result.method == RECOMMENDED)
+    next_step(f"The {RECOMMENDED} model is kept.", "chat", chosen)
+
+
+def _table(title: str, results: Any) -> Any:
+    table = new_table(plain(title), "bits/weight", "size", "took", "top-1", "KL, nats", "")
+    table.columns[-1].justify = "left"
     worst = max(result.divergence.kl_mean for result in results if result.divergence)
     for result in results:
         distance = result.divergence
         table.add_row(
             result.method,
             f"{result.bits_per_weight:.1f}",
-            f"{result.nbytes / 1e6:.1f} MB",
+            size(result.nbytes),
             f"{result.seconds:.0f} s" if result.seconds else "",
             f"{distance.top1_agreement:.0%}" if distance else "",
             f"{distance.kl_mean:.3f}" if distance else "",
             "█" * max(1, round(BAR_WIDTH * distance.kl_mean / worst)) if distance else "",
         )
-    console.print(table)
-    if source.path.suffix == ".gguf":
-        console.print("These weights come from a 4-bit file, which flatters all methods a little.")
-    console.print(
-        "bits/weight: of the linear layers. KL divergence (lower is closer) and top-1 agreement: "
-        "with the original, on a short text.\n"
-    )
-    console.print(f"[bold]{QUESTION}[/]")
-    for result in results:
-        console.print(f"  {result.method}: {plain(result.answer)}", markup=False)
-    chosen = next(result.path for result in results if result.method == RECOMMENDED)
-    next_command = f"splitquant-mlx chat --model {shlex.quote(str(chosen))}"
-    console.print(f"\nNext: {next_command}", markup=False, soft_wrap=True)
+    return table

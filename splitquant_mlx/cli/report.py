@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from splitquant_mlx.cli import console
+from splitquant_mlx.cli.options import JsonFile
 from splitquant_mlx.errors import TargetError
 
 
@@ -16,26 +18,22 @@ def report(
     markdown_file: Annotated[
         Path | None, typer.Option("--markdown", help="Write the tables to this file as Markdown.")
     ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Show a study's results as tables, and write them with plots as one HTML page."""
-    from rich.console import Console
-
-    from splitquant_mlx.cli.console import plain
-    from splitquant_mlx.report import html, load_report, markdown, terminal
+    console.check_json(json_file)
+    from splitquant_mlx.report import html, load_report, markdown, terminal, values
 
     found = load_report(directory)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 200
-    for table in terminal(found):
-        console.print()
-        console.print(table)
     if markdown_file is not None:
         _write(markdown_file, markdown(found))
     page = html_file or directory / "report.html"
     _write(page, html(found))
-    console.print()
-    print(f"Saved {plain(str(page))}")
+    if console.write_json(json_file, values(found)):
+        return
+    for table in terminal(found):
+        console.show("", table)
+    console.show("", f"Saved {console.plain(str(page))}")
 
 
 def _write(file: Path, text: str) -> None:

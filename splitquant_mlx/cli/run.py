@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from splitquant_mlx.cli import interrupt
-from splitquant_mlx.cli.options import Device, start
+from splitquant_mlx.cli import console, interrupt
+from splitquant_mlx.cli.options import Device, JsonFile, start
 from splitquant_mlx.cli.report import report
 from splitquant_mlx.errors import RecipeError
 
@@ -30,6 +30,7 @@ def run(
     keep_models: Annotated[
         bool, typer.Option("--keep-models", help="Keep the converted models in the directory.")
     ] = False,
+    json_file: JsonFile = None,
     device: Device = None,
 ) -> None:
     """Convert a model by every recipe of a study, measure each, and write the report.
@@ -38,6 +39,7 @@ def run(
     """
     from splitquant_mlx.study.spec import load_study
 
+    console.check_json(json_file)
     interrupt.resumes()
     chosen = load_study(study)
     if model is not None:
@@ -49,7 +51,7 @@ def run(
 
     directory = output_dir or Path("results") / chosen.name
     run_study(chosen, directory, data=files, keep_models=keep_models, progress=Bars())
-    report(directory, directory / "report.html", directory / "report.md")
+    report(directory, directory / "report.html", directory / "report.md", json_file)
 
 
 def _data(entry: str) -> tuple[str, Path]:

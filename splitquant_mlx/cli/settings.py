@@ -62,7 +62,7 @@ def settings_options(
                 return command(**arguments, **{parameter: given})
             except RecipeError as exc:
                 key, colon, reason = str(exc).partition(": ")
-                if key not in given or not colon:
+                if key not in spelled or not colon:
                     raise
                 reason = re.sub(
                     r"\b[a-z]+_[a-z_]+\b", lambda m: spelled.get(m[0], (m[0],))[0], reason

@@ -1,13 +1,12 @@
 """Offer `upload`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from splitquant_mlx.cli import interrupt
-from splitquant_mlx.cli.options import ModelArgument, choose_model
+from splitquant_mlx.cli import console, interrupt
+from splitquant_mlx.cli.options import JsonFile, ModelArgument, choose_model
 
 
 def upload(
@@ -45,11 +44,12 @@ def upload(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Write the card, list the files, send nothing.")
     ] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Upload a converted model to the Hugging Face hub, with a card of what was measured."""
+    console.check_json(json_file)
     interrupt.resumes()
     path = Path(choose_model(model, model_option))
-    from splitquant_mlx.cli.console import printable, size
     from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.publish.upload import prepare_upload
 
@@ -58,26 +58,41 @@ def upload(
     )
     if dry_run:
         prepared.write_card()
-        print(printable(prepared.card))
-        for file in prepared.files:
-            print(printable(f"{size(file.stat().st_size):>10}  {file.name}"))
-        print(f"Dry run: nothing was sent to {upload_repo}.", flush=True)
-        print_notes(prepared)  # last, where they are seen
+        if not console.write_json(json_file, _values(prepared, None)):
+            _show_files(prepared)
+        _show_notes(prepared)  # last, where they are seen
         return
-    send(prepared, private=private, revision=revision, create_pr=create_pr, overwrite=overwrite)
+    options = {"revision": revision, "create_pr": create_pr, "overwrite": overwrite}
+    send(prepared, json_file, private=private, **options)
 
 
-def send(prepared: Any, **options: Any) -> None:
+def send(prepared: Any, json_file: str | None = None, **options: Any) -> None:
     """Send a prepared upload and print its address."""
-    print_notes(prepared)
+    _show_notes(prepared)
     interrupt.resumes("`splitquant-mlx upload` goes on from there.")
     address = prepared.send(**options)
-    print(f"Uploaded {len(prepared.files)} files to {address}")
+    if not console.write_json(json_file, _values(prepared, address)):
+        print(f"Uploaded {len(prepared.files)} files to {address}")
 
 
-def print_notes(prepared: Any) -> None:
-    """Print the notes of an upload to stderr."""
-    from splitquant_mlx.cli.console import plain
+def _show_files(prepared: Any) -> None:
+    print(console.printable(prepared.card))
+    for file in prepared.files:
+        print(console.printable(f"{console.size(file.stat().st_size):>10}  {file.name}"))
+    print(f"Dry run: nothing was sent to {prepared.repo}.", flush=True)
 
-    for note in prepared.notes:
-        print(f"note: {plain(note)}", file=sys.stderr)
+
+def _show_notes(prepared: Any) -> None:
+    for text in prepared.notes:
+        console.note(f"note: {console.plain(text)}")
+
+
+def _values(prepared: Any, address: str | None) -> dict[str, Any]:
+    """Return an upload as JSON values; without an address nothing was sent."""
+    return {
+        "repo": prepared.repo,
+        "address": address,
+        "card": prepared.card,
+        "files": {file.name: file.stat().st_size for file in prepared.files},
+        "notes": prepared.notes,
+    }

@@ -9,6 +9,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -149,9 +150,8 @@ def _ask(opened: LazyModel) -> str:
     return text.strip()
 
 
-def save_results(results: list[Result], model: str, directory: Path) -> Path:
-    """Write the results and their environment as JSON; returns the file."""
-    file = directory / "demo.json"
+def save_results(results: list[Result], model: str, directory: Path) -> dict[str, Any]:
+    """Write the results and their environment to demo.json; returns what was written."""
     values = {
         "model": model,
         "question": QUESTION,
@@ -163,5 +163,6 @@ def save_results(results: list[Result], model: str, directory: Path) -> Path:
         "versions": versions(),
         "device": str(mx.default_device()),
     }
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    return file
+    text = json.dumps(values, indent=2) + "\n"
+    (directory / "demo.json").write_text(text, encoding="utf-8")
+    return values

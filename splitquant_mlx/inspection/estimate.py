@@ -1,7 +1,7 @@
 """Estimate what a conversion will come to, before it: size, bits/weight, memory and time.
 
-Sizes follow from the plan. Memory is a model of what the stages hold. Time is extrapolated from a
-piece of one layer that is quantized, and one matrix product that is computed, on this machine: it
+Sizes follow from the plan. Memory is a model of what the stages hold. Time is extrapolated from
+pieces of one layer that are quantized, and one matrix product that is computed, on this machine: it
 tells minutes from hours, not more.
 """
 
@@ -9,7 +9,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,18 @@ from splitquant_mlx.calibration.statistics import hessian
 from splitquant_mlx.conversion.budget import find_budget, measure_sizes
 from splitquant_mlx.conversion.converter import source_array
 from splitquant_mlx.conversion.plan import LayerPlan, make_plan
-from splitquant_mlx.conversion.quantizers import QUANTIZERS
+from splitquant_mlx.conversion.quantizers import QUANTIZERS, uses_cpu
 from splitquant_mlx.conversion.weight import convert_weight
 from splitquant_mlx.models.checkpoint import open_checkpoint, parameters
 from splitquant_mlx.models.footprint import PROGRAM_BYTES
 from splitquant_mlx.recipe import CALIBRATED, Calibration, Recipe
 
-ROWS = 128  # of the layer that is timed
+FEW_ROWS, MANY_ROWS, WIDTH = 64, 512, 2048  # of the pieces of a layer that are timed
 SIDE = 1024  # of the product that is timed
 SENSITIVITY_TOKENS = 4096  # of auto
-# forward passes over the calibration text: sampling and measuring; over sensitivity's, with
-# gradients; over the training text, with gradients and the original's
-PASSES = {"calibrate": 2, "sensitivity": 4, "refine": 5}
+# forward passes over the calibration text: sampling, measuring and statistics; over sensitivity's,
+# with gradients; over the training text, with gradients and the original's
+PASSES = {"calibrate": 3, "sensitivity": 4, "refine": 5}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,16 +112,15 @@ def converting_bytes(sizes: dict[str, int], recipe: Recipe) -> float:
 
 def _seconds(layers: Any, arrays: dict[str, mx.array], recipe: Recipe, parameters: int) -> float:
     seconds = 2 + 3e-9 * sum(array.nbytes for array in arrays.values())
-    done = [layer for layer in layers if layer.action != "keep" and len(layer.shape) == 2]
-    if done:
-        sample = sorted(done, key=lambda layer: math.prod(layer.shape))[len(done) // 2]
-        per_entry = _timed_layer(sample, arrays[f"{sample.path}.weight"])
-        cores = (os.cpu_count() or 1) if mx.default_device() == mx.cpu else 1
-        entries = sum(math.prod(layer.shape) for layer in done)
-        seconds += per_entry * entries / (1 if sample.uses_cpu else cores)
-        if recipe.method == "auto":  # every option of a layer, on a sample of its rows
-            rows = sum(min(256, layer.shape[0]) * layer.shape[-1] for layer in done)
-            seconds += 4 * per_entry * rows
+    shapes = [layer.shape for layer in layers if layer.action != "keep" and len(layer.shape) > 1]
+    matrices = [layer for layer in layers if layer.action != "keep" and len(layer.shape) == 2]
+    if matrices:
+        sample = sorted(matrices, key=lambda layer: math.prod(layer.shape))[len(matrices) // 2]
+        time_of = _time_of(sample, arrays[f"{sample.path}.weight"])
+        in_threads = mx.default_device() == mx.cpu or uses_cpu(sample.quantizer)
+        seconds += sum(map(time_of, shapes)) / ((os.cpu_count() or 1) if in_threads else 1)
+        if recipe.method == "auto":  # its options, on a sample of each layer's rows
+            seconds += 2 * sum(time_of((min(256, out), width)) for *_, out, width in shapes)
     calibrated = recipe.method in CALIBRATED or bool(recipe.refine)
     if calibrated:
         text = recipe.calibration or Calibration()
@@ -134,18 +133,33 @@ def _seconds(layers: Any, arrays: dict[str, mx.array], recipe: Recipe, parameter
     return seconds
 
 
-def _timed_layer(layer: LayerPlan, w: mx.array) -> float:
-    """Return the time that a layer's quantizer takes for an entry, s."""
-    rows = w[:ROWS]
-    if QUANTIZERS[layer.quantizer].statistic is None:
-        inputs = None
-    elif QUANTIZERS[layer.quantizer].statistic is hessian:
-        inputs = mx.eye(layer.shape[-1])
-    else:
-        inputs = mx.ones(layer.shape[-1])
-    mx.eval(rows)
-    piece = dataclasses.replace(layer, shape=tuple(rows.shape))
-    return _timed(lambda: convert_weight(rows, piece, inputs)) / rows.size
+def _time_of(layer: LayerPlan, w: mx.array) -> Callable[[Sequence[int]], float]:
+    """Return a function from the shape of a weight to the time that a layer's quantizer takes, s.
+
+    Two pieces of `w` are timed, for what a layer costs by itself and what a row adds to it. Both
+    grow with the width, and with its square where there is a Hessian.
+    """
+    statistic, width = QUANTIZERS[layer.quantizer].statistic, min(WIDTH, layer.shape[-1])
+    inputs = None
+    if statistic is not None:
+        inputs = mx.eye(width) if statistic is hessian else mx.ones(width)
+
+    def timed(count: int) -> float:
+        rows = w[:count, :width]
+        mx.eval(rows)
+        piece = dataclasses.replace(layer, shape=tuple(rows.shape))
+        return _timed(lambda: convert_weight(rows, piece, inputs))
+
+    few, many = min(FEW_ROWS, len(w)), min(MANY_ROWS, len(w))
+    short = timed(few)
+    row = max(0.0, timed(many) - short) / (many - few) if many > few else short / few
+    alone, power = max(0.0, short - few * row), 2 if statistic is hessian else 1
+
+    def time_of(shape: Sequence[int]) -> float:
+        *stack, out, wide = shape
+        return math.prod(stack) * (alone + row * out) * (wide / width) ** power
+
+    return time_of
 
 
 def _products_per_s() -> float:

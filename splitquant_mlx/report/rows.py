@@ -1,12 +1,19 @@
 """One row per variant of a study's results, the smallest model first. Pure, but for the load."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from splitquant_mlx.study.results import Result, StudyRecord, load_results, load_study_record
+from splitquant_mlx.study.results import (
+    Result,
+    StudyRecord,
+    encode,
+    load_results,
+    load_study_record,
+)
 
 # heading -> part, ending of the names of its values
 ARC = {
@@ -172,10 +179,24 @@ def build_report(study: StudyRecord, results: Iterable[Result]) -> Report:
     )
     points = [row.size_and_kl for row in rows]
     rows = [
-        replace(row, on_front=is_best)
+        dataclasses.replace(row, on_front=is_best)
         for row, is_best in zip(rows, pareto_front(points), strict=True)
     ]
     return Report(study=study, results=results, rows=tuple(rows))
+
+
+def values(report: Report) -> dict[str, Any]:
+    """Return a report as JSON values: the study, and the measured parts of each variant."""
+    variants = [
+        {
+            "variant": row.variant,
+            "recipe": row.recipe,
+            "values": row.values,
+            "on_front": row.on_front,
+        }
+        for row in report.rows
+    ]
+    return encode({"study": dataclasses.asdict(report.study), "variants": variants})
 
 
 def pareto_front(points: Sequence[tuple[float, float] | None]) -> list[bool]:

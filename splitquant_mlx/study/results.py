@@ -61,7 +61,7 @@ class Result:
     schema: Literal[1] = SCHEMA
 
     def __post_init__(self) -> None:
-        values = check_values(self.part, _encode(self.values))
+        values = check_values(self.part, encode(self.values))
         object.__setattr__(self, "values", values)
 
 
@@ -123,14 +123,14 @@ def save(result: Result, directory: Path) -> Path:
         TargetError: when the file cannot be written.
     """
     file = result_file(directory, result.variant, result.part)
-    _write(_encode(dataclasses.asdict(result)), file)
+    _write(encode(dataclasses.asdict(result)), file)
     return file
 
 
 def save_study(study: StudyRecord, directory: Path) -> Path:
     """Write `directory`/study.json and return it. Raises TargetError when that fails."""
     file = directory / STUDY_FILE
-    _write(_encode(dataclasses.asdict(study)), file)
+    _write(encode(dataclasses.asdict(study)), file)
     return file
 
 
@@ -207,9 +207,10 @@ def _write(content: Any, file: Path) -> None:
         raise TargetError(f"cannot write {file}: {exc.strerror or exc}") from exc
 
 
-def _encode(value: Any) -> Any:
+def encode(value: Any) -> Any:
+    """Return a value as JSON has it: numbers that JSON lacks as strings."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {key: _encode(item) for key, item in value.items()}
-    return [_encode(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: encode(item) for key, item in value.items()}
+    return [encode(item) for item in value] if isinstance(value, list | tuple) else value

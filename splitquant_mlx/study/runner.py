@@ -97,7 +97,7 @@ def run_study(
                     runner.measure_foreign(name, variant)
             runner.describe()
             advance(1)
-        runner.remove_journals()
+        runner.finish()
 
 
 @contextmanager
@@ -132,6 +132,7 @@ class _Runner:
         self.keep_models = keep_models
         self.progress = progress
         self.reference = LazyModel(original, progress=progress)
+        self.before = 0  # measurements that are not made again
         self.done = {
             (result.variant, result.part): result.settings
             for result in (load_results(directory) if any(directory.glob("*.*.json")) else [])
@@ -193,8 +194,9 @@ class _Runner:
         )
         save_study(record, self.directory)
 
-    def remove_journals(self) -> None:
+    def finish(self) -> None:
         """Remove what only an interrupted study needs."""
+        self._tell_what_was_done("nothing is left to measure")
         for task in self.study.measure.arc:
             for protocol in self.study.measure.protocols:
                 self._journal(task, protocol).unlink(missing_ok=True)
@@ -216,7 +218,9 @@ class _Runner:
         for part, (own, measurement) in parts.items():
             settings = {**shared, **own}
             if self.done.get((name, part)) == settings:
+                self.before += 1
                 continue
+            self._tell_what_was_done(f"going on with {part} of {name}")
             if home and recipe and part != "convert" and not ready:
                 if not self._is_whole(home, recipe):
                     self._convert(recipe, home)
@@ -234,6 +238,12 @@ class _Runner:
                 seconds=seconds,
             )
             save(result, self.directory)
+
+    def _tell_what_was_done(self, rest: str) -> None:
+        """Say, once, from where an interrupted study goes on."""
+        if self.before:
+            self.progress.note(f"{self.before} measurements were made before: {rest}")
+        self.before = 0
 
     def _is_whole(self, home: Path, recipe: Recipe) -> bool:
         """Tell whether an interrupted study left a whole model of this recipe."""

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from typing import get_args
 
 import mlx.core as mx
 import pytest
 
 from splitquant_mlx import cli
 from splitquant_mlx.inspection.doctor import Check, self_check
+from splitquant_mlx.recipe import Method
 
 
 @pytest.fixture
@@ -60,6 +62,19 @@ def test_a_dry_run_tells_the_size_and_writes_nothing(command, stories, tmp_path,
     manifest = json.loads((made / "splitquant.json").read_text())
     assert told["stored_bytes"] == manifest["stored_bytes"]
     assert told["bits_per_weight"] == pytest.approx(manifest["bits_per_weight"])
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_a_dry_run_of_each_method(command, stories, method):
+    told = json.loads(command("convert", stories, "--method", method, "--dry-run", "--json", "-"))
+    assert 0 < told["stored_bytes"] < told["source_bytes"]
+    assert 1e8 < told["memory_bytes"] < 3e9 and 0 < told["seconds"] < 3600
+
+
+def test_a_setting_of_another_method_is_refused(stories, capsys):
+    options = ["-q", "--num-samples", "4", "--dry-run"]
+    assert cli.run(["convert", str(stories), *options]) == 2
+    assert "calibration: not for method 'rtn'" in capsys.readouterr().err
 
 
 def test_stages_are_those_that_a_conversion_has(stories, tmp_path):

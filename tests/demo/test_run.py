@@ -38,8 +38,8 @@ def test_demo_compares_the_original_with_every_recipe(chat_model, tmp_path):
         assert 0 < better.divergence.kl_mean < plain.divergence.kl_mean
     assert plain.nbytes == calibrated.nbytes < split.nbytes < original.nbytes
     assert all(result.answer for result in results)
-    file = save_results(results, source.name, tmp_path)
-    saved = json.loads(file.read_text())
+    save_results(results, source.name, tmp_path)
+    saved = json.loads((tmp_path / "demo.json").read_text())
     assert saved["results"][3]["divergence"]["kl_mean"] == split.divergence.kl_mean
     assert saved["versions"]["mlx"] and saved["machine"]["memory_bytes"] > 0
 
@@ -49,9 +49,13 @@ def test_demo_command_replaces_an_earlier_one_and_says_what_to_do_next(
 ):
     monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
     shutil.copytree(split_stories, tmp_path / "cache" / "demo" / "gptq-4-bit")
-    assert run(["demo", "--model", str(chat_model)]) == 0
+    file = tmp_path / "told.json"
+    assert run(["demo", "--model", str(chat_model), "--json", str(file)]) == 0
+    saved = tmp_path / "cache" / "demo" / "demo.json"
+    assert json.loads(file.read_text()) == json.loads(saved.read_text())
     shown = capsys.readouterr().out
     assert "split 4-bit" in shown
     path = tmp_path / "cache" / "demo" / "gptq-4-bit"
-    assert shown.splitlines()[-1] == f"Next: splitquant-mlx chat --model {path}"
+    assert shown.splitlines()[-1].endswith(f"Next: splitquant-mlx chat {path}")
     assert (path / "splitquant.json").is_file()
+    assert not any(line.endswith(" ") for line in shown.splitlines())

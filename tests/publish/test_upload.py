@@ -139,6 +139,9 @@ def test_a_dry_run_writes_the_card_and_sends_nothing(hub, model, upload):
         assert any(line.split()[-1:] == [name] for line in out.splitlines()), name
         assert body
     assert "nothing was" in out and hub.requests == []
+    told = json.loads(upload(model, "--dry-run", "--json", "-")[1])
+    assert told["card"] == card and told["address"] is None and hub.requests == []
+    assert told["files"] == {file.name: file.stat().st_size for file in model.iterdir()}
 
 
 def test_only_what_belongs_to_the_model_is_sent(hub, model, upload):

@@ -17,6 +17,7 @@ from splitquant_mlx.bench import speed
 from splitquant_mlx.bench.programs import Run
 from splitquant_mlx.cli import run
 from splitquant_mlx.errors import SourceError
+from splitquant_mlx.progress import Silent
 from splitquant_mlx.report import load_report
 from splitquant_mlx.runtime.workspace import workspace
 from splitquant_mlx.study import data as study_data
@@ -103,6 +104,12 @@ def test_a_study_ends_in_a_report_of_what_was_measured(study, files, tmp_path, c
     for part in ("A note.", "126", "data:image/svg+xml"):
         assert part in page, part
     assert f"{split.kl:.3g}"[:4] in shown
+    assert not any(line.endswith(" ") for line in shown.splitlines())
+    assert run(["report", str(home), "--json", "-"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["study"]["title"] == load_report(home).study.title
+    kept = {one["variant"]: one["values"] for one in told["variants"]}
+    assert kept["split"]["kl"]["kl_mean"] == split.kl and set(kept) == set(rows)
     assert not any((home / "models").glob("*")), "the models were to be removed"
     weights = json.loads(next(home.glob("split*.weights.json")).read_text())["values"]
     assert len(weights["cut_points"]) == 2 and sum(weights["counts"]) > 1000
@@ -145,6 +152,14 @@ def test_a_killed_study_goes_on(study, files, tmp_path):
     assert (home / "report.html").is_file()
     left = {path.name for path in home.iterdir() if path.suffix not in (".json", ".html", ".md")}
     assert left == {"models"} and not list((home / "models").iterdir())
+
+
+class Notes(Silent):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
 
 
 SMALL = """
@@ -197,8 +212,11 @@ def test_a_checkpoint_of_another_program_is_a_row(stories, tmp_path):
     assert sizes["bits_per_weight"] == 8 * sizes["stored_bytes"] / parameters
     assert 0 < kl["kl_low"] < kl["kl_mean"] < kl["kl_high"] < kl["kl_p99"]
     written = {file: file.stat().st_mtime_ns for file in home.glob("*.*.json")}
-    run_study(load_study(file), home, data={"text": text})
+    told = Notes()
+    run_study(load_study(file), home, data={"text": text}, progress=told)
     assert {file: file.stat().st_mtime_ns for file in home.glob("*.*.json")} == written
+    (note,) = told.notes
+    assert note == f"{len(written)} measurements were made before: nothing is left to measure"
     assert theirs.is_dir() and not list((home / "models").glob("*"))
 
 
