@@ -27,7 +27,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
-Method = Literal["splitquant", "rtn", "imatrix", "gptq", "auto", "lut"]
+Method = Literal["splitquant", "rtn", "imatrix", "gptq", "auto", "lut", "omniquant", "efficientqat"]
 Bits = Literal[2, 3, 4, 5, 6, 8]
 GroupSize = Literal[16, 32, 64, 128]
 Mode = Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
@@ -42,9 +42,11 @@ def _require_size(text: str) -> str:
 Size = Annotated[str, AfterValidator(_require_size)]
 
 METHODS: tuple[str, ...] = get_args(Method)
-CALIBRATED = ("imatrix", "gptq", "auto", "lut")
+LEARNED = ("omniquant", "efficientqat")  # block by block
+CALIBRATED = ("imatrix", "gptq", "auto", "lut", *LEARNED)
 TARGETS = ("target_bpw", "max_kl", "target_size", "fits")  # of auto, one of them
-FIXED_BITS = ("imatrix", "gptq", "lut")  # calibrated, with one number of bits
+FIXED_BITS = ("imatrix", "gptq", "lut", *LEARNED)  # calibrated, with one number of bits
+SWEEPS = {"gptq": 1, "auto": 1, "lut": 3, "omniquant": 10, "efficientqat": 10}  # defaults
 SELF = "self"  # calibration on text that the model writes
 BITS: tuple[int, ...] = get_args(Bits)
 LUT_BITS = (2, 3, 4)
@@ -88,7 +90,9 @@ class Recipe:
             (round to nearest, what `mlx_lm.convert -q` does), "imatrix" (rtn with scales fitted
             under the importance of the inputs), "gptq" (also compensates each column's rounding
             error in the columns not yet quantized), "auto" (gptq with bits and group size chosen
-            for each layer) or "lut" (a codebook for each row of a linear layer; 2 to 4 bits).
+            for each layer), "lut" (a codebook for each row of a linear layer; 2 to 4 bits),
+            "omniquant" (clipping and channel scales learned block by block) or "efficientqat" (the
+            weights, too).
         bits: bits per code; by default 4 (mxfp8: 8). Not for auto.
         group_size: inputs that share scales and biases; by default 64 (mxfp4, mxfp8: 32, nvfp4:
             16). Not for auto.
@@ -102,13 +106,14 @@ class Recipe:
         lm_head: "keep", "quantize" or "split"; the default is that of embeddings.
         include: glob patterns; where given, only layers that match one of them are converted.
         exclude: glob patterns of layers to keep unquantized.
-        embedding_bits: bits of quantized embeddings and lm_head; by default 6 for imatrix, gptq
-            and lut, as in mlx_lm.gptq, and `bits` for the others.
+        embedding_bits: bits of quantized embeddings and lm_head; by default 6 for the
+            calibrated methods but auto, as in mlx_lm.gptq, and `bits` for the others.
         layers: settings of single layers, by path: {"bits": ..., "group_size": ...}.
-        calibration: text that imatrix, gptq, auto and lut are calibrated on; with splitquant, the
-            scales of the parts are then fitted as by imatrix, which the paper does not do.
+        calibration: text that all but rtn are calibrated on; with splitquant, the scales of the
+            parts are then fitted as by imatrix, which the paper does not do.
         sweeps: rounds of coordinate descent of gptq and auto, of codes and codebooks in turn of
-            lut, where 0 is SqueezeLLM; by default 1, for lut 3.
+            lut, where 0 is SqueezeLLM; by default 1, for lut 3. Passes over the text of omniquant
+            and efficientqat; by default 10.
         outliers: for lut, the share of each row that is kept in 16 bits, such as "0.5%".
         codebook: for lut, "kmeans" or "powers" (of two, times a scale for each row).
         target_bpw: for auto, bits/weight of the quantized layers, embeddings and lm_head among
@@ -161,8 +166,8 @@ class Recipe:
             )
         if self._is_calibrated:
             self._fill(calibration=Calibration(), embedding_bits=embedding_bits)
-        if self.method in ("gptq", "auto", "lut"):
-            self._fill(sweeps=3 if self.method == "lut" else 1)
+        if self.method in SWEEPS:
+            self._fill(sweeps=SWEEPS[self.method])
         if self.method == "auto" and not self._targets:
             self._fill(target_bpw=4.5)
         if self.method == "lut":
@@ -201,7 +206,7 @@ class Recipe:
             "lm_head": split or self.lm_head != "split",
             "refine": not split and not lut,
             "calibration": self._is_calibrated or split,
-            "sweeps": self.method in ("gptq", "auto", "lut"),
+            "sweeps": self.method in SWEEPS,
             **dict.fromkeys(TARGETS, auto),
             "outliers": lut,
             "codebook": lut,

@@ -67,8 +67,8 @@ class Pass:
             return self.model(mx.zeros(state.shape[:2], mx.int32))
 
 
-def start_pass(model: nn.Module, tokens: np.ndarray) -> Pass:
-    """Begin to take `tokens` (texts, length) through `model`.
+def start_pass(model: nn.Module, tokens: np.ndarray, batch_tokens: int = BATCH_TOKENS) -> Pass:
+    """Begin to take `tokens` (texts, length) through `model`, about `batch_tokens` at a time.
 
     Raises:
         RecipeError: when the model is not built of blocks that can be called one by one.
@@ -83,7 +83,7 @@ def start_pass(model: nn.Module, tokens: np.ndarray) -> Pass:
             states.append(state)
         return state
 
-    texts = max(1, BATCH_TOKENS // tokens.shape[1])
+    texts = max(1, batch_tokens // tokens.shape[1])
     try:
         with _replaced(blocks, note):
             for start in range(0, len(tokens), texts):

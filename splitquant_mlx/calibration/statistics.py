@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from splitquant_mlx.calibration.blocks import Tap, start_pass, tapped
+from splitquant_mlx.calibration.blocks import Pass, Tap, start_pass, tapped
 
 FEW_TOKENS = 64  # that tell less of an expert's inputs than those of all experts do
 Statistic = Callable[[mx.array], mx.array]
@@ -82,12 +82,19 @@ def iterate_blocks(
         for path, statistic in statistics.items()
         if not path.startswith(tuple(prefixes))
     }
-    sums = _Sums(outer)
-    with tapped(model, list(outer)) as taps:
-        for state in run.states if outer else ():
+    yield outer_statistics(run, outer, tokens.size)
+
+
+def outer_statistics(
+    run: Pass, statistics: Mapping[str, Statistic], tokens: int
+) -> InputStatistics:
+    """Return what the layers that are in no block are fed, all blocks being run."""
+    sums = _Sums(statistics)
+    with tapped(run.model, list(statistics)) as taps:
+        for state in run.states if statistics else ():
             run.finish(state)
             sums.add(taps)
-    yield sums.result("", tokens.size)
+    return sums.result("", tokens)
 
 
 class _Sums:

@@ -18,6 +18,7 @@ from splitquant_mlx.calibration.statistics import InputStatistics, iterate_block
 from splitquant_mlx.calibration.tokens import calibration_tokens
 from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.conversion.bits import Forecast, choose_bits
+from splitquant_mlx.conversion.blockwise import learn_blocks
 from splitquant_mlx.conversion.converter import Converter, source_array
 from splitquant_mlx.conversion.plan import Plan, make_plan
 from splitquant_mlx.conversion.quantizers import QUANTIZERS
@@ -44,7 +45,7 @@ from splitquant_mlx.models.lazy import LazyModel
 from splitquant_mlx.models.loader import load_model, tokenizer_problem
 from splitquant_mlx.models.source import Source, resolve
 from splitquant_mlx.progress import Progress, Silent
-from splitquant_mlx.recipe import Calibration, Recipe
+from splitquant_mlx.recipe import LEARNED, Calibration, Recipe
 from splitquant_mlx.runtime.environment import versions
 
 
@@ -161,7 +162,7 @@ class Job:
         """Return the tokens to calibrate on, and those to refine on; None where not needed."""
         settings = recipe.calibration or Calibration()
         tokens = training = None
-        if _statistics(plan):
+        if _statistics(plan) or recipe.method in LEARNED:
             tokens = calibration_tokens(self.original, settings, self.progress)
         if recipe.refine:
             training = calibration_tokens(self.original, training_texts(settings), self.progress)
@@ -206,6 +207,13 @@ class Job:
             for path, statistic in _statistics(plan).items()
             if not state.is_done(f"{path}.weight", plan.layers[path])
         }
+        learned = {
+            path: layer
+            for path, layer in plan.layers.items()
+            if layer.quantizer in LEARNED and not state.is_done(f"{path}.weight", layer)
+        }
+        if learned:
+            return learn_blocks(self._unread(), tokens, learned, wanted)
         return iterate_blocks(self._unread(), tokens, wanted)
 
     def _unread(self) -> nn.Module:

@@ -14,7 +14,7 @@ from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.models.architecture import parameters
 from splitquant_mlx.nn.split_layers import scale_dtype
 from splitquant_mlx.quantization.lut import index_dtype
-from splitquant_mlx.recipe import DTYPES, GROUP_SIZES, LUT_BITS, MODES, Recipe
+from splitquant_mlx.recipe import DTYPES, GROUP_SIZES, LEARNED, LUT_BITS, MODES, Recipe
 
 Predicate = Callable[[str, nn.Module], bool | dict[str, Any]]
 
@@ -284,7 +284,9 @@ def _quantizer_for(recipe: Recipe, module: nn.Module, kind: str, action: str, ti
         return "splitquant_imatrix" if calibrated else "splitquant"
     if not calibrated or recipe.method == "rtn":  # which refine may calibrate
         return "rtn"
-    return "gptq" if recipe.method in ("gptq", "lut") else "imatrix"
+    if recipe.method in LEARNED and kind in ("linear", "experts"):
+        return recipe.method if kind == "linear" else "rtn"
+    return "imatrix" if recipe.method == "imatrix" else "gptq"
 
 
 def _require_matches(recipe: Recipe, layers: Mapping[str, LayerPlan]) -> None:

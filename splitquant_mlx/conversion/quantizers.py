@@ -21,11 +21,16 @@ from splitquant_mlx.quantization.affine import (
     Quantized,
     code_parts,
     concatenate,
+    pack,
     quantize,
     round_scales,
 )
 from splitquant_mlx.quantization.gptq import gptq_quantize
-from splitquant_mlx.quantization.imatrix import code_parts_weighted, quantize_weighted
+from splitquant_mlx.quantization.imatrix import (
+    code_parts_weighted,
+    nearest_codes,
+    quantize_weighted,
+)
 from splitquant_mlx.quantization.lut import Lut, lut_quantize
 from splitquant_mlx.quantization.rounding import kernel_works
 from splitquant_mlx.quantization.split import cluster_weight, parts_of
@@ -130,6 +135,16 @@ def _lut(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
     return Outcome(lut_quantize(w, np.array(inputs), **settings, powers=powers))
 
 
+def _learned(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
+    """Round what was learned of the layer; see `blockwise`."""
+    assert inputs is not None
+    width, groups = layer.shape[-1], layer.shape[-1] // layer.group_size
+    scales = inputs[:, width : width + groups].astype(w.dtype)
+    biases = inputs[:, width + groups :].astype(w.dtype)
+    codes = nearest_codes(inputs[:, :width], scales, biases, layer.bits)
+    return Outcome(Quantized(pack(codes.reshape(w.shape), layer.bits), scales, biases))
+
+
 def _splitquant(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
     """Split by k-means, and quantize every part; with `inputs`, under the importance of channels.
 
@@ -165,6 +180,8 @@ QUANTIZERS = {
     "imatrix": Quantizer(apply=_imatrix, statistic=sum_of_squares),
     "gptq": Quantizer(apply=_gptq, statistic=hessian),
     "lut": Quantizer(apply=_lut, statistic=hessian),
+    "omniquant": Quantizer(apply=_learned),
+    "efficientqat": Quantizer(apply=_learned),
     "splitquant": Quantizer(apply=_splitquant),
     "splitquant_imatrix": Quantizer(apply=_splitquant, statistic=sum_of_squares),
 }

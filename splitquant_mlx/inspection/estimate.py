@@ -24,14 +24,14 @@ from splitquant_mlx.conversion.quantizers import QUANTIZERS, uses_cpu
 from splitquant_mlx.conversion.weight import convert_weight
 from splitquant_mlx.models.checkpoint import open_checkpoint, parameters
 from splitquant_mlx.models.footprint import PROGRAM_BYTES
-from splitquant_mlx.recipe import CALIBRATED, Calibration, Recipe
+from splitquant_mlx.recipe import CALIBRATED, LEARNED, Calibration, Recipe
 
 FEW_ROWS, MANY_ROWS, WIDTH = 64, 512, 2048  # of the pieces of a layer that are timed
 SIDE = 1024  # of the product that is timed
 SENSITIVITY_TOKENS = 4096  # of auto
 # forward passes over the calibration text: sampling, measuring and statistics; over sensitivity's,
-# with gradients; over the training text, with gradients and the original's
-PASSES = {"calibrate": 3, "sensitivity": 4, "refine": 5}
+# with gradients; over the training text, with gradients and the original's; a pass of learning
+PASSES = {"calibrate": 3, "sensitivity": 4, "refine": 5, "learn": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +127,9 @@ def _seconds(layers: Any, arrays: dict[str, mx.array], recipe: Recipe, parameter
         tokens = PASSES["calibrate"] * text.num_samples * text.sequence_length
         if recipe.method == "auto":
             tokens += PASSES["sensitivity"] * SENSITIVITY_TOKENS
+        if recipe.method in LEARNED:
+            passes = PASSES["learn"] * (recipe.sweeps or 0)
+            tokens += passes * text.num_samples * text.sequence_length
         if recipe.refine:
             tokens += PASSES["refine"] * 4 * text.num_samples * text.sequence_length
         seconds += 2 * parameters * tokens / _products_per_s()
@@ -139,6 +142,8 @@ def _time_of(layer: LayerPlan, w: mx.array) -> Callable[[Sequence[int]], float]:
     Two pieces of `w` are timed, for what a layer costs by itself and what a row adds to it. Both
     grow with the width, and with its square where there is a Hessian.
     """
+    if layer.quantizer in LEARNED:  # which rounds, as rtn does, what was learned
+        layer = dataclasses.replace(layer, quantizer="rtn")
     statistic, width = QUANTIZERS[layer.quantizer].statistic, min(WIDTH, layer.shape[-1])
     inputs = None
     if statistic is not None:

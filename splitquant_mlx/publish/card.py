@@ -147,6 +147,8 @@ METHODS = {
     "descent)",
     "lut": "every row of a linear layer has a codebook of its own, by exact k-means and codes that "
     "compensate each other's errors (SqueezeLLM, GANQ)",
+    "omniquant": "clipping strengths and channel scales are learned block by block (OmniQuant)",
+    "efficientqat": "weights, scales and biases are learned block by block (EfficientQAT)",
     "auto": "bits and group size are chosen for every layer from its predicted divergence, and "
     "each column's rounding error is compensated in later columns (GPTQ and coordinate descent)",
 }
