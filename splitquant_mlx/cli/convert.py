@@ -19,6 +19,56 @@ from splitquant_mlx.cli.settings import Given, settings_options
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.recipe import TARGETS, Calibration, Recipe, load_recipe, write_recipe
 
+Original = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="Repo id, directory or .gguf file to convert."),
+]
+OriginalOption = Annotated[
+    str | None,
+    typer.Option("--model", "--hf-path", metavar="MODEL", help="The same, as an option."),
+]
+Target = Annotated[
+    Path | None, typer.Option(help="Directory to write; by default named after model and method.")
+]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="TOML file of settings; options given here win."),
+]
+Plain = Annotated[
+    bool,
+    typer.Option(
+        "-q", "--quantize", help="mlx_lm's plain 4-bit (method rtn), where no method is named."
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Show size, bits/weight, memory and time; convert nothing."),
+]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="auto: write what was chosen to this recipe, convert nothing."
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace --mlx-path if it is a model directory.")
+]
+LmStudio = Annotated[
+    bool,
+    typer.Option(
+        "--lmstudio",
+        help="Link the result into ~/.lmstudio/models, where LM Studio looks.",
+        rich_help_panel=PUBLISHING,
+    ),
+]
+UploadRepo = Annotated[
+    str | None,
+    typer.Option(
+        help="Upload the result to this Hugging Face repo, USER/NAME; see upload.",
+        rich_help_panel=PUBLISHING,
+    ),
+]
+
 
 @settings_options(
     Recipe,
@@ -39,59 +89,19 @@ from splitquant_mlx.recipe import TARGETS, Calibration, Recipe, load_recipe, wri
     Calibration, "calibration", flags={"text": ("--calibration",)}, panel="Calibration"
 )
 def convert(
-    model: Annotated[
-        str | None,
-        typer.Argument(metavar="MODEL", help="Repo id, directory or .gguf file to convert."),
-    ] = None,
-    model_option: Annotated[
-        str | None,
-        typer.Option("--model", "--hf-path", metavar="MODEL", help="The same, as an option."),
-    ] = None,
-    mlx_path: Annotated[
-        Path | None,
-        typer.Option(help="Directory to write; by default named after model and method."),
-    ] = None,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="TOML file of settings; options given here win."),
-    ] = None,
-    quantize: Annotated[
-        bool,
-        typer.Option(
-            "-q", "--quantize", help="mlx_lm's plain 4-bit (method rtn), where no method is named."
-        ),
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Show size, bits/weight, memory and time; convert nothing."),
-    ] = False,
-    plan: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="auto: write what was chosen to this recipe, convert nothing."
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace --mlx-path if it is a model directory.")
-    ] = False,
+    model: Original = None,
+    model_option: OriginalOption = None,
+    mlx_path: Target = None,
+    recipe: RecipeFile = None,
+    quantize: Plain = False,
+    dry_run: DryRun = False,
+    plan: PlanFile = None,
+    overwrite: Overwrite = False,
     json_file: JsonFile = None,
     revision: Revision = None,
     device: Device = None,
-    lmstudio: Annotated[
-        bool,
-        typer.Option(
-            "--lmstudio",
-            help="Link the result into ~/.lmstudio/models, where LM Studio looks.",
-            rich_help_panel=PUBLISHING,
-        ),
-    ] = False,
-    upload_repo: Annotated[
-        str | None,
-        typer.Option(
-            help="Upload the result to this Hugging Face repo, USER/NAME; see upload.",
-            rich_help_panel=PUBLISHING,
-        ),
-    ] = None,
+    lmstudio: LmStudio = False,
+    upload_repo: UploadRepo = None,
     *,
     settings: Given,
     calibration: Given,
@@ -111,9 +121,6 @@ def convert(
         check_login(upload_repo)
     start(device)
     from splitquant_mlx.cli import lm_studio
-    from splitquant_mlx.cli.progress import Bars
-    from splitquant_mlx.cli.summary import print_estimate, print_forecast, print_summary
-    from splitquant_mlx.conversion.pipeline import convert as convert_model
     from splitquant_mlx.conversion.staging import check_target
     from splitquant_mlx.models.source import resolve
 
@@ -123,33 +130,13 @@ def convert(
     if plan is None and not dry_run:
         check_target(target, overwrite=overwrite)
     source = resolve(name, revision=revision)
-    bars = Bars(stages(chosen, gguf=source.path.is_file()))
     if dry_run:
-        found = _estimate(source, chosen, bars)
-        if not console.write_json(json_file, _estimated(found)):
-            print_estimate(found, chosen, target)
-        return
+        return _dry_run(source, chosen, target, json_file)
     _check_memory(source, chosen)
     interrupt.resumes()
     if plan is not None:
-        from splitquant_mlx.conversion.bits import forecast
-
-        planned = forecast(name, chosen, revision=revision, progress=bars)
-        write_recipe(planned.recipe, plan)
-        if not console.write_json(json_file, planned.recipe.to_dict()):
-            print_forecast(planned)
-            console.next_step(f"Saved {plan}.", "convert", name, "--recipe", plan)
-        return
-    manifest = convert_model(
-        source,
-        target,
-        recipe=chosen,
-        overwrite=overwrite,
-        progress=bars,
-        on_forecast=None if console.is_quiet() or json_file == "-" else print_forecast,
-    )
-    if not console.write_json(json_file, _converted(manifest, target)) and not console.is_quiet():
-        print_summary(manifest, target)
+        return _write_plan(source, chosen, plan, json_file)
+    _convert(source, chosen, target, overwrite, json_file)
     if lmstudio:
         lm_studio.link(target)
     if upload_repo is not None:
@@ -157,6 +144,53 @@ def convert(
         from splitquant_mlx.publish.upload import prepare_upload
 
         send(prepare_upload(target, upload_repo))
+
+
+def _bars(source: Any, recipe: Recipe) -> Any:
+    from splitquant_mlx.cli.progress import Bars
+
+    return Bars(stages(recipe, gguf=source.path.is_file()))
+
+
+def _dry_run(source: Any, recipe: Recipe, target: Path, json_file: str | None) -> None:
+    from splitquant_mlx.cli.summary import print_estimate
+    from splitquant_mlx.inspection.estimate import estimate
+    from splitquant_mlx.models.directory import as_directory
+
+    with as_directory(source, _bars(source, recipe)) as directory:
+        found = estimate(directory, recipe)
+    if not console.write_json(json_file, _estimated(found)):
+        print_estimate(found, recipe, target)
+
+
+def _write_plan(source: Any, recipe: Recipe, plan: Path, json_file: str | None) -> None:
+    from splitquant_mlx.cli.summary import print_forecast
+    from splitquant_mlx.conversion.bits import forecast
+
+    bars = _bars(source, recipe)
+    planned = forecast(source.name, recipe, revision=source.revision, progress=bars)
+    write_recipe(planned.recipe, plan)
+    if not console.write_json(json_file, planned.recipe.to_dict()):
+        print_forecast(planned)
+        console.next_step(f"Saved {plan}.", "convert", source.name, "--recipe", plan)
+
+
+def _convert(
+    source: Any, recipe: Recipe, target: Path, overwrite: bool, json_file: str | None
+) -> None:
+    from splitquant_mlx.cli.summary import print_forecast, print_summary
+    from splitquant_mlx.conversion.pipeline import convert as convert_model
+
+    manifest = convert_model(
+        source,
+        target,
+        recipe=recipe,
+        overwrite=overwrite,
+        progress=_bars(source, recipe),
+        on_forecast=None if console.is_quiet() or json_file == "-" else print_forecast,
+    )
+    if not console.write_json(json_file, _converted(manifest, target)) and not console.is_quiet():
+        print_summary(manifest, target)
 
 
 def _recipe(
@@ -214,14 +248,6 @@ def stages(recipe: Recipe, *, gguf: bool = False) -> list[str]:
         "Refining": bool(recipe.refine),
     }
     return [label for label, happens in named.items() if happens]
-
-
-def _estimate(source: Any, recipe: Recipe, progress: Any) -> Any:
-    from splitquant_mlx.inspection.estimate import estimate
-    from splitquant_mlx.models.directory import as_directory
-
-    with as_directory(source, progress) as directory:
-        return estimate(directory, recipe)
 
 
 def _check_memory(source: Any, recipe: Recipe) -> None:

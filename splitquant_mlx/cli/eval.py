@@ -42,58 +42,61 @@ ROWS = {
 SHARES = ("top1_agreement", "accuracy", "accuracy_norm")
 
 
+TaskName = Annotated[
+    str,
+    typer.Option(
+        "--task", "--tasks", help="arc_challenge, arc_easy, perplexity, kl or a task of lm-eval."
+    ),
+]
+Reference = Annotated[str | None, typer.Option(help="Model to compare with; kl needs it.")]
+Data = Annotated[
+    Path | None, typer.Option(help=".jsonl, .parquet, .csv or text, instead of the hub's data.")
+]
+Limit = Annotated[int | None, typer.Option(help="At most so many questions, or windows of text.")]
+ContextLength = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens per window of text; by default 512, or what the model was made for.",
+        rich_help_panel=TEXT,
+    ),
+]
+Stride = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens from window to window; the window's length if not set.", rich_help_panel=TEXT
+    ),
+]
+Protocol = Annotated[
+    str,
+    typer.Option(
+        help="loglikelihood (lm-eval's) or letter (through the chat).", rich_help_panel=QUESTIONS
+    ),
+]
+NumShots = Annotated[
+    int | None,
+    typer.Option(help="Solved examples before each question.", rich_help_panel=QUESTIONS),
+]
+Shots = Annotated[
+    Path | None,
+    typer.Option(
+        help="Questions to draw the examples from, instead of the hub's.",
+        rich_help_panel=QUESTIONS,
+    ),
+]
+
+
 def evaluate(
     model: ModelArgument = None,
     model_option: ModelOption = None,
-    task: Annotated[
-        str,
-        typer.Option(
-            "--task",
-            "--tasks",
-            help="arc_challenge, arc_easy, perplexity, kl or a task of lm-eval.",
-        ),
-    ] = "perplexity",
-    reference: Annotated[
-        str | None, typer.Option(help="Model to compare with; kl needs it.")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help=".jsonl, .parquet, .csv or text, instead of the hub's data.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="At most so many questions, or windows of text.")
-    ] = None,
-    context_length: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens per window of text; by default 512, or what the model was made for.",
-            rich_help_panel=TEXT,
-        ),
-    ] = None,
-    stride: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens from window to window; the window's length if not set.",
-            rich_help_panel=TEXT,
-        ),
-    ] = None,
-    protocol: Annotated[
-        str,
-        typer.Option(
-            help="loglikelihood (lm-eval's) or letter (through the chat).",
-            rich_help_panel=QUESTIONS,
-        ),
-    ] = "loglikelihood",
-    num_shots: Annotated[
-        int | None,
-        typer.Option(help="Solved examples before each question.", rich_help_panel=QUESTIONS),
-    ] = None,
-    shots: Annotated[
-        Path | None,
-        typer.Option(
-            help="Questions to draw the examples from, instead of the hub's.",
-            rich_help_panel=QUESTIONS,
-        ),
-    ] = None,
+    task: TaskName = "perplexity",
+    reference: Reference = None,
+    data: Data = None,
+    limit: Limit = None,
+    context_length: ContextLength = None,
+    stride: Stride = None,
+    protocol: Protocol = "loglikelihood",
+    num_shots: NumShots = None,
+    shots: Shots = None,
     json_file: JsonFile = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -111,18 +114,19 @@ def evaluate(
     with together(group):
         name = choose_model(model, model_option)
 
+    chosen = Task(
+        name=task,
+        protocol=protocol,
+        num_shots=num_shots,
+        data=data,
+        shots=shots,
+        limit=limit,
+        context_length=context_length,
+        stride=stride,
+    )
     found = evaluate(
         name,
-        Task(
-            name=task,
-            protocol=protocol,
-            num_shots=num_shots,
-            data=data,
-            shots=shots,
-            limit=limit,
-            context_length=context_length,
-            stride=stride,
-        ),
+        chosen,
         reference=reference,
         revision=revision,
         trust_remote_code=trust_remote_code,

@@ -14,143 +14,133 @@ from splitquant_mlx.cli.launched import join
 from splitquant_mlx.cli.options import (
     Device,
     JsonFile,
-    KvBits,
-    KvGroupSize,
-    MaxKvSize,
-    MaxTokens,
-    MinP,
     ModelOption,
-    QuantizedKvStart,
     Revision,
     Seed,
     SystemPrompt,
-    Temp,
-    TopK,
-    TopP,
     TrustRemoteCode,
     choose_model,
-    given,
+    decoding_options,
     start,
 )
+from splitquant_mlx.cli.settings import Given
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.inference.chat import encode
 from splitquant_mlx.inference.decoding import Decoding, readable_errors
 
-TEMPLATE = "Chat template"
+TEMPLATE, MAX_TOKENS = "Chat template", 100
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[MODEL] [PROMPT]",
+        help="Directory, .gguf file or repo id (without one, the newest converted model here), "
+        "and what to say.",
+    ),
+]
+Prompt = Annotated[
+    str | None, typer.Option("--prompt", "-p", help="What to say; - reads standard input.")
+]
+Prefill = Annotated[
+    str | None,
+    typer.Option(
+        help="Beginning of the answer, for the model to continue.", rich_help_panel=TEMPLATE
+    ),
+]
+NoTemplate = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-chat-template", help="Continue the bare prompt.", rich_help_panel=TEMPLATE
+    ),
+]
+TemplateConfig = Annotated[
+    str | None,
+    typer.Option(help="JSON object of variables for the chat template.", rich_help_panel=TEMPLATE),
+]
+EosTokens = Annotated[
+    list[str] | None, typer.Option(help="Token that ends the answer, too; repeatable.")
+]
+Verbose = Annotated[str, typer.Option(help="False, or --quiet: print nothing but the answer.")]
+Pipeline = Annotated[
+    bool,
+    typer.Option("--pipeline", help="Under mlx.launch: divide the layers, not each of them."),
+]
 
 
+@decoding_options
 def generate(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[MODEL] [PROMPT]",
-            help="Directory, .gguf file or repo id (without one, the newest converted model "
-            "here), and what to say.",
-        ),
-    ] = None,
+    words: Words = None,
     model: ModelOption = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option("--prompt", "-p", help="What to say; - reads standard input."),
-    ] = None,
+    prompt: Prompt = None,
     system_prompt: SystemPrompt = None,
-    max_tokens: MaxTokens = 100,
-    temp: Temp = Decoding.temp,
-    top_p: TopP = Decoding.top_p,
-    min_p: MinP = Decoding.min_p,
-    top_k: TopK = Decoding.top_k,
     seed: Seed = None,
-    prefill_response: Annotated[
-        str | None,
-        typer.Option(
-            help="Beginning of the answer, for the model to continue.", rich_help_panel=TEMPLATE
-        ),
-    ] = None,
-    ignore_chat_template: Annotated[
-        bool,
-        typer.Option(
-            "--ignore-chat-template",
-            help="Continue the bare prompt.",
-            rich_help_panel=TEMPLATE,
-        ),
-    ] = False,
-    chat_template_config: Annotated[
-        str | None,
-        typer.Option(
-            help="JSON object of variables for the chat template.", rich_help_panel=TEMPLATE
-        ),
-    ] = None,
-    extra_eos_token: Annotated[
-        list[str] | None, typer.Option(help="Token that ends the answer, too; repeatable.")
-    ] = None,
-    max_kv_size: MaxKvSize = None,
-    kv_bits: KvBits = None,
-    kv_group_size: KvGroupSize = Decoding.kv_group_size,
-    quantized_kv_start: QuantizedKvStart = Decoding.quantized_kv_start,
-    verbose: Annotated[
-        str, typer.Option(help="False, or --quiet: print nothing but the answer.")
-    ] = "True",
+    prefill_response: Prefill = None,
+    ignore_chat_template: NoTemplate = False,
+    chat_template_config: TemplateConfig = None,
+    extra_eos_token: EosTokens = None,
+    verbose: Verbose = "True",
     json_file: JsonFile = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     device: Device = None,
-    pipeline: Annotated[
-        bool,
-        typer.Option("--pipeline", help="Under mlx.launch: divide the layers, not each of them."),
-    ] = False,
+    pipeline: Pipeline = False,
+    *,
+    decoding: Given,
 ) -> None:
-    """Answer one prompt, with mlx_lm.generate's options and output."""
-    sampling = {"temp": temp, "top_p": top_p, "min_p": min_p, "top_k": top_k}
-    decoding = Decoding(
-        max_tokens=max_tokens,
-        max_kv_size=max_kv_size,
-        kv_bits=kv_bits,
-        kv_group_size=kv_group_size,
-        quantized_kv_start=quantized_kv_start,
-        **given(sampling),
-    )
+    """Answer one prompt, with mlx_lm.generate's options and output.
+
+    Without --temp it takes the likeliest tokens, without --max-tokens 100 of them.
+    """
+    chosen = Decoding(**{"max_tokens": MAX_TOKENS, **decoding})
     template_options = _json_object("--chat-template-config", chat_template_config)
     named, prompt = _model_and_prompt(words or [], model, prompt)
     console.check_json(json_file)
     start(device)
     import mlx.core as mx
-    from mlx_lm.generate import generation_stream
 
     from splitquant_mlx.cli.loading import load_model, warn_of_context
-    from splitquant_mlx.runtime.ranks import connected, gather, settle, together
+    from splitquant_mlx.runtime.ranks import gather, together
 
     group = join()
     with together(group):
         name = choose_model(named)
         text = _read_prompt(prompt, ranks=group.size())
-        found = load_model(
-            name,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            group=group,
-            pipeline=pipeline,
-        )
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        found = load_model(name, **options, group=group, pipeline=pipeline)
         _add_eos_tokens(found.tokenizer, extra_eos_token or [])
-        chat = found.tokenizer.has_chat_template and not ignore_chat_template
+        template = found.tokenizer.has_chat_template and not ignore_chat_template
+        turns = _messages(text, *((system_prompt, prefill_response) if template else ()))
         tokens = encode(
-            found.tokenizer,
-            _messages(text, *((system_prompt, prefill_response) if chat else ())),
-            template=chat,
-            template_options=template_options,
+            found.tokenizer, turns, template=template, template_options=template_options
         )
     tokens = gather(group, tokens)[0]  # a template may write the time of day into them
     warn_of_context(found, len(tokens))
     if seed is not None:
         mx.random.seed(seed)
-    wordy = verbose.lower() not in ("false", "f") and not console.is_quiet()
-    wordy = wordy and json_file != "-"
+    wordy = verbose.lower() not in ("false", "f") and not console.is_quiet() and json_file != "-"
+    answer, last = _answer(found, tokens, chosen, group, wordy)
+    if not console.write_json(json_file, _values(name, answer, last)) and not wordy:
+        print(printable(answer))
+
+
+def _answer(
+    found: Any, tokens: list[int], decoding: Decoding, group: Any, wordy: bool
+) -> tuple[str, Any]:
+    """Return the answer and mlx-lm's last response, once all ranks have it."""
+    from mlx_lm.generate import generation_stream
+
+    from splitquant_mlx.runtime.ranks import connected, settle
+
     with readable_errors(), connected(), redirect_stdout(Printable(sys.stdout)):  # type: ignore[arg-type]
         answer, last = _generate(found, tokens, decoding, group, wordy)
     settle(group, generation_stream)
     if last.finish_reason == "length" and not group.rank():
         console.note(f"cut off at {last.generation_tokens} tokens (--max-tokens)")
-    values = {
-        "model": name,
+    return answer, last
+
+
+def _values(model: str, answer: str, last: Any) -> dict[str, Any]:
+    return {
+        "model": model,
         "text": answer,
         "finish_reason": last.finish_reason,
         "prompt_tokens": last.prompt_tokens,
@@ -159,8 +149,6 @@ def generate(
         "generation_tps": last.generation_tps,
         "peak_memory_gb": last.peak_memory,
     }
-    if not console.write_json(json_file, values) and not wordy:
-        print(printable(answer))
 
 
 def _generate(

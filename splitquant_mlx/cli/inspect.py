@@ -23,40 +23,47 @@ from splitquant_mlx.errors import RecipeError
 WEIGHTS = "Weights"
 
 
+Layers = Annotated[
+    bool, typer.Option("--layers", help="One row a layer, rather than a kind of layer.")
+]
+OneLayer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="Show the histogram of this layer's weights instead.",
+        rich_help_panel=WEIGHTS,
+    ),
+]
+Png = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Write that histogram as a PNG file too.", rich_help_panel=WEIGHTS
+    ),
+]
+CutPoints = Annotated[
+    bool,
+    typer.Option(
+        "--cut-points",
+        help="Show where layers are split, or would be: reads all weights of an original.",
+        rich_help_panel=WEIGHTS,
+    ),
+]
+Clusters = Annotated[
+    int,
+    typer.Option(
+        help="Parts to cluster an unconverted model's layers into.", rich_help_panel=WEIGHTS
+    ),
+]
+
+
 def inspect(
     model: ModelArgument = None,
     model_option: ModelOption = None,
-    layers: Annotated[
-        bool, typer.Option("--layers", help="One row a layer, rather than a kind of layer.")
-    ] = False,
-    layer: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            help="Show the histogram of this layer's weights instead.",
-            rich_help_panel=WEIGHTS,
-        ),
-    ] = None,
-    png: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Write that histogram as a PNG file too.", rich_help_panel=WEIGHTS
-        ),
-    ] = None,
-    cut_points: Annotated[
-        bool,
-        typer.Option(
-            "--cut-points",
-            help="Show where layers are split, or would be: reads all weights of an original.",
-            rich_help_panel=WEIGHTS,
-        ),
-    ] = False,
-    clusters: Annotated[
-        int,
-        typer.Option(
-            help="Parts to cluster an unconverted model's layers into.", rich_help_panel=WEIGHTS
-        ),
-    ] = 3,
+    layers: Layers = False,
+    layer: OneLayer = None,
+    png: Png = None,
+    cut_points: CutPoints = False,
+    clusters: Clusters = 3,
     json_file: JsonFile = None,
     revision: Revision = None,
     device: Device = None,
@@ -70,9 +77,8 @@ def inspect(
     console.check_json(json_file)
     start(device)
     from splitquant_mlx.cli.progress import Bars
-    from splitquant_mlx.inspection.layers import find_cut_points, layer_histogram
+    from splitquant_mlx.inspection.layers import find_cut_points
     from splitquant_mlx.inspection.overview import describe
-    from splitquant_mlx.inspection.plots import save_histogram, text_histogram
     from splitquant_mlx.models.directory import as_directory
     from splitquant_mlx.models.source import resolve
 
@@ -80,12 +86,7 @@ def inspect(
         found = describe(directory)
         if layer is not None:
             path = _path(layer, [record.path for record in found.layers])
-            parts = clusters if cut_points else None
-            histogram = layer_histogram(directory, path, clusters=parts)
-            show(f"{path}\n{text_histogram(histogram)}")
-            if png is not None:
-                save_histogram(histogram, png)
-                show(f"Saved {png}")
+            _show_histogram(directory, path, clusters if cut_points else None, png)
             return
         cuts = {}
         if cut_points:
@@ -95,6 +96,17 @@ def inspect(
         return
     _print(name, found)
     _print_layers(found.layers, cuts, each=layers or cut_points)
+
+
+def _show_histogram(directory: Path, path: str, clusters: int | None, png: Path | None) -> None:
+    from splitquant_mlx.inspection.layers import layer_histogram
+    from splitquant_mlx.inspection.plots import save_histogram, text_histogram
+
+    histogram = layer_histogram(directory, path, clusters=clusters)
+    show(f"{path}\n{text_histogram(histogram)}")
+    if png is not None:
+        save_histogram(histogram, png)
+        show(f"Saved {png}")
 
 
 def _path(given: str, paths: list[str]) -> str:

@@ -2,13 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from splitquant_mlx.cli import console
 from splitquant_mlx.cli.launched import launched_rank
+from splitquant_mlx.cli.settings import settings_options
 from splitquant_mlx.errors import RecipeError, SourceError
+from splitquant_mlx.inference.decoding import Decoding
 from splitquant_mlx.runtime import blas
 from splitquant_mlx.runtime.compatibility import check_versions
 
@@ -62,49 +64,13 @@ Seed = Annotated[
     ),
 ]
 SystemPrompt = Annotated[str | None, typer.Option(help="System message for the chat template.")]
-MaxTokens = Annotated[
-    int,
-    typer.Option("--max-tokens", "-m", help="Longest answer, in tokens; -1 sets no limit."),
-]
-Temp = Annotated[
-    float | None,
-    typer.Option(
-        help="Sampling temperature; 0 takes the likeliest token.", rich_help_panel=SAMPLING
-    ),
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(help="Sample from the likeliest tokens of this total.", rich_help_panel=SAMPLING),
-]
-MinP = Annotated[
-    float | None,
-    typer.Option(
-        help="Drop tokens less likely than this times the likeliest.", rich_help_panel=SAMPLING
-    ),
-]
-TopK = Annotated[
-    int | None,
-    typer.Option(
-        help="Sample from this many likeliest tokens; 0 from all.", rich_help_panel=SAMPLING
-    ),
-]
-MaxKvSize = Annotated[
-    int | None,
-    typer.Option(
-        help="Tokens the KV cache holds; older ones are overwritten.", rich_help_panel=CACHE
-    ),
-]
-KvBits = Annotated[
-    int | None,
-    typer.Option(help="Quantize the KV cache to this many bits.", rich_help_panel=CACHE),
-]
-KvGroupSize = Annotated[
-    int, typer.Option(help="Group size of a quantized KV cache.", rich_help_panel=CACHE)
-]
-QuantizedKvStart = Annotated[
-    int,
-    typer.Option(help="Token from which on the KV cache is quantized.", rich_help_panel=CACHE),
-]
+decoding_options = settings_options(
+    Decoding,
+    "decoding",
+    flags={"max_tokens": ("--max-tokens", "-m")},
+    panel=CACHE,
+    panels={"max_tokens": None, **dict.fromkeys(("temp", "top_p", "min_p", "top_k"), SAMPLING)},
+)
 
 
 def start(device: str | None) -> None:
@@ -180,11 +146,6 @@ def choose_model(argument: str | None, option: str | None = None) -> str:
         "there is no converted model here: convert one first with `splitquant-mlx convert "
         "MODEL`, or name one"
     )
-
-
-def given(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings that are not None."""
-    return {name: value for name, value in settings.items() if value is not None}
 
 
 def check_model(model: str) -> None:

@@ -24,7 +24,7 @@ def settings_options(
     flags: Mapping[str, Sequence[str]] | None = None,
     skip: Sequence[str] = (),
     panel: str | None = None,
-    panels: Mapping[str, str] | None = None,
+    panels: Mapping[str, str | None] | None = None,
 ) -> Callable[[Command], Command]:
     """Replace a parameter of a command by one option for each field of a settings class.
 
@@ -39,35 +39,23 @@ def settings_options(
         panel: heading of the options in the help.
         panels: other headings, by field name.
     """
-    names = [field.name for field in dataclasses.fields(kind) if field.name not in skip]
-    spelled = {name: (f"--{name.replace('_', '-')}",) for name in names} | dict(flags or {})
-    options = {
-        field.name: _option(
-            kind,
-            field,
-            f"{parameter}_{field.name}",
-            spelled[field.name],
-            (panels or {}).get(field.name, panel),
-        )
-        for field in dataclasses.fields(kind)
-        if field.name in names
-    }
+    fields = [field for field in dataclasses.fields(kind) if field.name not in skip]
+    spelled = {field.name: (f"--{field.name.replace('_', '-')}",) for field in fields}
+    spelled |= dict(flags or {})
+    options, help_panels = {}, {field.name: panel for field in fields} | dict(panels or {})
+    for field in fields:
+        name, words = f"{parameter}_{field.name}", spelled[field.name]
+        options[field.name] = _option(kind, field, name, words, help_panels[field.name])
 
     def decorate(command: Command) -> Command:
         @wraps(command)
         def run(**arguments: Any) -> Any:
-            values = {name: arguments.pop(f"{parameter}_{name}") for name in names}
+            values = {name: arguments.pop(f"{parameter}_{name}") for name in options}
             given = {name: value for name, value in values.items() if value not in (None, [])}
             try:
                 return command(**arguments, **{parameter: given})
             except RecipeError as exc:
-                key, colon, reason = str(exc).partition(": ")
-                if key not in spelled or not colon:
-                    raise
-                reason = re.sub(
-                    r"\b[a-z]+_[a-z_]+\b", lambda m: spelled.get(m[0], (m[0],))[0], reason
-                )
-                raise RecipeError(f"{spelled[key][0]}: {reason}") from exc
+                raise _naming_flags(exc, spelled) from exc
 
         signature, parameters = inspect.signature(command, eval_str=True), []
         for old in signature.parameters.values():
@@ -79,6 +67,15 @@ def settings_options(
         return run
 
     return decorate
+
+
+def _naming_flags(exc: RecipeError, spelled: Mapping[str, Sequence[str]]) -> RecipeError:
+    """Return an error about a field as one about its flag."""
+    key, colon, reason = str(exc).partition(": ")
+    if key not in spelled or not colon:
+        return exc
+    reason = re.sub(r"\b[a-z]+_[a-z_]+\b", lambda m: spelled.get(m[0], (m[0],))[0], reason)
+    return RecipeError(f"{spelled[key][0]}: {reason}")
 
 
 def _option(

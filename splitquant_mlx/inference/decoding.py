@@ -18,6 +18,17 @@ KEPT_TOKENS = 4
 class Decoding:
     """Settings of sampling and of the KV cache; names and meanings are mlx-lm's.
 
+    Attributes:
+        max_tokens: longest answer, in tokens; -1 sets no limit.
+        temp: sampling temperature; 0 takes the likeliest token.
+        top_p: sample from the likeliest tokens of this total.
+        min_p: drop tokens less likely than this times the likeliest.
+        top_k: sample from this many likeliest tokens; 0 from all.
+        max_kv_size: tokens the KV cache holds; older ones are overwritten.
+        kv_bits: quantize the KV cache to this many bits.
+        kv_group_size: group size of a quantized KV cache; by default 64.
+        quantized_kv_start: token from which on the KV cache is quantized; by default 5000.
+
     Raises:
         RecipeError: when a setting is out of range or does not fit the others.
     """
