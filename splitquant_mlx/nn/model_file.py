@@ -3,11 +3,15 @@
 mlx-lm builds a model from a checkpoint's own Python file when config.json names one as
 `model_file` and the user passes --trust-remote-code; this file is copied there, so it imports
 nothing but mlx and mlx-lm. splitquant-mlx itself builds the model from its own, installed, copy.
+mlx-vlm does the same, without a flag, with classes of its own: it asks the file for `ModelConfig`,
+and whatever else it asks for is answered by its own module of the architecture.
 
 A split layer holds the codes of its k parts side by side along the input axis, which makes it a
 quantized linear layer of k * in inputs. Fed with k copies of x it returns the sum over the parts,
 accumulated in float32, in one kernel call: y = sum_c x @ dequantize(part_c).T + bias.
 """
+
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -84,15 +88,18 @@ class QuantizedSplitLinear(nn.Module):
 def replace_split_layers(model: nn.Module, layers: dict[str, dict]) -> None:
     """Put empty split layers where `layers` (path -> clusters, group_size, bits) says.
 
+    The layers may be those of a part `language_model`, as in mlx-vlm's models.
+
     Raises:
         ValueError: when a path is not that of a linear layer of the model.
     """
     modules = dict(model.named_modules())
     replaced = []
-    for path, settings in layers.items():
+    for name, settings in layers.items():
+        path = name if name in modules else f"language_model.{name}"
         linear = modules.get(path)
         if type(linear) is not nn.Linear:
-            raise ValueError(f"config.json splits {path!r}, which is no linear layer of this model")
+            raise ValueError(f"config.json splits {name!r}, which is no linear layer of this model")
         output_dims, input_dims = linear.weight.shape
         layer = QuantizedSplitLinear(input_dims, output_dims, "bias" in linear, **settings)
         replaced.append((path, layer))
@@ -145,8 +152,40 @@ class ModelArgs:
         return cls(config)
 
 
-def Model(args: ModelArgs) -> nn.Module:
-    """Build mlx-lm's own model of this architecture, with split layers in place."""
+class ModelConfig:
+    """Stand in for the configuration class of mlx-vlm's module of the architecture.
+
+    Attributes:
+        module: that module, once a config was read.
+    """
+
+    module: ClassVar[Any] = None
+
+    @classmethod
+    def from_dict(cls, config: dict) -> Any:
+        """Return that module's own configuration, with the split layers noted on it."""
+        from mlx_vlm.utils import get_model_and_args  # pyright: ignore[reportMissingImports]
+
+        plain = {key: value for key, value in config.items() if key != "model_file"}
+        cls.module, _ = get_model_and_args(plain)
+        found = cls.module.ModelConfig.from_dict(plain)
+        found.splitquant = config["splitquant"]
+        return found
+
+
+def __getattr__(name: str) -> Any:
+    """Answer mlx-vlm for the module of the architecture: `TextConfig`, `VisionModel`, ..."""
+    if name.startswith("_") or ModelConfig.module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(ModelConfig.module, name)
+
+
+def Model(args: Any) -> nn.Module:
+    """Build mlx-lm's own model of this architecture, or mlx-vlm's, with split layers in place."""
+    if not isinstance(args, ModelArgs):
+        model = ModelConfig.module.Model(args)
+        replace_split_layers(model, args.splitquant["layers"])
+        return model
     from mlx_lm.utils import _get_classes
 
     model_class, args_class = _get_classes(args.config)

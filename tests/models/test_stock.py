@@ -14,47 +14,68 @@ import numpy as np
 import pytest
 
 from splitquant_mlx import Recipe, convert, load
+from splitquant_mlx.recipe import Calibration
 
 pytestmark = pytest.mark.slow
 
 PROMPT = "Once upon a time"
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+TRUST = ", trust_remote_code=True"  # which older ones do without
 FLAGS = {"rtn": [], "imatrix": [], "gptq": [], "auto": [], "splitquant": ["--trust-remote-code"]}
 FLAGS["lut"] = FLAGS["splitquant"]
+
+
+MLX = f"mlx[cpu]=={version('mlx')}" if sys.platform == "linux" else f"mlx=={version('mlx')}"
 
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory) -> Path:
     """Return the Python of a new environment that has mlx-lm, of our versions, and nothing else."""
-    home = tmp_path_factory.mktemp("stock")
+    return environment(tmp_path_factory.mktemp("stock"), MLX, f"mlx-lm=={version('mlx-lm')}")
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory) -> Path:
+    """Return the Python of an environment with the mlx-lm that many programs still have."""
+    return environment(tmp_path_factory.mktemp("older"), MLX, "mlx-lm==0.31.3")
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory) -> Path:
+    """Return the Python of an environment with the newest mlx-vlm, which needs no mlx-lm."""
+    return environment(tmp_path_factory.mktemp("vlm"), MLX, "mlx-vlm")
+
+
+def environment(home: Path, *packages: str) -> Path:
+    """Return the Python of a new environment that has these packages, and not this one."""
     python = home / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", home], check=True)
-    extra = "[cpu]" if sys.platform == "linux" else ""
-    wanted = [f"mlx{extra}=={version('mlx')}", f"mlx-lm=={version('mlx-lm')}"]
-    subprocess.run([python, "-m", "pip", "install", "-q", *wanted], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
     missing = subprocess.run([python, "-c", "import splitquant_mlx"], capture_output=True, cwd=home)
     assert b"ModuleNotFoundError" in missing.stderr
     return python
 
 
 @pytest.fixture(scope="module")
-def converted(stories, tmp_path_factory) -> dict[str, Path]:
+def converted(stories, mixture, tmp_path_factory) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("models")
     source = shutil.copytree(stories, home / "source")
     settings = json.loads((source / "tokenizer_config.json").read_text())
     settings["chat_template"] = TEMPLATE
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
-    own = {
-        "lut": {"outliers": "1%"},
-        "auto": {"target_bpw": 6.0},
-    }  # float32 scales take 1 bit a weight
+    calibration = Calibration(num_samples=16, sequence_length=64)
     for method in FLAGS:
-        convert(source, home / method, recipe=Recipe(method=method, **own.get(method, {})))
-    return {method: home / method for method in FLAGS}
+        own = {} if method in ("rtn", "splitquant") else {"calibration": calibration}
+        # float32 scales take 1 bit a weight
+        target = {"auto": {"target_bpw": 6.0}, "lut": {"outliers": "1%"}}.get(method, {})
+        convert(source, home / method, recipe=Recipe(method=method, **own, **target))
+        if method in ("auto", "splitquant"):
+            convert(mixture, home / f"{method}, experts", recipe=Recipe(method=method, **own))
+    return {path.name: path for path in home.iterdir() if path != source}
 
 
 def run(python, *arguments, home):
-    """Run stock mlx-lm away from this repository; returns stdout."""
+    """Run a stock program away from this repository; returns stdout."""
     done = subprocess.run([python, *arguments], capture_output=True, text=True, cwd=home)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -85,19 +106,47 @@ def test_split_model_is_refused_without_the_flag(stock, converted, tmp_path):
     assert done.returncode != 0 and "trust_remote_code" in done.stderr
 
 
+LOGITS = """
+import sys, numpy, mlx.core as mx
+from {program} import load
+logits = load(sys.argv[1]{options})[0](mx.array([list(range(1, 96))]))
+numpy.save("logits.npy", numpy.array(getattr(logits, "logits", logits).astype(mx.float32)))
+"""
+
+
+def logits_of(python, path, home, program="mlx_lm", options=""):
+    run(python, "-c", LOGITS.format(program=program, options=options), path, home=home)
+    return np.load(home / "logits.npy")
+
+
+def difference(found, wanted):
+    return np.abs(found - wanted).max() / np.abs(wanted).max()
+
+
 @pytest.mark.parametrize("method", FLAGS)
 def test_logits_agree_with_our_load(stock, converted, method, tmp_path):
     import mlx.core as mx
 
-    code = (
-        "import sys, numpy, mlx.core as mx; from mlx_lm import load\n"
-        "model, _ = load(sys.argv[1], trust_remote_code=sys.argv[2] == 'True')\n"
-        "numpy.save('logits.npy', numpy.array(model(mx.array([list(range(1, 100))]))))\n"
-    )
-    run(stock, "-c", code, converted[method], str(bool(FLAGS[method])), home=tmp_path)
-    theirs = np.load(tmp_path / "logits.npy")
-    ours = np.array(load(converted[method])[0](mx.array([list(range(1, 100))])))
-    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
+    theirs = logits_of(stock, converted[method], tmp_path, options=TRUST if FLAGS[method] else "")
+    ours = np.array(load(converted[method])[0](mx.array([list(range(1, 96))])))
+    assert difference(ours, theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("method", FLAGS)
+def test_other_programs_agree_with_mlx_lm(stock, older, vlm, converted, method, tmp_path):
+    for path in (path for name, path in converted.items() if name.startswith(method)):
+        wanted = logits_of(stock, path, tmp_path, options=TRUST if FLAGS[method] else "")
+        assert difference(logits_of(older, path, tmp_path), wanted) <= 1e-5
+        if method != "lut":
+            assert difference(logits_of(vlm, path, tmp_path, "mlx_vlm"), wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("method", ["auto", "splitquant"])
+def test_mlx_vlm_generates_our_text(vlm, converted, method, tmp_path):
+    path = converted[f"{method}, experts"]
+    options = ["--model", path, "--prompt", PROMPT, "--max-tokens", "20", "--temperature", "0"]
+    out = run(vlm, "-m", "mlx_vlm", "generate", *options, home=tmp_path)
+    assert out.strip() == our_text(path, 20).strip()
 
 
 @pytest.mark.parametrize("method", ["rtn", "auto", "splitquant"])
