@@ -185,7 +185,7 @@ def _plan_layer(
 
     if kind == "other":
         return keep(f"a {type(module).__name__} has no quantized form")
-    action, note = _wanted_action(recipe, path, kind)
+    action, note = _wanted_action(recipe, path, kind, module)
     if action == "keep":
         return keep(note)
     if recipe.method == "lut" and kind == "linear":
@@ -256,7 +256,7 @@ def _settings(recipe: Recipe, path: str, kind: str) -> tuple[int, int, str]:
     return own.get("bits", bits), own.get("group_size", recipe.group_size), recipe.mode
 
 
-def _wanted_action(recipe: Recipe, path: str, kind: str) -> tuple[str, str]:
+def _wanted_action(recipe: Recipe, path: str, kind: str, module: nn.Module) -> tuple[str, str]:
     """Return the action for a layer and, where the recipe cannot have it, why it differs."""
     if any(fnmatchcase(path, pattern) for pattern in recipe.exclude):
         return "keep", "excluded"
@@ -270,8 +270,8 @@ def _wanted_action(recipe: Recipe, path: str, kind: str) -> tuple[str, str]:
         return "quantize", "a stack of experts has scales rather than codebooks"
     if recipe.method != "splitquant":
         return "quantize", ""
-    if kind == "experts":
-        return "quantize", "a stack of experts is not split"
+    if kind == "experts" and not is_expert_stack(module):
+        return "quantize", f"a {type(module).__name__} is not split"
     return "split", ""
 
 

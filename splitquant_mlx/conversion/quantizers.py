@@ -45,7 +45,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         quantized: codes, scales and biases; of a split weight, the parts side by side.
-        cut_points: of a split weight, ascending.
+        cut_points: of a split weight, ascending; none of a stack of experts.
         cluster_s: time of the clustering, s.
     """
 
@@ -106,12 +106,14 @@ def _per_expert(apply: Apply) -> Apply:
     def applied(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
         if w.ndim == 2:
             return apply(w, layer, inputs)
-        found = []
+        found, cluster_s = [], 0.0
         for expert in range(len(w)):
-            own = apply(w[expert], layer, None if inputs is None else inputs[expert]).quantized
-            mx.eval([array for array in own if array is not None])
-            found.append(own)
-        return Outcome(Quantized(*(mx.stack(list(arrays)) for arrays in zip(*found, strict=True))))
+            own = apply(w[expert], layer, None if inputs is None else inputs[expert])
+            mx.eval([array for array in own.quantized if array is not None])
+            found.append(own.quantized)
+            cluster_s += own.cluster_s
+        stacked = Quantized(*(mx.stack(list(arrays)) for arrays in zip(*found, strict=True)))
+        return Outcome(stacked, cluster_s=cluster_s)
 
     return applied
 
@@ -145,6 +147,7 @@ def _learned(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
     return Outcome(Quantized(pack(codes.reshape(w.shape), layer.bits), scales, biases))
 
 
+@_per_expert
 def _splitquant(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
     """Split by k-means, and quantize every part; with `inputs`, under the importance of channels.
 

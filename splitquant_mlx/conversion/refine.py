@@ -174,10 +174,10 @@ class TrainableLinear(nn.Module):
     """Stand in for a quantized linear layer while its scales and biases are trained.
 
     Attributes:
-        u, v: what is trained, (out, in / group_size), steps of the grid.
+        u, v: what is trained, (..., out, in / group_size), steps of the grid.
     """
 
-    def __init__(self, layer: nn.QuantizedLinear):
+    def __init__(self, layer: nn.Module):
         super().__init__()
         self._packed, self._bias = layer.weight, layer.get("bias")
         self._scales = layer.scales.astype(mx.float32)
@@ -188,7 +188,7 @@ class TrainableLinear(nn.Module):
         self.v = mx.zeros(self._scales.shape)
 
     def trained(self) -> tuple[mx.array, mx.array]:
-        """Return scales and biases (out, in / group_size), float32."""
+        """Return scales and biases (..., out, in / group_size), float32."""
         scales = self._scales * (1 + self.u / self._middle)
         return scales, self._biases + self._scales * (self.v - self.u)
 
@@ -196,6 +196,19 @@ class TrainableLinear(nn.Module):
         """Return x (..., in) times the weight's transpose, and the layer's bias, if it has one."""
         y = self._product(x, self._packed, *self.trained())
         return y if self._bias is None else y + self._bias
+
+
+class TrainableSwitchLinear(TrainableLinear):
+    """Stand in for a quantized stack of experts, whose axis comes before the others."""
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """Map x (..., 1, in) to (..., 1, out) by the experts `indices` (...)."""
+        rows = mx.broadcast_to(x, (*indices.shape, 1, x.shape[-1])).reshape(-1, x.shape[-1])
+        order = mx.argsort(indices.reshape(-1))
+        experts = indices.reshape(-1)[order]
+        y = self._product(rows[order], self._packed, *self.trained(), experts)
+        y = y[mx.argsort(order)].reshape(*indices.shape, 1, -1)
+        return y if self._bias is None else y + mx.expand_dims(self._bias[indices], -2)
 
 
 @cache
@@ -210,33 +223,58 @@ def _product(group_size: int, bits: int) -> Any:
         return mx.dequantize(packed, scales, biases, group_size, bits)
 
     @mx.custom_function
-    def product(x: mx.array, packed: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-        return x @ dense(packed, scales, biases).T
+    def product(
+        x: mx.array, packed: mx.array, scales: mx.array, biases: mx.array, *experts: mx.array
+    ) -> mx.array:
+        return _times(x, dense(packed, scales, biases).swapaxes(-1, -2), *experts)
 
     @product.vjp
     def gradients(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
-        x, packed, scales, biases = primals
-        rows = cotangent.reshape(-1, cotangent.shape[-1])
-        of_weight = (rows.T @ x.reshape(-1, x.shape[-1])).reshape(*scales.shape, group_size)
+        x, packed, scales, biases, *experts = primals
+        of_weight = _outer(cotangent, x, len(scales), *experts)
+        of_weight = of_weight.reshape(*scales.shape, group_size)
         codes = dense(packed, mx.ones_like(scales), mx.zeros_like(biases))
         return (
-            cotangent @ dense(packed, scales, biases),
+            _times(cotangent, dense(packed, scales, biases), *experts),
             mx.zeros_like(packed),
             (of_weight * codes.reshape(of_weight.shape)).sum(-1),
             of_weight.sum(-1),
+            *map(mx.zeros_like, experts),
         )
 
     return product
 
 
+def _times(x: mx.array, w: mx.array, experts: mx.array | None = None) -> mx.array:
+    """Return x @ w; with `experts` (n,), ascending, each row of x (n, in) by the w of its own."""
+    if experts is None:
+        return x @ w
+    return mx.gather_mm(x[:, None], w, rhs_indices=experts, sorted_indices=True)[:, 0]
+
+
+def _outer(
+    left: mx.array, right: mx.array, stacked: int, experts: mx.array | None = None
+) -> mx.array:
+    """Return left^T @ right over all rows; with `experts` (n,), ascending, one for each of them."""
+    left, right = (x.reshape(-1, x.shape[-1]) for x in (left, right))
+    if experts is None:
+        return left.T @ right
+    ends = (experts[None] <= mx.arange(stacked)[:, None]).sum(-1)
+    starts = mx.concatenate([mx.zeros_like(ends[:1]), ends[:-1]])
+    return mx.segmented_mm(left.T, right, mx.stack([starts, ends], axis=-1).astype(mx.uint32))
+
+
 def _make_trainable(model: nn.Module) -> dict[str, TrainableLinear]:
     """Put trainable layers in the place of quantized ones, with all else frozen and float32."""
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+
     model.freeze()
     model.set_dtype(mx.float32)
+    kinds = {nn.QuantizedLinear: TrainableLinear, QuantizedSwitchLinear: TrainableSwitchLinear}
     layers = {
-        path: TrainableLinear(module)
+        path: kinds[type(module)](module)
         for path, module in model.named_modules()
-        if type(module) is nn.QuantizedLinear and module.mode == "affine"
+        if type(module) in kinds and module.mode == "affine"
     }
     model.update_modules(tree_unflatten(list(layers.items())))
     for_scoring(model)

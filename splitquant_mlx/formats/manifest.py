@@ -34,7 +34,8 @@ class LayerRecord:
         mode: mlx's quantization mode, or "lut"; None when kept.
         clusters: parts the layer is split into; None unless split.
         outliers: entries of each row that are kept beside a codebook; None without.
-        cut_points: where k-means split the entries, ascending; empty unless split.
+        cut_points: where k-means split the entries, ascending; empty unless split, and of a
+            stack of experts, each of which is split by itself.
         snr_db: 10 log10(sum w^2 / sum (w - w_hat)^2), dB, over evenly spaced rows of a large
             weight; None when kept or without error.
         note: why this layer differs from the recipe; empty if it does not.

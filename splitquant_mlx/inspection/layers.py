@@ -56,7 +56,8 @@ def find_cut_points(
         return {layer.path: layer.cut_points for layer in manifest.layers if layer.cut_points}
     checkpoint = open_checkpoint(directory)
     plan = make_plan(Recipe(clusters=clusters), checkpoint.model, checkpoint.config)
-    split = [path for path, layer in plan.layers.items() if layer.action == "split"]
+    layers = plan.layers.items()
+    split = [path for path, layer in layers if layer.action == "split" and len(layer.shape) == 2]
     found = {}
     with (progress or Silent()).task("Clustering", len(split)) as advance:
         for path in split:

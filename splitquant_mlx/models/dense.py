@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from splitquant_mlx.nn.lut_file import LUTLinear
-from splitquant_mlx.nn.model_file import QuantizedSplitLinear
+from splitquant_mlx.nn.model_file import QuantizedSplitLinear, QuantizedSplitSwitchLinear
 from splitquant_mlx.quantization.affine import Quantized, dequantize
 
 
@@ -26,6 +26,8 @@ def dequantized(model: nn.Module) -> nn.Module:
     """Replace, in place, every quantized linear layer and embedding by its dense float32 form."""
     dense: list[tuple[str, nn.Module]] = []
     for path, module in model.named_modules():
+        if isinstance(module, QuantizedSplitSwitchLinear):
+            continue  # a stack stays as it is, as mlx-lm's own do
         if isinstance(module, (QuantizedSplitLinear, nn.QuantizedLinear, LUTLinear)):
             layer: nn.Module = nn.Linear(1, 1, bias=False)
             if "bias" in module:
@@ -49,4 +51,4 @@ def dense_weight(module: nn.Module) -> mx.array:
     settings = {"bits": module.bits, "group_size": module.group_size, "mode": module.mode}
     w = dequantize(quantized, **settings)  # type: ignore[arg-type]
     clusters = getattr(module, "clusters", 1)
-    return w.reshape(w.shape[0], clusters, -1).sum(axis=1)
+    return w.reshape(*w.shape[:-1], clusters, -1).sum(axis=-2)

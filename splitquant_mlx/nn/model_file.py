@@ -85,6 +85,45 @@ class QuantizedSplitLinear(nn.Module):
         return y + self["bias"] if "bias" in self else y
 
 
+class QuantizedSplitSwitchLinear(QuantizedSplitLinear):
+    """Apply split linear layers, one for each expert, each token to the experts it is sent to.
+
+    Parameters are those of `QuantizedSplitLinear` with an axis of experts before the others.
+
+    Args:
+        input_dims: in, a multiple of `group_size`.
+        output_dims: out.
+        **settings: clusters, group_size and bits.
+    """
+
+    def __init__(
+        self,
+        input_dims: int,
+        output_dims: int,
+        num_experts: int,
+        bias: bool = True,
+        **settings: int,
+    ):
+        super().__init__(input_dims, output_dims, bias, **settings)
+        stacked = {k: mx.zeros((num_experts, *v.shape), v.dtype) for k, v in self.items()}
+        self.update(stacked)
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        """Map x (..., 1, in) to (..., 1, out), by the experts `indices` (...), in x's dtype."""
+        y = mx.gather_qmm(
+            mx.tile(x, (1,) * (x.ndim - 1) + (self.clusters,)),
+            self["weight"],
+            self["scales"],
+            self["biases"],
+            rhs_indices=indices,
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+            sorted_indices=sorted_indices,
+        ).astype(x.dtype)
+        return y + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else y
+
+
 def replace_split_layers(model: nn.Module, layers: dict[str, dict]) -> None:
     """Put empty split layers where `layers` (path -> clusters, group_size, bits) says.
 
@@ -98,10 +137,13 @@ def replace_split_layers(model: nn.Module, layers: dict[str, dict]) -> None:
     for name, settings in layers.items():
         path = name if name in modules else f"language_model.{name}"
         linear = modules.get(path)
-        if type(linear) is not nn.Linear:
+        is_stack = type(linear).__name__ == "SwitchLinear"  # mlx-lm's, or mlx-vlm's own
+        if linear is None or not (is_stack or type(linear) is nn.Linear):
             raise ValueError(f"config.json splits {name!r}, which is no linear layer of this model")
-        output_dims, input_dims = linear.weight.shape
-        layer = QuantizedSplitLinear(input_dims, output_dims, "bias" in linear, **settings)
+        *experts, output_dims, input_dims = linear.weight.shape
+        sizes = (*experts, input_dims, output_dims, "bias" in linear)
+        kind = QuantizedSplitSwitchLinear if is_stack else QuantizedSplitLinear
+        layer = kind(*sizes, **settings)
         replaced.append((path, layer))
     model.update_modules(tree_unflatten(replaced))
 
