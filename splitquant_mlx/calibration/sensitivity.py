@@ -161,7 +161,6 @@ def _block_sensitivities(
     `advance` comes to 1: half of it for the gradients, half for the layers.
     """
     block = run.blocks[index]
-    weights = {path: block_weight(block, path) for path in options}
     fed: dict[str, list[mx.array]] = {path: [] for path in options}
     back: dict[str, list[mx.array]] = {path: [] for path in options}
     routes: dict[str, list[np.ndarray]] = {}
@@ -198,9 +197,10 @@ def _block_sensitivities(
         x, g = mx.concatenate(fed.pop(path)), mx.concatenate(back.pop(path))
         if path in routes:
             experts = np.concatenate(routes[path])
-            found[path] = _stack_sensitivity(weights[path], x, g, experts, options[path], tokens)
+            w = dict(block.named_modules())[path]["weight"]  # which is not widened all at once
+            found[path] = _stack_sensitivity(w, x, g, experts, options[path], tokens)
         else:
-            found[path] = _layer_sensitivity(weights[path], x, g, options[path])
+            found[path] = _layer_sensitivity(block_weight(block, path), x, g, options[path])
         advance(0.5 / len(options))
     return found, before
 
@@ -229,7 +229,8 @@ def _stack_sensitivity(
     found = dict.fromkeys(options, 0.0)
     for expert in sample:
         own = mx.array(np.flatnonzero(routes == expert))
-        for option, value in _layer_sensitivity(w[expert], x[own], g[own], options).items():
+        own_w = w[expert].astype(mx.float32)
+        for option, value in _layer_sensitivity(own_w, x[own], g[own], options).items():
             found[option] += value * own.size
     share = counts.sum() / counts[sample].sum() / tokens
     return {option: float(value * share) for option, value in found.items()}

@@ -37,13 +37,13 @@ class InputStatistics:
         prefix: begins the paths of all parameters of the block, as in "model.layers.0."; empty
             for those that are in no block.
         means: by the path of a layer, the mean over all tokens of its statistic, float32; of a
-            stack of experts one for each expert.
+            stack of experts one for each expert, made when it is asked for.
         rare: by the path of a stack, the experts that saw fewer than `FEW_TOKENS` tokens, whose
             means are mostly those of the whole stack.
     """
 
     prefix: str
-    means: Mapping[str, mx.array]
+    means: Mapping[str, "Mean"]
     rare: Mapping[str, list[int]]
 
 
@@ -103,7 +103,7 @@ class _Sums:
     def __init__(self, statistics: Mapping[str, Statistic]):
         self._statistics = statistics
         self._sums: dict[str, mx.array] = {}
-        self._experts: dict[str, _ExpertSums] = {}
+        self._experts: dict[str, ExpertMeans] = {}
 
     def add(self, taps: Mapping[str, Tap]) -> None:
         """Take what the taps hold."""
@@ -120,7 +120,7 @@ class _Sums:
                 continue
             rows = tap.inputs.reshape(-1, tap.inputs.shape[-1]).astype(mx.float32)
             if tap.routes is not None:
-                experts = self._experts.setdefault(path, _ExpertSums(len(tap.layer["weight"])))
+                experts = self._experts.setdefault(path, ExpertMeans(len(tap.layer["weight"])))
                 experts.add(rows, np.array(tap.routes).reshape(-1), statistic)
                 continue
             found = statistic(rows)
@@ -138,26 +138,29 @@ class _Sums:
     def result(self, prefix: str, tokens: int) -> InputStatistics:
         """Return the means; of layers that were called with the same arrays, the same array."""
         means: dict[int, mx.array] = {}
-        found, rare = {}, {}
+        found: dict[str, Mean] = {}
         for path, total in self._sums.items():
             if id(total) not in means:
                 means[id(total)] = total / tokens
             found[prefix + path] = means[id(total)]
-        for path, experts in self._experts.items():
-            if id(experts) not in means:
-                means[id(experts)] = experts.means()
-            found[prefix + path] = means[id(experts)]
-            rare[prefix + path] = experts.rare
-        mx.eval(found)
+        mx.eval(list(means.values()))
+        found |= {prefix + path: experts for path, experts in self._experts.items()}
+        rare = {prefix + path: experts.rare for path, experts in self._experts.items()}
         return InputStatistics(prefix=prefix, means=found, rare=rare)
 
 
-class _ExpertSums:
-    """Sums of a statistic over the tokens of each expert."""
+class ExpertMeans:
+    """Means of a statistic over the tokens of each expert: `means[expert]`.
+
+    All sums are in memory together, once, as long as this is held: of a `hessian` experts * in^2
+    floats. A mean is made when it is asked for. To each that of all experts' tokens adds as much as
+    `FEW_TOKENS` do.
+    """
 
     def __init__(self, experts: int):
         self._counts = np.zeros(experts, np.int64)
         self._sums: np.ndarray | None = None
+        self._overall: np.ndarray | None = None
 
     @property
     def rare(self) -> list[int]:
@@ -174,9 +177,16 @@ class _ExpertSums:
             self._sums[expert] += found
             self._counts[expert] += own.size
 
-    def means(self) -> mx.array:
-        """Return the mean of each expert, to which that of all adds as much as `FEW_TOKENS` do."""
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def __getitem__(self, expert: int) -> mx.array:
         assert self._sums is not None
-        overall = self._sums.sum(axis=0) / self._counts.sum()
-        counts = self._counts.reshape(-1, *[1] * overall.ndim)
-        return mx.array((self._sums + FEW_TOKENS * overall) / (counts + FEW_TOKENS))
+        if self._overall is None:
+            self._overall = self._sums.sum(axis=0) * (FEW_TOKENS / self._counts.sum())
+        mean = self._sums[expert] + self._overall
+        mean /= self._counts[expert] + FEW_TOKENS
+        return mx.array(mean)
+
+
+Mean = mx.array | ExpertMeans

@@ -16,7 +16,7 @@ from weakref import WeakSet
 
 import mlx.core as mx
 
-from splitquant_mlx.calibration.statistics import InputStatistics
+from splitquant_mlx.calibration.statistics import InputStatistics, Mean
 from splitquant_mlx.conversion.plan import LayerPlan, Plan
 from splitquant_mlx.conversion.quantizers import uses_cpu
 from splitquant_mlx.conversion.resume import ConversionState
@@ -105,7 +105,7 @@ class Converter:
 
     def _inputs(
         self, calibration: Iterable[InputStatistics] | None
-    ) -> Iterator[tuple[str, mx.array | None]]:
+    ) -> Iterator[tuple[str, Mean | None]]:
         """Yield the parameters in the order of conversion, with what their layers are fed."""
         left = list(parameters(self.checkpoint.model))
         if calibration is None:
@@ -137,9 +137,7 @@ class Converter:
                 ) from exc
         return w
 
-    def _convert(
-        self, name: str, w: mx.array, inputs: mx.array | None, *, on_cpu: bool
-    ) -> Converted:
+    def _convert(self, name: str, w: mx.array, inputs: Mean | None, *, on_cpu: bool) -> Converted:
         try:
             with mx.stream(mx.cpu) if on_cpu else nullcontext():
                 if layer := self.plan.layer_of(name):

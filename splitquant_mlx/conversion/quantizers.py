@@ -14,7 +14,13 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from splitquant_mlx.calibration.statistics import Statistic, hessian, sum_of_squares
+from splitquant_mlx.calibration.statistics import (
+    ExpertMeans,
+    Mean,
+    Statistic,
+    hessian,
+    sum_of_squares,
+)
 from splitquant_mlx.conversion.plan import LayerPlan
 from splitquant_mlx.nn.split_layers import scale_dtype
 from splitquant_mlx.quantization.affine import (
@@ -54,7 +60,7 @@ class Outcome(NamedTuple):
     cluster_s: float = 0.0
 
 
-Apply = Callable[[mx.array, LayerPlan, mx.array | None], Outcome]
+Apply = Callable[[mx.array, LayerPlan, Mean | None], Outcome]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +78,7 @@ class Quantizer:
     statistic: Statistic | None = None
 
 
-def _rtn(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
+def _rtn(w: mx.array, layer: LayerPlan, inputs: Mean | None) -> Outcome:
     """Round to nearest, on all cores where one would be at it when all other layers are done."""
 
     def rounded(rows: mx.array) -> Quantized:
@@ -100,11 +106,12 @@ def _helpers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count())
 
 
-def _per_expert(apply: Apply) -> Apply:
+def _per_expert(apply: Callable[[mx.array, LayerPlan, mx.array | None], Outcome]) -> Apply:
     """Return `apply` for stacks (experts, out, in) as well, one expert after the other."""
 
-    def applied(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
+    def applied(w: mx.array, layer: LayerPlan, inputs: Mean | None) -> Outcome:
         if w.ndim == 2:
+            assert not isinstance(inputs, ExpertMeans)
             return apply(w, layer, inputs)
         found, cluster_s = [], 0.0
         for expert in range(len(w)):
@@ -131,7 +138,7 @@ def _gptq(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
     return Outcome(gptq_quantize(w, inputs, **sizes, sweeps=layer.sweeps))
 
 
-def _lut(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
+def _lut(w: mx.array, layer: LayerPlan, inputs: Mean | None) -> Outcome:
     settings = {"bits": layer.bits, "outliers": layer.outliers, "sweeps": layer.sweeps}
     powers = layer.codebook == "powers"
     return Outcome(lut_quantize(w, np.array(inputs), **settings, powers=powers))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import numpy as np
 
+from splitquant_mlx.calibration.statistics import Mean
 from splitquant_mlx.conversion.plan import LayerPlan
 from splitquant_mlx.conversion.quantizers import BLOCK, QUANTIZERS
 from splitquant_mlx.nn.lut_file import lut_weight
@@ -40,13 +41,14 @@ class Converted:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def convert_weight(w: mx.array, layer: LayerPlan, inputs: mx.array | None = None) -> Converted:
+def convert_weight(w: mx.array, layer: LayerPlan, inputs: Mean | None = None) -> Converted:
     """Convert `w` (..., out, in), float16, bfloat16 or float32, in this thread's stream.
 
     Args:
         w: the weight.
         layer: what to do with it.
-        inputs: mean of the statistic of the layer's inputs that its quantizer needs.
+        inputs: mean of the statistic of the layer's inputs that its quantizer needs, of a stack
+            of experts by expert.
 
     Raises:
         ValueError: when `w` holds NaN or infinite values, or values too large to quantize.

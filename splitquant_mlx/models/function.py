@@ -38,6 +38,12 @@ HARMLESS = re.compile(
     r"|attention_softmax_in_fp32|scale_attention_softmax_in_fp32|residual_in_fp32|mtp_.*|.*nextn.*"
     r"|.*variance_scale|mlp_layer_types|moe_layers|layers_block_type|per_layer_config|\w*_implementation|use_bidirectional.*"
 )
+# what follows from settings that mlx-lm does read
+IMPLIED: dict[str, Callable[[Reference], Any]] = {
+    "moe_layers": lambda c: list(
+        range(c.interleave_moe_layer_step - 1, c.num_hidden_layers, c.interleave_moe_layer_step)
+    )
+}
 ACTIVATIONS = {"hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act"}
 GELU = re.compile(r"gelu\w*|geglu")
 
@@ -115,6 +121,8 @@ def _unread_keys(
     notes = []
     for key, value in sorted(settings.items()):
         if key not in defaults or HARMLESS.fullmatch(key) or _same(value, defaults[key]):
+            continue
+        if key in IMPLIED and _same(value, IMPLIED[key](reference)):
             continue
         if re.search(rf"""[."']{re.escape(key)}\b""", source):
             continue

@@ -62,7 +62,7 @@ class QuantizedSplitLinear(nn.Module):
         self.freeze()
 
     def _extra_repr(self) -> str:
-        out, words = self.weight.shape
+        *_, out, words = self.weight.shape
         return (
             f"input_dims={words * 32 // self.bits // self.clusters}, output_dims={out}, "
             f"bias={'bias' in self}, clusters={self.clusters}, group_size={self.group_size}, "
@@ -91,20 +91,13 @@ class QuantizedSplitSwitchLinear(QuantizedSplitLinear):
     Parameters are those of `QuantizedSplitLinear` with an axis of experts before the others.
 
     Args:
-        input_dims: in, a multiple of `group_size`.
-        output_dims: out.
-        **settings: clusters, group_size and bits.
+        num_experts: number of experts.
+        *sizes: as of `QuantizedSplitLinear`: input_dims, output_dims, bias.
+        **settings: the same: clusters, group_size, bits.
     """
 
-    def __init__(
-        self,
-        input_dims: int,
-        output_dims: int,
-        num_experts: int,
-        bias: bool = True,
-        **settings: int,
-    ):
-        super().__init__(input_dims, output_dims, bias, **settings)
+    def __init__(self, num_experts: int, *sizes: int, **settings: int):
+        super().__init__(*sizes, **settings)  # type: ignore[arg-type]
         stacked = {k: mx.zeros((num_experts, *v.shape), v.dtype) for k, v in self.items()}
         self.update(stacked)
 

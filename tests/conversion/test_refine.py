@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_lm.models.switch_layers import SwitchLinear
 from safetensors import safe_open
 from scipy.special import rel_entr, softmax
 
@@ -13,7 +14,7 @@ from splitquant_mlx import Recipe, convert, load
 from splitquant_mlx.calibration import predictions
 from splitquant_mlx.calibration.predictions import kl_divergence, likeliest
 from splitquant_mlx.conversion import pipeline, refine
-from splitquant_mlx.conversion.refine import TrainableLinear
+from splitquant_mlx.conversion.refine import TrainableLinear, TrainableSwitchLinear
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.formats.patch import replace_tensors
 from splitquant_mlx.formats.shard_writer import ShardWriter
@@ -61,6 +62,35 @@ def test_gradients_are_those_of_the_plain_formula(bits, bias):
         return mx.sin(trainable(x)).sum()
 
     arguments = (x, *(0.1 * mx.random.normal(layer.scales.shape) for _ in range(2)))
+    for found, wanted in zip(
+        mx.grad(ours, (0, 1, 2))(*arguments), mx.grad(plain, (0, 1, 2))(*arguments), strict=True
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [3, 40])  # which mlx-lm does not sort by expert, and does
+def test_gradients_of_experts_are_those_of_the_plain_formula(tokens):
+    mx.random.seed(tokens)
+    stack = SwitchLinear(64, 24, 4, bias=True).to_quantized(32, 4)
+    stack.bias = mx.random.normal(stack.bias.shape)
+    trainable = TrainableSwitchLinear(stack)
+    x = mx.random.normal((2, tokens, 1, 1, 64))
+    experts = mx.random.randint(0, 3, (2, tokens, 2))  # the fourth has no token
+    np.testing.assert_allclose(trainable(x, experts), stack(x, experts), atol=1e-5)
+
+    def plain(x, u, v):
+        ones, zeros = mx.ones_like(stack.scales), mx.zeros_like(stack.scales)
+        codes = mx.dequantize(stack.weight, ones, zeros, 32, 4).reshape(4, 24, 2, 32)
+        moved = codes + v[..., None] + u[..., None] * (codes - 7.5) / 7.5
+        w = (stack.scales[..., None] * moved + stack.biases[..., None]).reshape(4, 24, 64)
+        y = (w[experts] * mx.broadcast_to(x, (2, tokens, 2, 1, 64))).sum(-1)
+        return mx.sin(y + stack.bias[experts]).sum()
+
+    def ours(x, u, v):
+        trainable.u, trainable.v = u, v
+        return mx.sin(trainable(x, experts)).sum()
+
+    arguments = (x, *(0.1 * mx.random.normal(stack.scales.shape) for _ in range(2)))
     for found, wanted in zip(
         mx.grad(ours, (0, 1, 2))(*arguments), mx.grad(plain, (0, 1, 2))(*arguments), strict=True
     ):
@@ -122,9 +152,11 @@ def test_a_refinement_goes_on_where_it_was_interrupted(stories, tmp_path, monkey
     assert again.files == whole.files
 
 
-def test_only_scales_and_biases_change(stories, tmp_path):
-    before = convert(stories, tmp_path / "plain", recipe=Recipe(method="rtn", **SIZES))
-    manifest = convert(stories, tmp_path / "refined", recipe=Recipe(**PLAIN, refine=True))
+@pytest.mark.parametrize("name", ["stories", pytest.param("mixture", marks=pytest.mark.slow)])
+def test_only_scales_and_biases_change(request, tmp_path, name):
+    source, bits = request.getfixturevalue(name), 4 if name == "stories" else 3
+    before = convert(source, tmp_path / "plain", recipe=Recipe(method="rtn", bits=bits, **SIZES))
+    manifest = convert(source, tmp_path / "refined", recipe=Recipe(bits=bits, **PLAIN, refine=True))
     assert 0 < manifest.refinement["after"] < manifest.refinement["before"]
     assert manifest.seconds["refine"] > 0 and not before.refinement
     assert manifest.stored_bytes == before.stored_bytes

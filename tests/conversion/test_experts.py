@@ -1,0 +1,108 @@
+"""Stacks of experts of many architectures through every method."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+from architecture_variants import Variant
+from architectures import settings_of
+from mlx.utils import tree_flatten, tree_map_with_path
+from mlx_lm.models.switch_layers import SwitchLinear
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from splitquant_mlx import Recipe, convert, load
+from splitquant_mlx.models.architecture import build_model
+from splitquant_mlx.models.config_forms import normalize
+from splitquant_mlx.nn.model_file import QuantizedSplitSwitchLinear
+from splitquant_mlx.quantization.affine import Quantized, dequantize
+from splitquant_mlx.recipe import Calibration
+
+ARCHITECTURES = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "deepseek_v3", "gpt_oss"),
+    *("glm4_moe", "granitemoe", "llama4"),
+)
+CALIBRATION = Calibration(num_samples=8, sequence_length=32)
+SIZES = {"bits": 4, "group_size": 32}
+CALIBRATED = {**SIZES, "embedding_bits": 8, "calibration": CALIBRATION}
+RECIPES = {
+    "rtn": Recipe(method="rtn", **SIZES),
+    "imatrix": Recipe(method="imatrix", **CALIBRATED),
+    "gptq": Recipe(method="gptq", **CALIBRATED),
+    "auto": Recipe(method="auto", target_bpw=5.0, calibration=CALIBRATION),
+    "splitquant": Recipe(group_size=32),
+    "refine": Recipe(method="rtn", refine=True, calibration=CALIBRATION, **SIZES),
+}
+
+
+def write_random(directory, architecture):
+    """Write a random checkpoint, its tensors named as mlx-lm names them."""
+    text = "llama4_text" if architecture == "llama4" else architecture
+    settings = settings_of(Variant(architecture=text))
+    config = CONFIG_MAPPING[text](**settings).to_dict()
+    if architecture == "llama4":
+        config = {"model_type": "llama4", "text_config": config}
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    mx.random.seed(0)
+    model = build_model(directory, normalize(directory, config))
+
+    def draw(path, old):
+        if not mx.issubdtype(old.dtype, mx.floating):
+            return old
+        if old.ndim == 1 or path.endswith(("A_log", "dt_bias")):
+            return old + 0.1 * mx.random.normal(old.shape)
+        return mx.random.normal(old.shape) * (0.5 if "embed" in path else old.shape[-1] ** -0.5)
+
+    tensors = tree_map_with_path(draw, model.parameters())
+    tiny.write_weights(directory, dict(tree_flatten(tensors)))
+    tiny.write_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def source(request, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("experts")
+        patch.setenv("SPLITQUANT_CACHE", str(home / "cache"))
+        yield write_random(home / request.param, request.param)
+
+
+def logits(path):
+    tokens = np.random.default_rng(0).integers(3, tiny.VOCAB, (2, 48))
+    return np.array(load(path)[0](mx.array(tokens)).astype(mx.float32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", RECIPES)
+def test_experts_go_through_every_method(source, tmp_path, method):
+    manifest = convert(source, tmp_path / "target", recipe=RECIPES[method])
+    found = np.corrcoef(logits(tmp_path / "target").ravel(), logits(source).ravel())[0, 1]
+    assert found > 0.75  # in some architectures of random weights many tokens change their expert
+    model = load(source)[0]
+    stacks = {path for path, m in model.named_modules() if isinstance(m, SwitchLinear)}
+    actions = {layer.action for layer in manifest.layers if layer.path in stacks}
+    assert actions == {"split" if method == "splitquant" else "quantize"}
+    refined = manifest.refinement
+    assert (method == "refine") == bool(refined)
+    assert not refined or refined["after"] <= refined["before"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("texts", [1, 40])  # few tokens are not sorted by expert, many are
+def test_a_split_stack_is_the_sum_of_its_parts(texts, bias):
+    mx.random.seed(texts)
+    stack = QuantizedSplitSwitchLinear(4, 64, 24, bias, clusters=3, group_size=32, bits=4)
+    w = mx.random.normal((4, 24, 3 * 64))
+    stack.update(dict(zip(("weight", "scales", "biases"), mx.quantize(w, 32, 4), strict=True)))
+    if bias:
+        stack.bias = mx.random.normal((4, 24))
+    x = mx.random.normal((texts, 1, 1, 64))
+    experts = mx.random.randint(0, 4, (texts, 2))
+    stored = Quantized(stack["weight"], stack["scales"], stack["biases"])
+    whole = dequantize(stored, bits=4, group_size=32).reshape(4, 24, 3, 64).sum(axis=2)
+    plain = SwitchLinear(64, 24, 4, bias=bias)
+    plain.update({"weight": whole, **({"bias": stack.bias} if bias else {})})
+    np.testing.assert_allclose(stack(x, experts), plain(x, experts), atol=1e-4)
+    assert "input_dims=64, output_dims=24" in repr(stack)
