@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +29,7 @@ def preload() -> bool | None:
     """
     if sys.platform != "linux":
         return None
+    _bind_torch()
     for load in (*map(_loader, LIBRARIES), _load_from_wheel):
         try:
             load()
@@ -36,6 +37,17 @@ def preload() -> bool | None:
             continue
         return True
     return False
+
+
+def _bind_torch() -> None:
+    """Load torch's library where there is one, so that it calls its own functions.
+
+    It has some that OpenBLAS has under the same names with other arguments, products of batches
+    among them: loaded later, it would call those of OpenBLAS, and crash.
+    """
+    for file in _package_files("torch", "lib/libtorch_cpu.so"):
+        with suppress(OSError):
+            ctypes.CDLL(str(file))
 
 
 def _loader(library: str | Path) -> Callable[[], object]:

@@ -33,3 +33,13 @@ def test_a_machine_without_any_is_told_so(monkeypatch):
     monkeypatch.setattr(blas, "LIBRARIES", ())
     monkeypatch.setattr(blas, "_package_files", lambda package, pattern: iter(()))
     assert blas.preload.__wrapped__() is (False if sys.platform == "linux" else None)
+
+
+@pytest.mark.slow  # torch is in few environments
+def test_torch_keeps_its_own_products():
+    """It has functions of OpenBLAS's names that take other arguments, and crashed."""
+    pytest.importorskip("torch", reason='pip install ".[parity]"')
+    batches = "from splitquant_mlx import load; import torch; x = torch.ones(4, 48, 16)"
+    check = f"{batches}; assert (x @ x.mT == 16).all()"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
