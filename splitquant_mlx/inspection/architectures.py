@@ -81,7 +81,12 @@ def write_page(found: Comparisons, file: Path) -> None:
         "conversion to 8 bits, which stock mlx-lm computes alike. `convert` warns where the "
         "verdict is *warned*, and refuses where it is *refused*.",
         "",
-        f"Measured with {versions} by `python tests/support/architectures.py`.",
+        "Warned of are differences of mlx-lm's own models, which every mlx checkpoint has "
+        "(attention windows, longrope's short factors, YaRN that is not rounded, formulas of "
+        "GELU), and parts that see or hear, which are left out. Any other setting that a class "
+        "does not follow is refused.",
+        "",
+        f"Measured with {versions} by `just architectures`, in one run with seed 0.",
         "",
         "| architecture | variant | verdict | difference | 8 bits | remark |",
         "|---|---|---|---|---|---|",
