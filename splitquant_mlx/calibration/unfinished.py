@@ -1,5 +1,6 @@
 """Keep what a long computation has so far in a directory, for it to go on after a kill."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -18,12 +19,20 @@ class Unfinished:
     On a disk that is full or read-only they stay in memory, and a kill loses them.
 
     Args:
-        directory: made when something is kept.
+        directory: made here; one of this process's own takes its place while another process
+            computes the same.
     """
 
     def __init__(self, directory: Path):
         self.directory = directory
         self._memory: dict[str, list[mx.array]] = {}
+        with suppress(OSError):
+            directory.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(directory / "lock", os.O_CREAT | os.O_RDWR)
+            try:
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self.directory = directory.with_name(f"{directory.name}.{os.getpid()}")
 
     def keep(self, name: str, arrays: list[mx.array]) -> None:
         """Keep arrays."""
@@ -66,6 +75,10 @@ class Unfinished:
         """Remove everything: the computation has ended."""
         self._memory.clear()
         shutil.rmtree(self.directory, ignore_errors=True)
+
+    def __del__(self) -> None:
+        with suppress(OSError, AttributeError):  # AttributeError: there never was a lock
+            os.close(self._lock)
 
     def _file(self, name: str) -> Path:
         return self.directory / f"{name}.safetensors"
