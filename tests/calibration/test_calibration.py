@@ -309,7 +309,7 @@ def test_sensitivities_go_on_where_they_were_interrupted(stories, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             predict("interrupted", after)
     assert predict("interrupted") == whole
-    assert steps[0] == 9
+    assert steps[0] == 8
     assert not (tmp_path / "interrupted").exists()
 
 
