@@ -95,7 +95,7 @@ def predict_divergence(
             run.release(index)
             found.update({prefix + path: values for path, values in predicted.items()})
             _save(unfinished, found, gradients, index)
-            advance(0 if own else 1)
+            advance(0 if own else 0.5)
         for path in outer:
             if isinstance(dict(model.named_modules())[path], nn.Embedding):
                 looked_up = _embedding_sensitivity(model, path, options[path], gradients)
