@@ -2,8 +2,8 @@
 
 mlx-lm's `sanitize` renames, stacks and drops tensors. Which are dropped is read off the graph of
 the arrays, which are not evaluated: a tensor that no parameter comes from is left out. Most such
-tensors change nothing (buffers, towers for images, heads that predict further tokens); any other
-one would make the converted model another model.
+tensors change nothing (buffers, towers for images, heads that predict further tokens), and the
+user is told what to use for them; any other one would make the converted model another model.
 """
 
 import io
@@ -17,17 +17,28 @@ import numpy as np
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.safetensors import TensorHeader
 
-# constants that the model computes by itself; parts that read images and sounds; layers that
-# predict more than the next token
-HARMLESS = re.compile(
+# constants that the model computes by itself
+CONSTANT = re.compile(
     r"rotary|rope\.|inv_freq|freqs_c|position_ids|masked_bias|attn(ention)?\.bias$"
-    r"|(^|\.)(mtp|eh_proj|enorm|hnorm|nextn|shared_head)[._]|(^|\.)mtp_"
-    r"|vision|visual|image|video|audio|multi_modal|multimodal|mm_projector|patch_merge|(^|\.)embed_vision"
+)
+# layers that predict more than the next token
+FURTHER = re.compile(r"(^|\.)(mtp|eh_proj|enorm|hnorm|nextn|shared_head)[._]|(^|\.)mtp_")
+# parts that read images and sounds
+OTHER_INPUT = re.compile(
+    r"vision|visual|image|video|audio|multi_modal|multimodal|mm_projector|(^|\.)embed_vision"
 )
 LAYER = re.compile(r"layers\.(\d+)\.")
 HEAD = re.compile(r"(^|.*\.)lm_head\.weight$")
 EMBEDDING = re.compile(r"(^|.*\.)(embed_tokens|wte|word_embeddings|tok_embeddings)\.weight$")
 CHUNK_BYTES = 1 << 24
+INPUT_NOTE = (
+    "the text model alone is converted; left out is what reads images and sounds: {names}; for "
+    "them convert the original with mlx_vlm.convert"
+)
+FURTHER_NOTE = (
+    "left out is what predicts further tokens, which mlx-lm's {model_type} does without: {names}; "
+    "to generate faster give mlx_lm a small model as --draft-model"
+)
 
 
 def settle_head(config: dict[str, Any], headers: dict[str, TensorHeader]) -> dict[str, Any]:
@@ -96,7 +107,7 @@ def check_left_out(
         model_type: mlx-lm's name of the architecture, for messages.
 
     Returns:
-        One sentence that names what is left out, or none.
+        A sentence for each kind of what is left out, with what to use for it.
 
     Raises:
         CheckpointError: when a tensor is left out that is none of the harmless ones.
@@ -107,21 +118,34 @@ def check_left_out(
         for name in names
         if not (HEAD.match(name) and any(same_bytes(headers[name], e) for e in embeddings))
     ]
+    kinds: dict[str, list[str]] = {}
     for name in unused:
         layer, header = LAYER.search(name), headers.get(name)
-        if HARMLESS.search(name) or (layer and int(layer[1]) >= layers) or header is None:
-            continue
-        if header.nbytes <= CHUNK_BYTES and not np.any(_bytes(header)):
-            continue
-        raise CheckpointError(
-            f"{path}: mlx-lm's {model_type} does not use the tensor {name!r}, so its output would "
-            "differ from the original's: it cannot be converted rightly with this mlx-lm"
-        )
-    if not unused:
-        return []
-    kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in unused})
-    listed = ", ".join(kinds[:3]) + (f" and {len(kinds) - 3} more" if kinds[3:] else "")
-    return [f"not used by mlx-lm's {model_type}: {listed} (tensors: {len(unused)})"]
+        if OTHER_INPUT.search(name):
+            kinds.setdefault(INPUT_NOTE, []).append(name)
+        elif FURTHER.search(name) or (layer and int(layer[1]) >= layers):
+            kinds.setdefault(FURTHER_NOTE, []).append(name)
+        elif (
+            CONSTANT.search(name)
+            or header is None
+            or (header.nbytes <= CHUNK_BYTES and not np.any(_bytes(header)))
+        ):
+            kinds.setdefault("not used by mlx-lm's {model_type}: {names}", []).append(name)
+        else:
+            raise CheckpointError(
+                f"{path}: mlx-lm's {model_type} does not use the tensor {name!r}, so its output "
+                "would differ from the original's: it cannot be converted rightly with this mlx-lm"
+            )
+    return [
+        note.format(model_type=model_type, names=_listed(found)) for note, found in kinds.items()
+    ]
+
+
+def _listed(names: list[str]) -> str:
+    """Return a short list of tensors, those of all layers as one."""
+    kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
+    more = f" and {len(kinds) - 3} more" if kinds[3:] else ""
+    return f"{', '.join(kinds[:3])}{more} (tensors: {len(names)})"
 
 
 def _bytes(tensor: TensorHeader) -> np.ndarray:

@@ -8,7 +8,9 @@ import tiny
 
 from splitquant_mlx import Recipe, convert
 from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.formats.safetensors import TensorHeader
 from splitquant_mlx.models.checkpoint import open_checkpoint
+from splitquant_mlx.models.left_out import check_left_out
 from splitquant_mlx.models.loader import load_model
 
 TOKENS = mx.array([[n * 7 % tiny.VOCAB for n in range(40)]])
@@ -82,11 +84,18 @@ def test_buffers_and_towers_are_named(tmp_path):
     assert "model.layers.*.self_attn.rotary_emb.inv_freq (tensors: 2)" in warning
 
 
+def test_what_to_use_for_the_rest_is_said(tmp_path):
+    towers = [f"vision_tower.layers.{n}.fc.weight" for n in range(2)] + ["audio_tower.conv.weight"]
+    further = ["mtp.fc.weight", "model.layers.2.mlp.up_proj.weight"]
+    rest, heads = check_left_out(tmp_path, towers + further, {}, 2, "qwen3_next")
+    assert "the text model alone" in rest and "mlx_vlm.convert" in rest
+    assert "audio_tower.conv.weight, vision_tower.layers.*.fc.weight (tensors: 3)" in rest
+    assert "qwen3_next does without: model.layers.*.mlp.up_proj.weight, mtp.fc.weight" in heads
+    assert "--draft-model" in heads
+
+
 def test_a_routing_bias_that_the_class_drops_is_refused(tmp_path):
     """mlx-lm's ERNIE chooses experts without it."""
-    from splitquant_mlx.formats.safetensors import TensorHeader
-    from splitquant_mlx.models.left_out import check_left_out
-
     name = "model.layers.1.mlp.moe_statics.e_score_correction_bias"
     file = tmp_path / "bias"
     for content, refused in ((bytes(16), False), (bytes(15) + b"\1", True)):
