@@ -45,10 +45,12 @@ class _Compact(nn.Module):
 
     def __init__(self, layer: nn.Module):
         super().__init__()
-        w = layer["weight"].astype(mx.float32)
-        largest = mx.abs(w).max(axis=-1, keepdims=True)
-        self.scales = mx.maximum(largest, 1e-30) / 127
-        self.codes = mx.round(w / self.scales).astype(mx.int8)
+        w = layer["weight"]
+        if w.ndim == 2:
+            self.codes, self.scales = _coded(w)
+        else:
+            coded = [_coded(part) for part in w]
+            self.codes, self.scales = (mx.stack(list(x)) for x in zip(*coded, strict=True))
         self._layer = layer
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
@@ -56,10 +58,16 @@ class _Compact(nn.Module):
         if self.codes.ndim == 2:
             y = self._product(x)
             return y if "bias" not in self._layer else y + self._layer["bias"]
+        if hasattr(self._layer, "times"):  # which widens one expert at a time
+            indices = args[0] if args else kwargs["indices"]
+            return self._layer.times(x, indices, self._expert)
         self._layer.weight = self.codes.astype(mx.float32) * self.scales
         y = self._layer(x, *args, **kwargs)
         self._layer.pop("weight")
         return y
+
+    def _expert(self, number: int) -> mx.array:
+        return self.codes[number].astype(mx.float32) * self.scales[number]
 
     def _product(self, x: mx.array) -> mx.array:
         rows = max(1, SLICE // self.codes.shape[1])
@@ -68,6 +76,15 @@ class _Compact(nn.Module):
             for start in range(0, len(self.codes), rows)
         ]
         return mx.concatenate(pieces, axis=-1) * self.scales[:, 0]
+
+
+def _coded(w: mx.array) -> tuple[mx.array, mx.array]:
+    """Return int8 codes and scales of a weight, evaluated."""
+    w = w.astype(mx.float32)
+    scales = mx.maximum(mx.abs(w).max(axis=-1, keepdims=True), 1e-30) / 127
+    codes = mx.round(w / scales).astype(mx.int8)
+    mx.eval(codes, scales)
+    return codes, scales
 
 
 class _CompactEmbedding(_Compact):
