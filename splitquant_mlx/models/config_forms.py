@@ -26,6 +26,7 @@ from splitquant_mlx.models.derived_keys import derived_keys
 ROPE_TYPES = {"su": "longrope", "deepseek_yarn": "yarn"}
 # how the base of the windowed layers is called, beside the `rope_theta` of the others
 LOCAL_BASES = ("rope_local_base_freq", "rope_local_theta", "swa_rope_theta")
+GLOBAL_BASE = "rope_global_base_freq"  # mlx-vlm's name for the latter, in classes with the first
 # what a class may call a value that config.json gives under another of the names
 SYNONYMS = (
     ("rope_theta", "rotary_emb_base", "rope_freq_constant", "rope_embedding_base"),
@@ -63,6 +64,8 @@ def normalize(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     text = both.get("text_config") or {}
     asked = {field.name for field in dataclasses.fields(args_class)} & text.keys()
     both |= {key: text[key] for key in asked if both.get(key) is None}
+    if config["model_type"].startswith("qwen"):
+        both |= _published_qwen(both)
     if reference is not None and reference_config(both) is None:
         raise CheckpointError(
             f"{path}: config.json of this {config['model_type']} cannot be written so that mlx-lm "
@@ -81,6 +84,16 @@ def _both_forms(
     written = reference.to_diff_dict() if reference else {}
     written = {key: value for key, value in written.items() if key not in NOT_SETTINGS}
     return {**config, "text_config": _complete(path, {**written, **text}, reference, fields)}
+
+
+def _published_qwen(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what Qwen's own checkpoints have, mlx-vlm reads and transformers 5 renamed."""
+    kind, sees = config["model_type"], config.get("vision_config")
+    forms = {} if "text_config" not in config or "qwen2" not in kind else config["text_config"]
+    forms = {key: value for key, value in forms.items() if key not in config}
+    if isinstance(sees, dict) and sees.get("model_type") == f"{kind}_vision":
+        forms["vision_config"] = {**sees, "model_type": kind}
+    return forms
 
 
 def settings_fields(module: ModuleType) -> Fields:
@@ -179,6 +192,7 @@ def _rope_forms(tables: dict[str, dict[str, Any]], fields: Fields) -> dict[str, 
     forms = {
         **{name: table["rope_theta"] for name in SYNONYMS[0] if name in fields},
         **{name: local["rope_theta"] for name in LOCAL_BASES if name in fields},
+        **({GLOBAL_BASE: table["rope_theta"]} if LOCAL_BASES[0] in fields else {}),
         "rope_theta": table["rope_theta"],
         "rope_parameters": table if "" in tables else tables,
     }

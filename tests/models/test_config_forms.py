@@ -10,6 +10,7 @@ import tiny
 from splitquant_mlx import Recipe, convert
 from splitquant_mlx.conversion.verify import verify
 from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.models.config_forms import normalize
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.models.rotary import check_rotary
 from splitquant_mlx.models.source import resolve
@@ -172,3 +173,14 @@ def test_a_missing_package_is_named_as_such(tmp_path):
     (source / "config.json").write_text(json.dumps({**config, "model_type": "olmo"}))
     with pytest.raises(CheckpointError, match="olmo needs a package that is not installed"):
         load_model(source)
+
+
+def test_names_that_mlx_vlm_reads(tmp_path):
+    text = tiny.make_config("gemma3_text", rope_theta=250_000.0)
+    found = normalize(tmp_path, {"model_type": "gemma3", "text_config": text})
+    assert found["text_config"]["rope_global_base_freq"] == 250_000.0
+    text = {**tiny.make_config("qwen2"), "model_type": "qwen2_vl_text"}
+    saved = {"model_type": "qwen2_vl", "vision_config": {"model_type": "qwen2_vl_vision"}}
+    found = normalize(tmp_path, {**saved, "text_config": text})
+    assert found["vision_config"]["model_type"] == found["model_type"] == "qwen2_vl"
+    assert found["hidden_size"] == found["text_config"]["hidden_size"] == tiny.HIDDEN
