@@ -252,7 +252,7 @@ def stages(recipe: Recipe, *, gguf: bool = False) -> list[str]:
 
 def _check_memory(source: Any, recipe: Recipe) -> None:
     """Refuse, before the work, what this machine's memory is too small for."""
-    from splitquant_mlx.inspection.estimate import converting_bytes
+    from splitquant_mlx.inspection.conversion_memory import converting_bytes
     from splitquant_mlx.models.footprint import tensor_sizes
     from splitquant_mlx.runtime.memory import check_memory
 

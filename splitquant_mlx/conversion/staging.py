@@ -95,7 +95,7 @@ def check_target(target: Path, *, overwrite: bool = False, source: Path | None =
         if any(target.iterdir()) and not (target / "config.json").is_file():
             raise TargetError(
                 f"{target} is not a model directory (it has no config.json): it is never "
-                "overwritten, remove it first or choose another --mlx-path"
+                "overwritten: choose another --mlx-path"
             )
         if os.path.ismount(target):
             raise TargetError(f"{target} is a mount point: give a directory inside it")

@@ -22,8 +22,8 @@ from splitquant_mlx.conversion.converter import source_array
 from splitquant_mlx.conversion.plan import LayerPlan, make_plan
 from splitquant_mlx.conversion.quantizers import QUANTIZERS, uses_cpu
 from splitquant_mlx.conversion.weight import convert_weight
+from splitquant_mlx.inspection.conversion_memory import converting_bytes
 from splitquant_mlx.models.checkpoint import open_checkpoint, parameters
-from splitquant_mlx.models.footprint import PROGRAM_BYTES
 from splitquant_mlx.recipe import CALIBRATED, LEARNED, Calibration, Recipe
 
 FEW_ROWS, MANY_ROWS, WIDTH = 64, 512, 2048  # of the pieces of a layer that are timed
@@ -92,22 +92,6 @@ def estimate(directory: Path, recipe: Recipe) -> Estimate:
         seconds=_seconds(plan.layers.values(), arrays, recipe, total),
         explanation=explanation,
     )
-
-
-def converting_bytes(sizes: dict[str, int], recipe: Recipe) -> float:
-    """Estimate the peak memory of a conversion, bytes, from the entries of each parameter.
-
-    Without calibration a few weights are held at a time. With it the whole original is, which
-    samples the text and is run over it; to refine, the quantized model beside it.
-    """
-    on_cpu = mx.default_device() == mx.cpu
-    entry = 4 if on_cpu else 2
-    largest = sorted(sizes.values(), reverse=True)
-    workers = (os.cpu_count() or 1) if on_cpu else 1
-    held = 3 * largest[0] + 6 * sum(largest[1 : 1 + workers])
-    calibrated = recipe.method in CALIBRATED or bool(recipe.refine)
-    models = (2.5 if recipe.refine else 1) if calibrated else 0
-    return PROGRAM_BYTES + held + models * entry * sum(sizes.values())
 
 
 def _seconds(layers: Any, arrays: dict[str, mx.array], recipe: Recipe, parameters: int) -> float:
