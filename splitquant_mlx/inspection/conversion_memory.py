@@ -42,7 +42,7 @@ def converting_bytes(sizes: Mapping[str, int], recipe: Recipe) -> float:
         stages[0] += _block_bytes(sizes, text)
         if text.text == SELF:
             stages.append(_sampling_bytes(sizes, text, 4 if on_cpu else 2))
-        if recipe.method == "auto":  # logits, their gradients, and what both are made of
+        if recipe.method == "auto" or recipe.refine:  # the original's logits, with copies
             stages.append(_block_bytes(sizes, text) + 4 * HEAD_BYTES)
         if recipe.refine:
             stages.append(_refining_bytes(sizes, recipe, text))
