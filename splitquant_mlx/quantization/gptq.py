@@ -26,7 +26,7 @@ import numpy as np
 
 from splitquant_mlx.quantization.affine import Quantized, pack
 from splitquant_mlx.quantization.compensation import damped_hessian, unit_upper
-from splitquant_mlx.quantization.imatrix import fit_scales
+from splitquant_mlx.quantization.group_fit import fit_group
 from splitquant_mlx.quantization.rounding import kernel_works, round_group
 
 SWEEPS = 1
@@ -116,10 +116,8 @@ class Grid:
             feedback: (group_size, group_size), of the errors in the group itself.
         """
         own = self.slices()[len(self.codes)]
-        w = mx.contiguous(mx.array(target).T).astype(self.dtype)
-        importance = mx.array(self.diagonal[own])
-        found = fit_scales(w, importance, bits=self.bits, group_size=self.group_size)
-        scale, bias = (self._xp.array(x.astype(mx.float32)[:, 0]) for x in found)
+        importance = self.diagonal[own]
+        scale, bias = fit_group(target, importance, top=self.top, stored=self._stored)
         columns = self.error[own]
         codes, error = round_group(target, columns, feedback, scale, bias, self.top)
         self.error[own] = error

@@ -22,9 +22,9 @@ SOURCE = """
         for (int k = 0; k < GROUP; ++k) {
             wanted[k] = target[k * OUT + row];
         }
-        float step = scale[row], zero = bias[row];
+        float step = scale[row], zero = bias[row], inverse = 1 / step;
         for (int k = 0; k < GROUP; ++k) {
-            float code = rint((wanted[k] - zero) / step);
+            float code = rint((wanted[k] - zero) * inverse);
             code = code < 0 ? 0 : (code > TOP ? TOP : code);
             float error = reference[k * OUT + row] - (code * step + zero);
             codes[k * OUT + row] = code;
@@ -70,13 +70,17 @@ def _by_numpy(
     top: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     codes, errors = np.empty_like(target), np.empty_like(target)
+    inverse = 1 / scale
     for start in range(0, len(target), RUN):
         end = start + RUN
         for k in range(start, end):
-            np.clip(np.rint((target[k] - bias) / scale), 0, top, out=codes[k])
-            np.subtract(reference[k], codes[k] * scale + bias, out=errors[k])
-            for j in range(k + 1, end):
-                target[j] += feedback[j, k] * errors[k]
+            code, error = codes[k], errors[k]
+            np.subtract(target[k], bias, out=code)
+            np.rint(np.multiply(code, inverse, out=code), out=code)
+            np.minimum(np.maximum(code, 0, out=code), top, out=code)
+            np.add(np.multiply(code, scale, out=error), bias, out=error)
+            np.subtract(reference[k], error, out=error)
+            target[k + 1 : end] += feedback[k + 1 : end, k, None] * error
         target[end:] += feedback[end:, start:end] @ errors[start:end]
     return codes, errors
 

@@ -1,0 +1,61 @@
+"""Scale and bias of a group: closer than other fits, by numpy and mlx alike."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from splitquant_mlx import dequantize
+from splitquant_mlx.quantization.group_fit import fit_group
+from splitquant_mlx.quantization.imatrix import quantize_weighted
+
+
+def half(values):
+    return values.astype(mx.float16 if isinstance(values, mx.array) else np.float16).astype(
+        mx.float32 if isinstance(values, mx.array) else np.float32
+    )
+
+
+def error(columns, scale, bias, importance, top):
+    codes = np.clip(np.rint((columns - bias) / scale), 0, top)
+    return importance @ (columns - codes * scale - bias) ** 2
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+def test_it_is_closer_than_rtn_and_the_fit_of_imatrix(bits):
+    rng = np.random.default_rng(bits)
+    columns = rng.standard_t(5, (64, 200)).astype(np.float32)
+    importance = np.exp(rng.standard_normal(64)).astype(np.float32)
+    w = mx.array(columns.T).astype(mx.float16)
+    columns = np.array(w.astype(mx.float32)).T
+    found = error(
+        columns,
+        *fit_group(columns, importance, top=2**bits - 1, stored=half),
+        importance,
+        2**bits - 1,
+    )
+    for other in (
+        mx.dequantize(*mx.quantize(w, 64, bits), 64, bits),
+        dequantize(quantize_weighted(w, mx.array(importance), bits=bits), bits=bits, group_size=64),
+    ):
+        theirs = importance @ (columns - np.array(other.astype(mx.float32)).T) ** 2
+        assert found.sum() < theirs.sum()
+
+
+def test_mlx_and_numpy_agree():
+    rng = np.random.default_rng(1)
+    columns = rng.standard_normal((32, 50)).astype(np.float32)
+    importance = np.exp(rng.standard_normal(32)).astype(np.float32)
+    fitted = [
+        fit_group(kind(columns), kind(importance), top=15, stored=half)
+        for kind in (np.array, mx.array)
+    ]
+    sums = [error(columns, *map(np.array, of), importance, 15).sum() for of in fitted]
+    assert sums[1] == pytest.approx(sums[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7, -1e-7])
+def test_weights_that_are_all_alike(value):
+    columns = np.full((32, 3), value, np.float32)
+    scale, bias = fit_group(columns, np.ones(32, np.float32), top=15, stored=half)
+    assert (scale != 0).all()
+    assert np.abs(bias - value).max() < 1e-3
