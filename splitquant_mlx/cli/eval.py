@@ -1,5 +1,6 @@
 """Offer `eval`."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -168,7 +169,8 @@ def _figure(name: str, values: dict[str, Any]) -> str:
     value, error = values[name], values.get(ROWS.get(name, ("", None))[1] or "")
     if value is None:
         return ""
+    known = error is not None and math.isfinite(error)  # a single question has none
     if name in SHARES:
-        return f"{value:.1%}" + (f" ± {error:.1%}" if error is not None else "")
+        return f"{value:.1%}" + (f" ± {error:.1%}" if known else "")
     text = str(value) if isinstance(value, int) else f"{value:.4g}"
-    return text + (f" ± {error:.2g}" if error is not None else "")
+    return text + (f" ± {error:.2g}" if known else "")

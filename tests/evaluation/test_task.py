@@ -83,3 +83,11 @@ def test_what_cannot_be_meant_is_named(stories, tmp_path, capsys, options, messa
     (tmp_path / "text.txt").write_text("Once upon a time " * 400)
     code = run(["eval", str(stories), *options, "--data", str(tmp_path / "text.txt")])
     assert code == 2 and message in capsys.readouterr().err
+
+
+def test_one_question_has_no_standard_error(stories, questions_file, tmp_path, capsys):
+    one = tmp_path / "one.jsonl"
+    one.write_text(questions_file.read_text(encoding="utf-8").splitlines()[0], encoding="utf-8")
+    assert run(["eval", str(stories), "--task", "arc_easy", "--data", str(one)]) == 0
+    shown = capsys.readouterr().out
+    assert "accuracy" in shown and "nan" not in shown and "±" not in shown
