@@ -15,6 +15,8 @@ r"""Write the tables of the README and of the pages here from JSON that the prog
     python tests/support/offgrid.py <cache>/SmolLM2-135M-Instruct.Q4_1.gguf smollm2-135m-offgrid
     splitquant-mlx run recipes/sizes.toml --model smollm2-135m-offgrid \
         --output-dir docs/results/sizes
+    splitquant-mlx run recipes/neighbours.toml --model <directory> --data text=<stories> \
+        --output-dir docs/results/neighbours-<its name>
     python docs/figures.py
 
 With --check nothing is written; the exit code says whether all are up to date.
@@ -166,6 +168,8 @@ def main() -> None:
         for name, write in writers.items()
     }
     tables["sizes"] = sizes_table(DOCS / "results" / "sizes")
+    tables["neighbours"] = sizes_table(DOCS / "results" / "neighbours-babyllama-tok105")
+    tables["narrower"] = sizes_table(DOCS / "results" / "neighbours-stories260K")
     tables["at-4.5"] = sizes_table(DOCS / "results" / "sizes", only=(4.5, 13.5))
     pages = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
     files = {page: page.read_text(encoding="utf-8") for page in pages}

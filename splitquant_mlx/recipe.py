@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +40,15 @@ def _require_size(text: str) -> str:
     return text
 
 
+def _require_share(text: str) -> str:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)%", text)
+    if found is None or float(found[1]) > 10:
+        raise ValueError(f"expected a share from 0% to 10%, such as 0.5%, got {text!r:.80}")
+    return text
+
+
 Size = Annotated[str, AfterValidator(_require_size)]
+Share = Annotated[str, AfterValidator(_require_share)]
 
 METHODS: tuple[str, ...] = get_args(Method)
 LEARNED = ("omniquant", "efficientqat")  # block by block
@@ -143,7 +152,7 @@ class Recipe:
     layers: Mapping[str, LayerSettings] = Field(default_factory=dict)
     calibration: Annotated[Calibration | None, nested(Calibration)] = None
     sweeps: NonNegativeInt | None = None
-    outliers: Annotated[str, Field(pattern=r"^\d+(\.\d+)?%$")] | None = None
+    outliers: Share | None = None
     codebook: Literal["kmeans", "powers"] | None = None
     target_bpw: Annotated[float, Field(gt=3, lt=16)] | None = None
     max_kl: Annotated[float, Field(gt=0)] | None = None
@@ -173,8 +182,6 @@ class Recipe:
         if self.method == "lut":
             self._fill(codebook="kmeans")
             self._require("bits", LUT_BITS, "with method 'lut'")
-            if not 0 <= self.outlier_share <= 0.1:
-                raise RecipeError(f"outliers: expected 0% to 10%, got {self.outliers!r:.80}")
 
     @property
     def _targets(self) -> list[str]:

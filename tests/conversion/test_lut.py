@@ -112,8 +112,8 @@ def test_ranks_are_refused_in_one_line(tables):
     ("settings", "message"),
     [
         ({"bits": 5}, "bits: expected 2, 3, 4 with method 'lut', got 5"),
-        ({"outliers": "20%"}, "outliers: expected 0% to 10%, got '20%'"),
-        ({"outliers": "0.5"}, "outliers: "),
+        ({"outliers": "20%"}, "outliers: expected a share from 0% to 10%, such as 0.5%, got '20%'"),
+        ({"outliers": "0.5"}, "outliers: expected a share from 0% to 10%, such as 0.5%, got '0.5'"),
         ({"refine": True}, "refine: not for method 'lut'"),
         ({"method": "gptq", "outliers": "1%"}, "outliers: not for method 'gptq'"),
         ({"method": "gptq", "codebook": "powers"}, "codebook: not for method 'gptq'"),
