@@ -25,6 +25,7 @@ from mlx.utils import tree_unflatten
 from splitquant_mlx.calibration.blocks import Pass, start_pass
 from splitquant_mlx.calibration.statistics import InputStatistics, Statistic, outer_statistics
 from splitquant_mlx.conversion.plan import LayerPlan
+from splitquant_mlx.errors import RecipeError, one_line
 
 CLIP_RATE, SHIFT_RATE = 0.1, 0.005  # of Adam, falling to nothing
 OPEN = 4.0  # where the logistic function is 0.98
@@ -50,7 +51,8 @@ def learn_blocks(
         weights to round, then scales, then biases.
 
     Raises:
-        RecipeError: when the model is not built of blocks that can be called one by one.
+        RecipeError: when the model is not built of blocks that can be called one by one, or a
+            block has no gradients.
     """
     run = start_pass(model, tokens, BATCH_TOKENS)
     names = {id(module): path for path, module in model.named_modules()}
@@ -59,7 +61,13 @@ def learn_blocks(
         own = {p.removeprefix(prefix): x for p, x in layers.items() if p.startswith(prefix)}
         states = list(run.states)
         run.advance(index)
-        learned = _learn(run, index, states, own) if own else {}
+        try:
+            learned = _learn(run, index, states, own) if own else {}
+        except Exception as exc:  # a block without gradients raises whatever it meets
+            raise RecipeError(
+                f"{prefix[:-1]} cannot be learned, {type(exc).__name__}: {one_line(exc)}: use "
+                "--method gptq"
+            ) from exc
         run.release(index)
         found = {f"{prefix}{path}": array for path, array in learned.items()}
         yield InputStatistics(prefix=prefix, means=found, rare={})

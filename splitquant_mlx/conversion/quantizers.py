@@ -145,8 +145,9 @@ def _lut(w: mx.array, layer: LayerPlan, inputs: Mean | None) -> Outcome:
 
 
 def _learned(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
-    """Round what was learned of the layer; see `blockwise`."""
-    assert inputs is not None
+    """Round what was learned of the layer, see `blockwise`; or itself, where it is in no block."""
+    if inputs is None:
+        return _rtn(w, layer, inputs)
     width, groups = layer.shape[-1], layer.shape[-1] // layer.group_size
     scales = inputs[:, width : width + groups].astype(w.dtype)
     biases = inputs[:, width + groups :].astype(w.dtype)

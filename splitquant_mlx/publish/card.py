@@ -179,7 +179,9 @@ def _sizes(converted: Converted) -> str:
     rows = [
         ("method", code(recipe.method)),
         ("bits per code, mode", f"{bits}, {code(recipe.mode)}"),
-        ("one scale per", f"{recipe.granularity} (group size {size})"),
+        ("one codebook per", f"row ({recipe.outliers or 'nothing'} kept beside it)")
+        if recipe.method == "lut"
+        else ("one scale per", f"{recipe.granularity} (group size {size})"),
         ("layers", ", ".join(f"{done[key]} {word}" for key, word in ACTIONS.items() if done[key])),
         ("bits/weight, converted linear layers", decimals(manifest.linear_bits_per_weight, 2)),
         ("bits/weight, whole model", decimals(manifest.bits_per_weight, 2)),

@@ -14,8 +14,9 @@ from fake_hub import COMMIT
 from splitquant_mlx import Recipe, SplitQuantError, convert
 from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.models.source import Source
-from splitquant_mlx.publish.card import is_own
+from splitquant_mlx.publish.card import METHODS, is_own
 from splitquant_mlx.publish.upload import prepare_upload
+from splitquant_mlx.recipe import METHODS as NAMES
 from splitquant_mlx.recipe import Calibration
 
 README = """---
@@ -176,6 +177,21 @@ def test_the_user_is_told_what_to_look_at(home, tmp_path):
     notes = " ".join(prepare_upload(model, "user/name").notes)
     for wanted in ("diary.txt", "--base-model", "names its path: /home/me/x", "no licence"):
         assert wanted in notes
+
+
+def test_every_method_is_explained():
+    assert METHODS.keys() == {*NAMES}
+
+
+def test_lookup_tables_say_what_they_are_and_need(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
+    calibration = Calibration(num_samples=2, sequence_length=16)
+    settings = Recipe(method="lut", outliers="1%", sweeps=0, calibration=calibration)
+    convert(home / "source", tmp_path / "lut", recipe=settings)
+    text = card(tmp_path / "lut")
+    assert "one codebook per | row (1% kept beside it)" in text
+    assert "--trust-remote-code" in text and "is the file that splitquant-mlx" in text
+    assert "codes for every weight" not in text
 
 
 @pytest.mark.parametrize("method", ["imatrix", "gptq", "auto"])
