@@ -1,6 +1,7 @@
 """A layer of lookup tables computes what its weight does, and so does the kernel's source."""
 
 import ctypes
+import shutil
 import subprocess
 
 import mlx.core as mx
@@ -31,8 +32,10 @@ extern "C" void run(const T* x, const uint32_t* weight, const T* codebook, const
 def kernel(tmp_path_factory):
     """Return the kernel compiled for the CPU, to be called as mlx's kernels are.
 
-    With the compiler that mlx itself needs on a CPU.
+    Skips where there is no compiler.
     """
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
     directory = tmp_path_factory.mktemp("kernel")
     (directory / "lut.cpp").write_text(SHIM.replace("BODY", lut_file.BODY))
     command = ["g++", "-std=c++17", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-o", "lut.so"]

@@ -1,5 +1,7 @@
 """Rounding channel by channel: numpy's way and the kernel's against one weight at a time."""
 
+import shutil
+
 import numpy as np
 import pytest
 from compiled import run_kernel
@@ -49,6 +51,7 @@ def test_rounding_is_that_of_one_weight_after_the_other(seed, group_size, top):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_the_kernel_does_what_numpy_does(group_size, tmp_path):
     names = ["target", "reference", "feedback", "scale", "bias"]
