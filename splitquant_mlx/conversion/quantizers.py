@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -144,7 +144,7 @@ def _lut(w: mx.array, layer: LayerPlan, inputs: Mean | None) -> Outcome:
     return Outcome(lut_quantize(w, np.array(inputs), **settings, powers=powers))
 
 
-def _learned(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
+def _learned(w: mx.array, layer: LayerPlan, inputs: Any) -> Outcome:
     """Round what was learned of the layer, see `blockwise`; or itself, where it is in no block."""
     if inputs is None:
         return _rtn(w, layer, inputs)

@@ -150,8 +150,9 @@ def _mean(
 
 def _save(unfinished: Unfinished, model: nn.Module, optimizer: Any, steps: int) -> None:
     """Keep what is trained, and the optimizer's state, after so many steps."""
-    trained = tree_flatten(model.trainable_parameters()) + tree_flatten(optimizer.state)
-    unfinished.keep(f"step-{steps}", [array for _, array in trained])  # type: ignore[misc]
+    trees: Any = model.trainable_parameters(), optimizer.state
+    arrays: list[Any] = [array for tree in trees for _, array in tree_flatten(tree)]
+    unfinished.keep(f"step-{steps}", arrays)
     before = unfinished.findings()
     unfinished.note(steps)
     unfinished.drop(f"step-{before}")
@@ -177,7 +178,7 @@ class TrainableLinear(nn.Module):
         u, v: what is trained, (..., out, in / group_size), steps of the grid.
     """
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: Any):
         super().__init__()
         self._packed, self._bias = layer.weight, layer.get("bias")
         self._scales = layer.scales.astype(mx.float32)

@@ -36,7 +36,7 @@ def converting_bytes(sizes: Mapping[str, int], recipe: Recipe) -> float:
     workers = (os.cpu_count() or 1) if on_cpu else 1
     layers = sorted((n for name, n in sizes.items() if BLOCK.search(name)), reverse=True)
     workspace = LARGEST.get(recipe.method, WITH_HESSIAN)
-    stages = [workspace * max(sizes.values()) + BESIDE * sum(layers[:workers])]
+    stages: list[float] = [workspace * max(sizes.values()) + BESIDE * sum(layers[:workers])]
     if recipe.method in CALIBRATED or recipe.refine:
         text = recipe.calibration or Calibration()
         stages[0] += _block_bytes(sizes, text)

@@ -58,9 +58,10 @@ class _Compact(nn.Module):
         if self.codes.ndim == 2:
             y = self._product(x)
             return y if "bias" not in self._layer else y + self._layer["bias"]
-        if hasattr(self._layer, "times"):  # which widens one expert at a time
+        times: Any = getattr(self._layer, "times", None)
+        if times is not None:  # which widens one expert at a time
             indices = args[0] if args else kwargs["indices"]
-            return self._layer.times(x, indices, self._expert)
+            return times(x, indices, self._expert)
         self._layer.weight = self.codes.astype(mx.float32) * self.scales
         y = self._layer(x, *args, **kwargs)
         self._layer.pop("weight")

@@ -5,6 +5,7 @@ else in memory: 2.4 GB of Qwen3-30B-A3B's, where the experts that are being mult
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -56,8 +57,10 @@ def expert_products(x: mx.array, indices: mx.array, weight: Callable[[int], mx.a
     order = np.argsort(routes, kind="stable")
     experts, starts = np.unique(routes[order], return_index=True)
     rows = mx.broadcast_to(x, (*indices.shape, 1, x.shape[-1])).reshape(-1, x.shape[-1])
-    parts = mx.split(rows[mx.array(order)].astype(mx.float32), starts[1:].tolist())
-    found = [_product(part, weight(int(e))) for part, e in zip(parts, experts, strict=True)]
+    parts: Any = mx.split(rows[mx.array(order)].astype(mx.float32), starts[1:].tolist())
+    found: list[Any] = [
+        _product(part, weight(int(e))) for part, e in zip(parts, experts, strict=True)
+    ]
     y = mx.concatenate(found)[mx.array(np.argsort(order))]
     return y.reshape(*indices.shape, 1, -1)
 

@@ -78,7 +78,7 @@ def lut_weight(
     """Return the weight (out, in) that packed codes and codebooks stand for, in their dtype."""
     bits = codebook.shape[-1].bit_length() - 1
     units = weight.view(mx.uint8).reshape(len(weight), -1, bits).astype(mx.uint32)
-    words = sum(units[..., byte] << (8 * byte) for byte in range(bits))
+    words: mx.array = sum(units[..., byte] << (8 * byte) for byte in range(bits))  # type: ignore
     codes = (words[..., None] >> (bits * mx.arange(8, dtype=mx.uint32))) & (2**bits - 1)
     w = mx.take_along_axis(codebook, codes.reshape(len(weight), -1), axis=-1)
     if outliers is None or indices is None:
@@ -168,7 +168,8 @@ def _kernel() -> object | None:
             make, head, header = mx.fast.metal_kernel, METAL, METAL_HEADER
         else:
             make, head, header = mx.fast.cuda_kernel, CUDA, CUDA_HEADER
-        KERNELS["lut"] = make(name="lut_linear", source=head + BODY, header=header, **NAMES)
+        settings = {"source": head + BODY, "header": header, **NAMES}
+        KERNELS["lut"] = make(name="lut_linear", **settings)  # type: ignore
     return KERNELS["lut"]
 
 

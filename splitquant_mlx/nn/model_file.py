@@ -135,7 +135,7 @@ def replace_split_layers(model: nn.Module, layers: dict[str, dict]) -> None:
             raise ValueError(f"config.json splits {name!r}, which is no linear layer of this model")
         *experts, output_dims, input_dims = linear.weight.shape
         sizes = (*experts, input_dims, output_dims, "bias" in linear)
-        kind = QuantizedSplitSwitchLinear if is_stack else QuantizedSplitLinear
+        kind: type = QuantizedSplitSwitchLinear if is_stack else QuantizedSplitLinear
         layer = kind(*sizes, **settings)
         replaced.append((path, layer))
     model.update_modules(tree_unflatten(replaced))

@@ -52,7 +52,9 @@ def power_codebooks(w: np.ndarray, importance: np.ndarray, k: int) -> np.ndarray
 def nearest(w: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """Return for w (rows, n) the nearest values of its row's codebook, levels (rows, k)."""
     middles = (levels[:, 1:] + levels[:, :-1]) / 2
-    codes = sum((w > middles[:, c, None]).astype(np.intp) for c in range(middles.shape[1]))
+    codes = np.zeros(w.shape, np.intp)
+    for middle in middles.T:
+        codes += w > middle[:, None]
     return np.take_along_axis(levels, codes, axis=1)
 
 
