@@ -1,6 +1,7 @@
 """What a long computation keeps: for the next process, and out of the way of others."""
 
-import multiprocessing
+import subprocess
+import sys
 
 import mlx.core as mx
 import pytest
@@ -44,25 +45,26 @@ def test_without_a_directory_arrays_stay_in_memory(tmp_path):
     kept.remove()
 
 
-def _use(directory, ready, done):
-    kept = Unfinished(directory)
-    kept.keep("states", [mx.arange(3)])
-    ready.set()
-    done.wait(30)
+OTHER = """
+import sys
+from pathlib import Path
+import mlx.core as mx
+from splitquant_mlx.calibration.unfinished import Unfinished
+kept = Unfinished(Path(sys.argv[1]))
+kept.keep("states", [mx.arange(3)])
+print("ready", flush=True)
+sys.stdin.read()
+"""
 
 
 def test_two_processes_do_not_share_one(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    ready, done = context.Event(), context.Event()
-    other = context.Process(target=_use, args=(tmp_path / "work", ready, done))
-    other.start()
-    try:
-        assert ready.wait(30)
+    command = [sys.executable, "-c", OTHER, str(tmp_path / "work")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as other:
+        assert other.stdout.readline() == "ready\n"
         mine = Unfinished(tmp_path / "work")
         assert mine.arrays("states") is None
         mine.keep("states", [mx.arange(5)])
         mine.remove()
         assert (tmp_path / "work" / "states.safetensors").exists()
-    finally:
-        done.set()
-        other.join()
+        other.communicate("")
