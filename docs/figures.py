@@ -17,6 +17,10 @@ r"""Write the tables of the README and of the pages here from JSON that the prog
         --output-dir docs/results/sizes
     splitquant-mlx run recipes/neighbours.toml --model <directory> --data text=<stories> \
         --output-dir docs/results/neighbours-<its name>
+    splitquant-mlx run recipes/whole-files.toml --model smollm2-135m-offgrid \
+        --output-dir docs/results/whole-smollm2
+    splitquant-mlx run recipes/whole-files.toml --model qwen2.5-coder-0.5b-offgrid \
+        --output-dir docs/results/whole-qwen2.5-coder-0.5b
     python docs/figures.py
 
 With --check nothing is written; the exit code says whether all are up to date.
@@ -148,6 +152,38 @@ def sizes_table(study: Path, only: tuple[float, ...] = ()) -> str:
     return "\n".join(lines) + "\n"
 
 
+def whole_files_table() -> str:
+    """Return what whole files keep at equal bytes, model by model; divergences also over rtn's."""
+    lines = [
+        "| model | method | MB | KL, nats | 95 % interval | to rtn | 99th percentile | top-1 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for study in sorted(DOCS.glob("results/whole-*")):
+        found: dict[str, dict] = {}
+        for result in load_results(study):
+            found.setdefault(result.variant, {})[result.part] = result.values
+        model = json.loads((study / "study.json").read_text(encoding="utf-8"))["model"]
+        rows = []
+        for variant, parts in found.items():
+            if "kl" in parts:
+                rows.append((parts["convert"]["weight_file_bytes"] / 1e6, variant, parts["kl"]))
+        plain = [(size, kl["kl_mean"]) for size, variant, kl in rows if variant.startswith("rtn")]
+        for size, variant, kl in sorted(rows, key=lambda row: (round(row[0]), -row[2]["kl_mean"])):
+            equal = [found for other, found in plain if abs(other / size - 1) < 0.02]
+            cells = (
+                model,
+                variant,
+                f"{size:.0f}",
+                f"{kl['kl_mean']:.3f}",
+                f"{kl['kl_low']:.3f} to {kl['kl_high']:.3f}",
+                f"{kl['kl_mean'] / equal[0]:.2f}" if equal else "",
+                f"{kl['kl_p99']:.2f}",
+                f"{kl['top1_agreement']:.0%}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def results() -> str:
     """Return the reports of all published studies, one after the other, as Markdown."""
     studies = sorted(file.parent for file in DOCS.glob("results/*/study.json"))
@@ -167,6 +203,7 @@ def main() -> None:
         name: write(json.loads((DOCS / f"{name}.json").read_text(encoding="utf-8")))
         for name, write in writers.items()
     }
+    tables["whole-files"] = whole_files_table()
     tables["sizes"] = sizes_table(DOCS / "results" / "sizes")
     tables["neighbours"] = sizes_table(DOCS / "results" / "neighbours-babyllama-tok105")
     tables["narrower"] = sizes_table(DOCS / "results" / "neighbours-stories260K")
