@@ -214,9 +214,14 @@ def start(script, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).resolve().parents[2],
-        # a job of a shell script ignores it, and so would its children
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=_hear_signals,
     )
+
+
+def _hear_signals():
+    """A job of a shell script ignores SIGINT, one of nohup SIGHUP, and so would their children."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.mark.robustness
