@@ -7,11 +7,11 @@ are called one after the other on all texts. Only one block's weights are in mem
 each layer of a block is seen while its weights are there.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,6 +21,8 @@ from mlx.utils import tree_map
 from splitquant_mlx.errors import RecipeError
 
 BATCH_TOKENS = 2048
+LOGITS = 1 << 26  # in memory together
+Value = TypeVar("Value")
 
 
 @dataclass(eq=False)
@@ -37,6 +39,12 @@ class Pass:
     blocks: list[Any]
     states: list[mx.array]
     calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
+
+    @property
+    def prefixes(self) -> list[str]:
+        """Return what the paths of each block's parameters begin with, as in "model.layers.0."."""
+        names = {id(module): path for path, module in self.model.named_modules()}
+        return [f"{names[id(block)]}." for block in self.blocks]
 
     def run(self, index: int, batch: int, state: mx.array) -> mx.array:
         """Return what block `index` makes of the `state` of a batch; not evaluated yet."""
@@ -65,6 +73,20 @@ class Pass:
         """Return the model's output for a state after the last block; not evaluated yet."""
         with _replaced(self.blocks, lambda *call: state):
             return self.model(mx.zeros(state.shape[:2], mx.int32))
+
+    def pieces(self, state: mx.array) -> list[mx.array]:
+        """Return a state after the last block by texts, with at most `LOGITS` logits each."""
+        texts = max(1, LOGITS // self.finish(state[:1]).size)
+        return [state[start : start + texts] for start in range(0, len(state), texts)]
+
+
+def below(prefix: str, by_path: Mapping[str, Value]) -> dict[str, Value]:
+    """Return what lies below a prefix, by the rest of its path."""
+    return {
+        path.removeprefix(prefix): value
+        for path, value in by_path.items()
+        if path.startswith(prefix)
+    }
 
 
 def start_pass(model: nn.Module, tokens: np.ndarray, batch_tokens: int = BATCH_TOKENS) -> Pass:

@@ -13,7 +13,6 @@ from splitquant_mlx.progress import Progress
 
 LIKELIEST = 128  # tokens kept at each position; all others are one event
 TEXTS = 256  # whose states are in memory together
-LOGITS = 1 << 26  # in memory together
 
 
 class Predictions(NamedTuple):
@@ -62,11 +61,10 @@ def _predict_some(model: nn.Module, tokens: np.ndarray) -> Predictions:
     for index in range(len(run.blocks)):
         run.advance(index)
         run.release(index)
-    vocabulary = run.finish(run.states[0][:1]).shape[-1]
-    texts, found = max(1, LOGITS // (tokens.shape[1] * vocabulary)), []
+    found = []
     for state in run.states:
-        for start in range(0, len(state), texts):
-            found.append(likeliest(run.finish(state[start : start + texts])))
+        for piece in run.pieces(state):
+            found.append(likeliest(run.finish(piece)))
             mx.eval(found[-1])
     return Predictions(*(mx.concatenate(list(arrays)) for arrays in zip(*found, strict=True)))
 

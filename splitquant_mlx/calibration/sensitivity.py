@@ -28,7 +28,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from splitquant_mlx.calibration.blocks import Pass, start_pass, tapped
+from splitquant_mlx.calibration.blocks import Pass, below, start_pass, tapped
 from splitquant_mlx.calibration.statistics import FEW_TOKENS, hessian
 from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.progress import Advance, Progress
@@ -41,7 +41,6 @@ Options = Mapping[str, Sequence[Option]]
 ROWS = 256
 EXPERTS = 16  # of a stack that are looked at
 HEAD_ROWS = 2048
-LOGITS = 1 << 26  # in memory together
 
 
 def predict_divergence(
@@ -70,8 +69,7 @@ def predict_divergence(
     """
     model = load()
     run = start_pass(model, tokens)
-    names = {id(module): path for path, module in model.named_modules()}
-    prefixes = [f"{names[id(block)]}." for block in run.blocks]
+    prefixes = run.prefixes
     outer = [path for path in options if not path.startswith(tuple(prefixes))]
     with progress.task("Measuring sensitivities", 2 * len(prefixes) + 1) as advance:
         found, gradients, left = _resumed(unfinished, len(prefixes))
@@ -86,11 +84,7 @@ def predict_divergence(
         for index in reversed(range(left)):
             run.states = unfinished.arrays(f"states-{index}") or []
             prefix = prefixes[index]
-            own = {
-                path.removeprefix(prefix): options[path]
-                for path in options
-                if path.startswith(prefix)
-            }
+            own = below(prefix, options)
             predicted, gradients = _block_sensitivities(run, index, own, gradients, advance)
             run.release(index)
             found.update({prefix + path: values for path, values in predicted.items()})
@@ -279,8 +273,7 @@ def _head_sensitivity(
     modules = dict(run.model.named_modules())
     linear = [path for path in outer if isinstance(modules[path], nn.Linear)]
     heads = (linear or outer)[:1]  # an embedding is the head where there is no other
-    key, logits = mx.random.key(seed), run.finish(run.states[0][:1])
-    texts = max(1, LOGITS // logits.size)
+    key = mx.random.key(seed)
     with tapped(run.model, heads) as taps:
 
         def log_probability(state: mx.array, key: mx.array) -> tuple[mx.array, mx.array, Any]:
@@ -293,9 +286,8 @@ def _head_sensitivity(
 
         for state in run.states:
             pieces = []
-            for start in range(0, len(state), texts):
+            for piece in run.pieces(state):
                 key, own = mx.random.split(key)
-                piece = state[start : start + texts]
                 found, gradient = mx.value_and_grad(log_probability)(piece, own)
                 mx.eval(found, gradient)
                 pieces.append(gradient)

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from splitquant_mlx.calibration.blocks import Pass, Tap, start_pass, tapped
+from splitquant_mlx.calibration.blocks import Pass, Tap, below, start_pass, tapped
 
 FEW_TOKENS = 64  # that tell less of an expert's inputs than those of all experts do
 Statistic = Callable[[mx.array], mx.array]
@@ -64,14 +64,9 @@ def iterate_blocks(
         RecipeError: when the model is not built of blocks that can be called one by one.
     """
     run = start_pass(model, tokens)
-    names = {id(module): path for path, module in model.named_modules()}
-    prefixes = [f"{names[id(block)]}." for block in run.blocks]
+    prefixes = run.prefixes
     for index, prefix in enumerate(prefixes):
-        own = {
-            path.removeprefix(prefix): statistic
-            for path, statistic in statistics.items()
-            if path.startswith(prefix)
-        }
+        own = below(prefix, statistics)
         sums = _Sums(own)
         with tapped(run.blocks[index], list(own)) as taps:
             run.advance(index, lambda sums=sums, taps=taps: sums.add(taps))

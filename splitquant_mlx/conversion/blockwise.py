@@ -22,7 +22,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from splitquant_mlx.calibration.blocks import Pass, start_pass
+from splitquant_mlx.calibration.blocks import Pass, below, start_pass
 from splitquant_mlx.calibration.statistics import InputStatistics, Statistic, outer_statistics
 from splitquant_mlx.conversion.plan import LayerPlan
 from splitquant_mlx.errors import RecipeError, one_line
@@ -55,10 +55,8 @@ def learn_blocks(
             block has no gradients.
     """
     run = start_pass(model, tokens, BATCH_TOKENS)
-    names = {id(module): path for path, module in model.named_modules()}
-    for index, block in enumerate(run.blocks):
-        prefix = f"{names[id(block)]}."
-        own = {p.removeprefix(prefix): x for p, x in layers.items() if p.startswith(prefix)}
+    for index, prefix in enumerate(run.prefixes):
+        own = below(prefix, layers)
         states = list(run.states)
         run.advance(index)
         try:

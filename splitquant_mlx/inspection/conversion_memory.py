@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
+from splitquant_mlx.calibration.blocks import LOGITS
 from splitquant_mlx.models.footprint import PROGRAM_BYTES
 from splitquant_mlx.recipe import CALIBRATED, SELF, Calibration, Recipe
 
@@ -19,7 +20,7 @@ KEYS_AND_VALUES = re.compile(r"(?:\b[kv]_proj|attn_[kv])\.weight$")
 TEXTS = 128  # sampled side by side
 TRAINED_TEXTS = 4  # in a step of refinement
 WIDENED_BYTES = 4 * 2**24  # of the 8-bit copy's weights, on the CPU
-HEAD_BYTES = 4 * 2**26  # of logits that are in memory together
+HEAD_BYTES = 4 * LOGITS  # in float32
 # bytes for each entry of the largest weight while it is quantized, mostly of an embedding or a head
 LARGEST, WITH_HESSIAN = {"rtn": 3, "splitquant": 3, "imatrix": 5}, 22
 BESIDE = 6  # bytes for each entry of a layer that is quantized at the same time

@@ -55,7 +55,7 @@ def gptq_quantize(
     columns: Any = mx.contiguous(w.astype(mx.float32).T)
     if not kernel_works():
         columns = np.array(columns)
-    grid = compensated_grid(columns, damped_hessian(np.array(hessian)), w.dtype, bits, group_size)
+    grid = compensated_grid(columns, damped_hessian(np.asarray(hessian)), w.dtype, bits, group_size)
     for _ in range(sweeps):
         grid.sweep()
     if sweeps:
