@@ -25,7 +25,7 @@ test-slow:
 
 # what only a GPU can show, Apple's or another
 test-gpu:
-    pytest -m gpu
+    pytest -m gpu -n 0
 
 # mutated checkpoints, GGUF files and recipes, a quarter of an hour: no crash, no hang, no escape
 fuzz:
