@@ -17,6 +17,8 @@ r"""Write the tables of the README and of the pages here from JSON that the prog
         --output-dir docs/results/sizes
     splitquant-mlx run recipes/neighbours.toml --model <directory> --data text=<stories> \
         --output-dir docs/results/neighbours-<its name>
+    splitquant-mlx run recipes/mixture.toml --model mixture --data text=<stories> \
+        --output-dir docs/results/mixture
     splitquant-mlx run recipes/whole-files.toml --model smollm2-135m-offgrid \
         --output-dir docs/results/whole-smollm2
     splitquant-mlx run recipes/whole-files.toml --model qwen2.5-coder-0.5b-offgrid \

@@ -25,23 +25,27 @@ RECIPES = {
 }
 
 
-@pytest.fixture(scope="module")
-def measured(story_text, stories, tmp_path_factory):
+def measuring(source, text, directory):
     """Return a function that converts and returns the KL divergence and the manifest."""
-    original, tokenizer = load(stories)
-    tokens = np.array(tokenizer.encode(story_text[:20_000])[: 8 * 256]).reshape(8, 256).tolist()
+    original, tokenizer = load(source)
+    tokens = np.array(tokenizer.encode(text[:20_000])[: 8 * 256]).reshape(8, 256).tolist()
     wanted = [log_probabilities(original, row) for row in tokens]
-    directory = tmp_path_factory.mktemp("methods")
 
     def measure(recipe):
-        manifest = convert(stories, directory / "model", recipe=recipe, overwrite=True)
+        manifest = convert(source, directory / "model", recipe=recipe, overwrite=True)
         model = load(directory / "model")[0]
         got = (log_probabilities(model, row) for row in tokens)
         return divergence(wanted, got).kl_mean, manifest
 
+    return measure
+
+
+@pytest.fixture(scope="module")
+def measured(story_text, stories, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("methods")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPLITQUANT_CACHE", str(directory / "cache"))
-        yield measure
+        yield measuring(stories, story_text, directory)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +78,19 @@ def test_sizes_are_alike(found):
 def test_calibration_helps_the_parts_of_a_split(found):
     plain, fitted = (found[name][0] for name in ("splitquant", "splitquant, calibrated"))
     assert fitted < 0.9 * plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [3, 4])
+def test_auto_keeps_three_times_as_much_of_a_mixture_as_rounding(
+    mixture, story_text, tmp_path, monkeypatch, bits
+):
+    monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
+    measure = measuring(mixture, story_text, tmp_path)
+    plain, before = measure(Recipe(method="rtn", bits=bits, dtype="float16"))
+    kept, after = measure(Recipe(method="auto", target_bpw=bits + 0.5, dtype="float16"))
+    assert kept < 0.35 * plain
+    assert after.stored_bytes <= before.stored_bytes
 
 
 @pytest.mark.slow
