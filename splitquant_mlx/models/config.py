@@ -88,6 +88,7 @@ def check_config(path: Path, config: dict[str, Any], tensors: int) -> None:
             raise CheckpointError(f"{path}: config.json nests more than {MAX_NESTING} deep")
         values = table.values() if isinstance(table, dict) else table
         tables += [(value, depth + 1) for value in values if isinstance(value, (dict, list))]
+        _check_layer_types(path, table)
         for key, value in table.items() if isinstance(table, dict) else ():
             if key in SIZES and isinstance(value, (str, int, float)):
                 if type(value) is not int or value < 0:
@@ -102,6 +103,19 @@ def check_config(path: Path, config: dict[str, Any], tensors: int) -> None:
                         f"{path}: config.json has {key} {value}, the files hold only {tensors} "
                         "tensors: one of the two is from another model"
                     )
+
+
+def _check_layer_types(path: Path, table: Any) -> None:
+    """Refuse a list with a type for each layer that ends before they do."""
+    types, layers = (
+        table.get(key) if isinstance(table, dict) else None
+        for key in ("layer_types", "num_hidden_layers")
+    )
+    if isinstance(types, list) and type(layers) is int and len(types) < layers:
+        raise CheckpointError(
+            f"{path}: config.json has {len(types)} layer_types, expected one for each of the "
+            f"{layers} layers"
+        )
 
 
 def _check_files(path: Path) -> None:

@@ -9,11 +9,8 @@ out in both forms, so mlx-lm, mlx-vlm and transformers read the result as the sa
 
 import copy
 import dataclasses
-import logging
+import re
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +19,13 @@ from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.models.architecture import find_classes
 from splitquant_mlx.models.config import SIZES
 from splitquant_mlx.models.derived_keys import derived_keys
+from splitquant_mlx.models.reference import (
+    NOT_SETTINGS,
+    UNUSED,
+    read_as_transformers,
+    reference_config,
+    text_reference,
+)
 
 ROPE_TYPES = {"su": "longrope", "deepseek_yarn": "yarn"}
 # how the base of the windowed layers is called, beside the `rope_theta` of the others
@@ -37,10 +41,9 @@ SYNONYMS = (
 )
 ROPE_KEYS = {"rope_parameters", "rope_scaling", *SYNONYMS[0], *SYNONYMS[1], *LOCAL_BASES}
 NEVER_GUESSED = set(SIZES) - {"head_dim", "num_key_value_heads"}
-NOT_SETTINGS = ("quantization", "quantization_config", "splitquant", "model_file", "auto_map")
 # every how manieth layer attends to all tokens, where the others have a window or no attention
 PERIODS = ("sliding_window_pattern", "full_attention_interval")
-LAYER_WORDS = {"layer_types"}
+LAYER_WORDS = {"layer_types", "position_embedding_type"}
 MISSING = object()
 Fields = dict[str, dataclasses.Field[Any]]
 
@@ -54,11 +57,17 @@ def normalize(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         CheckpointError: when mlx-lm has no such architecture, or its class has no key for what
-            config.json says of its layers.
+            config.json says of its layers, or transformers' class does not take a setting.
     """
     model_class, args_class = find_classes(path, config)
     fields = settings_fields(sys.modules[model_class.__module__])
-    reference = text_reference(reference_config(config))
+    reading = read_as_transformers(config)
+    for key, value in reading.refused.items():
+        if not re.fullmatch(UNUSED, key):
+            raise CheckpointError(
+                f"{path}: config.json has {key} {value!r:.60}, which transformers does not take"
+            )
+    reference = text_reference(reading.reference)
     both = _both_forms(path, config, reference, fields)
     # a wrapper's class may ask beside the language model's settings for what is one of them
     text = both.get("text_config") or {}
@@ -108,26 +117,6 @@ def settings_fields(module: ModuleType) -> Fields:
         elif isinstance(value, type) and dataclasses.is_dataclass(value):
             fields |= {field.name: field for field in dataclasses.fields(value)}
     return fields
-
-
-def reference_config(config: dict[str, Any]) -> Any:
-    """Return transformers' reading of a config.json; None where it has no class that reads it."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    settings = {key: value for key, value in config.items() if key not in NOT_SETTINGS}
-    try:
-        with _silenced():
-            return CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(settings))
-    except Exception:  # no such class, or it wants other values than mlx-lm's class of that name
-        return None
-
-
-def text_reference(reference: Any) -> Any:
-    """Return the part of transformers' configuration that describes the language model."""
-    if reference is None:
-        return None
-    text = reference.get_text_config(decoder=True)
-    return reference if isinstance(text, dict) else text  # a key that its class does not know
 
 
 def rope_parameters(config: dict[str, Any], reference: Any) -> dict[str, dict[str, Any]]:
@@ -241,17 +230,3 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, (str, int, float))
-
-
-@contextmanager
-def _silenced() -> Iterator[None]:
-    """Keep what transformers says of settings that it does not know off the user's terminal."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

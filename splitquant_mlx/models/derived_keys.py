@@ -53,7 +53,12 @@ DERIVED: dict[str, dict[str, Callable[[Reference], Any]]] = {
     },
     "gpt2": {"n_ctx": lambda c: c.n_positions},
     "gpt_bigcode": {"n_inner": lambda c: 4 * c.n_embd},
-    "granitemoehybrid": {"layer_types": _old_words},
+    "granitemoehybrid": {
+        "layer_types": _old_words,
+        "position_embedding_type": lambda c: (
+            "rope" if c.position_embedding_type == "rope" else "nope"
+        ),
+    },
     "lfm2": {"block_dim": lambda c: c.hidden_size},
     "longcat_flash": {
         "attention_method": lambda c: "MLA",

@@ -13,31 +13,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
-from splitquant_mlx.errors import CheckpointError
-from splitquant_mlx.models.config_forms import reference_config, rope_parameters, text_reference
+from splitquant_mlx.errors import CheckpointError, one_line
+from splitquant_mlx.models.config_forms import rope_parameters
+from splitquant_mlx.models.reference import UNUSED, read_as_transformers, text_reference
 from splitquant_mlx.models.rotary import check_rotary
 
 Reference = Any  # transformers' configuration of the language model
+Table = dict[str, Any]
+# code that needs the values of arrays
+EVALUATES = re.compile(r"\.item\(|\.tolist\(|mx\.eval\(")
 # sizes and parameters that are there or not show in the tensors' shapes and names; what is said of
-# rotary embeddings and windows is checked by measuring; the rest is for training, for generation,
-# or for the caller of transformers
-HARMLESS = re.compile(
+# rotary embeddings and windows is checked by measuring
+SHOWN = (
     r"(?!.*window)(?!num_\w*_per_).*(_size|_dim|_rank|_width|_inner|_embd|_heads|_groups)|n_head"
     r"|num_\w*(layers|experts|blocks)|n_(layers?|positions|ctx)|expand|ssm_\w+_size"
-    r"|.*bias|.*qk_(layer)?norm|use_qk_norm|qk_layernorm"
-    r"|.*rope.*|.*rotary.*|.*sliding_window.*|max_window_layers|layer_types|max_(position|seq).*"
-    r"|.*dropout.*|.*pdrop|.*drop_rate|initializer.*|init_\w+|.*_init|.*init_std|rescale_prenorm.*"
-    r"|.*token_id|.*token_ids|.*_token_index|.*loss.*|.*jitter.*|output_.*|return_.*|use_cache"
-    r"|cache_implementation|pretraining_tp|gradient.*|torch_dtype|dtype|architectures|model_type"
-    r"|problem_type|id2label|label2id|.*_version|_name_or_path|tokenizer_class|prefix|auto_map"
-    r"|tie_\w+|is_decoder|is_encoder_decoder|add_cross_attention|cross_attention.*|chunk_size.*"
-    r"|.*chunk_size|use_mamba.*|use_associative_scan|time_step_(min|max|floor)|.*cache_dtype"
-    r"|num_logits_to_keep|scale_attn_by_inverse.*|reorder_and_upcast.*|summary_.*|.*kernels"
-    r"|attention_softmax_in_fp32|scale_attention_softmax_in_fp32|residual_in_fp32|mtp_.*|.*nextn.*"
-    r"|.*variance_scale|mlp_layer_types|moe_layers|layers_block_type|per_layer_config|\w*_implementation|use_bidirectional.*"
+    r"|.*bias|.*qk_(layer)?norm|use_qk_norm|qk_layernorm|tie_\w+|time_step_(min|max|floor)"
+    r"|(?!rope_interleave).*rope.*|.*rotary.*|.*sliding_window.*|max_window_layers|layer_types"
+    r"|max_(position|seq).*|.*variance_scale|mlp_layer_types|moe_layers|layers_block_type"
+    r"|per_layer_config|use_bidirectional.*"
 )
+HARMLESS = re.compile(f"{UNUSED}|{SHOWN}")
 # what follows from settings that mlx-lm does read
 IMPLIED: dict[str, Callable[[Reference], Any]] = {
     "moe_layers": lambda c: list(
@@ -72,6 +70,25 @@ DIFFERENCES = {
         reason="transformers raises time steps to time_step_min, mlx-lm follows time_step_limit",
         applies=lambda reference: reference.time_step_min > reference.time_step_limit[0],
     ),
+    "falcon_h1": Difference(
+        reason="its biases are not multiplied",
+        wrong=True,
+        applies=lambda reference: (
+            (reference.mlp_bias or reference.mamba_proj_bias or reference.attention_bias)
+            and {1.0}
+            != {
+                reference.attention_out_multiplier,
+                reference.ssm_out_multiplier,
+                *reference.mlp_multipliers,
+                *reference.ssm_multipliers,
+            }
+        ),
+    ),
+    "phimoe": Difference(
+        reason="transformers takes two experts for each token, whatever num_experts_per_tok says",
+        wrong=True,
+        applies=lambda reference: reference.num_experts_per_tok != 2,
+    ),
     "jamba": Difference(
         reason="it normalizes the weights of the chosen experts",
         wrong=True,
@@ -94,12 +111,16 @@ def check_function(path: Path, model: nn.Module, config: dict[str, Any]) -> list
     Raises:
         CheckpointError: when it computes something else.
     """
-    reference = text_reference(reference_config(config))
+    _check_runs(path, model, config["model_type"])
+    reading = read_as_transformers(config)
+    reference = text_reference(reading.reference)
     text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     settings = {**text, **({} if reference is None else reference.to_dict())}
+    _check_general(path, settings, reference)
     notes = check_rotary(path, model, rope_parameters(text, reference), settings)
     if reference is None:
-        return notes
+        note = "transformers does not read this config.json ({}): what it says was not compared"
+        return notes + [note.format(reading.reason)] * bool(reading.reason)
     kind = reference.model_type
     known = DIFFERENCES.get(kind)
     if known and known.applies(reference):
@@ -110,6 +131,41 @@ def check_function(path: Path, model: nn.Module, config: dict[str, Any]) -> list
             )
         notes.append(f"mlx-lm's {kind} differs slightly from the original: {known.reason}")
     return notes + _unread_keys(path, model, settings, reference) + _windows(model, reference)
+
+
+def _check_runs(path: Path, model: nn.Module, kind: str) -> None:
+    """Refuse settings that mlx-lm's code fails on; nothing is evaluated."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    if EVALUATES.search(_source(model)):
+        return
+    try:
+        model(mx.zeros((1, 2), mx.int32), cache=make_prompt_cache(model))
+    except RuntimeError:
+        return  # a kernel that another machine may have
+    except Exception as exc:  # of mlx-lm's code, which meets what it does not expect
+        raise CheckpointError(
+            f"{path}: mlx-lm's {kind} does not run with the settings of config.json: "
+            f"{type(exc).__name__}: {one_line(exc)}"
+        ) from exc
+
+
+def _check_general(path: Path, settings: Table, reference: Reference) -> None:
+    """Refuse what no class of mlx-lm does, and rotary embeddings without a base."""
+    causal = {"use_bidirectional_attention": (None, False, "vision"), "is_causal": (None, True)}
+    for key, allowed in causal.items():
+        if settings.get(key) not in allowed:
+            raise CheckpointError(
+                f"{path}: config.json has {key} {settings[key]!r:.60}, but mlx-lm's models attend "
+                "to earlier tokens alone: its output would be wrong"
+            )
+    tables = getattr(reference, "rope_parameters", None) or {}
+    nested = [table for table in tables.values() if isinstance(table, dict)]
+    for table in nested or [tables] * bool(tables):
+        if table.get("rope_theta") is None:
+            raise CheckpointError(
+                f"{path}: config.json: rotary embeddings {table}: expected a rope_theta"
+            )
 
 
 def _unread_keys(

@@ -25,7 +25,7 @@ CONSTANT = re.compile(
 FURTHER = re.compile(r"(^|\.)(mtp|eh_proj|enorm|hnorm|nextn|shared_head)[._]|(^|\.)mtp_")
 # parts that read images and sounds
 OTHER_INPUT = re.compile(
-    r"vision|visual|image|video|audio|multi_modal|multimodal|mm_projector|(^|\.)embed_vision"
+    r"vision|visual|image|video|audio|multi_modal|multimodal|mm_projector|(^|\.)(embed_vision|patch_merge)"
 )
 LAYER = re.compile(r"layers\.(\d+)\.")
 HEAD = re.compile(r"(^|.*\.)lm_head\.weight$")

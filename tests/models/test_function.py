@@ -1,0 +1,104 @@
+"""What mlx-lm's model computes is what config.json asks for, or the checkpoint is refused."""
+
+import mlx.core as mx
+import pytest
+import tiny
+
+from splitquant_mlx import Recipe, convert
+from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.models.architecture import build_model
+from splitquant_mlx.models.checkpoint import open_checkpoint
+from splitquant_mlx.models.config_forms import normalize
+from splitquant_mlx.models.folded import fold_multipliers
+from splitquant_mlx.models.function import check_function
+from splitquant_mlx.models.loader import load_model
+
+GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": tiny.VOCAB}
+DEEPSEEK = {
+    "model_type": "deepseek_v3", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 96,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16, "v_head_dim": 16, "q_lora_rank": 16, "kv_lora_rank": 16,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "intermediate_size": 64, "moe_intermediate_size": 64,
+}  # fmt: skip
+PHIMOE = {
+    "model_type": "phimoe", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 96,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 64,
+    "num_local_experts": 4, "sliding_window": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "message"),
+    [
+        ("llama", {"is_causal": False}, "is_causal False"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        ("gemma3_text", {"layer_types": ["full_attention"]}, "1 layer_types.* 2 layers"),
+        ("gemma2", {"attn_logit_softcapping": None}, "gemma2 does not run with the settings"),
+        ("llama", {"rope_parameters": [1, 2]}, r"rope_parameters \[1, 2\]"),
+        ("llama", {"rope_parameters": {"rope_theta": None}}, "expected a rope_theta"),
+        ("llama", {"hidden_act": "gelu", "bos_token_id": "first"}, "hidden_act 'gelu'"),
+        ("llama", {"rms_norm_eps": 1}, "rms_norm_eps 1, which transformers does not take"),
+    ],
+)
+def test_a_setting_that_is_not_followed_is_refused(tmp_path, architecture, settings, message):
+    source = tiny.write_checkpoint(tmp_path / "source", architecture, rope_theta=..., **settings)
+    with pytest.raises(CheckpointError, match=message):
+        convert(source, tmp_path / "out", recipe=Recipe(method="rtn", bits=8))
+    with pytest.raises(CheckpointError, match=message):
+        load_model(source)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
+        (DEEPSEEK, {"rope_interleave": False}, "rope_interleave False"),
+        (PHIMOE, {"num_experts_per_tok": 1}, "takes two experts"),
+    ],
+    ids=lambda value: value.get("model_type", "") if isinstance(value, dict) else "",
+)
+def test_other_architectures_than_the_tiny_ones(tmp_path, config, settings, message):
+    def check(config):
+        both = normalize(tmp_path, config)
+        return check_function(tmp_path, build_model(tmp_path, both), both)
+
+    assert check(config) == []
+    with pytest.raises(CheckpointError, match=message):
+        check({**config, **settings})
+
+
+def test_what_could_not_be_compared_is_said(tmp_path):
+    """Code that comes with a checkpoint may read settings in another way than transformers."""
+    code = {"auto_map": {"AutoConfig": "configuration.Config"}}
+    source = tiny.write_checkpoint(tmp_path / "source", rms_norm_eps=1, **code)
+    (warning,) = open_checkpoint(source).warnings
+    assert "transformers does not read this config.json" in warning and "rms_norm_eps" in warning
+
+
+@pytest.mark.parametrize("word", [None, "nope", "rope"])
+def test_granite_rotates_only_where_it_says_so(tmp_path, word):
+    """transformers 5 writes null where Granite's own checkpoints have "nope"."""
+    config = {"model_type": "granitemoehybrid", "position_embedding_type": word}
+    found = normalize(tmp_path, config)["position_embedding_type"]
+    assert found == (word or "nope")
+
+
+def test_factors_that_mlx_lm_leaves_out_are_in_the_weights():
+    ones = mx.ones((2, 2))
+    layer = "model.layers.0.self_attn"
+    tensors = {f"{layer}.{leaf}_proj.weight": ones for leaf in "qkvo"}
+    tensors["model.layers.0.mamba.conv1d.weight"] = mx.ones((4, 1, 3))
+    config = {"model_type": "falcon_h1", "key_multiplier": 0.5, "attention_in_multiplier": 3.0}
+    found = fold_multipliers(tensors, config)
+    means = {name: array.mean().item() for name, array in found.items()}
+    assert [means[f"{layer}.{leaf}_proj.weight"] for leaf in "qkvo"] == [1, 0.5, 3, 1]
+    folded = {**tensors, "model.layers.0.mamba.conv1d.weight": mx.ones((4, 3, 1))}
+    assert all(mx.array_equal(w, folded[n]) for n, w in fold_multipliers(folded, config).items())
+
+    tensors = {"model.norm.weight": ones, "model.layers.0.norm.weight": ones}
+    config = {"model_type": "minicpm3", "dim_model_base": 256, "hidden_size": 512}
+    for tied, mean in ((True, 0.5), (False, 1)):
+        found = fold_multipliers(tensors, {**config, "tie_word_embeddings": tied})
+        assert found["model.norm.weight"].mean().item() == mean
+        assert found["model.layers.0.norm.weight"].mean().item() == 1
