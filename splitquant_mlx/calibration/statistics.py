@@ -46,6 +46,11 @@ class InputStatistics:
     means: Mapping[str, "Mean"]
     rare: Mapping[str, list[int]]
 
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that the statistics fill, those that layers share once."""
+        return sum({id(mean): mean.nbytes for mean in self.means.values()}.values())
+
 
 def iterate_blocks(
     model: nn.Module, tokens: np.ndarray, statistics: Mapping[str, Statistic]
@@ -66,18 +71,24 @@ def iterate_blocks(
     run = start_pass(model, tokens)
     prefixes = run.prefixes
     for index, prefix in enumerate(prefixes):
-        own = below(prefix, statistics)
-        sums = _Sums(own)
-        with tapped(run.blocks[index], list(own)) as taps:
-            run.advance(index, lambda sums=sums, taps=taps: sums.add(taps))
-        run.release(index)
-        yield sums.result(prefix, tokens.size)
+        yield _block_statistics(run, index, prefix, below(prefix, statistics), tokens.size)
     outer = {
         path: statistic
         for path, statistic in statistics.items()
         if not path.startswith(tuple(prefixes))
     }
     yield outer_statistics(run, outer, tokens.size)
+
+
+def _block_statistics(
+    run: Pass, index: int, prefix: str, statistics: Mapping[str, Statistic], tokens: int
+) -> InputStatistics:
+    """Run block `index`, free its weights, and return what its layers were fed."""
+    sums = _Sums(statistics)
+    with tapped(run.blocks[index], list(statistics)) as taps:
+        run.advance(index, lambda: sums.add(taps))
+    run.release(index)
+    return sums.result(prefix, tokens)
 
 
 def outer_statistics(
@@ -156,6 +167,11 @@ class ExpertMeans:
         self._counts = np.zeros(experts, np.int64)
         self._sums: np.ndarray | None = None
         self._overall: np.ndarray | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that the sums fill."""
+        return 0 if self._sums is None else self._sums.nbytes
 
     @property
     def rare(self) -> list[int]:

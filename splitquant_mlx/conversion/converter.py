@@ -30,6 +30,7 @@ from splitquant_mlx.progress import Progress
 from splitquant_mlx.runtime.blas import one_thread_for_numpy
 
 FLOAT_TYPES = tuple(FLOATS.values())
+SIDE_BY_SIDE_BYTES = 2 << 30  # of the statistics of a block that waits for the next one's
 
 
 class Converter:
@@ -39,7 +40,8 @@ class Converter:
     meanwhile: on the CPU all of them, so that one block is calibrated while the one before it is
     quantized; beside a GPU those whose quantizer computes with numpy, while the GPU runs the next
     block. What a GPU quantizes it does in this thread, one weight at a time. At most one block's
-    weights wait, without calibration two more large ones than are being worked on.
+    weights wait, without calibration two more large ones than are being worked on. A block whose
+    statistics are large, such as the Hessians of a hundred experts, is finished before the next.
 
     What the conversion's state holds already is not done again.
     """
@@ -74,8 +76,8 @@ class Converter:
         self._limit = self._threads + 1 if on_cpu else 1
         total = sum(array.nbytes for array in self.checkpoint.weights.values())
         waiting: deque[tuple[str, float, Callable[[], Converted]]] = deque()
-        if done := len(self.state.records):
-            progress.note(f"Resuming: {done} of {len(self.plan.layers)} layers done")
+        if resumed := len(self.state.records):
+            progress.note(f"Resuming: {resumed} of {len(self.plan.layers)} layers done")
         large = 0  # norms and biases would fill the queue while a core has nothing to do
         with (
             progress.task(label, total) as advance,
@@ -87,13 +89,14 @@ class Converter:
                 if self.state.is_done(name, layer):
                     del self.checkpoint.weights[name]
                     advance(nbytes)
-                    continue
-                w = self._read(name)
-                apart = on_cpu or (layer is not None and uses_cpu(layer.quantizer))
-                work = partial(self._convert, name, w, inputs, on_cpu=apart)
-                waiting.append((name, nbytes, submit(work).result if apart else work))
-                large += layer is not None
-                del w, work, inputs
+                else:
+                    work = partial(self._convert, name, self._read(name), inputs)
+                    apart = on_cpu or (layer is not None and uses_cpu(layer.quantizer))
+                    done = submit(partial(work, on_cpu=True)).result if apart else work
+                    waiting.append((name, nbytes, done))
+                    large += layer is not None
+                    del work, done
+                del inputs
                 while large > self._limit:
                     large -= self.plan.layer_of(waiting[0][0]) is not None
                     advance(self._finish(*waiting.popleft()))
@@ -111,7 +114,7 @@ class Converter:
         if calibration is None:
             yield from ((name, None) for name in left)
             return
-        blocks = iter(calibration)
+        blocks, limit = iter(calibration), self._limit
         while True:
             with self.state.timed("calibrate"):
                 block = next(blocks, None)
@@ -120,9 +123,12 @@ class Converter:
             names = [name for name in left if name.startswith(block.prefix)]
             left = [name for name in left if not name.startswith(block.prefix)]
             planned = sum(self.plan.layer_of(name) is not None for name in names)
-            self._limit = max(self._limit, planned)
+            self._limit = limit = max(limit, planned)
             self._rare |= block.rare
-            yield from ((name, block.means.get(name.removesuffix(".weight"))) for name in names)
+            for name in names:
+                if name == names[-1] and block.nbytes > SIDE_BY_SIDE_BYTES:
+                    self._limit = 0
+                yield name, block.means.get(name.removesuffix(".weight"))
             del block  # before the next one is run
 
     def _read(self, name: str) -> mx.array:
@@ -137,7 +143,9 @@ class Converter:
                 ) from exc
         return w
 
-    def _convert(self, name: str, w: mx.array, inputs: Mean | None, *, on_cpu: bool) -> Converted:
+    def _convert(
+        self, name: str, w: mx.array, inputs: Mean | None, *, on_cpu: bool = False
+    ) -> Converted:
         try:
             with mx.stream(mx.cpu) if on_cpu else nullcontext():
                 if layer := self.plan.layer_of(name):

@@ -1,6 +1,9 @@
 """Stacks of experts of many architectures through every method."""
 
 import json
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +16,8 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from splitquant_mlx import Recipe, convert, load
+from splitquant_mlx.calibration.statistics import ExpertMeans, iterate_blocks
+from splitquant_mlx.conversion import converter, pipeline
 from splitquant_mlx.models.architecture import build_model
 from splitquant_mlx.models.config_forms import normalize
 from splitquant_mlx.nn.model_file import QuantizedSplitSwitchLinear
@@ -87,6 +92,37 @@ def test_experts_go_through_every_method(source, tmp_path, method):
     refined = manifest.refinement
     assert (method == "refine") == bool(refined)
     assert not refined or refined["after"] <= refined["before"]
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 40])
+def test_large_statistics_of_a_block_are_gone_when_the_next_is_run(tmp_path, monkeypatch, limit):
+    left = []
+
+    def watched(*args):
+        seen = []
+        for block in iterate_blocks(*args):
+            seen += [weakref.ref(x) for x in block.means.values() if isinstance(x, ExpertMeans)]
+            yield block
+            del block
+            left.append(sum(mean() is not None for mean in seen))
+
+    monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(pipeline, "iterate_blocks", watched)
+    monkeypatch.setattr(converter, "SIDE_BY_SIDE_BYTES", limit)
+    # threads that are still busy hold what they were given
+    monkeypatch.setattr(converter, "_threads", lambda number: Slow(number))
+    source = tiny.write_checkpoint(tmp_path / "source", "qwen3_moe")
+    convert(source, tmp_path / "target", recipe=RECIPES["gptq"])
+    assert (max(left) == 0) == (limit == 0)
+
+
+class Slow(ThreadPoolExecutor):
+    def submit(self, work, *args):
+        def later():
+            time.sleep(0.05)
+            return work()
+
+        return super().submit(later)
 
 
 @pytest.mark.parametrize("bias", [False, True])
