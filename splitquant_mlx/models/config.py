@@ -91,10 +91,14 @@ def check_config(path: Path, config: dict[str, Any], tensors: int) -> None:
         _check_layer_types(path, table)
         for key, value in table.items() if isinstance(table, dict) else ():
             if key in SIZES and isinstance(value, (str, int, float)):
-                if type(value) is not int or value < 0:
+                if type(value) is not int or value < 0 or (key == "head_dim" and not value):
                     raise CheckpointError(
                         f"{path}: config.json: {key} is {value!r}, wanted a whole number"
                     )
+            if isinstance(value, float) and not math.isfinite(value):
+                raise CheckpointError(
+                    f"{path}: config.json: {key} is {value}, wanted a finite number"
+                )
             counted = COUNTS.fullmatch(key)
             if counted and isinstance(value, int):
                 limit = max(tensors, MAX_EXPERTS if counted[1] == "experts" else 0)

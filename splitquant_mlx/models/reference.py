@@ -11,12 +11,14 @@ from typing import Any
 
 from splitquant_mlx.errors import one_line
 
+# the types of the weights are those of the files; transformers takes no other than torch's
+DTYPES = ("torch_dtype", "dtype")
 NOT_SETTINGS = ("quantization", "quantization_config", "splitquant", "model_file", "auto_map")
 FIELD = re.compile(r"alidation error for field '(\w+)'")
 # for training, for generation, or for the caller of transformers
 UNUSED = (
     r".*dropout.*|.*pdrop|.*drop_rate|initializer.*|init_\w+|.*_init|.*init_std|rescale_prenorm.*"
-    r"|.*token_id|.*token_ids|.*_token_index|.*loss.*|.*jitter.*|output_.*|return_.*|use_cache"
+    r"|(?!eos).*token_id|.*token_ids|.*_token_index|.*loss.*|.*jitter.*|output_.*|return_.*|use_cache"
     r"|cache_implementation|pretraining_tp|gradient.*|torch_dtype|dtype|architectures|model_type"
     r"|problem_type|id2label|label2id|.*_version|_name_or_path|tokenizer_class|prefix|auto_map"
     r"|is_decoder|is_encoder_decoder|add_cross_attention|cross_attention.*|chunk_size.*"
@@ -52,7 +54,7 @@ def read_as_transformers(config: Mapping[str, Any]) -> Reading:
         return Reading(reference=None)
     tables = [config, *(t for t in (config.get("text_config"),) if isinstance(t, dict))]
     while True:
-        given = {k: v for k, v in config.items() if k not in (*NOT_SETTINGS, *refused)}
+        given = {k: v for k, v in config.items() if k not in (*NOT_SETTINGS, *DTYPES, *refused)}
         if len(tables) > 1:
             given["text_config"] = {k: v for k, v in tables[1].items() if k not in refused}
         try:

@@ -21,6 +21,10 @@ DEEPSEEK = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
     "intermediate_size": 64, "moe_intermediate_size": 64,
 }  # fmt: skip
+MAMBA2 = {
+    "model_type": "mamba2", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 96,
+    "num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "expand": 2,
+}  # fmt: skip
 PHIMOE = {
     "model_type": "phimoe", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 96,
     "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 64,
@@ -38,6 +42,9 @@ PHIMOE = {
         ("llama", {"rope_parameters": [1, 2]}, r"rope_parameters \[1, 2\]"),
         ("llama", {"rope_parameters": {"rope_theta": None}}, "expected a rope_theta"),
         ("llama", {"hidden_act": "gelu", "bos_token_id": "first"}, "hidden_act 'gelu'"),
+        ("llama", {"rms_norm_eps": float("inf")}, "rms_norm_eps is inf, wanted a finite number"),
+        ("llama", {"head_dim": 0}, "head_dim is 0"),
+        ("llama", {"eos_token_id": "2"}, "eos_token_id '2'"),
         ("llama", {"rms_norm_eps": 1}, "rms_norm_eps 1, which transformers does not take"),
     ],
 )
@@ -55,6 +62,7 @@ def test_a_setting_that_is_not_followed_is_refused(tmp_path, architecture, setti
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
         (DEEPSEEK, {"rope_interleave": False}, "rope_interleave False"),
         (PHIMOE, {"num_experts_per_tok": 1}, "takes two experts"),
+        (MAMBA2, {"layer_norm_epsilon": 1e-2}, "an epsilon of their own"),
     ],
     ids=lambda value: value.get("model_type", "") if isinstance(value, dict) else "",
 )

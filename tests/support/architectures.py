@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from architecture_settings import SETTINGS
 from architecture_variants import (
     ALONE,
     BASE,
@@ -59,7 +60,7 @@ def variants() -> list[Variant]:
     """Return all that is compared."""
     names = [name for name in architectures() if name not in LEFT_OUT]
     found = [Variant(architecture=name) for name in names]
-    return found + [Variant(**more) for more in VARIANTS]
+    return found + [Variant(**more) for more in (*VARIANTS, *SETTINGS)]
 
 
 def architectures() -> list[str]:
