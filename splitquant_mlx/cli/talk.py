@@ -159,9 +159,8 @@ class Talk:
     def _load(self, file: str) -> None:
         if not file:
             raise RecipeError("/load FILE: say which file")
-        self._conversation.messages = load_messages(Path(file).expanduser())
-        self._conversation.tokens = 0
-        note(f"Loaded {len(self._conversation.messages)} messages from {file}")
+        self._conversation.replace(load_messages(Path(file).expanduser()))
+        note(f"Loaded {len(self._conversation.messages)} messages from {file}, {self._used()}")
 
     def _set(self, rest: str) -> None:
         name, _, value = rest.partition(" ")

@@ -172,6 +172,11 @@ class Conversation:
         said = self.messages[self.system_prompt is not None :]
         self.messages = [{"role": "system", "content": text}] * (text is not None) + said
 
+    def replace(self, messages: Sequence[Message]) -> None:
+        """Go on from other messages. Raises CheckpointError when the template refuses them."""
+        tokens = len(encode(self._tokenizer, messages)) if messages else 0
+        self.messages, self.tokens = list(messages), tokens
+
     def reset(self) -> None:
         """Forget all messages but the system prompt."""
         self.messages = self.messages[: self.system_prompt is not None]

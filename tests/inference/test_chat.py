@@ -1,8 +1,5 @@
-import os
-import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
@@ -283,90 +280,6 @@ def test_piped_lines_are_answered(split_stories, loaded):
     assert "context 512 tokens" in result.stderr
 
 
-class Terminal:
-    """Run a command in a terminal of its own, where Ctrl-C and Ctrl-D are what they are."""
-
-    TAKE_IT = (
-        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
-        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    )
-
-    def __init__(self, *arguments: str, **environment: str) -> None:
-        self._end, inside = os.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", self.TAKE_IT, *arguments],
-            stdin=inside,
-            stdout=inside,
-            stderr=inside,
-            start_new_session=True,
-            env={**os.environ, "TERM": "xterm", **environment},
-        )
-        os.close(inside)
-        os.set_blocking(self._end, False)
-        self._unread = ""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.process.kill()
-        self.process.wait()
-        os.close(self._end)
-
-    def type(self, keys: str) -> None:
-        os.write(self._end, keys.encode())
-
-    def read_until(self, text: str, within_s: float = 90) -> str:
-        """Return the output up to `text`."""
-        deadline = time.monotonic() + within_s
-        while text not in self._unread:
-            assert time.monotonic() < deadline, f"no {text!r} in {self._unread!r}"
-            try:
-                self._unread += os.read(self._end, 65536).decode(errors="replace")
-            except OSError:  # nothing there yet, or nobody there any more
-                time.sleep(0.02)
-        found, _, self._unread = self._unread.partition(text)
-        return found
-
-
-@pytest.fixture
-def terminal(split_stories, tmp_path):
-    command = [*COMMAND[1:], "--model", str(split_stories), "-m", "-1"]
-    with Terminal(*command, NO_COLOR="1", SPLITQUANT_CACHE=str(tmp_path)) as terminal:
-        header = terminal.read_until("you>")
-        assert "context 512 tokens" in header and "bits/weight" in header
-        assert "/help" in header
-        yield terminal
-
-
-def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal):
-    for _ in range(2):
-        terminal.type(f"{STORY}\r")
-        terminal.read_until("model> ")
-        terminal.read_until("he")
-        terminal.type("\x03")
-        answer = terminal.read_until(" / 512")
-        assert "tokens-per-sec, context" in answer and "^C" not in answer
-        terminal.read_until("you>")
-    terminal.type("\x03")
-    terminal.read_until("Ctrl-C again")
-    terminal.read_until("you>")
-    terminal.type("/what\r")
-    terminal.read_until("unknown command /what")
-    terminal.read_until("you>")
-    terminal.type("\x03")
-    terminal.read_until("Ctrl-C again")
-    terminal.type("\x03")
-    assert terminal.process.wait(timeout=10) == 0
-
-
-@pytest.mark.robustness
-def test_the_history_of_a_session_is_there_in_the_next(terminal, tmp_path):
-    terminal.type("/context\r")
-    terminal.read_until("context 0 / 512")
-    assert "+/context" in (tmp_path / "chat_history").read_text()
-
-
 def test_ctrl_c_before_the_warning_is_out_leaves(split_stories, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
@@ -437,14 +350,3 @@ def test_a_conversation_is_saved_and_loaded(tmp_path):
 def test_sampling_is_what_the_model_recommends(tmp_path, content, expected):
     (tmp_path / "generation_config.json").write_text(content)
     assert recommended_sampling(tmp_path) == expected
-
-
-def test_ctrl_d_leaves(terminal):
-    terminal.type("\x04")
-    assert terminal.process.wait(timeout=10) == 0
-
-
-@pytest.mark.robustness
-def test_a_terminated_chat_ends(terminal):
-    terminal.process.terminate()
-    assert terminal.process.wait(timeout=10) == -signal.SIGTERM
