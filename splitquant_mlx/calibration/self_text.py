@@ -61,7 +61,9 @@ def sample_tokens(
     steps = -(-len(prompts) // BATCH_TEXTS) * (length - 1)
     done = _restore(unfinished, tokens)
     with progress.task("Sampling text", steps) as advance:
-        advance(done)
+        if done:
+            progress.note(f"Resuming: {done} of {steps} steps done")
+            advance(done)
         saved_s = time.monotonic()
         for batch in range(done // (length - 1), -(-len(prompts) // BATCH_TEXTS)):
             own = slice(batch * BATCH_TEXTS, (batch + 1) * BATCH_TEXTS)

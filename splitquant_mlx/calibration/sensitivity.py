@@ -71,7 +71,8 @@ def predict_divergence(
     run = start_pass(model, tokens)
     prefixes = run.prefixes
     outer = [path for path in options if not path.startswith(tuple(prefixes))]
-    with progress.task("Measuring sensitivities", 2 * len(prefixes) + 1) as advance:
+    steps = 2 * len(prefixes) + 1
+    with progress.task("Measuring sensitivities", steps) as advance:
         found, gradients, left = _resumed(unfinished, len(prefixes))
         if not gradients:
             _go_forward(run, unfinished, advance)
@@ -79,7 +80,8 @@ def predict_divergence(
             _save(unfinished, found, gradients, left)
             advance(1)
         else:
-            advance(2 * len(prefixes) + 1 - left)
+            progress.note(f"Resuming: {steps - left} of {steps} steps done")
+            advance(steps - left)
         run.restore(load())
         for index in reversed(range(left)):
             run.states = unfinished.arrays(f"states-{index}") or []

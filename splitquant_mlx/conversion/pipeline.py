@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
@@ -136,6 +136,7 @@ class Job:
         staging: directory in the place of the target until all is there.
         progress: progress reporter.
         max_shard_bytes: largest safetensors file to write, bytes.
+        seconds: of the stages before the first weight is written.
     """
 
     original: LazyModel
@@ -143,6 +144,14 @@ class Job:
     staging: Path
     progress: Progress
     max_shard_bytes: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds of the block to those of `stage`."""
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
     @property
     def output(self) -> Path:
@@ -153,7 +162,8 @@ class Job:
         """Return the recipe with bits and group size of every layer, where "auto" has to choose."""
         if recipe.method != "auto":
             return recipe
-        forecast = choose_bits(self.original, recipe, self.progress, self.max_shard_bytes)
+        with self.timed("choose bits"):
+            forecast = choose_bits(self.original, recipe, self.progress, self.max_shard_bytes)
         if on_forecast:
             on_forecast(forecast)
         return forecast.recipe
@@ -163,9 +173,12 @@ class Job:
         settings = recipe.calibration or Calibration()
         tokens = training = None
         if _statistics(plan) or recipe.method in LEARNED:
-            tokens = calibration_tokens(self.original, settings, self.progress)
+            with self.timed("sample text"):
+                tokens = calibration_tokens(self.original, settings, self.progress)
         if recipe.refine:
-            training = calibration_tokens(self.original, training_texts(settings), self.progress)
+            more = training_texts(settings)
+            with self.timed("sample text"):
+                training = calibration_tokens(self.original, more, self.progress)
             require_texts(training)
         return tokens, training
 
@@ -189,6 +202,8 @@ class Job:
             ShardWriter(self.output, list(tensors), self.max_shard_bytes) as writer,
         ):
             state = ConversionState(journal, writer)
+            for stage, seconds in self.seconds.items():
+                state.seconds[stage] = state.seconds.get(stage, 0.0) + seconds
             require_space(self.staging, stored_bytes - writer.total_bytes)
             copy_companions(self.original.path, self.output)
             converter = Converter(checkpoint, plan, writer, state)

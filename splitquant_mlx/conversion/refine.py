@@ -117,7 +117,9 @@ def refine(
     with progress.task("Refining", len(batches) + 2 * len(held_out)) as advance:
         before = _mean(divergence, held_out, advance)
         first, saved_s = _resume(unfinished, model, optimizer), time.monotonic()
-        advance(first)
+        if first:
+            progress.note(f"Resuming: {first} of {len(batches)} steps done")
+            advance(first)
         for number in range(first, len(batches)):
             _, gradients = step(batches[number])
             optimizer.update(model, gradients)

@@ -278,6 +278,7 @@ def test_sensitivities_go_on_where_they_were_interrupted(stories, tmp_path):
     options = {path: [(3, 32), (4, 32)] for path in [*paths, "model.embed_tokens"]}
     tokens = np.arange(256, dtype=np.int32).reshape(4, 64)
     steps: list[int] = []
+    notes: list[str] = []
 
     class Interrupted(Silent):
         def __init__(self, after: int):
@@ -291,6 +292,9 @@ def test_sensitivities_go_on_where_they_were_interrupted(stories, tmp_path):
                     raise KeyboardInterrupt
 
             yield advance
+
+        def note(self, text):
+            notes.append(text)
 
     def predict(directory, after=1000):
         steps.clear()
@@ -310,6 +314,7 @@ def test_sensitivities_go_on_where_they_were_interrupted(stories, tmp_path):
             predict("interrupted", after)
     assert predict("interrupted") == whole
     assert steps[0] == 8
+    assert notes == ["Resuming: 6 of 11 steps done", "Resuming: 8 of 11 steps done"]
     assert not (tmp_path / "interrupted").exists()
 
 
