@@ -11,18 +11,15 @@ from splitquant_mlx.cli.options import (
     PUBLISHING,
     Device,
     JsonFile,
+    Original,
     Revision,
-    one_name,
+    one_original,
     start,
 )
 from splitquant_mlx.cli.settings import Given, settings_options
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.recipe import TARGETS, Calibration, Recipe, load_recipe, write_recipe
 
-Original = Annotated[
-    str | None,
-    typer.Argument(metavar="MODEL", help="Repo id, directory or .gguf file to convert."),
-]
 OriginalOption = Annotated[
     str | None,
     typer.Option("--model", "--hf-path", metavar="MODEL", help="The same, as an option."),
@@ -110,9 +107,7 @@ def convert(
 
     For the closest model at a given size take `--method auto`; for mlx_lm's plain 4-bit, `-q`.
     """
-    name = one_name(model, model_option)
-    if name is None:
-        raise RecipeError("what is to be converted? Give a directory, a .gguf file or a repo id")
+    name = one_original(model, model_option)
     chosen = _recipe(recipe, settings, calibration, plain=quantize, planned=plan is not None)
     console.check_json(json_file)
     if upload_repo is not None:

@@ -13,7 +13,7 @@ from splitquant_mlx.cli.console import (
     size,
     write_json,
 )
-from splitquant_mlx.cli.options import Device, JsonFile, start
+from splitquant_mlx.cli.options import Device, JsonFile, ModelOption, one_name, start
 
 BAR_WIDTH = 16
 
@@ -21,14 +21,17 @@ BAR_WIDTH = 16
 def demo(
     model: Annotated[
         str | None,
-        typer.Option(
-            help="Chat model to take instead of SmolLM2-135M-Instruct (135 M parameters)."
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Chat model to take instead of SmolLM2-135M-Instruct (135 M parameters).",
         ),
     ] = None,
+    model_option: ModelOption = None,
     json_file: JsonFile = None,
     device: Device = None,
 ) -> None:
     """Fetch a small real chat model, convert it plain, calibrated and split, and compare them."""
+    name = one_name(model, model_option)
     check_json(json_file)
     start(device)
     from splitquant_mlx.cli.progress import Bars
@@ -37,7 +40,7 @@ def demo(
     from splitquant_mlx.models.source import resolve
     from splitquant_mlx.runtime.cache import cache_directory
 
-    source = resolve(model) if model else fetch_demo_model(Bars())
+    source = resolve(name) if name else fetch_demo_model(Bars())
     home = cache_directory() / "demo"
     results = run_demo(source, home, Bars())
     if write_json(json_file, save_results(results, source.name, home)):

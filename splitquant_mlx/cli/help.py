@@ -11,6 +11,17 @@ EVERYWHERE = (
     ("-h, --help", "Show this."),
 )
 MOST_COLUMNS = 100
+# commands of mlx-lm, ollama, LM Studio and llama.cpp, and what they are here
+ELSEWHERE = {
+    **dict.fromkeys(("list", "ls", "ps"), "models"),
+    **dict.fromkeys(("info", "show"), "inspect"),
+    **dict.fromkeys(("pull", "download", "get", "create", "quantize", "import"), "convert"),
+    **dict.fromkeys(("server", "start"), "serve"),
+    **dict.fromkeys(("evaluate", "perplexity", "ppl"), "eval"),
+    **dict.fromkeys(("benchmark", "speed"), "bench"),
+    **dict.fromkeys(("push", "share"), "upload"),
+    **dict.fromkeys(("check", "test"), "verify"),
+}
 NAMES_COLUMNS = 30
 
 
@@ -23,7 +34,19 @@ class Command(typer.core.TyperCommand):
 
 
 class Group(typer.core.TyperGroup):
-    """A group of commands whose help is `print_help`'s."""
+    """A group of commands whose help is `print_help`'s; it knows what others call its commands."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Find a command; `help` is --help, and for a name of another program ours is named."""
+        if args[0] == "help" and "help" not in self.commands:
+            name, command, _ = super().resolve_command(ctx, args[1:] or ["--help"])
+            return name, command, ["--help"]
+        try:
+            return super().resolve_command(ctx, args)
+        except typer.BadParameter.__mro__[1] as exc:
+            if (ours := ELSEWHERE.get(args[0])) in self.commands:
+                exc.message = f"there is no command {args[0]!r}: it is {ours!r} here"  # type: ignore[attr-defined]
+            raise
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help."""
@@ -37,8 +60,7 @@ def print_help(command: Any, ctx: Any) -> None:
 
     console = Console(highlight=False)
     console.width = min(console.width, MOST_COLUMNS)
-    pieces = " ".join(command.collect_usage_pieces(ctx))
-    console.print(f"[bold]Usage:[/] {escape(f'{ctx.command_path} {pieces}')}\n")
+    console.print(f"[bold]Usage:[/] {escape(f'{ctx.command_path} {_usage(command)}')}\n")
     console.print(escape(command.help or "") + "\n")
     panels: dict[str, list[tuple[str, str]]] = {COMMON: []}
     for name in getattr(command, "list_commands", lambda ctx: [])(ctx):
@@ -56,6 +78,17 @@ def print_help(command: Any, ctx: Any) -> None:
             console.print(_panel(title, rows))
     if command.epilog:
         console.print(escape(command.epilog))
+
+
+def _usage(command: Any) -> str:
+    """Return what follows the command's name: arguments that may be left out in brackets."""
+    pieces = ["[OPTIONS]"]
+    for parameter in command.params:
+        if parameter.param_type_name == "argument":
+            name = _names(parameter)
+            optional = not parameter.required and not name.startswith("[")
+            pieces.append(f"[{name}]" if optional else name)
+    return " ".join(pieces) + (" COMMAND" if hasattr(command, "commands") else "")
 
 
 def _panel(title: str, rows: list[tuple[str, str]]) -> Any:

@@ -29,8 +29,9 @@ ModelArgument = Annotated[
 ModelOption = Annotated[
     str | None, typer.Option("--model", metavar="MODEL", help="The same, as an option.")
 ]
-Model = Annotated[
-    str, typer.Option(help="Directory, .gguf file or Hugging Face repo id of the model.")
+Original = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="Repo id, directory or .gguf file to convert."),
 ]
 Revision = Annotated[
     str | None,
@@ -116,6 +117,13 @@ def one_name(argument: str | None, option: str | None) -> str | None:
     return named
 
 
+def one_original(argument: str | None, option: str | None) -> str:
+    """Return the model to convert. Raises RecipeError when none is named; see `one_name`."""
+    if (name := one_name(argument, option)) is None:
+        raise RecipeError("what is to be converted? Give a directory, a .gguf file or a repo id")
+    return name
+
+
 def _exists(name: str) -> bool:
     try:
         return Path(name).expanduser().exists()
@@ -146,12 +154,3 @@ def choose_model(argument: str | None, option: str | None = None) -> str:
         "there is no converted model here: convert one first with `splitquant-mlx convert "
         "MODEL`, or name one"
     )
-
-
-def check_model(model: str) -> None:
-    """Refuse the default model where nothing was converted yet, rather than ask the hub for it."""
-    if model == DEFAULT_MODEL and not Path(model).exists():
-        raise SourceError(
-            f"there is no {model} here: convert a model first with `splitquant-mlx convert "
-            "MODEL`, or name one with --model"
-        )

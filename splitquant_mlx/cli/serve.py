@@ -13,6 +13,9 @@ import typer
 from splitquant_mlx.cli import interrupt
 from splitquant_mlx.cli.launched import join
 from splitquant_mlx.cli.options import (
+    CACHE,
+    LOADING,
+    SAMPLING,
     Device,
     ModelArgument,
     ModelOption,
@@ -21,6 +24,21 @@ from splitquant_mlx.cli.options import (
     start,
 )
 from splitquant_mlx.inference.settings import ServeSettings
+
+LIMITS = (
+    "max_request_bytes max_prompt_tokens max_tokens_limit max_concurrent request_timeout"
+).split()
+PANELS = {
+    "Limits": LIMITS,
+    SAMPLING: ("max_tokens", "temp", "top_p", "top_k", "min_p"),
+    LOADING: ("adapter_path", "draft_model", "num_draft_tokens", "pipeline"),
+    "Chat template": ("chat_template", "chat_template_args"),
+    "Batches": ("decode_concurrency", "prompt_concurrency", "prefill_step_size"),
+    CACHE: (
+        *("prompt_cache_size", "prompt_cache_bytes"),
+        *("kv_bits", "kv_group_size", "quantized_kv_start"),
+    ),
+}
 
 
 def _offer_settings(command: Any) -> Any:
@@ -32,7 +50,8 @@ def _offer_settings(command: Any) -> Any:
         kind, text = get_args(hints[field.name])
         kind = list[str] if field.default == () else kind
         variable = "SPLITQUANT_API_KEY" if field.name == "api_key" else None
-        option = Annotated[kind, typer.Option(help=text, envvar=variable)]
+        panel = next((title for title, names in PANELS.items() if field.name in names), None)
+        option = Annotated[kind, typer.Option(help=text, envvar=variable, rich_help_panel=panel)]
         kind_of = inspect.Parameter.KEYWORD_ONLY
         options.append(
             inspect.Parameter(field.name, kind_of, default=field.default, annotation=option)

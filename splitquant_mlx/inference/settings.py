@@ -26,7 +26,7 @@ class ServeSettings:
     allowed_origins: Annotated[Names, "Origin whose web pages may use the server; * for all."] = ()
     served_model_name: Annotated[Names, "Name of the model for clients, besides its own."] = ()
     max_request_bytes: Annotated[int, "Largest body of a request."] = 4 * 2**20
-    max_prompt_tokens: Annotated[int | None, "Longest prompt; None is the model's context."] = None
+    max_prompt_tokens: Annotated[int | None, "Longest prompt; else the model's context."] = None
     max_tokens_limit: Annotated[int, "Longest answer, whatever a request asks for."] = 8192
     max_concurrent: Annotated[int, "Requests answered at a time; one more gets status 429."] = 16
     request_timeout: Annotated[float, "Seconds for a request to arrive and be read."] = 30.0

@@ -16,16 +16,20 @@ class Bench(Group):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put in the command that is left out."""
-        if args and args[0] not in (*self.commands, "-h", "--help"):
+        if args and args[0] not in (*self.commands, "help", "-h", "--help"):
             args = ["speed", *args]
         return super().parse_args(ctx, args)
 
 
 bench = typer.Typer(no_args_is_help=True)
-bench.command("speed", cls=Command)(speed)
 bench.command("trial", cls=Command, hidden=True)(trial)
-bench.command("convert", cls=Command)(convert)
-bench.command("kmeans", cls=Command)(kmeans)
-bench.command("memory", cls=Command)(memory)
-bench.command("calibrated", cls=Command)(calibrated)
-bench.command("make-checkpoint", cls=Command)(make_checkpoint)
+for name, command, example in (
+    ("speed", speed, "my-model --against my-other-model"),
+    ("convert", convert, "meta-llama/Llama-3.2-1B"),
+    ("kmeans", kmeans, "--dtype bfloat16"),
+    ("memory", memory, "--layers 16"),
+    ("calibrated", calibrated, "my-original"),
+    ("make-checkpoint", make_checkpoint, "llama-3.2-1b my-random-model"),
+):
+    epilog = f"Example: splitquant-mlx bench {name} {example}"
+    bench.command(name, cls=Command, epilog=epilog)(command)

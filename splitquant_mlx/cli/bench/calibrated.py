@@ -6,17 +6,19 @@ from typing import Annotated
 import typer
 
 from splitquant_mlx.cli.console import check_json, new_table, show, size, write_json
-from splitquant_mlx.cli.options import JsonFile, start
+from splitquant_mlx.cli.options import JsonFile, ModelOption, Original, one_original, start
 from splitquant_mlx.recipe import Recipe, load_recipe
 
 
 def calibrated(
-    model: Annotated[Path, typer.Option(help="A model directory.")],
+    model: Original = None,
+    model_option: ModelOption = None,
     recipe: Annotated[Path | None, typer.Option(help="A calibrated recipe; gptq without.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or gpu.")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Time a calibrated conversion against the products of matrices that it needs."""
+    name = one_original(model, model_option)
     check_json(json_file)
     chosen = load_recipe(recipe) if recipe else Recipe(method="gptq")
     start(device)
@@ -24,7 +26,7 @@ def calibrated(
     from splitquant_mlx.bench.calibrated import bench_calibrated
     from splitquant_mlx.cli.progress import Bars
 
-    found = bench_calibrated(model, Path.cwd(), recipe=chosen, progress=Bars())
+    found = bench_calibrated(Path(name), Path.cwd(), recipe=chosen, progress=Bars())
     if write_json(json_file, found):
         return
     table = new_table("stage", "time", "peak memory")

@@ -9,7 +9,7 @@ import typer
 
 from splitquant_mlx.cli.bench.output import named_shape
 from splitquant_mlx.cli.console import check_json, new_table, plain, show, size, write_json
-from splitquant_mlx.cli.options import JsonFile, start
+from splitquant_mlx.cli.options import JsonFile, ModelOption, Original, one_original, start
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.recipe import DTYPES
 
@@ -50,7 +50,8 @@ def make_checkpoint(
 
 
 def convert(
-    model: Annotated[Path, typer.Option(help="Model directory to convert.")],
+    model: Original = None,
+    model_option: ModelOption = None,
     trials: Annotated[int, typer.Option(help="Counted rounds, after one that is not.")] = 3,
     sklearn: Annotated[
         bool,
@@ -59,6 +60,7 @@ def convert(
     json_file: JsonFile = None,
 ) -> None:
     """Time our conversions and mlx_lm.convert's, in turns, and both ways to cluster."""
+    name = one_original(model, model_option)
     check_json(json_file)
     start(None)
 
@@ -69,14 +71,14 @@ def convert(
     from splitquant_mlx.models.source import resolve
 
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as scratch:
-        with as_directory(resolve(str(model)), Bars(), scratch=Path(scratch)) as directory:
+        with as_directory(resolve(name), Bars(), scratch=Path(scratch)) as directory:
             found = bench_convert(
                 directory, Path(scratch), trials=trials, sklearn=sklearn, progress=Bars()
             )
     found["kmeans"] = bench_kmeans()
     if write_json(json_file, found):
         return
-    table = new_table(plain(str(model)), "median", "slowest", "ratio", "peak memory")
+    table = new_table(plain(name), "median", "slowest", "ratio", "peak memory")
     for name, program in found["programs"].items():
         table.add_row(
             name,

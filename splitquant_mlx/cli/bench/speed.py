@@ -96,9 +96,14 @@ def _print(found: dict[str, Any]) -> None:
     for name, (key, form) in rows.items():
         table.add_row(name, *(form(model[key]) for model in found["models"]))
     show(table)
-    show(f"Memory: {found['peak_memory']}; {found['device']}.")
+    show(f"Memory: {found['peak_memory']}; computed on the {_device(found['device'])}.")
     for other in found["ratios"]:
         show(plain(f"{other['model']}: {_compared(other)} {other['against']}"))
+
+
+def _device(text: str) -> str:
+    """Return "CPU" for mlx's "Device(cpu, 0)"."""
+    return text.removeprefix("Device(").partition(",")[0].upper()
 
 
 def _compared(ratios: dict[str, Any]) -> str:
