@@ -40,6 +40,7 @@ def note(text: str) -> None:
     """Print a line that is no result, dim, on stderr."""
     if is_quiet():
         return
+    sys.stdout.flush()  # to keep their order where both go to one place
     if sys.stderr.isatty():
         stderr().print(text, style="dim", markup=False, soft_wrap=True)
     else:

@@ -28,7 +28,7 @@ def doctor(
     from splitquant_mlx.inspection.doctor import dispatch_ratio, self_check
 
     facts, checks = _facts(), self_check()
-    facts["k separate products"] = f"take {dispatch_ratio():.2f} x the time of one split layer"
+    facts["split layers"] = f"fused, {dispatch_ratio():.2f} x as fast as part by part"
     values = {"facts": facts, "checks": [dataclasses.asdict(c) | {"ok": c.passed} for c in checks]}
     if not console.write_json(json_file, values):
         table = new_table("", "largest difference", "limit", "")
@@ -86,7 +86,7 @@ def _login() -> str:
     """Tell whether there is a token, without asking the hub."""
     from huggingface_hub import get_token
 
-    return "token found" if get_token() else "none (hf auth login, for gated and own repos)"
+    return "token found" if get_token() else "none (hf auth login, for gated and private repos)"
 
 
 def _show_architectures(json_file: JsonFile) -> None:

@@ -120,6 +120,8 @@ def generate(
     answer, last = _answer(found, tokens, chosen, group, wordy)
     if not console.write_json(json_file, _values(name, answer, last)) and not wordy:
         print(printable(answer))
+    if last.finish_reason == "length" and not group.rank():
+        console.note(f"cut off at {last.generation_tokens} tokens (--max-tokens)")
 
 
 def _answer(
@@ -133,8 +135,6 @@ def _answer(
     with readable_errors(), connected(), redirect_stdout(Printable(sys.stdout)):  # type: ignore[arg-type]
         answer, last = _generate(found, tokens, decoding, group, wordy)
     settle(group, generation_stream)
-    if last.finish_reason == "length" and not group.rank():
-        console.note(f"cut off at {last.generation_tokens} tokens (--max-tokens)")
     return answer, last
 
 

@@ -23,9 +23,7 @@ from splitquant_mlx.errors import RecipeError
 WEIGHTS = "Weights"
 
 
-Layers = Annotated[
-    bool, typer.Option("--layers", help="One row a layer, rather than a kind of layer.")
-]
+Layers = Annotated[bool, typer.Option("--layers", help="One row per layer, not per kind of layer.")]
 OneLayer = Annotated[
     str | None,
     typer.Option(
@@ -162,7 +160,7 @@ def _print_layers(layers: Any, cuts: dict[str, tuple[float, ...]], *, each: bool
         table.add_column("cut points")
     for path, group in rows:
         first = group[0]
-        form = {"keep": "as it was", "quantize": "", "split": f"{first.clusters} x "}
+        form = {"keep": "not quantized", "quantize": "", "split": f"{first.clusters} x "}
         text = form[first.action]
         if first.bits is not None:
             text += f"{first.bits} bits "

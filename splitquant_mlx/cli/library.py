@@ -48,7 +48,7 @@ def models(
             bits = "" if model.bits_per_weight is None else f"{model.bits_per_weight:.2f}"
             written = time.strftime("%Y-%m-%d", time.localtime(model.modified))
             form = model.method or "original"
-            runs = "here" if model.needs_code else "mlx_lm, LM Studio"
+            runs = "here" if model.needs_code else model.runs_in
             table.add_row(plain(model.name), form, bits, size(model.nbytes), written, runs)
         show(table)
 
@@ -86,7 +86,7 @@ def cache(
 
 
 def _values(models: Any) -> list[dict[str, Any]]:
-    return [dataclasses.asdict(model) | {"runs_in": model.runs_in} for model in models]
+    return [dataclasses.asdict(model) for model in models]
 
 
 def _size(path: Path) -> int:

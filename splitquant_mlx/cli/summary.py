@@ -139,17 +139,17 @@ def _where_it_runs(manifest: Manifest, path: Path) -> list[str]:
     if any(layer.action == "split" for layer in manifest.layers):
         ratio = manifest.linear_bits_per_weight / 4.5
         return [
-            f"Linear layers take {ratio:.1f} x the bytes of plain 4-bit. Runs here, in mlx_lm with "
-            "--trust-remote-code and in mlx_vlm; not in LM Studio.",
+            f"Linear layers take {ratio:.1f} x the bytes of plain 4-bit. Runs here, in mlx-lm with "
+            "--trust-remote-code and in mlx-vlm; not in LM Studio.",
             "For LM Studio, or the closest model at a given size: --method auto.",
         ]
     if any(layer.needs_code for layer in manifest.layers):
         return [
-            "Runs here, and in mlx_lm with --trust-remote-code; not in LM Studio.",
+            "Runs here, and in mlx-lm with --trust-remote-code; not in LM Studio.",
             "For LM Studio: --method auto.",
         ]
     return [
-        f"Runs in mlx_lm and, moved or linked to {LM_STUDIO} (--lmstudio does that), in LM Studio."
+        f"Runs in mlx-lm and, moved or linked to {LM_STUDIO} (--lmstudio does that), in LM Studio."
     ]
 
 

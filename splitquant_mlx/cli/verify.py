@@ -55,6 +55,8 @@ def verify(
             *(f"  {plain(problem, 300)}" for problem in problems[:MOST_PROBLEMS]),
         )
     if not problems:
+        if json_file != "-":
+            show(f"{plain(name)} is whole.")
         return
     more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
     detail = f"{problems[0]:.300}{more}"

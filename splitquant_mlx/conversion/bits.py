@@ -13,6 +13,7 @@ from splitquant_mlx.calibration.sensitivity import from_json, predict_divergence
 from splitquant_mlx.calibration.tokens import calibration_tokens
 from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.conversion.budget import Option, Sizes, find_budget, measure_sizes
+from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.formats.shard_writer import MAX_SHARD_BYTES
 from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.lazy import LazyModel, open_model
@@ -95,7 +96,10 @@ def choose_bits(
     texts = max(1, TOKENS // tokens.shape[1])
     divergence = _sensitivities(opened, tokens[:texts], options, calibration.seed, progress)
     if budget.total_bytes is None:
-        found = allocate(sizes.layers, divergence, recipe.max_kl or 0)
+        try:
+            found = allocate(sizes.layers, divergence, recipe.max_kl or 0)
+        except RecipeError as exc:
+            raise RecipeError(f"max_kl: {exc} nats per token") from exc
     else:
         found = allocate(divergence, sizes.layers, budget.total_bytes - sizes.rest_bytes)
     chosen = _step(found, sizes, divergence)

@@ -11,6 +11,7 @@ from splitquant_mlx.formats.manifest import MODEL_FILE, LayerRecord
 from splitquant_mlx.models.companions import companions
 from splitquant_mlx.models.config import to_json
 from splitquant_mlx.runtime.disk import sha256
+from splitquant_mlx.sizes import size
 
 TABLES = ("quantization", "quantization_config", "splitquant", "model_file")
 
@@ -21,7 +22,7 @@ def require_space(directory: Path, needed_bytes: int) -> None:
     if free < needed_bytes:
         raise TargetError(
             f"disk of {directory.parent} is too full: the converted model needs "
-            f"{needed_bytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
+            f"{size(needed_bytes)}, {size(free)} are free"
         )
 
 

@@ -11,6 +11,7 @@ from splitquant_mlx.formats.manifest import LayerRecord, load_manifest
 from splitquant_mlx.models.checkpoint import read_headers
 from splitquant_mlx.models.config import read_config
 from splitquant_mlx.models.footprint import context_limit, running_bytes
+from splitquant_mlx.models.library import runs_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,6 @@ def describe(directory: Path) -> Overview:
     )
     if manifest is not None:
         parameters = round(8 * manifest.stored_bytes / manifest.bits_per_weight)
-    needs_code = any(layer.needs_code for layer in layers)
     table = config.get("text_config")
     vocabulary = (table if isinstance(table, Mapping) else config).get("vocab_size")
     templates = ("chat_template.jinja", "chat_template.json")
@@ -90,19 +90,23 @@ def describe(directory: Path) -> Overview:
         bits_per_weight=8 * stored / max(parameters, 1),
         stored_bytes=stored,
         memory_bytes=running_bytes(directory),
-        runs_in="here, mlx_lm with --trust-remote-code" if needs_code else "mlx_lm, LM Studio",
+        runs_in=runs_in(layers),
         layers=layers,
     )
 
 
 def kinds(layers: tuple[LayerRecord, ...]) -> list[LayerKind]:
-    """Group layers that differ in the number of their block alone."""
-    found: dict[tuple[object, ...], list[LayerRecord]] = {}
+    """Group layers that differ in the number of their block alone, those of one name together."""
+    found: dict[str, dict[tuple[object, ...], list[LayerRecord]]] = {}
     for layer in layers:
         name = re.sub(r"\.\d+\.", ".*.", layer.path)
         form = (layer.action, layer.bits, layer.group_size, layer.clusters, layer.mode)
-        found.setdefault((name, layer.shape, form), []).append(layer)
-    return [LayerKind(name=str(key[0]), layers=tuple(of)) for key, of in found.items()]
+        found.setdefault(name, {}).setdefault((layer.shape, form), []).append(layer)
+    return [
+        LayerKind(name=name, layers=tuple(of))
+        for name, forms in found.items()
+        for of in forms.values()
+    ]
 
 
 def _method(config: Mapping[str, Any], manifest: Any) -> str:

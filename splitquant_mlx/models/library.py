@@ -1,13 +1,13 @@
 """List the models that are on this machine: converted here, and in the hub's cache."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
 from splitquant_mlx.errors import SplitQuantError
-from splitquant_mlx.formats.manifest import FILE_NAME, Manifest, load_manifest
+from splitquant_mlx.formats.manifest import FILE_NAME, LayerRecord, Manifest, load_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,7 @@ class LocalModel:
         modified: when it was written, s since 1970.
         needs_code: whether it has split layers or lookup tables, which only this program runs as it
             is.
+        runs_in: the programs that run it.
     """
 
     path: Path
@@ -32,11 +33,15 @@ class LocalModel:
     nbytes: int
     modified: float
     needs_code: bool
+    runs_in: str
 
-    @property
-    def runs_in(self) -> str:
-        """Return the programs that run the model."""
-        return "here, mlx-lm with --trust-remote-code" if self.needs_code else "mlx-lm, LM Studio"
+
+def runs_in(layers: Sequence[LayerRecord]) -> str:
+    """Return the programs that run a model with these layers."""
+    if not any(layer.needs_code for layer in layers):
+        return "mlx-lm, LM Studio"
+    is_split = any(layer.action == "split" for layer in layers)
+    return "here, mlx-lm --trust-remote-code" + (", mlx-vlm" if is_split else "")
 
 
 def converted_in(directory: Path) -> list[LocalModel]:
@@ -75,6 +80,7 @@ def in_hub_cache() -> list[LocalModel]:
                     nbytes=revision.size_on_disk,
                     modified=revision.last_modified,
                     needs_code=_needs_code(manifest),
+                    runs_in=runs_in(manifest.layers if manifest else ()),
                 )
             )
     return sorted(found, key=lambda model: model.modified, reverse=True)
@@ -100,6 +106,7 @@ def _converted(path: Path, manifest: Manifest) -> LocalModel:
         nbytes=manifest.stored_bytes,
         modified=(path / FILE_NAME).stat().st_mtime,
         needs_code=_needs_code(manifest),
+        runs_in=runs_in(manifest.layers),
     )
 
 

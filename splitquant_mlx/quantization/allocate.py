@@ -36,7 +36,7 @@ def allocate(
     costs = np.array([cost[item][option] for item, option in choices])
     least = sum(min(cost[item].values()) for item in loss)
     if least > budget:
-        raise RecipeError(f"a budget of {budget:g} is below {least:g}, the least that is possible")
+        raise RecipeError(f"expected at least {least:.3g}, the least possible, got {budget:g}")
     items = {item: row for row, item in enumerate(loss)}
     once = np.zeros((len(items), len(choices)))
     for column, (item, _) in enumerate(choices):

@@ -7,9 +7,12 @@ from typing import get_args
 
 import mlx.core as mx
 import pytest
+import typer
 
 from splitquant_mlx import cli
+from splitquant_mlx.formats.manifest import LayerRecord, load_manifest
 from splitquant_mlx.inspection.doctor import Check, self_check
+from splitquant_mlx.inspection.overview import kinds
 from splitquant_mlx.recipe import Method
 
 
@@ -103,6 +106,8 @@ def test_stages_are_those_that_a_conversion_has(stories, tmp_path):
         convert(stories, tmp_path / str(number), recipe=recipe, progress=labels)
         assert set(labels.seen) <= set(stages(recipe))
         assert [x for x in stages(recipe) if x in labels.seen] == labels.seen
+        manifest = load_manifest(tmp_path / str(number))
+        assert ("choose bits" in manifest.seconds) == (recipe.method == "auto")
 
 
 def test_models_and_cache_are_listed_and_cleared(command, split_stories, tmp_path, monkeypatch):
@@ -133,6 +138,28 @@ def test_help_has_an_example_and_whole_names(command, monkeypatch):
     assert "--group-size" in out and "also --q-group-size" in " ".join(out.split())
     assert all(len(line) <= 80 for line in out.splitlines())
     assert "Everyday" in command()
+
+
+def test_every_command_that_takes_a_model_takes_it_first_or_by_name():
+    group = typer.main.get_command(cli.app)
+    commands = {**group.commands, **group.commands["bench"].commands}
+    for name in commands.keys() - {"bench", "run", "trial"}:  # a study comes first in `run`
+        kinds = {x.param_type_name for x in commands[name].params if "--model" in x.opts}
+        first = next(iter(commands[name].params), None)
+        assert not kinds or first.param_type_name == "argument", name
+
+
+def test_help_is_a_command_and_others_names_are_explained(command, capsys):
+    assert command("help") == command("--help")
+    usage = command("help", "generate").splitlines()[0]
+    assert usage == "Usage: splitquant-mlx generate [OPTIONS] [MODEL] [PROMPT]"
+    assert "make-checkpoint [OPTIONS] SHAPE DIRECTORY" in command(
+        "bench", "help", "make-checkpoint"
+    )
+    assert cli.run(["list"]) == 2
+    assert "there is no command 'list': it is 'models' here" in capsys.readouterr().err
+    assert cli.run(["convrt"]) == 2
+    assert "Did you mean 'convert'?" in capsys.readouterr().err
 
 
 def test_convert_takes_mlx_lm_flags(command, stories, tmp_path):
@@ -169,6 +196,25 @@ def test_inspect_reads_no_weight_and_groups_layers(command, stories, split_stori
         assert max(len(line) for line in out.splitlines() if "/" not in line) <= 80
     found = json.loads(command("inspect", stories, "--json", "-"))
     assert (found["method"], found["bits_per_weight"]) == ("", 32.0)
+
+
+def test_inspect_shows_kinds_of_one_name_together():
+    layers = [
+        LayerRecord(
+            path=f"model.layers.{block}.{name}",
+            kind="linear",
+            action="quantize",
+            shape=(8, 8),
+            nbytes=1,
+            bits_per_weight=1,
+            bits=bits,
+        )
+        for block, name, bits in ((0, "q", 2), (0, "v", 4), (1, "q", 3), (1, "v", 4), (2, "q", 2))
+    ]
+    found = [
+        (kind.name[-1], kind.layers[0].bits, len(kind.layers)) for kind in kinds(tuple(layers))
+    ]
+    assert found == [("q", 2, 2), ("q", 3, 1), ("v", 4, 2)]
 
 
 def test_inspect_shows_where_an_original_would_be_cut(command, stories, split_stories):

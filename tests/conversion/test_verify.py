@@ -105,6 +105,7 @@ def test_what_was_converted_passes(made, verify, method):
     source, room = made
     code, out, _ = verify(room / method, "--source", source)
     assert code == 0 and out.count(" ok") == 5 and "FAILED" not in out
+    assert out.endswith(f"{room / method} is whole.\n")
     code, out, _ = verify(room / method)
     assert code == 0 and out.count(" ok") == 4
 
