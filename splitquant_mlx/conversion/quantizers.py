@@ -135,7 +135,9 @@ def _imatrix(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
 def _gptq(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
     sizes = {"bits": layer.bits, "group_size": layer.group_size}
     assert inputs is not None
-    return Outcome(gptq_quantize(w, inputs, **sizes, sweeps=layer.sweeps))
+    on_cpu = not kernel_works()
+    spread = _helpers().map if on_cpu and w.size > LARGE else map
+    return Outcome(gptq_quantize(w, inputs, **sizes, sweeps=layer.sweeps, spread=spread))
 
 
 def _lut(w: mx.array, layer: LayerPlan, inputs: Mean | None) -> Outcome:

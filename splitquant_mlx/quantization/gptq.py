@@ -19,17 +19,20 @@ Arrays here are transposed, (in, out), so that a channel is contiguous. On the C
 numpy's, which threads compute with side by side; elsewhere mlx's.
 """
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from splitquant_mlx.quantization.affine import Quantized, pack
+from splitquant_mlx.quantization.affine import Quantized, concatenate, pack
 from splitquant_mlx.quantization.compensation import damped_hessian, unit_upper
 from splitquant_mlx.quantization.group_fit import fit_group
 from splitquant_mlx.quantization.rounding import kernel_works, round_group
 
 SWEEPS = 1
+BLOCK = 1 << 24  # entries that are in memory as floats together
+Rounded = Callable[[slice], Quantized]
 
 
 def gptq_quantize(
@@ -39,8 +42,11 @@ def gptq_quantize(
     bits: int = 4,
     group_size: int = 64,
     sweeps: int = SWEEPS,
+    spread: Callable[[Rounded, Iterable[slice]], Iterable[Quantized]] = map,
 ) -> Quantized:
     """Quantize `w` by GPTQ, then improve codes and scales `sweeps` times, and the codes once more.
+
+    Rows do not depend on one another: a large weight is quantized in blocks of them.
 
     Args:
         w: float weight (out, in), `in` a multiple of `group_size`.
@@ -48,19 +54,31 @@ def gptq_quantize(
         bits: bits of a code.
         group_size: inputs that share scale and bias.
         sweeps: rounds of coordinate descent with refits; 0 is GPTQ alone.
+        spread: applies a function to blocks of rows, as `map` does; perhaps to several at once.
 
     Returns:
         Codes, scales and biases, the latter in the dtype of `w`.
     """
-    columns: Any = mx.contiguous(w.astype(mx.float32).T)
-    if not kernel_works():
-        columns = np.array(columns)
-    grid = compensated_grid(columns, damped_hessian(np.asarray(hessian)), w.dtype, bits, group_size)
-    for _ in range(sweeps):
-        grid.sweep()
-    if sweeps:
-        grid.sweep(refit=False)
-    return grid.packed()
+    h: Any = damped_hessian(np.asarray(hessian))
+    h = mx.array(h) if kernel_works() else h
+    feedback = unit_upper(h).T
+
+    def rounded(rows: slice) -> Quantized:
+        columns: Any = mx.contiguous(w[rows].astype(mx.float32).T)
+        if isinstance(h, np.ndarray):
+            columns = np.array(columns)
+        grid = compensated_grid(columns, h, feedback, w.dtype, bits, group_size)
+        for _ in range(sweeps):
+            grid.sweep()
+        if sweeps:
+            grid.sweep(refit=False)
+        packed = grid.packed()
+        mx.eval(list(packed))
+        return packed
+
+    rows = max(1, BLOCK // w.shape[1])
+    blocks = [slice(start, start + rows) for start in range(0, len(w), rows)]
+    return concatenate(list(spread(rounded, blocks)), axis=0)
 
 
 class Grid:
@@ -68,7 +86,7 @@ class Grid:
 
     Args:
         columns: the weight (in, out) float32.
-        h: damped Hessian (in, in) float32.
+        h: damped Hessian (in, in) float32, of the same kind as `columns`.
         dtype: of the scales and biases that are stored.
         bits: bits of a code.
         group_size: inputs that share scale and bias.
@@ -84,7 +102,7 @@ class Grid:
         self._xp: Any = np if isinstance(columns, np.ndarray) else mx
         self.dtype, self.bits, self.group_size = dtype, bits, group_size
         self.top = 2**bits - 1
-        self.h = self._xp.array(h)
+        self.h = h
         self.diagonal = self._xp.diagonal(self.h)
         self.error = self._xp.array(columns)
         self.codes: list[Any] = []
@@ -170,15 +188,15 @@ class Grid:
 
 
 def compensated_grid(
-    columns: Any, h: np.ndarray, dtype: mx.Dtype, bits: int, group_size: int
+    columns: Any, h: Any, feedback: Any, dtype: mx.Dtype, bits: int, group_size: int
 ) -> Grid:
     """Round `columns` (in, out) channel by channel, compensating the errors of those before.
 
-    It is computed by numpy or mlx, whichever's array `columns` is. A group's scales are fitted to
-    its compensated weights, under the diagonal of h, right before its first channel is rounded.
+    All are numpy's arrays, or mlx's; `feedback` is the transpose of h's `unit_upper`. A group's
+    scales are fitted to its compensated weights, under the diagonal of h, right before its first
+    channel is rounded.
     """
     grid = Grid(columns, h, dtype, bits, group_size)
-    feedback = unit_upper(grid.h).T
     for own in grid.slices():
         before = slice(0, own.start)
         target = columns[own] + feedback[own, before] @ grid.error[before]

@@ -1,6 +1,7 @@
 """GPTQ and coordinate descent: against brute force, and what each step promises."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitquant_mlx import Quantized, dequantize
-from splitquant_mlx.quantization import rounding
+from splitquant_mlx.quantization import gptq, rounding
 from splitquant_mlx.quantization.compensation import damped_hessian, unit_upper
 from splitquant_mlx.quantization.gptq import compensated_grid, cost, gptq_quantize
 from splitquant_mlx.quantization.imatrix import quantize_weighted
@@ -41,7 +42,7 @@ def test_the_cost_never_rises(seed, bits, group_size, dtype):
     w, hessian = problem(seed)
     h = damped_hessian(hessian)
     columns = np.ascontiguousarray(w.T)
-    grid = compensated_grid(columns, h, dtype, bits, group_size)
+    grid = compensated_grid(columns, h, unit_upper(h).T, dtype, bits, group_size)
     costs = [cost(columns, grid, h)]
     for refit in (True, False, True, False):
         grid.sweep(refit=refit)
@@ -81,7 +82,11 @@ def test_mlx_computes_what_numpy_does(monkeypatch):
     w, hessian = problem(3, out=40)
     h = damped_hessian(hessian)
     columns = np.ascontiguousarray(w.T)
-    grids = [compensated_grid(kind(columns), h, mx.float32, 4, 64) for kind in (np.array, mx.array)]
+    feedback = unit_upper(h).T
+    grids = [
+        compensated_grid(kind(columns), kind(h), kind(feedback), mx.float32, 4, 64)
+        for kind in (np.array, mx.array)
+    ]
     for grid in grids:
         grid.sweep()
         grid.sweep(refit=False)
@@ -91,6 +96,16 @@ def test_mlx_computes_what_numpy_does(monkeypatch):
     assert np.mean(same) > 0.98
     packed = grids[1].packed()
     assert packed.weight.shape == (40, 128 // 8) and packed.scales.shape == (40, 2)
+
+
+def test_blocks_of_rows_are_the_rows_of_the_whole(monkeypatch):
+    w, hessian = problem(4, out=50, channels=128)
+    whole = gptq_quantize(mx.array(w), hessian)
+    monkeypatch.setattr(gptq, "BLOCK", 16 * 128)
+    with ThreadPoolExecutor(3) as threads:
+        found = gptq_quantize(mx.array(w), hessian, spread=threads.map)
+    values = [np.array(dequantize(q, bits=4, group_size=64)) for q in (found, whole)]
+    assert np.isclose(*values).mean() > 0.99
 
 
 @pytest.mark.parametrize("channels", [64, 256, 600])
@@ -109,7 +124,7 @@ def test_compensation_is_gptq_as_published():
     w, hessian = problem(7, out=5, channels=64)
     h = damped_hessian(hessian)
     columns = np.ascontiguousarray(w.T)
-    grid = compensated_grid(columns, h, mx.float32, 4, 64)
+    grid = compensated_grid(columns, h, unit_upper(h).T, mx.float32, 4, 64)
     scale, bias = grid.scales[0].astype(np.float64), grid.biases[0].astype(np.float64)
     inverse = np.linalg.inv(h.astype(np.float64))
     factor = np.linalg.cholesky(inverse).T
@@ -125,7 +140,7 @@ def test_descent_ends_where_no_single_code_can_be_better():
     w, hessian = problem(9, out=3, channels=32)
     h = damped_hessian(hessian)
     columns = np.ascontiguousarray(w.T)
-    grid = compensated_grid(columns, h, mx.float32, 2, 32)
+    grid = compensated_grid(columns, h, unit_upper(h).T, mx.float32, 2, 32)
     for _ in range(20):
         grid.sweep(refit=False)
     best = cost(columns, grid, h)
