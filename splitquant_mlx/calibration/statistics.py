@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -126,8 +127,9 @@ class _Sums:
                 continue
             rows = tap.inputs.reshape(-1, tap.inputs.shape[-1]).astype(mx.float32)
             if tap.routes is not None:
-                experts = self._experts.setdefault(path, ExpertMeans(len(tap.layer["weight"])))
-                experts.add(rows, np.array(tap.routes).reshape(-1), statistic)
+                if path not in self._experts:
+                    self._experts[path] = ExpertMeans(len(tap.layer["weight"]), statistic)
+                self._experts[path].add(rows, np.array(tap.routes).reshape(-1))
                 continue
             found = statistic(rows)
             self._sums[path] = found if path not in self._sums else self._sums[path] + found
@@ -156,48 +158,100 @@ class _Sums:
 
 
 class ExpertMeans:
-    """Means of a statistic over the tokens of each expert: `means[expert]`.
+    """Means of a statistic over the tokens of each expert: `means[expert]`, made when asked for.
 
-    All sums are in memory together, once, as long as this is held: of a `hessian` experts * in^2
-    floats. A mean is made when it is asked for. To each that of all experts' tokens adds as much as
-    `FEW_TOKENS` do.
+    Held are the inputs, equal ones once, as long as they take less memory than a sum for each
+    expert: a token goes to many experts, each of which may have a `hessian` of its own. To the sums
+    of each expert that of all experts' tokens adds as much as `FEW_TOKENS` do.
+
+    Args:
+        experts: their number.
+        statistic: of the inputs.
     """
 
-    def __init__(self, experts: int):
+    def __init__(self, experts: int, statistic: Statistic):
+        self._statistic = statistic
         self._counts = np.zeros(experts, np.int64)
+        self._batches: list[_Routed] = []
         self._sums: np.ndarray | None = None
         self._overall: np.ndarray | None = None
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes that the sums fill."""
-        return 0 if self._sums is None else self._sums.nbytes
+        """Return the bytes that inputs and sums fill."""
+        rows = sum(batch.rows.nbytes for batch in self._batches)
+        return rows + (0 if self._sums is None else self._sums.nbytes)
 
     @property
     def rare(self) -> list[int]:
         """Return the experts that saw few tokens."""
         return np.flatnonzero(self._counts < FEW_TOKENS).tolist()
 
-    def add(self, rows: mx.array, experts: np.ndarray, statistic: Statistic) -> None:
-        """Add rows (n, in), each of the expert that it goes to (n,)."""
-        for expert in np.unique(experts):
-            own = mx.array(np.flatnonzero(experts == expert))
-            found = np.array(statistic(rows[own]))
+    def add(self, rows: mx.array, experts: np.ndarray) -> None:
+        """Add rows (n, in) float32, each of the expert that it goes to (n,)."""
+        self._counts += np.bincount(experts, minlength=len(self._counts))
+        self._batches.append(_Routed.of(np.array(rows), experts))
+        entry = self._of(self._batches[0].rows[:1])
+        if self._sums is not None or self.nbytes > len(self) * entry.nbytes:
             if self._sums is None:
-                self._sums = np.zeros((len(self._counts), *found.shape), np.float32)
-            self._sums[expert] += found
-            self._counts[expert] += own.size
+                self._sums = np.zeros((len(self), *entry.shape), np.float32)
+            for expert in np.unique(np.concatenate([batch.experts for batch in self._batches])):
+                self._sums[expert] += self._of(self._rows_of(int(expert)))
+            self._batches.clear()
 
     def __len__(self) -> int:
         return len(self._counts)
 
     def __getitem__(self, expert: int) -> mx.array:
-        assert self._sums is not None
         if self._overall is None:
-            self._overall = self._sums.sum(axis=0) * (FEW_TOKENS / self._counts.sum())
-        mean = self._sums[expert] + self._overall
+            self._overall = self._sum_of_all() * (FEW_TOKENS / self._counts.sum())
+        own = self._of(self._rows_of(expert)) if self._sums is None else self._sums[expert]
+        mean = own + self._overall
         mean /= self._counts[expert] + FEW_TOKENS
         return mx.array(mean)
+
+    def _sum_of_all(self) -> np.ndarray:
+        if self._sums is not None:
+            return self._sums.sum(axis=0)
+        return sum(self._of(batch.all_rows()) for batch in self._batches)
+
+    def _rows_of(self, expert: int) -> np.ndarray:
+        return np.concatenate([batch.rows_of(expert) for batch in self._batches])
+
+    def _of(self, rows: np.ndarray) -> np.ndarray:
+        return np.array(self._statistic(mx.array(rows)))
+
+
+class _Routed(NamedTuple):
+    """Inputs of a stack of experts.
+
+    Attributes:
+        rows: (m, in) float32, each different.
+        numbers: (n,) the row of each input.
+        experts: (n,) the expert of each input.
+    """
+
+    rows: np.ndarray
+    numbers: np.ndarray
+    experts: np.ndarray
+
+    @classmethod
+    def of(cls, rows: np.ndarray, experts: np.ndarray) -> "_Routed":
+        """Find rows (n, in) that are equal."""
+        factors = np.random.default_rng(0).integers(1 << 63, size=rows.shape[1], dtype=np.uint64)
+        settings = {"dtype": np.uint64, "casting": "unsafe"}
+        hashes = np.einsum("ij,j->i", rows.view(np.uint32), factors, **settings)
+        _, first, numbers = np.unique(hashes, return_index=True, return_inverse=True)
+        return cls(rows[first], numbers, experts)
+
+    def rows_of(self, expert: int) -> np.ndarray:
+        """Return what an expert was fed, (k, in)."""
+        return self.rows[self.numbers[self.experts == expert]]
+
+    def all_rows(self) -> np.ndarray:
+        """Return the rows so scaled that their squares are those of all inputs."""
+        times = np.bincount(self.numbers, minlength=len(self.rows))
+        return self.rows * np.sqrt(times, dtype=np.float32)[:, None]
 
 
 Mean = mx.array | ExpertMeans

@@ -17,6 +17,7 @@ from splitquant_mlx.calibration.self_text import beginnings, sample_tokens
 from splitquant_mlx.calibration.sensitivity import predict_divergence
 from splitquant_mlx.calibration.statistics import (
     FEW_TOKENS,
+    ExpertMeans,
     hessian,
     iterate_blocks,
     sum_of_squares,
@@ -103,6 +104,28 @@ def test_experts_have_statistics_of_the_tokens_routed_to_them(tmp_path, architec
         wanted = (x[own].T @ x[own] + FEW_TOKENS * overall) / (len(own) + FEW_TOKENS)
         np.testing.assert_allclose(found.means[paths[0]][expert], wanted, atol=1e-4)
     assert found.rare == {paths[0]: [e for e, own in enumerate(routed) if len(own) < FEW_TOKENS]}
+
+
+@pytest.mark.parametrize("statistic", [hessian, sum_of_squares])
+@pytest.mark.parametrize("batches", [1, 5])  # few are kept as they are, many as sums
+def test_means_of_experts_do_not_depend_on_how_they_are_held(statistic, batches):
+    rng = np.random.default_rng(0)
+    means, fed = ExpertMeans(3, statistic), [[], [], []]
+    for _ in range(batches):
+        tokens = rng.standard_normal((40, 32)).astype(np.float32)
+        numbers = rng.integers(0, 40, 60)  # many of them more than once
+        experts = np.where(numbers % 2, 0, rng.integers(0, 2, 60))  # of which one gets none
+        means.add(mx.array(tokens[numbers]), experts)
+        for expert, rows in enumerate(fed):
+            rows.append(tokens[numbers[experts == expert]])
+    assert means.nbytes <= 3 * np.array(statistic(mx.zeros((1, 32)))).nbytes
+    rows = [np.concatenate(parts).astype(np.float64) for parts in fed]
+    squares = [x.T @ x if statistic is hessian else (x * x).sum(axis=0) for x in rows]
+    overall = sum(squares) / (60 * batches)
+    for expert, square in enumerate(squares):
+        expected = (square + FEW_TOKENS * overall) / (len(rows[expert]) + FEW_TOKENS)
+        np.testing.assert_allclose(means[expert], expected, atol=1e-5)
+    assert means.rare == [e for e, x in enumerate(rows) if len(x) < FEW_TOKENS]
 
 
 def test_a_tied_head_comes_after_the_blocks(tmp_path):
