@@ -107,8 +107,7 @@ def bench_calibrated(
 def count_operations(model: Path, calibration: Calibration) -> dict[str, float]:
     """Return the operations of each stage of gptq; see the module."""
     tokens = calibration.num_samples * calibration.sequence_length
-    loaded = load_model(model, lazy=True)
-    run = start_pass(loaded, np.zeros((1, 2), np.int32))
+    run = start_pass(lambda: load_model(model, lazy=True), np.zeros((1, 2), np.int32))
     weights, squares, rounding = 0, 0, 0.0
     for index, block in enumerate(run.blocks):
         shapes = {
@@ -123,7 +122,7 @@ def count_operations(model: Path, calibration: Calibration) -> dict[str, float]:
         weights += sum(out * width for out, width in shapes.values())
         squares += sum(width**2 for width in inputs.values())
         rounding += sum(ROUNDING * out * width**2 for out, width in shapes.values())
-    head = max(array.size for array in _outer_weights(loaded))
+    head = max(array.size for array in _outer_weights(run.model))
     return {
         "sampling": 2.0 * tokens * (weights + head),
         "forward": 2.0 * tokens * weights,

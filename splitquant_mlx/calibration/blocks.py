@@ -66,8 +66,8 @@ class Pass:
         block.update(tree_map(lambda array: mx.array(0), block.parameters()))
 
     def restore(self, model: nn.Module) -> None:
-        """Take the blocks of the same model, loaded anew, in the place of those here."""
-        self.blocks[:] = _blocks(model)
+        """Take the same model, loaded anew, in the place of the one here."""
+        self.model, self.blocks = model, _blocks(model)
 
     def finish(self, state: mx.array) -> mx.array:
         """Return the model's output for a state after the last block; not evaluated yet."""
@@ -89,12 +89,20 @@ def below(prefix: str, by_path: Mapping[str, Value]) -> dict[str, Value]:
     }
 
 
-def start_pass(model: nn.Module, tokens: np.ndarray, batch_tokens: int = BATCH_TOKENS) -> Pass:
-    """Begin to take `tokens` (texts, length) through `model`, about `batch_tokens` at a time.
+def start_pass(
+    load: Callable[[], nn.Module], tokens: np.ndarray, batch_tokens: int = BATCH_TOKENS
+) -> Pass:
+    """Begin to take `tokens` (texts, length) through a model, about `batch_tokens` at a time.
+
+    Args:
+        load: loads the model lazily; called twice, so that what tokens were looked up in is freed.
+        tokens: (texts, length).
+        batch_tokens: that go through a block together.
 
     Raises:
         RecipeError: when the model is not built of blocks that can be called one by one.
     """
+    model = load()
     blocks = _blocks(model)
     calls: list[list[Any]] = [[] for _ in blocks]
     states: list[mx.array] = []
@@ -115,7 +123,9 @@ def start_pass(model: nn.Module, tokens: np.ndarray, batch_tokens: int = BATCH_T
     if any(len(noted) != len(states) for noted in calls):
         raise RecipeError(_unsupported(model))
     mx.eval(states)
-    return Pass(model=model, blocks=blocks, states=states, calls=calls)
+    del model, blocks
+    anew = load()
+    return Pass(model=anew, blocks=_blocks(anew), states=states, calls=calls)
 
 
 def _blocks(model: nn.Module) -> list[Any]:

@@ -49,15 +49,15 @@ def predict(
             own, name = tokens[start : start + TEXTS], f"predictions-{start}"
             kept = unfinished.arrays(name)
             if kept is None:
-                kept = list(_predict_some(load(), own))
+                kept = list(_predict_some(load, own))
                 unfinished.keep(name, kept)
             found.append(kept)
             advance(len(own))
     return Predictions(*(mx.concatenate(list(arrays)) for arrays in zip(*found, strict=True)))
 
 
-def _predict_some(model: nn.Module, tokens: np.ndarray) -> Predictions:
-    run = start_pass(model, tokens)
+def _predict_some(load: Callable[[], nn.Module], tokens: np.ndarray) -> Predictions:
+    run = start_pass(load, tokens)
     for index in range(len(run.blocks)):
         run.advance(index)
         run.release(index)

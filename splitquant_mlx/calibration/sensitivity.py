@@ -67,8 +67,7 @@ def predict_divergence(
     Raises:
         RecipeError: when the model is not built of blocks that can be called one by one.
     """
-    model = load()
-    run = start_pass(model, tokens)
+    run = start_pass(load, tokens)
     prefixes = run.prefixes
     outer = [path for path in options if not path.startswith(tuple(prefixes))]
     steps = 2 * len(prefixes) + 1
@@ -93,8 +92,8 @@ def predict_divergence(
             _save(unfinished, found, gradients, index)
             advance(0 if own else 0.5)
         for path in outer:
-            if isinstance(dict(model.named_modules())[path], nn.Embedding):
-                looked_up = _embedding_sensitivity(model, path, options[path], gradients)
+            if isinstance(dict(run.model.named_modules())[path], nn.Embedding):
+                looked_up = _embedding_sensitivity(run.model, path, options[path], gradients)
                 for option, value in looked_up.items():
                     found[path][option] = found[path].get(option, 0.0) + value
     unfinished.remove()

@@ -54,22 +54,22 @@ class InputStatistics:
 
 
 def iterate_blocks(
-    model: nn.Module, tokens: np.ndarray, statistics: Mapping[str, Statistic]
+    load: Callable[[], nn.Module], tokens: np.ndarray, statistics: Mapping[str, Statistic]
 ) -> Iterator[InputStatistics]:
     """Run a model block by block, and yield what the layers of each block are fed.
 
-    Only one block's weights and statistics are held here at a time; a block's weights are taken
-    from the model when it is done. What comes last is for the layers that are in no block.
+    Only one block's weights and statistics are held here at a time. What comes last is for the
+    layers that are in no block.
 
     Args:
-        model: the unquantized model, lazily loaded; it cannot be run again.
+        load: loads the unquantized model lazily.
         tokens: (texts, length) that it is run on.
         statistics: what to gather, by the path of the layer.
 
     Raises:
         RecipeError: when the model is not built of blocks that can be called one by one.
     """
-    run = start_pass(model, tokens)
+    run = start_pass(load, tokens)
     prefixes = run.prefixes
     for index, prefix in enumerate(prefixes):
         yield _block_statistics(run, index, prefix, below(prefix, statistics), tokens.size)

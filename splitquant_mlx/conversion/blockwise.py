@@ -14,7 +14,7 @@ the original block's, on the same inputs. What is trained:
 Each block is fed what the original's block is fed, so that blocks do not depend on one another.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,7 +33,7 @@ BATCH_TOKENS = 512
 
 
 def learn_blocks(
-    model: nn.Module,
+    load: Callable[[], nn.Module],
     tokens: np.ndarray,
     layers: Mapping[str, LayerPlan],
     outer: Mapping[str, Statistic],
@@ -41,7 +41,7 @@ def learn_blocks(
     """Run a model block by block, and yield what was learned of the layers of each.
 
     Args:
-        model: the unquantized model, lazily loaded; it cannot be run again.
+        load: loads the unquantized model lazily.
         tokens: (texts, length) that it is run on.
         layers: plans of the linear layers to learn, by path.
         outer: statistics of the layers that are in no block, as for `iterate_blocks`.
@@ -54,7 +54,7 @@ def learn_blocks(
         RecipeError: when the model is not built of blocks that can be called one by one, or a
             block has no gradients.
     """
-    run = start_pass(model, tokens, BATCH_TOKENS)
+    run = start_pass(load, tokens, BATCH_TOKENS)
     for index, prefix in enumerate(run.prefixes):
         own = below(prefix, layers)
         states = list(run.states)

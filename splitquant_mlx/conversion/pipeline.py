@@ -228,8 +228,8 @@ class Job:
             if layer.quantizer in LEARNED and not state.is_done(f"{path}.weight", layer)
         }
         if learned:
-            return learn_blocks(self._unread(), tokens, learned, wanted)
-        return iterate_blocks(self._unread(), tokens, wanted)
+            return learn_blocks(self._unread, tokens, learned, wanted)
+        return iterate_blocks(self._unread, tokens, wanted)
 
     def _unread(self) -> nn.Module:
         return load_model(self.original.path, lazy=True, dequantize=True)

@@ -50,7 +50,7 @@ class Recorder(nn.Module):
 
 
 def input_means(model, tokens, paths, statistic):
-    blocks = iterate_blocks(model, tokens, dict.fromkeys(paths, statistic))
+    blocks = iterate_blocks(lambda: model, tokens, dict.fromkeys(paths, statistic))
     return {path: mean for block in blocks for path, mean in block.means.items()}
 
 
@@ -92,7 +92,9 @@ def test_experts_have_statistics_of_the_tokens_routed_to_them(tmp_path, architec
     block = model.layers[0]
     mlp = block.block_sparse_moe if architecture == "mixtral" else block.mlp
     paths = [path for path, module in model.named_modules() if module is mlp.switch_mlp.up_proj]
-    (found,) = (b for b in iterate_blocks(load(source)[0], tokens, {paths[0]: hessian}) if b.means)
+    (found,) = (
+        b for b in iterate_blocks(lambda: load(source)[0], tokens, {paths[0]: hessian}) if b.means
+    )
     x = model.model.embed_tokens(mx.array(tokens))
     x = x + block.self_attn(block.input_layernorm(x), "causal")
     x = np.array(block.post_attention_layernorm(x)).reshape(-1, tiny.HIDDEN).astype(np.float64)
@@ -131,7 +133,9 @@ def test_means_of_experts_do_not_depend_on_how_they_are_held(statistic, batches)
 def test_a_tied_head_comes_after_the_blocks(tmp_path):
     source = tiny.write_checkpoint(tmp_path / "source")
     up, head = "model.layers.1.mlp.up_proj", "model.embed_tokens"
-    blocks = list(iterate_blocks(load(source)[0], TOKENS, {head: hessian, up: sum_of_squares}))
+    blocks = list(
+        iterate_blocks(lambda: load(source)[0], TOKENS, {head: hessian, up: sum_of_squares})
+    )
     assert [block.prefix for block in blocks] == ["model.layers.0.", "model.layers.1.", ""]
     assert [list(block.means) for block in blocks] == [[], [up], [head]]
     hidden = load(source)[0].model(mx.array(TOKENS)).reshape(-1, tiny.HIDDEN)
@@ -147,7 +151,7 @@ def test_a_model_without_blocks_is_refused():
             return tokens
 
     with pytest.raises(RecipeError, match="a odd model cannot be calibrated"):
-        next(iterate_blocks(Odd(), TOKENS, {}))
+        next(iterate_blocks(Odd, TOKENS, {}))
 
 
 def test_text_is_seeded_and_begins_in_three_ways(stories):
