@@ -20,6 +20,7 @@ from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.conversion.bits import Forecast, choose_bits
 from splitquant_mlx.conversion.blockwise import learn_blocks
 from splitquant_mlx.conversion.converter import Converter, source_array
+from splitquant_mlx.conversion.neighbours import neighbour_notes
 from splitquant_mlx.conversion.plan import Plan, make_plan
 from splitquant_mlx.conversion.quantizers import QUANTIZERS
 from splitquant_mlx.conversion.refine import refine, require_texts, training_texts
@@ -269,7 +270,10 @@ class Job:
             refinement=refinement,
             source_card=read_source_card(self.original.path),
             seconds=written.state.seconds_since(started),
-            warnings=self.checkpoint.warnings,
+            warnings=(
+                *self.checkpoint.warnings,
+                *neighbour_notes(self.checkpoint.config, written.records),
+            ),
             files=hash_files(self.output, written.hashes),
         )
 

@@ -24,6 +24,7 @@ from splitquant_mlx.models.folded import fold_multipliers
 from splitquant_mlx.models.function import check_function
 from splitquant_mlx.models.left_out import check_left_out, left_out, settle_head
 from splitquant_mlx.models.quantized import quantization_table, unpacked, without_quantization
+from splitquant_mlx.models.renamed import rename
 from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.models.tensor_names import fit_names
 
@@ -89,11 +90,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     quantized = config
     config = normalize(path, settle_head(without_quantization(config), headers))
     stored, notes = unpacked(path, quantized, headers, _load_lazily(headers))
-    tensors = fold_multipliers(separate_experts(stored, config["model_type"]), config)
+    kind = config["model_type"]
+    tensors = fold_multipliers(separate_experts(rename(stored, kind), kind), config)
     model, weights = fit_names(path, tensors, lambda: build_model(path, config))
     notes = [*notes, *check_function(path, model, config)]
     _check_parameters(path, model, weights)
-    layers, kind = len(getattr(model, "layers", ())), config["model_type"]
+    layers = len(getattr(model, "layers", ()))
     notes += check_left_out(path, left_out(stored, weights), headers, layers, kind)
     if any(header.dtype == "F64" for header in headers.values()):
         config |= {k: "float32" for k in ("torch_dtype", "dtype") if config.get(k) == "float64"}

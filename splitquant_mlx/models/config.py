@@ -16,7 +16,9 @@ SIZES = (
 # the numbers an architecture loops over when it is built
 COUNTS = re.compile(r"(?:\w+_)?(?:num|n)_(?:\w+_)?(layers?|experts)")
 MAX_EXPERTS = 10_000
-# JSON has no such numbers; transformers writes {"__float__": "Infinity"}
+# JSON has no such numbers; transformers 5 writes {"__float__": "Infinity"}, which other programs do
+# not read: the largest number of float32 says the same
+LARGEST = 3.4028234663852886e38
 FLOAT, NOT_FINITE = "__float__", ("Infinity", "-Infinity", "NaN")
 MAX_NESTING = 50
 # what is read whole; the largest tokenizers in use are of some 30 MB
@@ -25,7 +27,7 @@ MAX_TEXT_BYTES = 1 << 28
 
 
 def to_json(config: dict[str, Any]) -> str:
-    """Return the text of a config.json; numbers that are not finite as transformers writes them."""
+    """Return the text of a config.json; see LARGEST for numbers that are not finite."""
     return json.dumps(_encode_floats(config), indent=4, sort_keys=True, allow_nan=False) + "\n"
 
 
@@ -38,9 +40,10 @@ def _encode_floats(value: Any) -> Any:
         return {key: _encode_floats(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_encode_floats(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        name = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-        return {FLOAT: name}
+    if isinstance(value, float) and math.isnan(value):
+        return {FLOAT: "NaN"}
+    if isinstance(value, float):
+        return max(-LARGEST, min(LARGEST, value))
     return value
 
 

@@ -43,7 +43,13 @@ ROPE_KEYS = {"rope_parameters", "rope_scaling", *SYNONYMS[0], *SYNONYMS[1], *LOC
 NEVER_GUESSED = set(SIZES) - {"head_dim", "num_key_value_heads"}
 # every how manieth layer attends to all tokens, where the others have a window or no attention
 PERIODS = ("sliding_window_pattern", "full_attention_interval")
-LAYER_WORDS = {"layer_types", "position_embedding_type"}
+# what is derived of these holds whatever config.json says, in words of transformers' own
+DERIVED_WORDS = {
+    "layer_types",
+    "layers_block_type",
+    "position_embedding_type",
+    "sliding_window_size",
+}
 MISSING = object()
 Fields = dict[str, dataclasses.Field[Any]]
 
@@ -166,7 +172,7 @@ def _complete(path: Path, config: dict[str, Any], reference: Any, fields: Fields
             known |= {name: value for name in names if name in fields}
     known |= {key: derived[key] for key in derived.keys() & fields.keys() & ROPE_KEYS}
     rope = _rope_forms(rope_parameters(config, reference), fields)
-    layers = {key: derived[key] for key in derived.keys() & fields.keys() & LAYER_WORDS}
+    layers = {key: derived[key] for key in derived.keys() & fields.keys() & DERIVED_WORDS}
     layers |= _layer_period(path, reference, fields)
     return {**config, **known, **given, **rope, **layers}
 

@@ -67,10 +67,28 @@ DERIVED: dict[str, dict[str, Callable[[Reference], Any]]] = {
         "mla_scale_kv_lora": lambda c: True,
     },
     "mamba2": {"intermediate_size": lambda c: c.expand * c.hidden_size},
+    "mimo_v2_flash": {
+        "hybrid_layer_pattern": lambda c: [
+            int(kind == "sliding_attention") for kind in c.layer_types
+        ],
+        "moe_layer_freq": lambda c: [int(sparse) for sparse in _is_sparse(c)],
+        "sliding_window_size": lambda c: c.sliding_window - 1,  # without the token itself
+        "add_swa_attention_sink_bias": lambda c: True,
+        "add_full_attention_sink_bias": lambda c: False,
+        "n_shared_experts": lambda c: None,
+        "topk_method": lambda c: "noaux_tc",
+        "scoring_func": lambda c: "sigmoid",
+        "layernorm_epsilon": lambda c: c.rms_norm_eps,
+        "swa_num_attention_heads": lambda c: c.num_attention_heads,
+        "swa_num_key_value_heads": lambda c: 2 * c.num_key_value_heads,
+        "swa_head_dim": lambda c: c.head_dim,
+        "swa_v_head_dim": lambda c: c.v_head_dim,
+    },
     "minimax_m2": {
         "shared_intermediate_size": lambda c: 0,
         "rotary_dim": lambda c: int(c.head_dim * c.rope_parameters.get("partial_rotary_factor", 1)),
     },
+    "nemotron_h": {"layers_block_type": _old_words},
     "qwen3_vl_moe_text": {"norm_topk_prob": lambda c: True},
     "solar_open": {
         "intermediate_size": lambda c: c.moe_intermediate_size,

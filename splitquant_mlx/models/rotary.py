@@ -45,6 +45,11 @@ def check_rotary(
     notes: set[str] = set()
     modules = _rotary_modules(model)
     _check_layers(path, modules, config)
+    if not modules and (scaled := {table["rope_type"] for table in tables.values()} - {"default"}):
+        raise CheckpointError(
+            f"{path}: config.json asks for rotary embeddings {', '.join(scaled)}, but mlx-lm's "
+            f"{type(model).__module__.rpartition('.')[2]} has plain ones: its output would be wrong"
+        )
     for name, module in modules.items():
         layer = LAYER.search(name)
         kind = "" if "" in tables else kinds[int(layer[1])] if layer and kinds else None

@@ -92,6 +92,27 @@ def test_granite_rotates_only_where_it_says_so(tmp_path, word):
     assert found == (word or "nope")
 
 
+def test_mimo_from_the_form_of_transformers(tmp_path):
+    """Its window counts the token itself, the published one does not; later layers have one."""
+    config = {"model_type": "mimo_v2_flash", "num_hidden_layers": 3, "sliding_window": 9}
+    found = normalize(tmp_path, config)
+    assert (found["sliding_window"], found["sliding_window_size"]) == (9, 8)
+    assert found["hybrid_layer_pattern"] == [0, 1, 1] == found["moe_layer_freq"]
+    assert found["swa_num_key_value_heads"] == 2 * found["num_key_value_heads"]
+    published = {"model_type": "mimo_v2_flash", "num_hidden_layers": 3, "sliding_window_size": 8}
+    assert normalize(tmp_path, published)["sliding_window_size"] == 8
+
+
+def test_scaled_rotary_embeddings_of_a_class_without_any_are_refused(tmp_path):
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    both = normalize(tmp_path, {"model_type": "nanochat", "rope_parameters": rope, **heads})
+    with pytest.raises(
+        CheckpointError, match=r"rotary embeddings linear.* nanochat has plain ones"
+    ):
+        check_function(tmp_path, build_model(tmp_path, both), both)
+
+
 def test_factors_that_mlx_lm_leaves_out_are_in_the_weights():
     ones = mx.ones((2, 2))
     layer = "model.layers.0.self_attn"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
 from splitquant_mlx import Recipe, convert, load
 from splitquant_mlx.recipe import Calibration
@@ -147,6 +148,20 @@ def test_mlx_vlm_generates_our_text(vlm, converted, method, tmp_path):
     options = ["--model", path, "--prompt", PROMPT, "--max-tokens", "20", "--temperature", "0"]
     out = run(vlm, "-m", "mlx_vlm", "generate", *options, home=tmp_path)
     assert out.strip() == our_text(path, 20).strip()
+
+
+def test_mlx_vlm_runs_gemma_3_with_its_embedding_kept(stock, vlm, tmp_path):
+    """Where it takes a quantized embedding as well, the warning of `neighbour_notes` can go."""
+    source = tiny.write_checkpoint(tmp_path / "source", "gemma3_text")
+    kept = Recipe(method="rtn", exclude=("*embed_tokens",))
+    assert convert(source, tmp_path / "kept", recipe=kept).warnings == ()
+    wanted = logits_of(stock, tmp_path / "kept", tmp_path)
+    found = logits_of(vlm, tmp_path / "kept", tmp_path, "mlx_vlm")
+    assert difference(found, wanted) <= 1e-5
+    (warning,) = convert(source, tmp_path / "all", recipe=Recipe(method="rtn")).warnings
+    assert "mlx-vlm" in warning
+    with pytest.raises(AssertionError, match=r"lm_head\.weight"):
+        logits_of(vlm, tmp_path / "all", tmp_path, "mlx_vlm")
 
 
 @pytest.mark.parametrize("method", ["rtn", "auto", "splitquant"])

@@ -10,6 +10,7 @@ from splitquant_mlx import Recipe, convert
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.loader import load_model
+from splitquant_mlx.models.renamed import rename
 
 TOKENS = mx.array([[3, 1, 4, 1, 5]])
 
@@ -125,3 +126,27 @@ def test_float64_is_read_as_float32(tmp_path, mixed):
     assert tiny.json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == (
         "float32"
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "saved", "wanted"),
+    [
+        ("nanochat", "model.embed_tokens.weight", "transformer.wte.weight"),
+        ("nanochat", "model.layers.10.self_attn.q_proj.weight", "transformer.h.10.attn.c_q.weight"),
+        (
+            "nanochat",
+            "model.layers.1.self_attn.o_proj.weight",
+            "transformer.h.1.attn.c_proj.weight",
+        ),
+        ("nanochat", "model.layers.1.mlp.fc2.weight", "transformer.h.1.mlp.c_proj.weight"),
+        ("nanochat", "transformer.h.1.mlp.c_proj.weight", "transformer.h.1.mlp.c_proj.weight"),
+        (
+            "olmo_hybrid",
+            "model.layers.0.attention_layer_norm.weight",
+            "model.layers.0.input_layernorm.weight",
+        ),
+        ("llama", "model.embed_tokens.weight", "model.embed_tokens.weight"),
+    ],
+)
+def test_names_that_transformers_gave_an_architecture(kind, saved, wanted):
+    assert list(rename({saved: mx.zeros(1)}, kind)) == [wanted]

@@ -158,6 +158,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v32": _MLA,
     "glm4_moe_lite": _MLA,
     "glm_moe_dsa": _MLA,
+    "mimo_v2_flash": {"head_dim": 24},
+    # of keys and values of other widths, transformers saves convolutions that are cut in thirds
+    "olmo_hybrid": {"linear_key_head_dim": 16, "linear_value_head_dim": 16},
     "minicpm3": {
         **_MLA,
         "v_head_dim": 16,

@@ -44,6 +44,7 @@ from architecture_variants import (
 
 USED = ("mlx", "mlx-lm", "transformers")
 LIMIT = 1e-4
+LARGEST = float(np.finfo(np.float32).max)
 MAX_PARAMETERS = 4_000_000
 # what is new in a converted checkpoint, or written in another way
 NOT_COMPARED = {
@@ -53,6 +54,7 @@ NOT_COMPARED = {
     "transformers_version",
     "sliding_window_pattern",
     "n_inner",
+    "position_embedding_type",
 }
 
 
@@ -273,8 +275,15 @@ def _differing(one: dict[str, Any], two: dict[str, Any], skipped: set[str]) -> I
         other = two.get(key, 1.0 if key == "partial_rotary_factor" else None)
         if isinstance(value, dict) and isinstance(other, dict):
             yield from (f"{key}.{inner}" for inner in _differing(value, other, skipped))
-        elif value != other and key not in skipped:
+        elif _finite(value) != _finite(other) and key not in skipped:
             yield key
+
+
+def _finite(value: Any) -> Any:
+    """Return a setting with the largest float32 for infinity, as a conversion writes it."""
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return min(value, LARGEST) if isinstance(value, float) else value
 
 
 def compare_all(seed: int, only: list[str] | None = None) -> Any:

@@ -1,0 +1,36 @@
+"""A conversion says where another program does not run it."""
+
+import json
+
+import mlx.core as mx
+import pytest
+import tiny
+
+from splitquant_mlx import Recipe, convert
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "changes", "said"),
+    [
+        ("gemma3_text", {}, {}, "--exclude '*embed_tokens'"),
+        ("gemma3_text", {"exclude": ("*embed_tokens",)}, {}, ""),
+        ("gemma3_text", {}, {"tie_word_embeddings": False}, "takes the embedding for the head"),
+        ("llama", {}, {}, ""),
+    ],
+)
+def test_a_head_that_mlx_vlm_takes_from_the_embedding(
+    tmp_path, architecture, settings, changes, said
+):
+    source = tiny.write_checkpoint(tmp_path / "source", architecture, **changes)
+    manifest = convert(source, tmp_path / "out", recipe=Recipe(method="rtn", **settings))
+    assert len(manifest.warnings) == bool(said)
+    assert said in "".join(manifest.warnings)
+
+
+def test_numbers_that_are_not_finite_are_written_so_that_every_program_reads_them(tmp_path):
+    limits = [0.0, float("inf"), float("-inf")]
+    source = tiny.write_checkpoint(tmp_path / "source", time_step_limit=limits)
+    convert(source, tmp_path / "out", recipe=Recipe(method="rtn"))
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["time_step_limit"]
+    largest = mx.finfo(mx.float32).max
+    assert written == [0.0, largest, -largest]
