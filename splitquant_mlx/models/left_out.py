@@ -31,6 +31,7 @@ LAYER = re.compile(r"layers\.(\d+)\.")
 HEAD = re.compile(r"(^|.*\.)lm_head\.weight$")
 EMBEDDING = re.compile(r"(^|.*\.)(embed_tokens|wte|word_embeddings|tok_embeddings)\.weight$")
 CHUNK_BYTES = 1 << 24
+LABELS = 1000  # that a drawing takes: Python hands no more than 1,024 named arguments to mlx
 INPUT_NOTE = (
     "the text model alone is converted; left out is what reads images and sounds: {names}; for "
     "them convert the original with mlx_vlm.convert"
@@ -87,10 +88,13 @@ def left_out(stored: dict[str, mx.array], used: dict[str, mx.array]) -> list[str
     names = [name for name, array in stored.items() if id(array) not in same]
     if not names:
         return []
-    graph = io.StringIO()
-    labels = {f"stored_{n}": stored[name] for n, name in enumerate(names)}
-    mx.export_to_dot(graph, *used.values(), **labels)  # type: ignore[arg-type]
-    read = set(re.findall(r'^"stored_(\d+)" ->', graph.getvalue(), re.MULTILINE))
+    read: set[str] = set()
+    for start in range(0, len(names), LABELS):
+        graph = io.StringIO()
+        some = range(start, min(start + LABELS, len(names)))
+        labels = {f"stored_{n}": stored[names[n]] for n in some}
+        mx.export_to_dot(graph, *used.values(), **labels)  # type: ignore[arg-type]
+        read |= set(re.findall(r'^"stored_(\d+)" ->', graph.getvalue(), re.MULTILINE))
     return [name for n, name in enumerate(names) if str(n) not in read]
 
 

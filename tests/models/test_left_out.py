@@ -10,7 +10,7 @@ from splitquant_mlx import Recipe, convert
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.safetensors import TensorHeader
 from splitquant_mlx.models.checkpoint import open_checkpoint
-from splitquant_mlx.models.left_out import check_left_out
+from splitquant_mlx.models.left_out import check_left_out, left_out
 from splitquant_mlx.models.loader import load_model
 
 TOKENS = mx.array([[n * 7 % tiny.VOCAB for n in range(40)]])
@@ -35,6 +35,12 @@ def rewrite(directory, *, tie=None, tensors=None):
 def converted(source, target):
     manifest = convert(source, target, recipe=Recipe(method="rtn", bits=8, group_size=32))
     return manifest, load_model(target)(TOKENS)
+
+
+def test_thousands_of_tensors_as_large_mixtures_of_experts_have_them():
+    stored = {str(n): mx.array([float(n)]) for n in range(2500)}
+    used = {n: mx.stack([w, w]) for n, w in stored.items() if n not in ("7", "1023", "2499")}
+    assert left_out(stored, used) == ["7", "1023", "2499"]
 
 
 @pytest.mark.parametrize("tie", [True, None], ids=["tied", "silent"])
