@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.evaluation.perplexity import Perplexity, perplexity_of
 from splitquant_mlx.evaluation.reference import Reference
 from splitquant_mlx.evaluation.scoring import log_probabilities_of, log_probability_blocks
 from splitquant_mlx.progress import Progress, Silent
@@ -67,19 +68,51 @@ def measure_divergence(
         RecipeError: when the two models do not share a vocabulary.
         SplitQuantError: when the reference is needed and cannot be loaded.
     """
+    kl, same, _ = _run(model, reference, progress)
+    return _divergence(_collect(group, kl), _collect(group, same))
+
+
+def measure_both(
+    model: nn.Module, reference: Reference, *, progress: Progress | None = None
+) -> tuple[Divergence, Perplexity]:
+    """Measure divergence and perplexity of the same windows in one run of the model.
+
+    The perplexity is that of `measure_perplexity` with a stride of a whole window; windows have 3
+    tokens or more. All else is as in `measure_divergence`.
+    """
+    kl, same, nll = _run(model, reference, progress)
+    length = kl.shape[1]
+    return _divergence(kl, same), perplexity_of(nll[:, :-1].ravel(), length, length)
+
+
+def _run(
+    model: nn.Module, reference: Reference, progress: Progress | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return each position's divergence, agreement and -ln q of the next token, as the windows.
+
+    The last position of a window has no next token: what stands there for it means nothing.
+    """
     windows = reference.windows
+    following = mx.array(np.roll(windows, -1, axis=1).reshape(-1, 1))
+    nll: list[np.ndarray] = []
     with (progress or Silent()).task("Measuring divergence", windows.size) as advance:
 
         def blocks() -> Iterator[mx.array]:
+            start = 0
             for block in log_probability_blocks(model, windows):
+                end = start + block.shape[0]
+                nll.append(-np.array(mx.take_along_axis(block, following[start:end], axis=-1)))
                 yield block
-                advance(block.shape[0])
+                advance(end - start)
+                start = end
 
         kl, same = _compare(reference, blocks())
-    return _divergence(
-        np.array(collect(group, kl.reshape(windows.shape).tolist())),
-        np.array(collect(group, same.reshape(windows.shape).tolist())),
-    )
+    shape = windows.shape
+    return kl.reshape(shape), same.reshape(shape), np.concatenate(nll).reshape(shape)
+
+
+def _collect(group: Group | None, found: np.ndarray) -> np.ndarray:
+    return np.array(collect(group, found.tolist()))
 
 
 def log_probabilities(model: nn.Module, tokens: list[int]) -> mx.array:

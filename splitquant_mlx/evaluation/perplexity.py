@@ -86,7 +86,11 @@ def measure_perplexity(
             for nll in _negative_log_likelihoods(model, texts, vocabulary, first):
                 values[-1] += nll.tolist()
                 advance(nll.size)
-    nll = np.concatenate(collect(group, values))
+    return perplexity_of(np.concatenate(collect(group, values)), context_length, stride)
+
+
+def perplexity_of(nll: np.ndarray, context_length: int, stride: int) -> Perplexity:
+    """Return the statistics of the negative log-likelihoods (tokens,) of scored tokens, nats."""
     mean = float(nll.mean())
     # a ruined model's exp may not fit a float
     perplexity = math.exp(mean) if mean < 709 else math.inf if mean >= 709 else math.nan

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from splitquant_mlx.bench.programs import OURS, run_program
 from splitquant_mlx.bench.speed import Workload
+from splitquant_mlx.conversion.bits import forecast
 from splitquant_mlx.conversion.staging import as_target_error, sweep
 from splitquant_mlx.conversion.verify import check_files
 from splitquant_mlx.data.questions import Question, fetch_questions
@@ -26,8 +27,8 @@ from splitquant_mlx.data.text import cut_windows, encode, text_hash
 from splitquant_mlx.demo.model import fetch_demo_model
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.evaluation.arc import evaluate_arc
-from splitquant_mlx.evaluation.divergence import measure_divergence
-from splitquant_mlx.evaluation.perplexity import measure_perplexity
+from splitquant_mlx.evaluation.divergence import Divergence, measure_both
+from splitquant_mlx.evaluation.perplexity import Perplexity, measure_perplexity
 from splitquant_mlx.evaluation.reference import open_reference
 from splitquant_mlx.formats.manifest import load_manifest
 from splitquant_mlx.models.directory import as_directory
@@ -143,9 +144,11 @@ class _Runner:
         original = self.original
         parts = {
             "convert": ({}, lambda: measured_sizes(original, original, ORIGINAL)),
-            **self._quality(LazyModel(original), ORIGINAL),
+            **self._answers(LazyModel(original), ORIGINAL),
             **self._speed(original),
         }
+        if windows := self._windows:
+            parts["perplexity"] = (windows.settings, lambda: self._perplexity(windows))
         self._take(ORIGINAL, parts)
 
     def measure(self, name: str, recipe: Recipe) -> None:
@@ -155,8 +158,8 @@ class _Runner:
         opened = LazyModel(home)
         parts: dict[str, tuple[dict[str, Any], Measurement]] = {
             "convert": ({}, lambda: self._convert(recipe, home)),
-            **self._quality(opened, name, recipe),
-            **self._divergence(opened),
+            **self._answers(opened, name, recipe),
+            **self._text(opened),
             **self._speed(home),
         }
         if recipe.method == "splitquant":
@@ -171,8 +174,8 @@ class _Runner:
             model = LazyModel(home)
             parts: dict[str, tuple[dict[str, Any], Measurement]] = {
                 "convert": ({}, lambda: measured_sizes(home, self.original, FOREIGN)),
-                **self._quality(model, name),
-                **self._divergence(model),
+                **self._answers(model, name),
+                **self._text(model),
                 **self._speed(home),
             }
             self._take(
@@ -266,9 +269,12 @@ class _Runner:
         if manifest is None:
             raise CheckpointError(f"{home} was converted without a manifest")
         values = convert_values(manifest, recipe, home, run.peak_bytes)
+        if recipe.method == "auto":  # whose sensitivities the conversion left in the cache
+            planned = forecast(str(self.original), recipe, progress=self.progress)
+            values["forecast_kl"] = sum(planned.divergence.values())
         return {**values, "model_hash": LazyModel(home, progress=self.progress).hash}
 
-    def _quality(
+    def _answers(
         self, opened: LazyModel, name: str, recipe: Recipe | None = None
     ) -> dict[str, tuple[dict[str, Any], Measurement]]:
         measure = self.study.measure
@@ -280,26 +286,28 @@ class _Runner:
                     {"num_shots": measure.num_shots, "questions": [q.id for q in questions]},
                     partial(self._arc, opened, task, protocol, questions, f"{name} {recipe}"),
                 )
-        if windows := self._windows:
-            parts["perplexity"] = (windows.settings, lambda: self._perplexity(opened, windows))
         return parts
 
-    def _divergence(self, opened: LazyModel) -> dict[str, tuple[dict[str, Any], Measurement]]:
+    def _text(self, opened: LazyModel) -> dict[str, tuple[dict[str, Any], Measurement]]:
+        """Divergence and perplexity of a variant, of which one run of the model is enough."""
         windows = self._windows
         if windows is None:
             return {}
 
-        def measured() -> dict[str, Any]:
+        @cache
+        def both() -> tuple[Divergence, Perplexity]:
             reference = open_reference(
                 windows.tokens,
                 model_hash=self.reference.hash,
                 load=self.reference.load,
                 progress=self.progress,
             )
-            found = measure_divergence(opened.model, reference, progress=self.progress)
-            return dataclasses.asdict(found)
+            return measure_both(opened.model, reference, progress=self.progress)
 
-        return {"kl": (windows.settings, measured)}
+        return {
+            "kl": (windows.settings, lambda: dataclasses.asdict(both()[0])),
+            "perplexity": (windows.settings, lambda: dataclasses.asdict(both()[1])),
+        }
 
     def _speed(self, path: Path) -> dict[str, tuple[dict[str, Any], Measurement]]:
         measure = self.study.measure
@@ -331,9 +339,9 @@ class _Runner:
         values = dataclasses.asdict(found)
         return {name: values[name] for name in values if name not in ("task", "protocol", "ids")}
 
-    def _perplexity(self, opened: LazyModel, windows: "_Windows") -> dict[str, Any]:
+    def _perplexity(self, windows: "_Windows") -> dict[str, Any]:
         found = measure_perplexity(
-            opened.model,
+            LazyModel(self.original).model,
             windows.tokens.reshape(-1),
             context_length=windows.tokens.shape[1],
             progress=self.progress,

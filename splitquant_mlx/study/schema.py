@@ -41,6 +41,7 @@ class Conversion:
         peak_bytes: peak memory of the conversion.
         bits, granularity, clusters: from the recipe.
         model_hash: of the converted model.
+        forecast_kl: mean KL divergence that an "auto" recipe forecast, nats per token.
     """
 
     method: Line
@@ -55,6 +56,7 @@ class Conversion:
     granularity: Line | None = None
     clusters: NonNegativeInt | None = None
     model_hash: Line | None = None
+    forecast_kl: Number | None = None
 
 
 @record

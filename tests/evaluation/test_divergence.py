@@ -1,5 +1,6 @@
 """KL divergence is what float64 numpy says it is, with or without the reference's cache."""
 
+import dataclasses
 import os
 import shutil
 import time
@@ -16,7 +17,13 @@ from splitquant_mlx import CheckpointError, Recipe, RecipeError, SourceError, co
 from splitquant_mlx.data.text import cut_windows, encode
 from splitquant_mlx.evaluation import reference as module
 from splitquant_mlx.evaluation import scoring
-from splitquant_mlx.evaluation.divergence import divergence, log_probabilities, measure_divergence
+from splitquant_mlx.evaluation.divergence import (
+    divergence,
+    log_probabilities,
+    measure_both,
+    measure_divergence,
+)
+from splitquant_mlx.evaluation.perplexity import measure_perplexity
 from splitquant_mlx.evaluation.reference import open_reference
 from splitquant_mlx.models.dense import for_scoring
 from splitquant_mlx.models.lazy import model_hash
@@ -124,6 +131,14 @@ def test_a_model_does_not_differ_from_itself(rows, opened, loader, windows, monk
     assert 0 <= found.kl_mean < 1e-6 and found.kl_p99 < 1e-6
     direct = [log_probabilities(loader(), window.tolist()) for window in windows]
     assert divergence(whole, [mx.concatenate(direct)]).kl_p99 < 1e-6
+
+
+def test_one_run_measures_divergence_and_perplexity(opened, windows, split_stories):
+    model = for_scoring(load_model(split_stories))
+    divergence_, perplexity = measure_both(model, opened())
+    assert divergence_ == measure_divergence(model, opened())
+    alone = measure_perplexity(model, windows.reshape(-1), context_length=windows.shape[1])
+    assert dataclasses.asdict(perplexity) == pytest.approx(dataclasses.asdict(alone), rel=1e-5)
 
 
 def test_the_cache_serves_without_the_model_and_changes_nothing(opened, loader, split_stories):

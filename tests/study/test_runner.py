@@ -16,6 +16,7 @@ from in_process import run_here
 from splitquant_mlx.bench import speed
 from splitquant_mlx.bench.programs import Run
 from splitquant_mlx.cli import run
+from splitquant_mlx.conversion.bits import forecast
 from splitquant_mlx.errors import SourceError
 from splitquant_mlx.progress import Silent
 from splitquant_mlx.report import load_report
@@ -113,6 +114,20 @@ def test_a_study_ends_in_a_report_of_what_was_measured(study, files, tmp_path, c
     assert not any((home / "models").glob("*")), "the models were to be removed"
     weights = json.loads(next(home.glob("split*.weights.json")).read_text())["values"]
     assert len(weights["cut_points"]) == 2 and sum(weights["counts"]) > 1000
+
+
+def test_an_auto_variant_carries_its_forecast(study, files, stories, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "run_program", run_here)
+    short = "calibration = { num_samples = 4, sequence_length = 32 }"
+    auto = f'method = "auto"\ntarget_bpw = 5.0\n{short}'
+    file = study(**{'method = "rtn"': auto, 'arc = ["arc_easy"]': "arc = []"})
+    chosen = load_study(file)
+    run_study(chosen, tmp_path / "out", data=files)
+    rows = {row.variant: row for row in load_report(tmp_path / "out").rows}
+    planned = forecast(str(stories), chosen.variants["plain"])
+    found = rows["plain"].get("convert", "forecast_kl")
+    assert found == pytest.approx(sum(planned.divergence.values())) and found > 0
+    assert rows["split"].get("convert", "forecast_kl") is None
 
 
 @pytest.mark.slow
