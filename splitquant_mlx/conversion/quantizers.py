@@ -32,11 +32,8 @@ from splitquant_mlx.quantization.affine import (
     round_scales,
 )
 from splitquant_mlx.quantization.gptq import gptq_quantize
-from splitquant_mlx.quantization.imatrix import (
-    code_parts_weighted,
-    nearest_codes,
-    quantize_weighted,
-)
+from splitquant_mlx.quantization.group_fit import nearest_codes
+from splitquant_mlx.quantization.imatrix import code_parts_weighted, quantize_weighted
 from splitquant_mlx.quantization.lut import Lut, lut_quantize
 from splitquant_mlx.quantization.rounding import kernel_works
 from splitquant_mlx.quantization.split import cluster_weight, parts_of
@@ -153,7 +150,9 @@ def _learned(w: mx.array, layer: LayerPlan, inputs: Any) -> Outcome:
     width, groups = layer.shape[-1], layer.shape[-1] // layer.group_size
     scales = inputs[:, width : width + groups].astype(w.dtype)
     biases = inputs[:, width + groups :].astype(w.dtype)
-    codes = nearest_codes(inputs[:, :width], scales, biases, layer.bits)
+    grid = (array.astype(mx.float32)[..., None] for array in (scales, biases))
+    grouped = inputs[:, :width].reshape(*scales.shape, -1)
+    codes = nearest_codes(grouped, *grid, 2**layer.bits - 1)
     return Outcome(Quantized(pack(codes.reshape(w.shape), layer.bits), scales, biases))
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from splitquant_mlx.quantization.affine import Quantized, concatenate, pack
 from splitquant_mlx.quantization.compensation import damped_hessian, unit_upper
-from splitquant_mlx.quantization.group_fit import fit_group
+from splitquant_mlx.quantization.group_fit import fit_group, stored_as
 from splitquant_mlx.quantization.rounding import kernel_works, round_group
 
 SWEEPS = 1
@@ -102,6 +102,7 @@ class Grid:
         self._xp: Any = np if isinstance(columns, np.ndarray) else mx
         self.dtype, self.bits, self.group_size = dtype, bits, group_size
         self.top = 2**bits - 1
+        self._stored = stored_as(dtype)
         self.h = h
         self.diagonal = self._xp.diagonal(self.h)
         self.error = self._xp.array(columns)
@@ -177,9 +178,6 @@ class Grid:
         self.scales[group] = where(better, new_scale, scale)
         self.biases[group] = where(better, new_bias, bias)
         self.error[own] -= where(better, codes * ds + db, 0.0)
-
-    def _stored(self, values: Any) -> Any:
-        return self._xp.array(mx.array(values).astype(self.dtype).astype(mx.float32))
 
     def _settle(self, group: int) -> None:
         """Have mlx compute now what is asked for, so that no more is in memory than is needed."""

@@ -6,23 +6,25 @@ h_j the mean squared input of channel j, the error that the layer's output sees 
     sum_j h_j (w_j - scale * q_j - bias)^2
 
 for one output row (llama.cpp's "importance matrix"). For given codes q the best scale and bias are
-a weighted linear regression; for given scale and bias the best codes are the nearest ones. Here
-ranges of several widths are tried, each followed by a regression, and the best of all is kept. The
-range of round to nearest is one of them, so the result is never worse than it.
+a weighted linear regression; for given scale and bias the best codes are the nearest ones: see
+`group_fit`.
 
 `code_parts_weighted` does the like for a part of a split weight, where only entries of the part
 count, and the scale alone is free: the zeros that stand for entries of other parts stay exact.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from splitquant_mlx.quantization.affine import Quantized, code_parts, concatenate, dequantize, pack
+from splitquant_mlx.quantization.group_fit import fit_group, nearest_codes, stored_as
 
 SHRINKS = (1.0, 0.9, 0.8)
 REFITS = 4
-BLOCK = 1 << 18  # entries
+BLOCK = 1 << 20  # entries
 
 
 def quantize_weighted(
@@ -40,17 +42,26 @@ def quantize_weighted(
         Codes, scales and biases, the latter in the dtype of `w`, whose error under `importance`
         is in no group above that of `mlx.core.quantize`.
     """
+    on_cpu, top = mx.default_device() == mx.cpu, 2**bits - 1
+    importance = importance.astype(mx.float32)
+    h: Any = np.array(importance) if on_cpu else importance
     rows = max(1, BLOCK // w.shape[1])
     pieces = []
-    for start in range(0, w.shape[0], rows):
-        block = w[start : start + rows]
-        scales, biases = fit_scales(block, importance, bits=bits, group_size=group_size)
-        codes = nearest_codes(block, scales, biases, bits)
-        piece = pack(codes.reshape(block.shape), bits), scales, biases
-        mx.eval(piece)
-        pieces.append(piece)
-    weight, scales, biases = (mx.concatenate(list(arrays)) for arrays in zip(*pieces, strict=True))
-    return Quantized(weight, scales, biases)
+    for start in range(0, len(w), rows):
+        columns: Any = mx.contiguous(w[start : start + rows].astype(mx.float32).T)
+        columns = np.array(columns) if on_cpu else columns
+        groups = []
+        for first in range(0, len(columns), group_size):
+            own = slice(first, first + group_size)
+            scale, bias = fit_group(columns[own], h[own], top=top, stored=stored_as(w.dtype))
+            codes = nearest_codes(columns[own], scale, bias, top)
+            groups.append([mx.array(array) for array in (codes, scale, bias)])
+        codes, scales, biases = zip(*groups, strict=True)
+        packed = pack(mx.contiguous(mx.concatenate(codes).T), bits)
+        scales, biases = (mx.stack(list(x), axis=1).astype(w.dtype) for x in (scales, biases))
+        mx.eval(packed, scales, biases)
+        pieces.append(Quantized(packed, scales, biases))
+    return concatenate(pieces, axis=0)
 
 
 def code_parts_weighted(
@@ -114,81 +125,7 @@ def _better(found: Sequence[mx.array], best: Sequence[mx.array]) -> list[mx.arra
     return chosen
 
 
-def fit_scales(
-    w: mx.array, importance: mx.array, *, bits: int, group_size: int
-) -> tuple[mx.array, mx.array]:
-    """Return scales and biases (out, in / group_size) in the dtype of `w`."""
-    dtype, top = w.dtype, 2**bits - 1
-    grouped = w.astype(mx.float32).reshape(w.shape[0], -1, group_size)
-    h = _positive(importance.astype(mx.float32).reshape(-1, group_size))
-    _, scales, biases = mx.quantize(w, group_size, bits)
-    best = [_error(grouped, h, scales, biases, top), scales, biases]
-    fitted = _fit_to_ranges(grouped, h, top)
-    for _ in range(REFITS):
-        scales, biases = (found.astype(dtype) for found in fitted)
-        error = _error(grouped, h, scales, biases, top)
-        # a scale that vanishes or overflows in 16 bits has an error of NaN or infinity
-        best = _better((error, scales, biases), best)
-        _, *fitted = _regress(grouped, h, best[1], best[2], top)
-    return best[1], best[2]
-
-
-def _fit_to_ranges(grouped: mx.array, h: mx.array, top: int) -> list[mx.array]:
-    """Return the scale and bias regressed on the codes of whichever range explains most."""
-    low, high = grouped.min(-1), grouped.max(-1)
-    best: list[mx.array] = []
-    for shrink in SHRINKS:
-        scale = (high - low) * (shrink / top)
-        bias = (low + high) / 2 - scale * (top / 2)
-        found = _regress(grouped, h, scale, bias, top)
-        if best:
-            better = found[0] > best[0]
-            found = [mx.where(better, new, old) for new, old in zip(found, best, strict=True)]
-        best = found
-    return best[1:]
-
-
-def nearest_codes(w: mx.array, scales: mx.array, biases: mx.array, bits: int) -> mx.array:
-    """Return the nearest codes (out, groups, group_size), as floats, for the stored scales."""
-    grouped = w.astype(mx.float32).reshape(*scales.shape, -1)
-    return _codes(grouped, scales.astype(mx.float32), biases.astype(mx.float32), 2**bits - 1)
-
-
 def _positive(h: mx.array) -> mx.array:
     """Give channels that were never seen a little weight, and groups of them an even one."""
     mean = h.mean(-1, keepdims=True)
     return mx.where(mean > 0, h / mx.where(mean > 0, mean, 1), 1) + 1e-4
-
-
-def _codes(grouped: mx.array, scale: mx.array, bias: mx.array, top: int) -> mx.array:
-    scale = mx.where(scale == 0, 1, scale)
-    # not mx.round, which takes five times as long on the CPU
-    nearest = mx.floor((grouped - bias[..., None]) * (1 / scale)[..., None] + 0.5)
-    return mx.clip(nearest, 0, top)
-
-
-def _error(
-    grouped: mx.array, h: mx.array, scales: mx.array, biases: mx.array, top: int
-) -> mx.array:
-    scale, bias = scales.astype(mx.float32), biases.astype(mx.float32)
-    codes = _codes(grouped, scale, bias, top)
-    difference = grouped - codes * scale[..., None] - bias[..., None]
-    return (difference * difference * h).sum(-1)
-
-
-def _regress(
-    grouped: mx.array, h: mx.array, scales: mx.array, biases: mx.array, top: int
-) -> list[mx.array]:
-    """Regress `grouped` on its nearest codes: explained sum of squares, scale, bias."""
-    scale, bias = scales.astype(mx.float32), biases.astype(mx.float32)
-    codes = _codes(grouped, scale, bias, top)
-    total = h.sum(-1)
-    weighted = codes * h
-    mean_q = weighted.sum(-1) / total
-    mean_w = (grouped * h).sum(-1) / total
-    variance = (weighted * codes).sum(-1) - mean_q * mean_q * total
-    covariance = (weighted * grouped).sum(-1) - mean_q * mean_w * total
-    flat = variance <= 1e-6 * total
-    slope = covariance / mx.where(flat, 1, variance)
-    scale = mx.where(flat, scale, slope)
-    return [mx.where(flat, -1, slope * covariance), scale, mean_w - scale * mean_q]

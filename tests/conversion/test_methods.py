@@ -56,7 +56,7 @@ def found(measured):
 def test_each_method_stays_closer_than_the_one_before(found):
     kl = {name: value for name, (value, _) in found.items()}
     assert kl["imatrix"] < 0.8 * kl["rtn"]
-    assert kl["gptq"] < 0.9 * kl["imatrix"]
+    assert kl["gptq"] < 0.95 * kl["imatrix"]
     assert kl["auto"] < kl["gptq"]
 
 

@@ -1,12 +1,10 @@
-"""Scale and bias of a group: closer than other fits, by numpy and mlx alike."""
+"""Scale and bias of a group: closer than round to nearest, by numpy and mlx alike."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from splitquant_mlx import dequantize
 from splitquant_mlx.quantization.group_fit import fit_group
-from splitquant_mlx.quantization.imatrix import quantize_weighted
 
 
 def half(values):
@@ -21,7 +19,7 @@ def error(columns, scale, bias, importance, top):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
-def test_it_is_closer_than_rtn_and_the_fit_of_imatrix(bits):
+def test_it_is_closer_than_rtn(bits):
     rng = np.random.default_rng(bits)
     columns = rng.standard_t(5, (64, 200)).astype(np.float32)
     importance = np.exp(rng.standard_normal(64)).astype(np.float32)
@@ -33,12 +31,8 @@ def test_it_is_closer_than_rtn_and_the_fit_of_imatrix(bits):
         importance,
         2**bits - 1,
     )
-    for other in (
-        mx.dequantize(*mx.quantize(w, 64, bits), 64, bits),
-        dequantize(quantize_weighted(w, mx.array(importance), bits=bits), bits=bits, group_size=64),
-    ):
-        theirs = importance @ (columns - np.array(other.astype(mx.float32)).T) ** 2
-        assert found.sum() < theirs.sum()
+    plain = np.array(mx.dequantize(*mx.quantize(w, 64, bits), 64, bits).astype(mx.float32)).T
+    assert found.sum() < 0.9 * (importance @ (columns - plain) ** 2).sum()
 
 
 def test_mlx_and_numpy_agree():
