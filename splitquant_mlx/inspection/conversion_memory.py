@@ -13,9 +13,10 @@ import mlx.core as mx
 
 from splitquant_mlx.calibration.blocks import LOGITS
 from splitquant_mlx.models.footprint import PROGRAM_BYTES
+from splitquant_mlx.quantization.gptq import BLOCK
 from splitquant_mlx.recipe import CALIBRATED, SELF, Calibration, Recipe
 
-BLOCK = re.compile(r"(?:layers|blk|blocks|h)\.(\d+)\.")
+BLOCK_NAME = re.compile(r"(?:layers|blk|blocks|h)\.(\d+)\.")
 KEYS_AND_VALUES = re.compile(r"(?:\b[kv]_proj|attn_[kv])\.weight$")
 TEXTS = 128  # sampled side by side
 TRAINED_TEXTS = 4  # in a step of refinement
@@ -35,9 +36,9 @@ def converting_bytes(sizes: Mapping[str, int], recipe: Recipe) -> float:
     """
     on_cpu = mx.default_device() == mx.cpu
     workers = (os.cpu_count() or 1) if on_cpu else 1
-    layers = sorted((n for name, n in sizes.items() if BLOCK.search(name)), reverse=True)
-    workspace = LARGEST.get(recipe.method, WITH_HESSIAN)
-    stages: list[float] = [workspace * max(sizes.values()) + BESIDE * sum(layers[:workers])]
+    layers = sorted((n for name, n in sizes.items() if BLOCK_NAME.search(name)), reverse=True)
+    workspace = _quantizing_bytes(recipe.method, max(sizes.values()), workers)
+    stages: list[float] = [workspace + BESIDE * sum(layers[:workers])]
     if recipe.method in CALIBRATED or recipe.refine:
         text = recipe.calibration or Calibration()
         stages[0] += _block_bytes(sizes, text)
@@ -50,11 +51,19 @@ def converting_bytes(sizes: Mapping[str, int], recipe: Recipe) -> float:
     return PROGRAM_BYTES + max(stages)
 
 
+def _quantizing_bytes(method: str, entries: int, workers: int) -> float:
+    """Return what the largest weight takes while it is quantized, by `gptq` in blocks of rows."""
+    if method in LARGEST:
+        return LARGEST[method] * entries
+    blocks = entries if method == "lut" else min(entries, workers * BLOCK)
+    return WITH_HESSIAN * blocks + LARGEST["rtn"] * (entries - blocks)
+
+
 def _block_bytes(sizes: Mapping[str, int], text: Calibration) -> float:
     """Return the size of a block and the next, in float32, and of the texts' states beside them."""
     blocks = Counter[str]()
     for name, entries in sizes.items():
-        if found := BLOCK.search(name):
+        if found := BLOCK_NAME.search(name):
             blocks[found[1]] += entries
     states = text.num_samples * text.sequence_length * _hidden(sizes)
     return 4 * (2 * max(blocks.values(), default=0) + 2 * states)
