@@ -17,6 +17,7 @@ from splitquant_mlx.formats.gguf_tokenizer import ELSEWHERE, end_token_ids
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 MAX_SETTING = 1 << 40
+ATTENTION_FACTOR = "rope.scaling.attn_factor"
 # The values of all published Llama 3.1, 3.2 and 3.3; GGUF keeps only the factors they lead to.
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -29,10 +30,10 @@ KNOWN = frozenset(
     "block_count context_length embedding_length feed_forward_length vocab_size "
     "attention.head_count attention.head_count_kv attention.key_length attention.value_length "
     "attention.layer_norm_rms_epsilon attention.layer_norm_epsilon attention.sliding_window "
-    "attention.sliding_window_pattern attention.temperature_scale rope.dimension_count "
+    "attention.sliding_window_pattern rope.dimension_count "
     "rope.freq_base rope.freq_base_swa rope.scale_linear rope.scaling.type rope.scaling.factor "
-    "rope.scaling.original_context_length rope.scaling.finetuned rope.scaling.attn_factor "
-    "rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow rope.scaling.yarn_log_multiplier "
+    "rope.scaling.original_context_length rope.scaling.finetuned "
+    "rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow "
     "expert_count expert_used_count expert_feed_forward_length".split()
 )
 
@@ -80,6 +81,7 @@ def model_config(gguf: Gguf, dtype: str) -> dict[str, Any]:
         kind = int if isinstance(metadata.get(_key(metadata, name)), int) else float
         config[key] = _number(metadata, name, kind)
     config |= _variant(gguf, config)
+    config |= _windows(metadata, config)
     config |= _rope_scaling(gguf, config)
     if (bos := metadata.get("tokenizer.ggml.bos_token_id")) is not None:
         config["bos_token_id"] = bos
@@ -91,7 +93,13 @@ def model_config(gguf: Gguf, dtype: str) -> dict[str, Any]:
 def _note_unknown(metadata: dict[str, Any], architecture: Architecture) -> None:
     prefix = _key(metadata, "")
     names = {key.removeprefix(prefix) for key in metadata if key.startswith(prefix)}
-    if unknown := sorted(names - KNOWN - set(architecture.settings.values())):
+    known = KNOWN.union(architecture.settings.values())
+    if architecture.model_type == "ministral3":
+        known |= {"attention.temperature_scale", "rope.scaling.yarn_log_multiplier"}
+    # of Phi-3 it follows from the lengths; elsewhere 1 is what all files without it have
+    if architecture.model_type == "phi3" or metadata.get(f"{prefix}{ATTENTION_FACTOR}") == 1:
+        known |= {ATTENTION_FACTOR}
+    if unknown := sorted(names - known):
         warnings.warn(
             f"settings of the file that are not understood, and left out: {', '.join(unknown)}",
             SplitQuantWarning,
@@ -185,6 +193,21 @@ def _variant(gguf: Gguf, config: dict[str, Any]) -> dict[str, Any]:
             of_gemma3["rope_theta"] = 1e6
         return {"query_pre_attn_scalar": scalar, **of_gemma3}
     return {}
+
+
+def _windows(metadata: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Return the attention window, and in which layers it is where the file says so."""
+    if _key(metadata, "attention.sliding_window") not in metadata:
+        return {}
+    found: dict[str, Any] = {"sliding_window": _number(metadata, "attention.sliding_window", int)}
+    layers = config["num_hidden_layers"]
+    pattern = metadata.get(_key(metadata, "attention.sliding_window_pattern"))
+    if type(pattern) is int and pattern > 0:
+        pattern = [(n + 1) % pattern != 0 for n in range(layers)]
+    if isinstance(pattern, list) and len(pattern) == layers:
+        words = ("full_attention", "sliding_attention")
+        found["layer_types"] = [words[bool(windowed)] for windowed in pattern]
+    return found
 
 
 def _rope_scaling(gguf: Gguf, config: dict[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def write_page(found: Comparisons, file: Path) -> None:
         "GELU), and parts that see or hear, which are left out. Any other setting that a class "
         "does not follow is refused.",
         "",
-        f"Measured with {versions} by `just architectures`, in one run with seed 0.",
+        f"Measured with {versions} by `just architectures` with seed 0.",
         "",
         "| architecture | variant | verdict | difference | 8 bits | remark |",
         "|---|---|---|---|---|---|",

@@ -100,6 +100,18 @@ CASES = {
             "attention.sliding_window_pattern": [True, True, True, False],
         },
     ),
+    "olmo3, windows elsewhere": (
+        "olmo2",
+        "Olmo3",
+        {
+            "sliding_window": 8,
+            "layer_types": [f"{kind}_attention" for kind in ("full", "sliding", "sliding", "full")],
+        },
+        {
+            "attention.sliding_window": 8,
+            "attention.sliding_window_pattern": [False, True, True, False],
+        },
+    ),
     "smollm3": ("smollm3", "SmolLM3", {}, {"rope.dimension_count": 16}),
     "granite": (
         "granite",

@@ -1,7 +1,7 @@
 """GGUF files come back as the checkpoint they were made from, or are refused."""
 
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import gguf
 import gguf_models
@@ -277,6 +277,24 @@ def test_settings_that_are_not_understood_are_noted(small, tmp_path):
     write_gguf(tmp_path / "a.gguf", *small, metadata={"llama.brand_new": 1.5})
     with pytest.warns(SplitQuantWarning, match="left out: brand_new"):
         imported(tmp_path / "a.gguf", tmp_path / "hf")
+
+
+@pytest.mark.parametrize(("factor", "noted"), [(1.0, False), (0.5, True)])
+def test_a_factor_on_attention_is_noted_unless_it_is_one(small, tmp_path, factor, noted):
+    metadata = {"llama.rope.scaling.attn_factor": factor}
+    write_gguf(tmp_path / "a.gguf", *small, metadata=metadata)
+    with pytest.warns(SplitQuantWarning, match="attn_factor") if noted else nullcontext():
+        imported(tmp_path / "a.gguf", tmp_path / "hf")
+
+
+@pytest.mark.parametrize("pattern", [2, [True, False]])
+def test_the_layers_with_a_window_are_those_of_the_file(small, tmp_path, pattern):
+    metadata = {"llama.attention.sliding_window": 8}
+    metadata |= {"llama.attention.sliding_window_pattern": pattern}
+    write_gguf(tmp_path / "a.gguf", *small, metadata=metadata)
+    config = imported(tmp_path / "a.gguf", tmp_path / "hf")[1]
+    assert (config["sliding_window"], config["num_hidden_layers"]) == (8, 2)
+    assert config["layer_types"] == ["sliding_attention", "full_attention"]
 
 
 def test_parts_are_imported_as_one_file(small, tmp_path):

@@ -7,7 +7,8 @@ logits of transformers' model on torch are compared with those of our `load_mode
     python tests/support/architectures.py --seed 3 --json out.json [--only llama phi3]
 
 `just architectures` writes the table that `splitquant-mlx doctor --architectures` prints, and
-docs/architectures.md. It needs torch: `pip install -e ".[test,parity]"`.
+docs/architectures.md; with --only, the other rows stay as they are recorded. It needs torch:
+`pip install -e ".[test,parity]"`.
 """
 
 import argparse
@@ -192,7 +193,7 @@ def compare(variant: Variant, seed: int, directory: Path) -> dict[str, Any]:
     ours = our_logits(directory / "out", tokens)
     result["stock"] = rounded(distance(stock_logits(directory / "out", tokens), ours))
     result["correlation"] = rounded(float(np.corrcoef(ours.ravel(), wanted.ravel())[0, 1]), 4)
-    result["warnings"] = list(getattr(manifest, "warnings", ()))
+    result["warnings"] = [text for text in manifest.warnings if not text.startswith("mlx-vlm")]
     result["config"] = differing_keys(directory / "source", directory / "out")
     return result
 
@@ -316,6 +317,17 @@ def compare_all(seed: int, only: list[str] | None = None) -> Any:
     return Comparisons(versions=used, results=tuple(map(comparison, results)))
 
 
+def with_other_rows(found: Any) -> Any:
+    """Return the comparison with the recorded rows of what was not compared anew."""
+    from splitquant_mlx.inspection.architectures import recorded
+
+    if found.versions != recorded().versions:
+        raise SystemExit("other versions than the recorded ones: compare all")
+    rows = {(row.architecture, row.variant): row for row in (*recorded().results, *found.results)}
+    order = [(variant.architecture, variant.name) for variant in variants()]
+    return dataclasses.replace(found, results=tuple(rows[key] for key in order if key in rows))
+
+
 def main() -> None:
     """Compare and write the figures."""
     from splitquant_mlx.inspection.architectures import write_page
@@ -327,6 +339,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*")
     options = parser.parse_args()
     found = compare_all(options.seed, options.only)
+    if options.only and options.json and options.json.exists():
+        found = with_other_rows(found)
     if options.json:
         text = json.dumps(dataclasses.asdict(found), indent=1)
         options.json.write_text(text + "\n", encoding="utf-8")
