@@ -76,11 +76,14 @@ def inspect(
     start(device)
     from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.inspection.layers import find_cut_points
-    from splitquant_mlx.inspection.overview import describe
+    from splitquant_mlx.inspection.overview import describe, describe_gguf
     from splitquant_mlx.models.directory import as_directory
     from splitquant_mlx.models.source import resolve
 
-    with as_directory(resolve(name, revision=revision), Bars()) as directory:
+    source = resolve(name, revision=revision)
+    if source.path.is_file() and layer is None and not cut_points:
+        return _report(name, describe_gguf(source.path), {}, json_file, each=layers)
+    with as_directory(source, Bars()) as directory:
         found = describe(directory)
         if layer is not None:
             path = _path(layer, [record.path for record in found.layers])
@@ -89,11 +92,22 @@ def inspect(
         cuts = {}
         if cut_points:
             cuts = find_cut_points(directory, clusters=clusters, progress=Bars())
-    values = dataclasses.asdict(found) | ({"cut_points": cuts} if cut_points else {})
+    _report(name, found, cuts, json_file, each=layers or cut_points)
+
+
+def _report(
+    name: str,
+    found: Any,
+    cuts: dict[str, tuple[float, ...]],
+    json_file: JsonFile,
+    *,
+    each: bool,
+) -> None:
+    values = dataclasses.asdict(found) | ({"cut_points": cuts} if cuts else {})
     if console.write_json(json_file, values):
         return
     _print(name, found)
-    _print_layers(found.layers, cuts, each=layers or cut_points)
+    _print_layers(found.layers, cuts, each=each)
 
 
 def _show_histogram(directory: Path, path: str, clusters: int | None, png: Path | None) -> None:
@@ -162,7 +176,9 @@ def _print_layers(layers: Any, cuts: dict[str, tuple[float, ...]], *, each: bool
         first = group[0]
         form = {"keep": "not quantized", "quantize": "", "split": f"{first.clusters} x "}
         text = form[first.action]
-        if first.bits is not None:
+        if first.bits is None and first.mode is not None:
+            text = first.mode
+        elif first.bits is not None:
             text += f"{first.bits} bits "
             text += "codebooks" if first.mode == "lut" else f"g{first.group_size}"
             text += f", {first.outliers} kept a row" if first.outliers else ""

@@ -1,16 +1,19 @@
-"""Describe a model directory from its headers, config and manifest; no weight is read."""
+"""Describe a model from its headers, config and manifest; no weight is read."""
 
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from splitquant_mlx.formats.gguf import TensorInfo, open_gguf
 from splitquant_mlx.formats.manifest import LayerRecord, load_manifest
 from splitquant_mlx.models.checkpoint import read_headers
 from splitquant_mlx.models.config import read_config
 from splitquant_mlx.models.footprint import context_limit, running_bytes
+from splitquant_mlx.models.gguf_import import gguf_parameters
 from splitquant_mlx.models.library import runs_in
 
 
@@ -92,6 +95,53 @@ def describe(directory: Path) -> Overview:
         memory_bytes=running_bytes(directory),
         runs_in=runs_in(layers),
         layers=layers,
+    )
+
+
+def describe_gguf(path: Path) -> Overview:
+    """Describe the model of a .gguf file from its header, as it is in the file.
+
+    Raises:
+        SourceError: the file cannot be opened.
+        CheckpointError: the file is corrupt, or of an architecture that is not supported here.
+    """
+    gguf = open_gguf(path)
+    config, tensors = gguf_parameters(gguf)
+    layers = tuple(
+        _gguf_layer(name.removesuffix(".weight"), tensor)
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and len(tensor.shape) > 1
+    )
+    entries = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    stored = sum(tensor.nbytes for tensor in tensors.values())
+    bytes_of: Counter[str] = Counter()
+    for tensor in tensors.values():
+        bytes_of[tensor.type] += tensor.nbytes
+    return Overview(
+        architecture=config["model_type"],
+        parameters=entries,
+        context=context_limit(config),
+        vocabulary=config["vocab_size"],
+        has_chat_template="tokenizer.chat_template" in gguf.metadata,
+        method=f"GGUF, {bytes_of.most_common(1)[0][0]} most of it",
+        source="",
+        bits_per_weight=8 * stored / entries,
+        stored_bytes=stored,
+        memory_bytes=running_bytes(path),
+        runs_in="here (unpacked to 16 bits first), llama.cpp, LM Studio",
+        layers=layers,
+    )
+
+
+def _gguf_layer(path: str, tensor: TensorInfo) -> LayerRecord:
+    return LayerRecord(
+        path=path,
+        kind="embedding" if "embed" in path else "linear",
+        action="keep" if tensor.type in ("F32", "F16", "BF16") else "quantize",
+        shape=tensor.shape,
+        nbytes=tensor.nbytes,
+        bits_per_weight=8 * tensor.nbytes / math.prod(tensor.shape),
+        mode=tensor.type,
     )
 
 

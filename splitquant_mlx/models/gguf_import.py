@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from splitquant_mlx.errors import CheckpointError
-from splitquant_mlx.formats.gguf import Gguf, open_gguf, read_tensor
+from splitquant_mlx.formats.gguf import Gguf, TensorInfo, open_gguf, read_tensor
 from splitquant_mlx.formats.gguf_architectures import Architecture, architecture_of
 from splitquant_mlx.formats.gguf_config import ROPE_TENSORS, model_config
 from splitquant_mlx.formats.gguf_tokenizer import ELSEWHERE, write_tokenizer
@@ -67,6 +67,21 @@ def import_gguf(path: Path, directory: Path, progress: Progress | None = None) -
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     card = {key: gguf.metadata.get(f"general.{name}") for key, name in CARD.items()}
     write_source_card(card, directory)
+
+
+def gguf_parameters(gguf: Gguf) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """Return config.json's content and the tensors by mlx-lm's names; no value is read.
+
+    Raises:
+        CheckpointError: as `import_gguf`.
+    """
+    try:
+        dtype = _dtype(gguf, architecture_of(gguf.metadata))
+        config = model_config(gguf, str(dtype).removeprefix("mlx.core."))
+        targets = _targets(gguf, config)
+    except CheckpointError as exc:
+        raise CheckpointError(f"{gguf.path}: {exc}") from exc
+    return config, {target.name: gguf.tensors[name] for name, target in targets.items()}
 
 
 def _dtype(gguf: Gguf, architecture: Architecture) -> mx.Dtype:

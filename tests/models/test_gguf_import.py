@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from splitquant_mlx.errors import CheckpointError, SourceError, SplitQuantWarning
 from splitquant_mlx.formats.gguf import open_gguf, read_tensor
 from splitquant_mlx.formats.model_card import read_source_card
+from splitquant_mlx.inspection.overview import describe, describe_gguf
 from splitquant_mlx.models.gguf_import import import_gguf
 from splitquant_mlx.models.loader import load
 
@@ -101,6 +102,23 @@ def refused(directory, message):
         yield
     assert "\n" not in str(caught.value)
     assert not list(directory.iterdir())
+
+
+def test_a_file_is_described_from_its_header(small, tmp_path, monkeypatch):
+    weights, config = small
+    write_gguf(tmp_path / "a.gguf", weights, config, "Q8_0")
+    imported(tmp_path / "a.gguf", tmp_path / "hf")
+    monkeypatch.setattr("splitquant_mlx.formats.gguf.read_tensor", None)
+    found, unpacked = describe_gguf(tmp_path / "a.gguf"), describe(tmp_path / "hf")
+    for name in ("architecture", "parameters", "context", "vocabulary", "has_chat_template"):
+        assert getattr(found, name) == getattr(unpacked, name), name
+    assert {(layer.path, layer.shape) for layer in found.layers} == {
+        (layer.path, layer.shape) for layer in unpacked.layers
+    }
+    assert "Q8_0" in found.method and {layer.mode for layer in found.layers} >= {"Q8_0"}
+    data = sum(tensor.n_bytes for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors)
+    assert found.stored_bytes == data
+    assert found.bits_per_weight == pytest.approx(8 * data / found.parameters)
 
 
 def test_float32_file_is_the_original_bit_for_bit(small, tmp_path):
