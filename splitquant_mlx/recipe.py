@@ -173,7 +173,7 @@ class Recipe:
                 "embedding_bits: embeddings and lm_head are kept unquantized: set one of them to "
                 "'quantize', or leave embedding_bits out"
             )
-        if self._is_calibrated:
+        if self.runs_the_model:
             self._fill(calibration=Calibration(), embedding_bits=embedding_bits)
         if self.method in SWEEPS:
             self._fill(sweeps=SWEEPS[self.method])
@@ -193,7 +193,8 @@ class Recipe:
         return float((self.outliers or "0%")[:-1]) / 100
 
     @property
-    def _is_calibrated(self) -> bool:
+    def runs_the_model(self) -> bool:
+        """Return whether a conversion runs the original model: to calibrate, or to refine."""
         return self.method in CALIBRATED or bool(self.refine)
 
     def _refuse_unused(self) -> None:
@@ -212,7 +213,7 @@ class Recipe:
             "kmeans": split or self.kmeans == "exact",
             "lm_head": split or self.lm_head != "split",
             "refine": not split and not lut,
-            "calibration": self._is_calibrated or split,
+            "calibration": self.runs_the_model or split,
             "sweeps": self.method in SWEEPS,
             **dict.fromkeys(TARGETS, auto),
             "outliers": lut,
@@ -239,7 +240,7 @@ class Recipe:
             self._require("group_size", (group_size,), what)
             self._require("layers", ({},), what)
             self._require("embedding_bits", (None,), what)
-        if self._is_calibrated or self.calibration is not None:
+        if self.runs_the_model or self.calibration is not None:
             what = "with refine" if self.method == "rtn" else f"with calibrated {self.method!r}"
             self._require("mode", ("affine",), what)
             self._require("granularity", ("group",), what)

@@ -46,7 +46,7 @@ def print_estimate(found: "Estimate", recipe: "Recipe", target: Path) -> None:
             ("Size", f"{size(found.stored_bytes)}, the original {size(found.source_bytes)}{guess}"),
             ("Whole model", f"{found.bits_per_weight:.2f} bits/weight{guess}"),
             ("Memory", f"about {found.memory_bytes / 1e9:.1f} GB"),
-            ("Time", f"{_duration(found.seconds)} (rough: extrapolated from one layer)"),
+            ("Time", _time(found.seconds, least=recipe.runs_the_model)),
             ("Target", str(target)),
         )
     )
@@ -153,9 +153,11 @@ def _where_it_runs(manifest: Manifest, path: Path) -> list[str]:
     ]
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return "under a minute"
+def _time(seconds: float, *, least: bool) -> str:
+    """Say how long it takes; `least` where the model is run, of which only products are counted."""
+    text = f"{seconds / 3600:.1f} h"
     if seconds < 5400:
-        return f"about {seconds / 60:.0f} min"
-    return f"about {seconds / 3600:.1f} h"
+        text = f"{seconds / 60:.0f} min" if seconds >= 60 else f"{max(1, seconds):.0f} s"
+    if least:
+        return f"{text} or more (rough: products of matrices; small models take many times that)"
+    return f"about {text} (rough: extrapolated from one layer, on a machine that is not busy)"

@@ -14,7 +14,7 @@ import mlx.core as mx
 from splitquant_mlx.calibration.blocks import LOGITS
 from splitquant_mlx.models.footprint import PROGRAM_BYTES
 from splitquant_mlx.quantization.gptq import BLOCK
-from splitquant_mlx.recipe import CALIBRATED, SELF, Calibration, Recipe
+from splitquant_mlx.recipe import SELF, Calibration, Recipe
 
 BLOCK_NAME = re.compile(r"(?:layers|blk|blocks|h)\.(\d+)\.")
 KEYS_AND_VALUES = re.compile(r"(?:\b[kv]_proj|attn_[kv])\.weight$")
@@ -39,7 +39,7 @@ def converting_bytes(sizes: Mapping[str, int], recipe: Recipe) -> float:
     layers = sorted((n for name, n in sizes.items() if BLOCK_NAME.search(name)), reverse=True)
     workspace = _quantizing_bytes(recipe.method, max(sizes.values()), workers)
     stages: list[float] = [workspace + BESIDE * sum(layers[:workers])]
-    if recipe.method in CALIBRATED or recipe.refine:
+    if recipe.runs_the_model:
         text = recipe.calibration or Calibration()
         stages[0] += _block_bytes(sizes, text)
         if text.text == SELF:

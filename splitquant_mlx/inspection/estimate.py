@@ -2,7 +2,9 @@
 
 Sizes follow from the plan. Memory is a model of what the stages hold. Time is extrapolated from
 pieces of one layer that are quantized, and one matrix product that is computed, on this machine: it
-tells minutes from hours, not more.
+tells minutes from hours, not more. Where the model itself is run, to calibrate, only its products
+are counted: that is the least it can take, and of a model of a million parameters, where a call
+costs more than a product, a small part of it.
 """
 
 import dataclasses
@@ -24,7 +26,7 @@ from splitquant_mlx.conversion.quantizers import QUANTIZERS, uses_cpu
 from splitquant_mlx.conversion.weight import convert_weight
 from splitquant_mlx.inspection.conversion_memory import converting_bytes
 from splitquant_mlx.models.checkpoint import open_checkpoint, parameters
-from splitquant_mlx.recipe import CALIBRATED, LEARNED, Calibration, Recipe
+from splitquant_mlx.recipe import LEARNED, Calibration, Recipe
 
 FEW_ROWS, MANY_ROWS, WIDTH = 64, 512, 2048  # of the pieces of a layer that are timed
 SIDE = 1024  # of the product that is timed
@@ -44,7 +46,7 @@ class Estimate:
         source_bytes: size of the original's tensors.
         stored_bytes: size of the converted model's tensors.
         memory_bytes: peak.
-        seconds: time of the whole conversion, s; rough.
+        seconds: time of the whole conversion, s; rough, and the least where it runs the model.
         explanation: how the size was computed, one line; empty where the target is the size.
     """
 
@@ -105,8 +107,7 @@ def _seconds(layers: Any, arrays: dict[str, mx.array], recipe: Recipe, parameter
         seconds += sum(map(time_of, shapes)) / ((os.cpu_count() or 1) if in_threads else 1)
         if recipe.method == "auto":  # its options, on a sample of each layer's rows
             seconds += 2 * sum(time_of((min(256, out), width)) for *_, out, width in shapes)
-    calibrated = recipe.method in CALIBRATED or bool(recipe.refine)
-    if calibrated:
+    if recipe.runs_the_model:
         text = recipe.calibration or Calibration()
         tokens = PASSES["calibrate"] * text.num_samples * text.sequence_length
         if recipe.method == "auto":

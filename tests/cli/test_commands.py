@@ -74,6 +74,14 @@ def test_a_dry_run_of_each_method(command, stories, method):
     assert 1e8 < told["memory_bytes"] < 3e9 and 0 < told["seconds"] < 3600
 
 
+@pytest.mark.parametrize(("method", "said"), [("rtn", "about "), ("gptq", " or more ")])
+def test_a_dry_run_says_what_its_time_counts(command, stories, method, said, monkeypatch):
+    monkeypatch.setattr("splitquant_mlx.inspection.estimate._timed", lambda work: 1e-3)
+    out = command("convert", stories, "--method", method, "--dry-run")
+    (line,) = (line for line in out.splitlines() if line.startswith("Time"))
+    assert said in line and " s " in line and len(line) <= 100
+
+
 def test_a_setting_of_another_method_is_refused(stories, capsys):
     options = ["-q", "--num-samples", "4", "--dry-run"]
     assert cli.run(["convert", str(stories), *options]) == 2
