@@ -122,7 +122,10 @@ class Service:
         """Raise Refusal (404) for another model than the one served."""
         if name is None or name.rstrip("/").removeprefix("./") in self.names:
             return
-        message = f"the model {name!r} is not served here: ask for {self.names[0]!r}"
+        message = (
+            f"the model {name!r:.80} is not served here: ask for {self.names[0]!r}, or name it so "
+            "with --served-model-name where the server is started"
+        )
         raise Refusal(404, message, param="model", code="model_not_found")
 
     def chat(self, request: ChatRequest) -> Planned:

@@ -230,6 +230,7 @@ def test_a_gguf_file_goes_by_its_name_without_the_ending(tmp_path):
 def test_an_unknown_name_is_told_the_right_one(server):
     error = check_error(server.ask("POST", TEXT, {"prompt": "X", "model": "gpt-4"}), 404)
     assert "'the-talker'" in error["message"] and error["code"] == "model_not_found"
+    assert "--served-model-name" in error["message"]
     check_error(server.ask("GET", "/v1/models/gpt-4"), 404)
 
 
