@@ -185,3 +185,23 @@ def refusal(tmp_path, capsys, monkeypatch):
 
     yield refuse
     signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Return a headless Chromium that finds every host of .example on this machine."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip(f"none of {', '.join(names)} is installed")
+    args = [
+        "--no-sandbox",
+        "--host-resolver-rules=MAP *.example 127.0.0.1",
+        # the server is to refuse by itself
+        "--disable-features=LocalNetworkAccessChecks,BlockInsecurePrivateNetworkRequests",
+    ]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=args)
+        yield browser
+        browser.close()

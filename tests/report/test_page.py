@@ -1,7 +1,6 @@
 """The page is one sound, self-contained, accessible file, and the same in a real browser."""
 
 import re
-import shutil
 from base64 import b64decode
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -278,20 +277,6 @@ def test_command_names_what_it_cannot_write_or_read(command, tmp_path):
     write_study(tmp_path, without=PLOTTED)
     with pytest.raises(TargetError, match=r"cannot write .*nowhere/x\.html"):
         command(tmp_path, "--html", tmp_path / "nowhere" / "x.html")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Return a headless Chromium."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, names)), None)
-    if found is None:
-        pytest.skip(f"none of {', '.join(names)} is installed")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 WIDER = """() => [...document.querySelectorAll("body *")].filter(
