@@ -103,6 +103,14 @@ class DivergenceScore:
     top1_agreement: float | None = None
     positions: NonNegativeInt | None = None
 
+    def __post_init__(self) -> None:
+        if self.kl_low is not None and self.kl_high is not None:
+            mean, low, high = self.kl_mean, self.kl_low, self.kl_high
+            if low > mean or mean > high:
+                raise ValueError(
+                    f"expected kl_mean from kl_low {low} to kl_high {high}, got {mean}"
+                )
+
 
 @record
 class Speed:

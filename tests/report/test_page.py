@@ -110,7 +110,8 @@ def crowded():
             if known.variant == "gptq-4-g64" and known.part in ("convert", "kl", "speed"):
                 values = dict(known.values)
                 if known.part == "kl":
-                    values["kl_mean"] = 4e-5 if i == 0 else 0.1 + 0.001 * i
+                    mean = 4e-5 if i == 0 else 0.1 + 0.001 * i
+                    values |= {"kl_low": 0.9 * mean, "kl_mean": mean, "kl_high": 1.1 * mean}
                 elif known.part == "convert":
                     values["bits_per_weight"] += 0.01 * (i % 7)
                 name = f"self-calibrated variant number {i} of many"

@@ -89,6 +89,10 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         ({"variant": "a\x1b[31m"}, "variant: expected one printable line"),
         ({"values": {}}, "values.kl_mean: expected a value, got none"),
         ({"values": {"kl_mean": "0.1"}}, "values.kl_mean: expected a number, got '0.1'"),
+        (
+            {"values": {"kl_mean": 3.0, "kl_low": 1.0, "kl_high": 2.0}},
+            "expected kl_mean from kl_low 1.0 to kl_high 2.0, got 3.0",
+        ),
         ({"settings": {"set": {1}}}, "cannot be written as JSON"),
     ],
 )
