@@ -21,7 +21,7 @@ from splitquant_mlx.cli.demo import demo
 from splitquant_mlx.cli.doctor import doctor
 from splitquant_mlx.cli.eval import evaluate
 from splitquant_mlx.cli.generate import generate
-from splitquant_mlx.cli.help import Command, Group
+from splitquant_mlx.cli.help import Command, Group, UsageError
 from splitquant_mlx.cli.inspect import inspect
 from splitquant_mlx.cli.launched import launched_rank, only_rank_0_prints
 from splitquant_mlx.cli.library import cache, models
@@ -34,8 +34,6 @@ from splitquant_mlx.errors import RankError, SplitQuantError, SplitQuantWarning
 from splitquant_mlx.models.hub import hide_token
 
 PROGRAM = "splitquant-mlx"
-# click's UsageError, which typer brings along under a name of its own in some versions
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 VARIABLES = (
     "Variables: SPLITQUANT_CACHE (where caches go), SPLITQUANT_API_KEY (of serve), "
     "SPLITQUANT_MEMORY_CHECK (off: try even what memory is too small for), NO_COLOR, and the "

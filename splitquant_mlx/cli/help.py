@@ -2,8 +2,11 @@
 
 from typing import Any
 
+import typer
 import typer.core
 
+# click's UsageError, which typer brings along under a name of its own in some versions
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 COMMON = "Common"  # the panel of what most people need
 EVERYWHERE = (
     ("--quiet", "Print results and errors only."),
@@ -43,7 +46,7 @@ class Group(typer.core.TyperGroup):
             return name, command, ["--help"]
         try:
             return super().resolve_command(ctx, args)
-        except typer.BadParameter.__mro__[1] as exc:
+        except UsageError as exc:
             if (ours := ELSEWHERE.get(args[0])) in self.commands:
                 exc.message = f"there is no command {args[0]!r}: it is {ours!r} here"  # type: ignore[attr-defined]
             raise
