@@ -14,7 +14,9 @@ of the divergence is left in SmolLM2-135M's o_proj, two fifths in its down_proj.
 measured for one option of each layer, on other tokens than those it is compensated on.
 
 At the output head the distribution itself is at hand, and the sum over rows is weighted by
-p (1 - p) instead. An embedding that is looked up adds what its rows' errors do at the input.
+p (1 - p) instead. An embedding that is looked up adds what its rows' errors do at the input. Both
+look at rows as often as they are used: those of rare tokens are longer, in SmolLM2-135M with 1.8
+times the squared error of those of a text.
 
 On SmolLM2-135M and 2,048 tokens of WikiText-2, predicted and found: all layers gptq 4-bit 0.070 and
 0.077 nats, rtn 4-bit 0.30 and 0.38, where the second order is no longer enough.
@@ -41,6 +43,7 @@ Options = Mapping[str, Sequence[Option]]
 ROWS = 256
 EXPERTS = 16  # of a stack that are looked at
 HEAD_ROWS = 2048
+METHOD = 2  # counts changes of what is predicted, for caches of it
 
 
 def predict_divergence(
@@ -93,7 +96,8 @@ def predict_divergence(
             advance(0 if own else 0.5)
         for path in outer:
             if isinstance(dict(run.model.named_modules())[path], nn.Embedding):
-                looked_up = _embedding_sensitivity(run.model, path, options[path], gradients)
+                rows = _used_rows(block_weight(run.model, path), tokens)
+                looked_up = _embedding_sensitivity(rows, options[path], gradients)
                 for option, value in looked_up.items():
                     found[path][option] = found[path].get(option, 0.0) + value
     unfinished.remove()
@@ -270,7 +274,7 @@ def _head_sensitivity(
     run: Pass, outer: list[str], options: Options, seed: int
 ) -> tuple[dict[str, dict[Option, float]], list[mx.array]]:
     """Draw tokens; return the divergences of the head's layer and the gradients before the head."""
-    gradients, fed, spread = [], [], []
+    gradients, fed, spread, drawn_tokens = [], [], [], []
     modules = dict(run.model.named_modules())
     linear = [path for path in outer if isinstance(modules[path], nn.Linear)]
     heads = (linear or outer)[:1]  # an embedding is the head where there is no other
@@ -283,7 +287,8 @@ def _head_sensitivity(
             log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
             chosen = mx.take_along_axis(log_p, drawn[..., None], axis=-1).sum()
             p = mx.exp(mx.stop_gradient(log_p))
-            return chosen, (1 - mx.square(p).sum(-1)).mean(), [tap.inputs for tap in taps.values()]
+            fed = [tap.inputs for tap in taps.values()]
+            return chosen, (1 - mx.square(p).sum(-1)).mean(), fed, drawn
 
         for state in run.states:
             pieces = []
@@ -294,11 +299,12 @@ def _head_sensitivity(
                 pieces.append(gradient)
                 spread += [found[1].item()] * len(piece)
                 fed += [_rows(x) for x in found[2]]
+                drawn_tokens.append(np.array(found[3]).ravel())
             gradients.append(mx.concatenate(pieces))
     predicted: dict[str, dict[Option, float]] = {path: {} for path in outer}
     for path in heads:
         x, weight = mx.concatenate(fed), sum(spread) / len(spread) / 2
-        rows = _some_rows(block_weight(run.model, path))
+        rows = _used_rows(block_weight(run.model, path), np.concatenate(drawn_tokens))
         predicted[path] = _per_option(
             rows,
             mx.square(x).mean(0),
@@ -309,11 +315,10 @@ def _head_sensitivity(
 
 
 def _embedding_sensitivity(
-    model: nn.Module, path: str, options: Sequence[Option], gradients: list[mx.array]
+    rows: mx.array, options: Sequence[Option], gradients: list[mx.array]
 ) -> dict[Option, float]:
     """Return what the errors of looked-up rows do, all rows' errors taken to be alike."""
     square = mx.square(mx.concatenate([_rows(gradient) for gradient in gradients])).mean(0)
-    rows = _some_rows(block_weight(model, path))
 
     def divergence(error: mx.array) -> mx.array:
         return (mx.square(error).mean(0) * square).sum() / 2
@@ -336,8 +341,10 @@ def _per_option(
     return found
 
 
-def _some_rows(w: mx.array) -> mx.array:
-    return w[:: max(1, len(w) // HEAD_ROWS)]
+def _used_rows(w: mx.array, tokens: np.ndarray) -> mx.array:
+    """Return the rows of `tokens`, at most HEAD_ROWS, each as often as it occurs."""
+    tokens = tokens.ravel()
+    return w[mx.array(tokens[:: -(-tokens.size // HEAD_ROWS)])]
 
 
 def block_weight(module: nn.Module, path: str) -> mx.array:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 import mlx.core as mx
 import numpy as np
 
-from splitquant_mlx.calibration.sensitivity import from_json, predict_divergence, to_json
+from splitquant_mlx.calibration.sensitivity import METHOD, from_json, predict_divergence, to_json
 from splitquant_mlx.calibration.tokens import calibration_tokens
 from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.conversion.budget import Option, Sizes, find_budget, measure_sizes
@@ -145,7 +145,7 @@ def _sensitivities(
     progress: Progress,
 ) -> dict[str, dict[Option, float]]:
     """Predict divergences, or find them as they were for another target."""
-    settings = (opened.hash, seed, sorted(options.items()), version("mlx"))
+    settings = (METHOD, opened.hash, seed, sorted(options.items()), version("mlx"))
     key = repr((*settings, mx.default_device().type.name, tokens.shape)).encode()
     name = sha256(key + tokens.tobytes()).hexdigest()
 

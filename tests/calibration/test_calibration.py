@@ -28,6 +28,7 @@ from splitquant_mlx.evaluation.divergence import divergence, log_probabilities
 from splitquant_mlx.models.architecture import parameters
 from splitquant_mlx.models.compact import compact
 from splitquant_mlx.models.lazy import LazyModel
+from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.progress import Silent
 from splitquant_mlx.quantization.gptq import gptq_quantize
 from splitquant_mlx.quantization.imatrix import quantize_weighted
@@ -297,6 +298,30 @@ def test_predicted_divergence_is_the_measured_one(stories, tmp_path):
     quantized = quantize_weighted(model_weight(model, path), mx.ones(64), bits=3, group_size=32)
     head = found[path][3, 32] / with_quantized(model, path, quantized, wanted, other)
     assert 0.4 < head < 2.5
+
+
+def test_an_embedding_counts_by_the_rows_that_are_looked_up(tmp_path):
+    path = "model.embed_tokens"
+    directory = tiny.write_checkpoint(tmp_path / "model", "mistral")
+    tokens = np.arange(128, dtype=np.int32).reshape(4, 32) % 32
+
+    def predict(scale):
+        def changed():
+            model = load_model(directory)
+            table = model.model.embed_tokens
+            table.weight = mx.concatenate([table.weight[:32], scale * table.weight[32:]])
+            return model
+
+        return predict_divergence(
+            changed,
+            tokens,
+            {path: [(3, 32), (4, 32)], "lm_head": [(3, 32)]},
+            seed=0,
+            progress=Silent(),
+            unfinished=Unfinished(tmp_path / str(scale)),
+        )
+
+    assert predict(1) == predict(100)
 
 
 def test_sensitivities_go_on_where_they_were_interrupted(stories, tmp_path):
