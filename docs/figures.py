@@ -17,22 +17,26 @@ r"""Write the tables of the README and of the pages here from JSON that the prog
         --output-dir docs/results/sizes
     splitquant-mlx run recipes/neighbours.toml --model <directory> --data text=<stories> \
         --output-dir docs/results/neighbours-<its name>
-    splitquant-mlx run recipes/mixture.toml --model mixture --data text=<stories> \
-        --output-dir docs/results/mixture
     splitquant-mlx run recipes/whole-files.toml --model smollm2-135m-offgrid \
-        --output-dir docs/results/whole-smollm2
+        --data text=<text> --output-dir docs/results/whole-smollm2
     splitquant-mlx run recipes/whole-files.toml --model qwen2.5-coder-0.5b-offgrid \
-        --output-dir docs/results/whole-qwen2.5-coder-0.5b
+        --data text=<text> --output-dir docs/results/whole-qwen2.5-coder-0.5b
+    python docs/rivals.py smollm2-135m-offgrid <text> docs/results/rivals/smollm2.json
+    splitquant-mlx run recipes/rivals.toml --model smollm2-135m-offgrid --data text=<text> \
+        --output-dir docs/results/rivals-smollm2
     python docs/figures.py
 
 With --check nothing is written; the exit code says whether all are up to date.
 """
 
 import json
+import math
 import re
 import sys
 from itertools import product
 from pathlib import Path
+
+import numpy as np
 
 from splitquant_mlx.report import load_report, markdown
 from splitquant_mlx.study.results import load_results
@@ -154,35 +158,76 @@ def sizes_table(study: Path, only: tuple[float, ...] = ()) -> str:
     return "\n".join(lines) + "\n"
 
 
-def whole_files_table() -> str:
-    """Return what whole files keep at equal bytes, model by model; divergences also over rtn's."""
-    lines = [
-        "| model | method | MB | KL, nats | 95 % interval | to rtn | 99th percentile | top-1 |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for study in sorted(DOCS.glob("results/whole-*")):
-        found: dict[str, dict] = {}
-        for result in load_results(study):
-            found.setdefault(result.variant, {})[result.part] = result.values
+def whole_files() -> dict[str, list[dict]]:
+    """Return what was measured of whole files, by model: a row for each variant, by size."""
+    models: dict[str, dict[str, dict]] = {}
+    for study in sorted(DOCS.glob("results/whole-*")) + sorted(DOCS.glob("results/rivals-*")):
         model = json.loads((study / "study.json").read_text(encoding="utf-8"))["model"]
-        rows = []
-        for variant, parts in found.items():
-            if "kl" in parts:
-                rows.append((parts["convert"]["weight_file_bytes"] / 1e6, variant, parts["kl"]))
-        plain = [(size, kl["kl_mean"]) for size, variant, kl in rows if variant.startswith("rtn")]
-        for size, variant, kl in sorted(rows, key=lambda row: (round(row[0]), -row[2]["kl_mean"])):
-            equal = [found for other, found in plain if abs(other / size - 1) < 0.02]
+        for result in load_results(study):
+            rows = models.setdefault(model, {})
+            rows.setdefault(result.variant, {"variant": result.variant}).update(result.values)
+    found = {}
+    for model, rows in models.items():
+        measured = [row for row in rows.values() if "kl_mean" in row]
+        plain = {
+            row["weight_file_bytes"]: math.log(row["kl_mean"])
+            for row in measured
+            if row["variant"].startswith("rtn")
+        }
+        sizes = sorted(plain)
+        for row in measured:
+            size = row["weight_file_bytes"]
+            if sizes[0] * 0.99 <= size <= sizes[-1] * 1.01:
+                there = math.exp(np.interp(size, sizes, [plain[other] for other in sizes]))
+                row["to_rtn"] = row["kl_mean"] / there
+        found[model] = sorted(measured, key=lambda row: row["weight_file_bytes"])
+    return found
+
+
+def whole_files_table() -> str:
+    """Return a table for each model of what whole files keep, by size on disc."""
+    lines = []
+    for model, rows in whole_files().items():
+        lines += [
+            f"### {model}",
+            "",
+            "| MB | method | KL, nats | 95 % interval | to rtn | 99th | top-1 | perplexity |",
+            "|---:|---|---:|---:|---:|---:|---:|---:|",
+        ]
+        for row in rows:
             cells = (
-                model,
-                variant,
-                f"{size:.0f}",
-                f"{kl['kl_mean']:.3f}",
-                f"{kl['kl_low']:.3f} to {kl['kl_high']:.3f}",
-                f"{kl['kl_mean'] / equal[0]:.2f}" if equal else "",
-                f"{kl['kl_p99']:.2f}",
-                f"{kl['top1_agreement']:.0%}",
+                f"{row['weight_file_bytes'] / 1e6:.3g}",
+                row["variant"],
+                f"{row['kl_mean']:.4f}",
+                f"{row['kl_low']:.4f} to {row['kl_high']:.4f}",
+                f"{row['to_rtn']:.2f}" if "to_rtn" in row else "",
+                f"{row['kl_p99']:.2f}",
+                f"{row['top1_agreement']:.0%}",
+                f"{row['perplexity']:.1f}",
             )
             lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def targets_table() -> str:
+    """Return what `auto` was to reach at equal bytes, and what it reached."""
+    lines = ["| model | target | measured | |", "|---|---|---:|---|"]
+
+    def add(model: str, target: str, measured: str, met: bool) -> None:
+        lines.append(f"| {model} | {target} | {measured} | {'met' if met else '**missed**'} |")
+
+    for model, rows in whole_files().items():
+        for row in rows:
+            if row["variant"].startswith("auto 4.5"):
+                most = 0.24 if model.startswith("smollm2") else 0.45
+                target = f"{row['variant']} at most {most} of rtn's KL"
+                add(model, target, f"{row['to_rtn']:.2f}", row["to_rtn"] <= most)
+            if "forecast_kl" in row:
+                forecast, measured = row["forecast_kl"], row["kl_mean"]
+                off = measured / forecast - 1
+                target = f"{row['variant']}: forecast of {forecast:.4f} nats within 15 %"
+                add(model, target, f"{measured:.4f} ({off:+.0%})", abs(off) <= 0.15)
     return "\n".join(lines) + "\n"
 
 
@@ -206,6 +251,7 @@ def main() -> None:
         for name, write in writers.items()
     }
     tables["whole-files"] = whole_files_table()
+    tables["targets"] = targets_table()
     tables["sizes"] = sizes_table(DOCS / "results" / "sizes")
     tables["neighbours"] = sizes_table(DOCS / "results" / "neighbours-babyllama-tok105")
     tables["narrower"] = sizes_table(DOCS / "results" / "neighbours-stories260K")
