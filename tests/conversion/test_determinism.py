@@ -22,6 +22,9 @@ RECIPES = {
     "rtn": Recipe(method="rtn"),
     "imatrix": Recipe(method="imatrix", calibration=TEXTS),
     "gptq": Recipe(method="gptq", calibration=TEXTS),
+    "lut": Recipe(method="lut", calibration=TEXTS, outliers="1%"),
+    "omniquant": Recipe(method="omniquant", calibration=TEXTS),
+    "efficientqat": Recipe(method="efficientqat", calibration=TEXTS),
     "auto": Recipe(method="auto", calibration=TEXTS),
     "refine": Recipe(method="imatrix", calibration=TEXTS, refine=True),
 }
