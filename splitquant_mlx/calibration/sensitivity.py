@@ -281,7 +281,7 @@ def _head_sensitivity(
     key = mx.random.key(seed)
     with tapped(run.model, heads) as taps:
 
-        def log_probability(state: mx.array, key: mx.array) -> tuple[mx.array, mx.array, Any]:
+        def log_probability(state: mx.array, key: mx.array) -> tuple[mx.array, mx.array, Any, Any]:
             logits = run.finish(state).astype(mx.float32)
             drawn = mx.random.categorical(mx.stop_gradient(logits), key=key)
             log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
