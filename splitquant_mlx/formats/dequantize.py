@@ -60,7 +60,7 @@ def dequantized(
 
 def _fp8(tensors: Tensors, table: Mapping[str, Any], fp8: set[str], dtype: mx.Dtype) -> Tensors:
     found, used = {}, set()
-    for name in fp8 & tensors.keys():
+    for name in sorted(fp8 & tensors.keys()):
         key = next((name + s for s in SCALE_SUFFIXES if name + s in tensors), None)
         if key is None:
             raise CheckpointError(f"tensor {name!r} of fp8 has no {name}_scale_inv or _scale")
