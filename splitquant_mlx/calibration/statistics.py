@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -213,7 +214,7 @@ class ExpertMeans:
     def _sum_of_all(self) -> np.ndarray:
         if self._sums is not None:
             return self._sums.sum(axis=0)
-        return sum(self._of(batch.all_rows()) for batch in self._batches)
+        return reduce(np.add, (self._of(batch.all_rows()) for batch in self._batches))
 
     def _rows_of(self, expert: int) -> np.ndarray:
         return np.concatenate([batch.rows_of(expert) for batch in self._batches])

@@ -150,9 +150,9 @@ def _learned(w: mx.array, layer: LayerPlan, inputs: Any) -> Outcome:
     width, groups = layer.shape[-1], layer.shape[-1] // layer.group_size
     scales = inputs[:, width : width + groups].astype(w.dtype)
     biases = inputs[:, width + groups :].astype(w.dtype)
-    grid = (array.astype(mx.float32)[..., None] for array in (scales, biases))
+    scale, bias = (array.astype(mx.float32)[..., None] for array in (scales, biases))
     grouped = inputs[:, :width].reshape(*scales.shape, -1)
-    codes = nearest_codes(grouped, *grid, 2**layer.bits - 1)
+    codes = nearest_codes(grouped, scale, bias, 2**layer.bits - 1)
     return Outcome(Quantized(pack(codes.reshape(w.shape), layer.bits), scales, biases))
 
 

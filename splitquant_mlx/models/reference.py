@@ -62,11 +62,12 @@ def read_as_transformers(config: Mapping[str, Any]) -> Reading:
                 reference = CONFIG_MAPPING[name].from_dict(copy.deepcopy(given))
             return Reading(reference=reference, refused=refused)
         except Exception as exc:  # it wants other values than mlx-lm's class of that name
-            key = FIELD.search(str(exc))
-            held = [table[key[1]] for table in tables if key and key[1] in table]
-            if not held or key[1] in refused or "auto_map" in config:
+            found = FIELD.search(str(exc))
+            key = found[1] if found else ""
+            held = [table[key] for table in tables if key in table]
+            if not held or key in refused or "auto_map" in config:
                 return Reading(reference=None, reason=one_line(exc))
-            refused[key[1]] = held[0]
+            refused[key] = held[0]
 
 
 def reference_config(config: Mapping[str, Any]) -> Any:

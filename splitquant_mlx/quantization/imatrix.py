@@ -57,7 +57,7 @@ def quantize_weighted(
             codes = nearest_codes(columns[own], scale, bias, top)
             groups.append([mx.array(array) for array in (codes, scale, bias)])
         codes, scales, biases = zip(*groups, strict=True)
-        packed = pack(mx.contiguous(mx.concatenate(codes).T), bits)
+        packed = pack(mx.contiguous(mx.concatenate(list(codes)).T), bits)
         scales, biases = (mx.stack(list(x), axis=1).astype(w.dtype) for x in (scales, biases))
         mx.eval(packed, scales, biases)
         pieces.append(Quantized(packed, scales, biases))
