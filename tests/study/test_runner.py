@@ -256,7 +256,7 @@ def test_a_study_killed_anywhere_goes_on(small, tmp_path):
     while not (home / "report.md").exists():
         with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             with suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=rng.uniform(1, 3) + 0.5 * points)
+                process.communicate(timeout=rng.uniform(0.5, 1.5) + 0.3 * points)
             process.kill()
             _, err = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), err
