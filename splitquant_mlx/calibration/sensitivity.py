@@ -264,31 +264,31 @@ def _layer_sensitivity(
     return {option: left * value for option, value in found.items()}
 
 
-def _compensated(rows: mx.array, x: mx.array, g: mx.array, option: Option) -> tuple[float, float]:
-    """Return what compensation leaves of the divergence, and what it makes of squared errors.
+def _compensated(
+    rows: mx.array, x: mx.array, g: mx.array, option: Option
+) -> tuple[float, mx.array | None]:
+    """Return the share of fitted scales' divergence that compensation leaves, and its errors.
 
-    The first is at most 1, to that of fitted scales; the second mostly above, to that of scales
-    fitted with all channels alike. `g` (n, out) weighs the outputs' errors; its axes may be 1.
+    The share is at most 1; of too few tokens it is 1, and there are no errors. `g` (n, out) weighs
+    the outputs' errors; its axes may be 1.
     """
     if len(x) < FEW_TOKENS:
-        return 1.0, 1.0
+        return 1.0, None
     seen = 3 * len(x) // 4
     bits, group_size = option
     h = hessian(x[:seen]) / seen
 
-    def errors(quantized: Quantized) -> tuple[float, float]:
-        error = rows - dequantize(quantized, bits=bits, group_size=group_size)
-        output = mx.square((x @ error.T) * g).sum(-1)
-        both = output[:seen].mean() + output[seen:].mean()
-        return float(both.item()), float(mx.square(error).sum().item())  # type: ignore[arg-type]
+    def error_of(quantized: Quantized) -> mx.array:
+        return rows - dequantize(quantized, bits=bits, group_size=group_size)
 
-    fitted, alike = (
-        errors(quantize_weighted(rows, importance, bits=bits, group_size=group_size))
-        for importance in (mx.diag(h), mx.ones(len(h)))
-    )
-    compensated = errors(gptq_quantize(rows, h, bits=bits, group_size=group_size))
-    left = compensated[0] / fitted[0] if fitted[0] else 1.0
-    return min(1.0, left), compensated[1] / alike[1] if alike[1] else 1.0
+    def divergence(error: mx.array) -> float:
+        output = mx.square((x @ error.T) * g).sum(-1)
+        return float((output[:seen].mean() + output[seen:].mean()).item())  # type: ignore[arg-type]
+
+    plain = quantize_weighted(rows, mx.diag(h), bits=bits, group_size=group_size)
+    before = divergence(error_of(plain))
+    error = error_of(gptq_quantize(rows, h, bits=bits, group_size=group_size))
+    return min(1.0, divergence(error) / before) if before else 1.0, error
 
 
 def _head_sensitivity(run: Pass, outer: list[str], options: Options, seed: int) -> _Way:
@@ -326,7 +326,9 @@ def _head_sensitivity(run: Pass, outer: list[str], options: Options, seed: int) 
         x, weight = mx.concatenate(fed), sum(spread) / len(spread) / 2
         rows = _used_rows(block_weight(run.model, path), np.concatenate(drawn_tokens))
         middle = options[path][len(options[path]) // 2]
-        left, raised = _compensated(rows, x, mx.ones((len(x), 1)), middle)
+        left, error = _compensated(rows, x, mx.ones((len(x), 1)), middle)
+        if error is not None:
+            raised = _over_alike(rows, error, middle)
         weight *= left
         predicted[path] = _per_option(
             rows,
@@ -335,6 +337,16 @@ def _head_sensitivity(run: Pass, outer: list[str], options: Options, seed: int) 
             lambda error, x=x, weight=weight: weight * mx.square(x @ error.T).mean(),
         )
     return _Way(predicted, raised, gradients, len(run.blocks))
+
+
+def _over_alike(rows: mx.array, error: mx.array, option: Option) -> float:
+    """Return squared errors over those of scales fitted with all channels alike."""
+
+    def squares(error: mx.array) -> mx.array:
+        return mx.square(error).sum()
+
+    alike = _per_option(rows, mx.ones(rows.shape[1]), [option], squares)[option]
+    return float(squares(error).item()) / alike if alike else 1.0  # type: ignore[arg-type]
 
 
 def _embedding_sensitivity(

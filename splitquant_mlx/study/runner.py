@@ -19,7 +19,7 @@ import numpy as np
 
 from splitquant_mlx.bench.programs import OURS, run_program
 from splitquant_mlx.bench.speed import Workload
-from splitquant_mlx.conversion.bits import forecast
+from splitquant_mlx.conversion.bits import choose_bits
 from splitquant_mlx.conversion.staging import as_target_error, sweep
 from splitquant_mlx.conversion.verify import check_files
 from splitquant_mlx.data.questions import Question, fetch_questions
@@ -270,7 +270,7 @@ class _Runner:
             raise CheckpointError(f"{home} was converted without a manifest")
         values = convert_values(manifest, recipe, home, run.peak_bytes)
         if recipe.method == "auto":  # whose sensitivities the conversion left in the cache
-            planned = forecast(str(self.original), recipe, progress=self.progress)
+            planned = choose_bits(self.reference, recipe, self.progress)
             values["forecast_kl"] = sum(planned.divergence.values())
         return {**values, "model_hash": LazyModel(home, progress=self.progress).hash}
 
