@@ -24,7 +24,7 @@ from splitquant_mlx.conversion.neighbours import neighbour_notes
 from splitquant_mlx.conversion.plan import Plan, make_plan
 from splitquant_mlx.conversion.quantizers import QUANTIZERS
 from splitquant_mlx.conversion.refine import refine, require_texts, training_texts
-from splitquant_mlx.conversion.resume import ConversionState, conversion_key, open_journal
+from splitquant_mlx.conversion.resume import ConversionState, conversion_key, open_journal, timed
 from splitquant_mlx.conversion.save import copy_companions, hash_files, require_space, write_config
 from splitquant_mlx.conversion.staging import (
     JOURNAL,
@@ -147,13 +147,6 @@ class Job:
     max_shard_bytes: int
     seconds: dict[str, float] = field(default_factory=dict)
 
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the seconds of the block to those of `stage`."""
-        started = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
-
     @property
     def output(self) -> Path:
         """Return the directory of the converted model."""
@@ -163,7 +156,7 @@ class Job:
         """Return the recipe with bits and group size of every layer, where "auto" has to choose."""
         if recipe.method != "auto":
             return recipe
-        with self.timed("choose bits"):
+        with timed(self.seconds, "choose bits"):
             forecast = choose_bits(self.original, recipe, self.progress, self.max_shard_bytes)
         if on_forecast:
             on_forecast(forecast)
@@ -174,11 +167,11 @@ class Job:
         settings = recipe.calibration or Calibration()
         tokens = training = None
         if _statistics(plan) or recipe.method in LEARNED:
-            with self.timed("sample text"):
+            with timed(self.seconds, "sample text"):
                 tokens = calibration_tokens(self.original, settings, self.progress)
         if recipe.refine:
             more = training_texts(settings)
-            with self.timed("sample text"):
+            with timed(self.seconds, "sample text"):
                 training = calibration_tokens(self.original, more, self.progress)
             require_texts(training)
         return tokens, training

@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -132,12 +132,9 @@ class ConversionState:
         """Return the seconds of each stage and in all, where this process began at `started`."""
         return {**self.seconds, "total": self._earlier_s + time.perf_counter() - started}
 
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
+    def timed(self, stage: str) -> AbstractContextManager[None]:
         """Add the seconds of the block to those of `stage`."""
-        started = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+        return timed(self.seconds, stage)
 
     def _keep(self, number: int, sha256: str) -> None:
         self._append(number, sha256)
@@ -152,6 +149,14 @@ class ConversionState:
             **unfinished,
         )
         self._journal.append(dataclasses.asdict(shard))
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the seconds of the block to those of `stage`."""
+    started = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started
 
 
 def _saved_shards(records: Iterable[Mapping[str, Any]]) -> list[SavedShard]:

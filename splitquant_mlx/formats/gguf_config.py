@@ -179,10 +179,7 @@ def _variant(gguf: Gguf, config: dict[str, Any]) -> dict[str, Any]:
         experts = {key: _number(metadata, of, int) for key, of in LOCAL_EXPERTS.items()}
         return {"model_type": "mixtral", **experts}
     if name == "olmo2" and metadata.get("olmo2.attention.sliding_window"):
-        return {
-            "model_type": "olmo3",
-            "sliding_window": _number(metadata, "attention.sliding_window", int),
-        }
+        return {"model_type": "olmo3"}
     if name in ("gemma2", "gemma3"):
         # only the 27B models scale their queries by another width than a head's (llama.cpp)
         of_27b = layers == {"gemma2": 46, "gemma3": 62}[name]

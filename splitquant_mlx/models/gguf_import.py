@@ -56,10 +56,7 @@ def import_gguf(path: Path, directory: Path, progress: Progress | None = None) -
     """
     gguf = open_gguf(path)
     try:
-        architecture = architecture_of(gguf.metadata)
-        dtype = _dtype(gguf, architecture)
-        config = model_config(gguf, str(dtype).removeprefix("mlx.core."))
-        targets = _targets(gguf, config)
+        dtype, config, targets = _described(gguf)
         write_tokenizer(gguf.metadata, directory)
         _write_tensors(gguf, targets, config, dtype, directory, progress or Silent())
     except CheckpointError as exc:
@@ -76,12 +73,17 @@ def gguf_parameters(gguf: Gguf) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         CheckpointError: as `import_gguf`.
     """
     try:
-        dtype = _dtype(gguf, architecture_of(gguf.metadata))
-        config = model_config(gguf, str(dtype).removeprefix("mlx.core."))
-        targets = _targets(gguf, config)
+        _, config, targets = _described(gguf)
     except CheckpointError as exc:
         raise CheckpointError(f"{gguf.path}: {exc}") from exc
     return config, {target.name: gguf.tensors[name] for name, target in targets.items()}
+
+
+def _described(gguf: Gguf) -> tuple[mx.Dtype, dict[str, Any], dict[str, _Target]]:
+    """Return the dtype to store, config.json's content, and what each tensor becomes."""
+    dtype = _dtype(gguf, architecture_of(gguf.metadata))
+    config = model_config(gguf, str(dtype).removeprefix("mlx.core."))
+    return dtype, config, _targets(gguf, config)
 
 
 def _dtype(gguf: Gguf, architecture: Architecture) -> mx.Dtype:

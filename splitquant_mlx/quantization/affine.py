@@ -11,7 +11,7 @@ since zero = scale * q0 + bias survives rounding of scale and bias only by luck.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -132,6 +132,23 @@ def round_scales(quantized: Quantized, bits: int, dtype: mx.Dtype | None) -> Qua
     has_zero = (zero_code >= 0) & (zero_code < 2**bits)
     biases = mx.where(has_zero, -zero_code * rounded.astype(mx.float32), biases)
     return Quantized(weight, rounded, biases.astype(rounded.dtype))
+
+
+def pack_groups(
+    codes: Sequence[Any], scales: Sequence[Any], biases: Sequence[Any], bits: int, dtype: mx.Dtype
+) -> Quantized:
+    """Return a weight in mlx's layout from its groups of channels, arrays of numpy or mlx.
+
+    Args:
+        codes: of each group (group_size, out), whole numbers.
+        scales: of each group, (out,).
+        biases: like scales.
+        bits: bits of a code.
+        dtype: of the scales and biases that are stored.
+    """
+    whole = mx.contiguous(mx.concatenate([mx.array(group) for group in codes]).T)
+    stored = (mx.stack([mx.array(x) for x in of], axis=1) for of in (scales, biases))
+    return Quantized(pack(whole, bits), *(x.astype(dtype) for x in stored))
 
 
 def concatenate(pieces: Sequence[Quantized], axis: int) -> Quantized:

@@ -25,7 +25,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from splitquant_mlx.quantization.affine import Quantized, concatenate, pack
+from splitquant_mlx.quantization.affine import Quantized, concatenate, pack_groups
 from splitquant_mlx.quantization.compensation import damped_hessian, unit_upper
 from splitquant_mlx.quantization.group_fit import fit_group, stored_as
 from splitquant_mlx.quantization.rounding import kernel_works, round_group
@@ -121,11 +121,7 @@ class Grid:
 
     def packed(self) -> Quantized:
         """Return the weight in mlx's layout."""
-        codes = mx.concatenate([mx.array(group) for group in self.codes]).T
-        stored = (mx.stack([mx.array(x) for x in of], axis=1) for of in (self.scales, self.biases))
-        return Quantized(
-            pack(mx.contiguous(codes), self.bits), *(x.astype(self.dtype) for x in stored)
-        )
+        return pack_groups(self.codes, self.scales, self.biases, self.bits, self.dtype)
 
     def add(self, target: Any, feedback: Any) -> None:
         """Fit and round the next group, whose error is compensated in the groups after it.

@@ -19,7 +19,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from splitquant_mlx.quantization.affine import Quantized, code_parts, concatenate, dequantize, pack
+from splitquant_mlx.quantization.affine import (
+    Quantized,
+    code_parts,
+    concatenate,
+    dequantize,
+    pack,
+    pack_groups,
+)
 from splitquant_mlx.quantization.group_fit import fit_group, nearest_codes, stored_as
 
 SHRINKS = (1.0, 0.9, 0.8)
@@ -55,12 +62,10 @@ def quantize_weighted(
             own = slice(first, first + group_size)
             scale, bias = fit_group(columns[own], h[own], top=top, stored=stored_as(w.dtype))
             codes = nearest_codes(columns[own], scale, bias, top)
-            groups.append([mx.array(array) for array in (codes, scale, bias)])
+            groups.append((codes, scale, bias))
         codes, scales, biases = zip(*groups, strict=True)
-        packed = pack(mx.contiguous(mx.concatenate(list(codes)).T), bits)
-        scales, biases = (mx.stack(list(x), axis=1).astype(w.dtype) for x in (scales, biases))
-        mx.eval(packed, scales, biases)
-        pieces.append(Quantized(packed, scales, biases))
+        pieces.append(pack_groups(codes, scales, biases, bits, w.dtype))
+        mx.eval(list(pieces[-1]))
     return concatenate(pieces, axis=0)
 
 
