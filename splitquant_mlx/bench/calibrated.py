@@ -3,10 +3,12 @@
 The bound counts the products of matrices of `gptq`: with N weights of linear layers in blocks, V h
 of the output head, T calibration tokens and d the width of each distinct layer input, sampling
 takes 2 T (N + V h) operations, the forward pass 2 T N, the Hessians T sum(d^2) (a symmetric
-product), the rounding 5 sum(out in^2). Divided by the rate of float32 products that the
+product), the rounding 5 sum(out in^2). Of a mixture's experts, N and the Hessians count those that
+a token goes to. Divided by the rate of float32 products that the
 machine reaches in the same run, before and after the conversion, that is a time.
 """
 
+import math
 import os
 import resource
 import sys
@@ -21,7 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from splitquant_mlx.calibration.blocks import start_pass, tapped
+from splitquant_mlx.calibration.blocks import is_expert_stack, start_pass, tapped
 from splitquant_mlx.conversion.pipeline import convert
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.progress import Advance, Progress, Silent
@@ -110,18 +112,22 @@ def count_operations(model: Path, calibration: Calibration) -> dict[str, float]:
     run = start_pass(lambda: load_model(model, lazy=True), np.zeros((1, 2), np.int32))
     weights, squares, rounding = 0, 0, 0.0
     for index, block in enumerate(run.blocks):
-        shapes = {
-            path: module.weight.shape
+        layers = [
+            path
             for path, module in block.named_modules()
-            if type(module) is nn.Linear
-        }
-        with tapped(block, list(shapes)) as taps:
+            if type(module) is nn.Linear or is_expert_stack(module)
+        ]
+        inputs: dict[int, int] = {}
+        with tapped(block, layers) as taps:
             run.advance(index)
-            inputs = {id(tap.inputs): shapes[path][1] for path, tap in taps.items()}
+            for tap in taps.values():
+                experts = 1 if tap.routes is None else tap.routes.shape[-1]  # of each token
+                width = tap.layer.weight.shape[-1]
+                weights += experts * math.prod(tap.layer.weight.shape[-2:])
+                rounding += ROUNDING * tap.layer.weight.size * width
+                inputs[id(tap.layer_inputs)] = experts * width**2
         run.release(index)
-        weights += sum(out * width for out, width in shapes.values())
-        squares += sum(width**2 for width in inputs.values())
-        rounding += sum(ROUNDING * out * width**2 for out, width in shapes.values())
+        squares += sum(inputs.values())
     head = max(array.size for array in _outer_weights(run.model))
     return {
         "sampling": 2.0 * tokens * (weights + head),

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,7 +17,9 @@ STANDARD_DEVIATION = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Hold the sizes of a Llama model, named as in config.json.
+    """Sizes of a Llama model, or with experts of a Qwen3 mixture, named as in config.json.
+
+    `intermediate_size` is the width of one expert where there are experts.
 
     Raises:
         RecipeError: when a size is below 1, or the heads do not divide what they share.
@@ -29,11 +32,14 @@ class Shape:
     num_key_value_heads: int
     vocab_size: int = 128256
     tie_word_embeddings: bool = False
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse sizes that no Llama model has."""
+        """Refuse sizes that no such model has."""
+        may_be_zero = ("tie_word_embeddings", "num_experts", "num_experts_per_tok")
         for name, value in vars(self).items():
-            if name != "tie_word_embeddings" and value < 1:
+            if name not in may_be_zero and value < 1:
                 raise RecipeError(f"{name}: wanted 1 or more, got {value}")
         # rotary position embeddings turn pairs of a head's entries
         if self.hidden_size % (2 * self.num_attention_heads):
@@ -49,10 +55,23 @@ class Shape:
 
     def config(self, dtype: str) -> dict:
         """Return config.json."""
+        sizes = {name: value for name, value in vars(self).items() if "experts" not in name}
+        kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+        if self.num_experts:
+            kind = {
+                "architectures": ["Qwen3MoeForCausalLM"],
+                "model_type": "qwen3_moe",
+                "num_experts": self.num_experts,
+                "num_experts_per_tok": self.num_experts_per_tok,
+                "moe_intermediate_size": self.intermediate_size,
+                "head_dim": self.hidden_size // self.num_attention_heads,
+                "decoder_sparse_step": 1,
+                "mlp_only_layers": [],
+                "norm_topk_prob": True,
+            }
         return {
-            **vars(self),
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            **sizes,
+            **kind,
             "rms_norm_eps": 1e-5,
             "rope_theta": 500000.0,
             "max_position_embeddings": 8192,
@@ -64,17 +83,22 @@ class Shape:
         hidden, inner = self.hidden_size, self.intermediate_size
         head = hidden // self.num_attention_heads
         keys = self.num_key_value_heads * head
-        layer = {
+        layer: dict[str, tuple[int, ...]] = {
             "self_attn.q_proj": (hidden, hidden),
             "self_attn.k_proj": (keys, hidden),
             "self_attn.v_proj": (keys, hidden),
             "self_attn.o_proj": (hidden, hidden),
-            "mlp.gate_proj": (inner, hidden),
-            "mlp.up_proj": (inner, hidden),
-            "mlp.down_proj": (hidden, inner),
             "input_layernorm": (hidden,),
             "post_attention_layernorm": (hidden,),
         }
+        mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+        if self.num_experts:
+            layer |= {"self_attn.q_norm": (head,), "self_attn.k_norm": (head,)}
+            layer["mlp.gate"] = (self.num_experts, hidden)
+            for expert, name in product(range(self.num_experts), mlp):
+                layer[f"mlp.experts.{expert}.{name}"] = mlp[name]
+        else:
+            layer |= {f"mlp.{name}": shape for name, shape in mlp.items()}
         outer: dict[str, tuple[int, ...]] = {
             "model.embed_tokens": (self.vocab_size, hidden),
             "model.norm": (hidden,),
@@ -122,6 +146,17 @@ SHAPES = {
     "llama-3.2-3b": _llama(3072, 8192, 28, 24, tied=True),
     "llama-3.1-8b": _llama(4096, 14336, 32, 32),
     "llama-3.1-70b": _llama(8192, 28672, 80, 64),
+    # attention has 32 heads of 128 in the original, twice the hidden size
+    "qwen3-30b-a3b": Shape(
+        hidden_size=2048,
+        intermediate_size=768,
+        num_hidden_layers=48,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        vocab_size=151936,
+        num_experts=128,
+        num_experts_per_tok=8,
+    ),
 }
 
 

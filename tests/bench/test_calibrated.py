@@ -1,5 +1,6 @@
 """The bench of calibrated conversions: the operations counted, and what it prints."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import tiny
 
 from splitquant_mlx import Recipe, cli
 from splitquant_mlx.bench.calibrated import count_operations
+from splitquant_mlx.bench.random_checkpoint import SHAPES, write_random_checkpoint
 from splitquant_mlx.recipe import Calibration
 
 
@@ -22,6 +24,28 @@ def test_operations_are_those_of_the_formula(tmp_path):
         "forward": 2 * 32 * weights,
         "hessians": 32 * tiny.LAYERS * (2 * h**2 + queries**2 + inner**2),
         "rounding": 5 * tiny.LAYERS * sum(out * width**2 for out, width in layers),
+    }
+
+
+def test_operations_of_experts_are_those_of_the_ones_that_a_token_goes_to(tmp_path):
+    shape = dataclasses.replace(SHAPES["tiny"], num_experts=4, num_experts_per_tok=2)
+    write_random_checkpoint(tmp_path / "mixture", shape)
+    found = count_operations(tmp_path / "mixture", Calibration(num_samples=4, sequence_length=8))
+    h, inner, kv, vocab = 128, 256, 64, 256
+    attention = [(h, h), (kv, h), (kv, h), (h, h)]
+    router = [(4, h)]
+    expert = [(inner, h), (inner, h), (h, inner)]
+
+    def operations(layers):
+        return sum(out * width**2 for out, width in layers)
+
+    weights = 2 * sum(out * width for out, width in attention + router + 2 * expert)
+    assert found == {
+        "sampling": 2 * 32 * (weights + vocab * h),
+        "forward": 2 * 32 * weights,
+        # of q, k, v; of o; of router; of gate and up; of down
+        "hessians": 32 * 2 * (h**2 + h**2 + h**2 + 2 * h**2 + 2 * inner**2),
+        "rounding": 5 * 2 * operations(attention + router + 4 * expert),
     }
 
 

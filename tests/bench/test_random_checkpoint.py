@@ -1,5 +1,6 @@
 """Random checkpoints are models that mlx-lm loads, of the sizes asked for."""
 
+import dataclasses
 import json
 import math
 
@@ -25,8 +26,10 @@ def test_random_checkpoint_is_a_model(tmp_path, dtype, max_shard_bytes):
 
 
 def test_shapes_have_the_parameters_of_their_names():
-    for name, billions in {"3.2-1b": 1.24, "3.2-3b": 3.21, "3.1-8b": 8.03, "3.1-70b": 70.6}.items():
-        sizes = SHAPES[f"llama-{name}"].tensors().values()
+    llama = {"3.2-1b": 1.24, "3.2-3b": 3.21, "3.1-8b": 8.03, "3.1-70b": 70.6}
+    named = {f"llama-{name}": billions for name, billions in llama.items()}
+    for name, billions in (named | {"qwen3-30b-a3b": 30.1}).items():
+        sizes = SHAPES[name].tensors().values()
         assert sum(map(math.prod, sizes)) / 1e9 == pytest.approx(billions, rel=0.005)
 
 
@@ -73,9 +76,13 @@ def test_command_refuses_before_it_writes(tmp_path, capsys, arguments, named):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_random_checkpoint_can_be_calibrated(tmp_path, monkeypatch):
+TINY_MIXTURE = dataclasses.replace(TINY, num_experts=4, num_experts_per_tok=2)
+
+
+@pytest.mark.parametrize("shape", [TINY, TINY_MIXTURE], ids=["dense", "mixture"])
+def test_a_random_checkpoint_can_be_calibrated(tmp_path, monkeypatch, shape):
     monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
-    write_random_checkpoint(tmp_path / "random", SHAPES["tiny"])
+    write_random_checkpoint(tmp_path / "random", shape)
     recipe = Recipe(method="imatrix", calibration=Calibration(num_samples=2, sequence_length=8))
     manifest = convert(tmp_path / "random", tmp_path / "out", recipe=recipe)
     assert any(layer.action == "quantize" for layer in manifest.layers)

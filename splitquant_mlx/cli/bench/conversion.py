@@ -17,7 +17,10 @@ from splitquant_mlx.recipe import DTYPES
 def make_checkpoint(
     shape: Annotated[
         str,
-        typer.Argument(help="tiny, deep, llama-3.2-1b, llama-3.2-3b, llama-3.1-8b, llama-3.1-70b."),
+        typer.Argument(
+            help="tiny, deep, llama-3.2-1b, llama-3.2-3b, llama-3.1-8b, llama-3.1-70b, "
+            "qwen3-30b-a3b."
+        ),
     ],
     directory: Annotated[Path, typer.Argument(help="Directory to write.")],
     layers: Annotated[int | None, typer.Option(help="Another number of layers.")] = None,
