@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
+from architecture_page import write_page
 from typer.testing import CliRunner
 
 from splitquant_mlx.cli import app
-from splitquant_mlx.inspection.architectures import recorded, write_page
+from splitquant_mlx.inspection.architectures import recorded
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 

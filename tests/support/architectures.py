@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from architecture_page import write_page
 from architecture_settings import SETTINGS
 from architecture_variants import (
     ALONE,
@@ -330,8 +331,6 @@ def with_other_rows(found: Any) -> Any:
 
 def main() -> None:
     """Compare and write the figures."""
-    from splitquant_mlx.inspection.architectures import write_page
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
