@@ -82,64 +82,26 @@ __all__ = [
 
 # Imported on first use: --help answers without mlx, and OpenBLAS is loaded before mlx is.
 _MODULES = {
-    "conversion.bits": (
-        "Forecast",
-        "forecast",
-    ),
-    "conversion.pipeline": ("convert",),
-    "conversion.verify": (
-        "Check",
-        "verify",
-    ),
-    "errors": (
-        "CheckpointError",
-        "RecipeError",
-        "SourceError",
-        "SplitQuantError",
-        "TargetError",
-        "VersionError",
-    ),
-    "evaluation.task": (
-        "Task",
-        "evaluate",
-    ),
-    "formats.manifest": (
-        "LayerRecord",
-        "Manifest",
-        "load_manifest",
-    ),
-    "models.loader": ("load",),
-    "nn.lut_file": ("LUTLinear",),
-    "nn.model_file": ("QuantizedSplitLinear",),
-    "nn.split_layers": (
-        "QuantizedSplitConv",
-        "SplitConv",
-        "SplitLinear",
-        "quantize_split_layers",
-        "split_model",
-    ),
-    "quantization.affine": (
-        "Quantized",
-        "dequantize",
-        "quantize",
-        "quantize_parts",
-    ),
-    "quantization.kmeans": ("Clustering",),
-    "quantization.split": (
-        "cluster_weight",
-        "split",
-    ),
-    "recipe": (
-        "Calibration",
-        "Recipe",
-        "load_recipe",
-    ),
+    "conversion.bits": "Forecast forecast",
+    "conversion.pipeline": "convert",
+    "conversion.verify": "Check verify",
+    "errors": "CheckpointError RecipeError SourceError SplitQuantError TargetError VersionError",
+    "evaluation.task": "Task evaluate",
+    "formats.manifest": "LayerRecord Manifest load_manifest",
+    "models.loader": "load",
+    "nn.lut_file": "LUTLinear",
+    "nn.model_file": "QuantizedSplitLinear",
+    "nn.split_layers": "QuantizedSplitConv SplitConv SplitLinear quantize_split_layers split_model",
+    "quantization.affine": "Quantized dequantize quantize quantize_parts",
+    "quantization.kmeans": "Clustering",
+    "quantization.split": "cluster_weight split",
+    "recipe": "Calibration Recipe load_recipe",
 }
 
 
 def __getattr__(name: str) -> Any:
     for module, names in _MODULES.items():
-        if name in names:
+        if name in names.split():
             import_module(f"{__name__}.runtime.blas").preload()
             value = getattr(import_module(f"{__name__}.{module}"), name)
             globals()[name] = value
