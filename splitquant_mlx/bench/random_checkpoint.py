@@ -91,7 +91,11 @@ class Shape:
             "input_layernorm": (hidden,),
             "post_attention_layernorm": (hidden,),
         }
-        mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+        mlp = {
+            "gate_proj": (inner, hidden),
+            "up_proj": (inner, hidden),
+            "down_proj": (hidden, inner),
+        }
         if self.num_experts:
             layer |= {"self_attn.q_norm": (head,), "self_attn.k_norm": (head,)}
             layer["mlp.gate"] = (self.num_experts, hidden)
