@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
-from splitquant_mlx.errors import RecipeError, TargetError
+from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.settings import (
     STRICT,
     NonNegativeInt,
@@ -296,14 +296,6 @@ def load_recipe(path: Path) -> Recipe:
         return Recipe.from_dict(values)
     except RecipeError as exc:
         raise RecipeError(f"recipe {path}: {exc}") from exc
-
-
-def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe that `load_recipe` reads. Raises TargetError when that fails."""
-    try:
-        path.write_text(recipe.to_toml(), encoding="utf-8")
-    except OSError as exc:
-        raise TargetError(f"cannot write {path}: {exc.strerror or exc}") from exc
 
 
 def read_toml(path: Path) -> dict[str, Any]:

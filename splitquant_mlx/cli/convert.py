@@ -18,7 +18,7 @@ from splitquant_mlx.cli.options import (
 )
 from splitquant_mlx.cli.settings import Given, settings_options
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.recipe import TARGETS, Calibration, Recipe, load_recipe, write_recipe
+from splitquant_mlx.recipe import TARGETS, Calibration, Recipe, load_recipe
 
 OriginalOption = Annotated[
     str | None,
@@ -161,10 +161,12 @@ def _dry_run(source: Any, recipe: Recipe, target: Path, json_file: str | None) -
 def _write_plan(source: Any, recipe: Recipe, plan: Path, json_file: str | None) -> None:
     from splitquant_mlx.cli.summary import print_forecast
     from splitquant_mlx.conversion.bits import forecast
+    from splitquant_mlx.runtime.disk import as_target_error
 
     bars = _bars(source, recipe)
     planned = forecast(source.name, recipe, revision=source.revision, progress=bars)
-    write_recipe(planned.recipe, plan)
+    with as_target_error(plan):
+        plan.write_text(planned.recipe.to_toml(), encoding="utf-8")
     if not console.write_json(json_file, planned.recipe.to_dict()):
         print_forecast(planned)
         console.next_step(f"Saved {plan}.", "convert", source.name, "--recipe", plan)

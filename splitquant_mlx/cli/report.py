@@ -7,7 +7,6 @@ import typer
 
 from splitquant_mlx.cli import console
 from splitquant_mlx.cli.options import JsonFile
-from splitquant_mlx.errors import TargetError
 
 
 def report(
@@ -37,12 +36,10 @@ def report(
 
 
 def _write(file: Path, text: str) -> None:
-    from splitquant_mlx.runtime.disk import write_atomic
+    from splitquant_mlx.runtime.disk import as_target_error, write_atomic
 
-    try:
+    with as_target_error(file):
         if file.exists() and not file.is_file():  # such as /dev/stdout
             file.write_text(text, encoding="utf-8")
         else:
             write_atomic(file.resolve(), text.encode())
-    except OSError as exc:
-        raise TargetError(f"cannot write {file}: {exc.strerror or exc}") from exc

@@ -6,14 +6,13 @@ model is synchronized and renamed to the target. A process that is killed leaves
 the next conversion into the same target takes it over.
 """
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from splitquant_mlx.errors import TargetError
-from splitquant_mlx.runtime.disk import remove, sync
+from splitquant_mlx.runtime.disk import as_target_error, remove, sync
 from splitquant_mlx.runtime.workspace import empty, workspace
 
 MODEL = "model"
@@ -168,17 +167,3 @@ def _put(staging: Path, target: Path) -> None:
         target.rename(staging / OLD)
     (staging / MODEL).rename(target)
     sync(target.parent)
-
-
-@contextmanager
-def as_target_error(target: Path) -> Iterator[None]:
-    """Say of an OSError in the block that `target` cannot be written. Raises TargetError."""
-    try:
-        yield
-    except OSError as exc:
-        if isinstance(exc, BrokenPipeError):
-            raise
-        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise TargetError(f"disk full while writing {target}: free some space") from exc
-        at = f" ({exc.filename})" if exc.filename else ""
-        raise TargetError(f"cannot write {target}: {exc.strerror or exc}{at}") from exc

@@ -12,8 +12,9 @@ from operator import eq
 from pathlib import Path
 from typing import Any
 
-from splitquant_mlx.errors import CheckpointError, RecipeError, TargetError, one_line
+from splitquant_mlx.errors import CheckpointError, RecipeError, one_line
 from splitquant_mlx.inference.decoding import Decoding, readable_errors
+from splitquant_mlx.runtime.disk import as_target_error
 
 Message = dict[str, str]
 # Given a prompt's tokens and a question "stop now?", yields mlx-lm's GenerationResponses.
@@ -238,10 +239,8 @@ class Conversation:
 
 def save_messages(messages: Sequence[Message], file: Path) -> None:
     """Write messages as JSON. Raises TargetError."""
-    try:
+    with as_target_error(file):
         file.write_text(json.dumps(list(messages), indent=2) + "\n", encoding="utf-8")
-    except OSError as exc:
-        raise TargetError(f"cannot write {file}: {exc.strerror or exc}") from exc
 
 
 def load_messages(file: Path) -> list[Message]:

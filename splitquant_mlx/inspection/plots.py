@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.inspection.layers import Histogram
+from splitquant_mlx.runtime.disk import as_target_error
 
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 
@@ -34,11 +34,9 @@ def text_histogram(histogram: Histogram, *, width: int = 78, height: int = 10) -
 
 
 def save_histogram(histogram: Histogram, file: Path) -> None:
-    """Write the histogram as a PNG. Raises RecipeError when matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as exc:
-        raise RecipeError("PNG plots need matplotlib: pip install matplotlib") from exc
+    """Write the histogram as a PNG. Raises TargetError when it cannot be written."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     axes.stairs(histogram.counts, histogram.edges, fill=True, color="#4c72b0")
@@ -47,7 +45,5 @@ def save_histogram(histogram: Histogram, file: Path) -> None:
     axes.set(yscale="log", xlabel="weight", ylabel="entries", title=histogram.path)
     if histogram.cut_points:
         axes.legend()
-    try:
+    with as_target_error(file):
         figure.savefig(file, format="png", dpi=150)
-    except OSError as exc:
-        raise RecipeError(f"cannot write {file}: {exc.strerror or exc}") from exc

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from splitquant_mlx._version import __version__
 from splitquant_mlx.conversion.save import model_code
-from splitquant_mlx.errors import TargetError
 from splitquant_mlx.formats.manifest import MODEL_FILE, Manifest
 from splitquant_mlx.formats.model_card import check_source_card
 from splitquant_mlx.publish.figures import eval_results, figures_table
@@ -24,7 +23,7 @@ from splitquant_mlx.publish.markdown import code, table
 from splitquant_mlx.publish.measurements import Measurement
 from splitquant_mlx.recipe import SELF, Recipe
 from splitquant_mlx.report.numbers import decimals, megabytes
-from splitquant_mlx.runtime.disk import write_atomic
+from splitquant_mlx.runtime.disk import as_target_error, write_atomic
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -100,11 +99,8 @@ def find_base(manifest: Manifest) -> tuple[str | None, str | None]:
 
 def write_card(text: str, directory: Path) -> None:
     """Write README.md atomically. Raises TargetError when it cannot be written."""
-    file = directory / CARD
-    try:
-        write_atomic(file, text.encode())
-    except OSError as exc:
-        raise TargetError(f"cannot write {file}: {exc.strerror or exc}") from exc
+    with as_target_error(directory / CARD):
+        write_atomic(directory / CARD, text.encode())
 
 
 def _packaged(package: str, name: str) -> bytes:

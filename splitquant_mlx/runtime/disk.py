@@ -1,11 +1,15 @@
 """Write files that survive a power failure; hash and remove files."""
 
+import errno
 import fcntl
 import hashlib
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from splitquant_mlx.errors import TargetError
 
 CHUNK_BYTES = 1 << 18
 
@@ -44,6 +48,20 @@ def write_atomic(file: Path, content: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def as_target_error(target: Path) -> Iterator[None]:
+    """Say of an OSError in the block that `target` cannot be written. Raises TargetError."""
+    try:
+        yield
+    except OSError as exc:
+        if isinstance(exc, BrokenPipeError):
+            raise
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TargetError(f"disk full while writing {target}: free some space") from exc
+        at = f" ({exc.filename})" if exc.filename not in (None, str(target)) else ""
+        raise TargetError(f"cannot write {target}: {exc.strerror or exc}{at}") from exc
 
 
 def sha256(file: Path) -> str:

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
-from splitquant_mlx.errors import SplitQuantError, TargetError, one_line
-from splitquant_mlx.runtime.disk import write_atomic
+from splitquant_mlx.errors import SplitQuantError, one_line
+from splitquant_mlx.runtime.disk import as_target_error, write_atomic
 from splitquant_mlx.runtime.environment import describe_machine, versions
 from splitquant_mlx.settings import load_json, nested, record, settings
 from splitquant_mlx.study.schema import Line, Number, check_values
@@ -200,11 +200,9 @@ def _write(content: Any, file: Path) -> None:
         written = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     except (TypeError, ValueError) as exc:
         raise SplitQuantError(f"{file.name} cannot be written as JSON: {one_line(exc)}") from exc
-    try:
+    with as_target_error(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, written.encode())
-    except OSError as exc:
-        raise TargetError(f"cannot write {file}: {exc.strerror or exc}") from exc
 
 
 def encode(value: Any) -> Any:
