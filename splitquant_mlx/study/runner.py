@@ -20,7 +20,7 @@ import numpy as np
 from splitquant_mlx.bench.programs import OURS, run_program
 from splitquant_mlx.bench.speed import Workload
 from splitquant_mlx.conversion.bits import choose_bits
-from splitquant_mlx.conversion.staging import as_target_error, sweep
+from splitquant_mlx.conversion.staging import sweep
 from splitquant_mlx.conversion.verify import check_files
 from splitquant_mlx.data.questions import Question, fetch_questions
 from splitquant_mlx.data.text import cut_windows, encode, text_hash
@@ -36,7 +36,7 @@ from splitquant_mlx.models.lazy import LazyModel
 from splitquant_mlx.models.source import Source, resolve
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.recipe import Recipe
-from splitquant_mlx.runtime.disk import remove
+from splitquant_mlx.runtime.disk import as_target_error, remove
 from splitquant_mlx.runtime.workspace import empty, workspace
 from splitquant_mlx.study.data import Data
 from splitquant_mlx.study.results import (
@@ -85,8 +85,16 @@ def run_study(
         _held(directory) as scratch,
         as_directory(source, progress, scratch=scratch) as original,
     ):
-        found = Data(files=data or {})
-        runner = _Runner(study, source, original, directory, scratch, found, keep_models, progress)
+        runner = _Runner(
+            study=study,
+            source=source,
+            original=original,
+            directory=directory,
+            scratch=scratch,
+            data=Data(files=data or {}),
+            keep_models=keep_models,
+            progress=progress,
+        )
         with progress.task(study.title, 1 + len(study.variants)) as advance:
             runner.measure_original()
             for name, variant in study.variants.items():
@@ -112,32 +120,22 @@ def _held(directory: Path) -> Iterator[Path]:
             yield scratch
 
 
+@dataclass(eq=False, kw_only=True)
 class _Runner:
-    def __init__(
-        self,
-        study: Study,
-        source: Source,
-        original: Path,
-        directory: Path,
-        scratch: Path,
-        data: Data,
-        keep_models: bool,
-        progress: Progress,
-    ):
-        self.study = study
-        self.source = source
-        self.original = original
-        self.directory = directory
-        self.scratch = scratch
-        self.data = data
-        self.keep_models = keep_models
-        self.progress = progress
-        self.reference = LazyModel(original, progress=progress)
+    study: Study
+    source: Source
+    original: Path
+    directory: Path
+    scratch: Path
+    data: Data
+    keep_models: bool
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.reference = LazyModel(self.original, progress=self.progress)
         self.before = 0  # measurements that are not made again
-        self.done = {
-            (result.variant, result.part): result.settings
-            for result in (load_results(directory) if any(directory.glob("*.*.json")) else [])
-        }
+        found = load_results(self.directory) if any(self.directory.glob("*.*.json")) else []
+        self.done = {(result.variant, result.part): result.settings for result in found}
 
     def measure_original(self) -> None:
         """Measure the model as it is."""
