@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from splitquant_mlx.conversion.original import compare
+from splitquant_mlx.conversion.plan import LayerPlan
 from splitquant_mlx.conversion.save import TABLES, config_tables
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.manifest import FILE_NAME, LayerRecord, Manifest, load_manifest
@@ -155,32 +156,11 @@ def _tensors(directory: Path, manifest: Manifest) -> list[str]:
 
 def _layer_problem(layer: LayerRecord, found: Headers) -> str:
     """Tell what of a layer's record does not fit its tensors; "" when all does."""
-    leaves = {"weight"}
-    if layer.mode == "lut":
-        leaves |= {"codebook"} | ({"outliers", "indices"} if layer.outliers else set())
-    elif layer.action != "keep":
-        leaves |= {"scales", "biases"} if layer.mode == "affine" else {"scales"}
-    if found.keys() != leaves:
-        return f"it has {', '.join(found) or 'no tensor'}, wanted {', '.join(sorted(leaves))}"
+    expected = _shapes(layer)
+    if expected and found.keys() != expected.keys():
+        return f"it has {', '.join(found) or 'no tensor'}, wanted {', '.join(sorted(expected))}"
     shapes = {leaf: header.shape for leaf, header in found.items()}
-    if layer.action == "keep":
-        fits = shapes["weight"] == layer.shape and len(layer.shape) > 1
-    elif layer.mode == "lut":
-        fits = _fits_tables(layer, found)
-    else:
-        *rows, width = layer.shape or (0,)
-        width *= layer.clusters or 1 if layer.action == "split" else 1
-        fits = (
-            bool(rows and layer.bits and layer.group_size)
-            and found["weight"].dtype == "U32"
-            and all(shape[:-1] == tuple(rows) for shape in shapes.values())
-            and shapes["weight"][-1] * 32 == width * (layer.bits or 0)
-            and all(
-                shapes[leaf][-1] * (layer.group_size or 0) == width
-                for leaf in shapes.keys() - {"weight"}
-            )
-        )
-    if not fits:
+    if shapes != expected or (layer.action != "keep" and found["weight"].dtype != "U32"):
         shown = ", ".join(f"{leaf} {list(shape)}" for leaf, shape in shapes.items())
         return f"{shown} do not fit {layer.action}, shape {list(layer.shape)}, bits {layer.bits}"
     nbytes = sum(header.nbytes for header in found.values())
@@ -191,14 +171,32 @@ def _layer_problem(layer: LayerRecord, found: Headers) -> str:
     return ""
 
 
-def _fits_tables(layer: LayerRecord, found: Headers) -> bool:
-    bits, count = layer.bits or 0, layer.outliers or 0
-    if len(layer.shape) != 2 or bits not in LUT_BITS or found["weight"].dtype != "U32":
-        return False
-    out, width = layer.shape
-    expected = {"weight": (out, width * bits // 32), "codebook": (out, 2**bits)}
-    expected |= {"outliers": (out, count), "indices": (out, count)} if count else {}
-    return width % 32 == 0 and {leaf: x.shape for leaf, x in found.items()} == expected
+def _shapes(layer: LayerRecord) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of a layer, by its record; none where it is no layer's."""
+    *rows, width = layer.shape or (0,)
+    bits, group_size = layer.bits or 0, layer.group_size or 0
+    clusters = (layer.clusters or 1) if layer.action == "split" else 1
+    if layer.action == "keep":
+        fits = bool(rows)
+    elif layer.mode == "lut":
+        fits = len(rows) == 1 and bits in LUT_BITS and width % 32 == 0
+    else:
+        fits = bool(rows and bits and group_size and width * clusters * bits % 32 == 0)
+        fits = fits and width * clusters % group_size == 0
+    if not fits:
+        return {}
+    plan = LayerPlan(
+        path=layer.path,
+        kind=layer.kind,
+        action=layer.action,
+        shape=layer.shape,
+        bits=bits,
+        group_size=group_size,
+        mode=layer.mode or "",
+        clusters=clusters,
+        outliers=layer.outliers or 0,
+    )
+    return {leaf: shape for leaf, (_, shape) in plan.tensors(mx.float16).items()}
 
 
 def _equal(a: float, b: float) -> bool:
