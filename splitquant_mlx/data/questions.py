@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from splitquant_mlx.data.text import _read_utf8
+from splitquant_mlx.data.text import Row, check_columns, jsonl_rows, parquet_rows, read_utf8
 from splitquant_mlx.errors import RecipeError, SourceError, one_line
 from splitquant_mlx.models.hub import fetch_dataset_file
 
@@ -29,8 +29,6 @@ SPLITS = ("train", "validation", "test")
 COLUMNS = ("id", "question", "choices", "answerKey")
 AI2_COLUMNS = ("questionID", "question", "AnswerKey")
 MAX_CHOICES = 26  # as many as there are letters
-
-Row = tuple[str, Any]  # where in the file, and what stands there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +58,8 @@ def load_questions(path: Path) -> list[Question]:
             of .parquet the row.
     """
     readers: dict[str, Callable[[Path], Iterable[Row]]] = {
-        ".jsonl": _jsonl_rows,
-        ".parquet": _parquet_rows,
+        ".jsonl": jsonl_rows,
+        ".parquet": lambda path: parquet_rows(path, COLUMNS),
         ".csv": _csv_rows,
     }
     reader = readers.get(path.suffix.lower())
@@ -108,22 +106,13 @@ def fetch_questions(task: str, split: str = "test") -> list[Question]:
     return load_questions(fetch_dataset_file(ARC, name))
 
 
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_read_utf8(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except (ValueError, RecursionError) as exc:
-                raise SourceError(f"{path}, line {number}: not JSON ({one_line(exc)})") from exc
-
-
 def _csv_rows(path: Path) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(_read_utf8(path), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(read_utf8(path), newline=""), strict=True)
     try:
         names = list(reader.fieldnames or ())
         is_ai2 = set(AI2_COLUMNS) <= set(names)
         if not is_ai2:
-            _check_columns(path, names)
+            check_columns(path, COLUMNS, names)
         for row in reader:
             where = f"line {reader.line_num}"
             try:
@@ -162,28 +151,6 @@ def _ai2_row(row: dict[str, str]) -> dict[str, Any]:
                 "id": row["questionID"], "question": question, "choices": choices, "answerKey": key
             }  # fmt: skip
     raise ValueError('expected options such as "(A) this (B) that" in the question, got none')
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    from pyarrow import ArrowException, parquet
-
-    path.open("rb").close()  # pyarrow's own message for a file that cannot be opened is long
-    try:
-        table = parquet.ParquetFile(path)
-        _check_columns(path, table.schema_arrow.names)
-        rows = table.read(columns=list(COLUMNS)).to_pylist()
-    except (ArrowException, ValueError, KeyError, OSError) as exc:
-        raise SourceError(f"{path}: not a sound parquet file ({one_line(exc)})") from exc
-    for number, row in enumerate(rows, start=1):
-        yield f"row {number}", row
-
-
-def _check_columns(path: Path, names: list[str]) -> None:
-    if missing := [name for name in COLUMNS if name not in names]:
-        raise SourceError(
-            f"{path}: expected the columns {', '.join(COLUMNS)}, got {', '.join(names) or 'none'}: "
-            f"add {', '.join(missing)}"
-        )
 
 
 def _question(row: Any) -> Question:

@@ -6,7 +6,7 @@ WikiText-2 that is what GPTQ and the documentation of transformers do, so that f
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from splitquant_mlx.errors import RecipeError, SourceError, one_line
 from splitquant_mlx.models.hub import fetch_dataset_file
 
+Row = tuple[str, Any]  # where in the file, and what stands there
 SEPARATOR = "\n\n"
 WIKITEXT = "Salesforce/wikitext"
 WIKITEXT_SPLITS = ("test", "validation")
@@ -30,9 +31,12 @@ def load_text(path: Path) -> str:
     Raises:
         SourceError: when the file cannot be read, holds no text, or anything but text.
     """
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     try:
-        text = readers.get(path.suffix.lower(), _read_utf8)(path)
+        if (suffix := path.suffix.lower()) in (".jsonl", ".parquet"):
+            rows = jsonl_rows(path) if suffix == ".jsonl" else parquet_rows(path, ["text"])
+            text = _join(path, rows)
+        else:
+            text = read_utf8(path)
     except OSError as exc:
         raise SourceError(f"cannot read {path}: {exc.strerror or one_line(exc)}") from exc
     if not text.strip():
@@ -93,7 +97,8 @@ def cut_windows(tokens: Sequence[int], context_length: int, limit: int | None = 
     return np.array(tokens[: count * context_length], np.int32).reshape(count, context_length)
 
 
-def _read_utf8(path: Path) -> str:
+def read_utf8(path: Path) -> str:
+    """Return the text of a file. Raises SourceError for anything but text."""
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
@@ -109,38 +114,45 @@ def _read_utf8(path: Path) -> str:
     return text
 
 
-def _read_jsonl(path: Path) -> str:
-    rows = []
-    for number, line in enumerate(_read_utf8(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as exc:
-            raise SourceError(f"{path}, line {number}: not JSON ({one_line(exc)})") from exc
-        rows.append((f"line {number}", row.get("text") if isinstance(row, dict) else None))
-    return _join(path, rows)
+def jsonl_rows(path: Path) -> Iterator[Row]:
+    """Yield what stands in each line of a .jsonl file. Raises SourceError naming a broken line."""
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except (ValueError, RecursionError) as exc:
+                raise SourceError(f"{path}, line {number}: not JSON ({one_line(exc)})") from exc
 
 
-def _read_parquet(path: Path) -> str:
+def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    """Yield these columns of each row of a .parquet file. Raises SourceError for any other file."""
     from pyarrow import ArrowException, parquet
 
     path.open("rb").close()  # pyarrow's own message for a file that cannot be opened is long
     try:
         table = parquet.ParquetFile(path)
-        if "text" not in table.schema_arrow.names:
-            names = ", ".join(table.schema_arrow.names)
-            raise SourceError(f'{path}: expected a column "text", got {names}')
-        values = table.read(columns=["text"]).column("text").to_pylist()
+        check_columns(path, columns, table.schema_arrow.names)
+        rows = table.read(columns=list(columns)).to_pylist()
     except (ArrowException, ValueError, KeyError, OSError) as exc:
         raise SourceError(f"{path}: not a sound parquet file ({one_line(exc)})") from exc
-    return _join(path, ((f"row {number}", value) for number, value in enumerate(values, start=1)))
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _join(path: Path, rows: Iterable[tuple[str, object]]) -> str:
-    """Join the texts of numbered rows. Raises SourceError naming a row that is no text."""
+def check_columns(path: Path, columns: Sequence[str], names: Sequence[str]) -> None:
+    """Raise SourceError when a table lacks one of `columns`."""
+    if missing := [name for name in columns if name not in names]:
+        wanted = f"the columns {', '.join(columns)}"
+        if len(columns) == 1:
+            wanted = f'a column "{columns[0]}"'
+        got = ", ".join(names) or "none"
+        raise SourceError(f"{path}: expected {wanted}, got {got}: add {', '.join(missing)}")
+
+
+def _join(path: Path, rows: Iterable[Row]) -> str:
+    """Join the texts of rows. Raises SourceError naming a row that is no text."""
     texts = []
-    for where, value in rows:
+    for where, row in rows:
+        value = row.get("text") if isinstance(row, dict) else None
         if not isinstance(value, str):
             raise SourceError(f'{path}, {where}: expected a "text" that is a string')
         if "\0" in value or not _encodes(value):
