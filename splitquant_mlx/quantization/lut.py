@@ -20,8 +20,9 @@ import numpy as np
 
 from splitquant_mlx.quantization.affine import pack
 from splitquant_mlx.quantization.codebook import nearest, power_codebooks, row_codebooks
-from splitquant_mlx.quantization.compensation import STEP, compensate, damped_hessian, descend
+from splitquant_mlx.quantization.compensation import damped_hessian, unit_upper
 
+STEP = 32  # channels between two large products
 RIDGE = 1e-4  # of the mean diagonal: keeps codebook values that no code, or hardly any, uses
 
 
@@ -83,18 +84,18 @@ def lut_quantize(
     best = Tables(columns, levels.T, w.dtype, free)
     if sweeps:
         tables = Tables(columns, levels.T, w.dtype, free)
-        compensate(tables, columns, h)
+        tables.compensate(columns, h)
         for _ in range(sweeps):
-            descend(tables, columns, h)
+            tables.descend(columns, h)
             if not powers:
                 tables.refit(columns, h)
-        descend(tables, columns, h)
+        tables.descend(columns, h)
         best.take(tables, tables.row_costs(columns, h) < best.row_costs(columns, h))
     return best.packed(bits, outliers)
 
 
 class Tables:
-    """The codes of a weight (in, out) with a codebook for each output; see `gptq.Codes`.
+    """The codes of a weight (in, out) with a codebook for each output.
 
     Attributes:
         codes: (in, out), whole numbers.
@@ -102,8 +103,6 @@ class Tables:
         free: (in, out), whether an entry has the value that it is in `kept`.
         kept: (in, out) float32.
     """
-
-    group_size = STEP
 
     def __init__(self, columns: np.ndarray, levels: np.ndarray, dtype: mx.Dtype, free: np.ndarray):
         self.dtype, self.free, self.kept = dtype, free, columns.copy()
@@ -116,14 +115,36 @@ class Tables:
         """Return the weight (in, out) that codes and free values stand for."""
         return np.where(self.free, self.kept, np.take_along_axis(self.levels, self.codes, axis=0))
 
-    def fit(self, group: int, columns: np.ndarray, importance: np.ndarray) -> None:
-        """Leave the codebooks, which are no group's own, as they are."""
-
     def round(self, channel: int, wanted: np.ndarray) -> np.ndarray:
         """Give a channel the codes nearest to `wanted` (out,); returns what they stand for."""
         codes = (wanted > self.middles).sum(axis=0)
         self.codes[channel], self.kept[channel] = codes, wanted
         return np.where(self.free[channel], wanted, self.levels[codes, np.arange(codes.size)])
+
+    def compensate(self, columns: np.ndarray, h: np.ndarray) -> None:
+        """Give each channel its codes in turn, compensating the errors of those before it: GPTQ."""
+        feedback, error = unit_upper(h), np.empty_like(columns)
+        for start in range(0, len(columns), STEP):
+            end = start + STEP
+            wanted = columns[start:end] + feedback[:start, start:end].T @ error[:start]
+            for k in range(start, end):
+                error[k] = columns[k] - self.round(k, wanted[k - start])
+                if k + 1 < end:
+                    wanted[k + 1 - start :] += feedback[k, k + 1 : end, None] * error[k]
+
+    def descend(self, columns: np.ndarray, h: np.ndarray) -> None:
+        """Give each weight its best code, all others fixed, channel after channel."""
+        values = self.values()
+        error = columns - values
+        for start in range(0, len(columns), STEP):
+            end = start + STEP
+            gradient = h[start:end] @ error
+            for k in range(start, end):
+                step = gradient[k - start] / h[k, k]
+                moved = self.round(k, values[k] + step) - values[k]
+                error[k] -= moved
+                if k + 1 < end:
+                    gradient[k + 1 - start :] -= h[k + 1 : end, k, None] * moved
 
     def refit(self, columns: np.ndarray, h: np.ndarray) -> None:
         """Give each row its best codebook, all codes fixed."""
