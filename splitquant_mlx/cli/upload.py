@@ -7,8 +7,11 @@ import typer
 
 from splitquant_mlx.cli import console, interrupt
 from splitquant_mlx.cli.options import JsonFile, ModelArgument, choose_model
+from splitquant_mlx.cli.settings import Given, settings_options
+from splitquant_mlx.publish.hub import Commit
 
 
+@settings_options(Commit, "commit")
 def upload(
     model: ModelArgument = None,
     model_option: Annotated[
@@ -25,22 +28,13 @@ def upload(
         list[Path] | None,
         typer.Option(help="File of eval --json or run, or a directory of them; repeatable."),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repo private.")] = False,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch to commit to; created if there is none.")
-    ] = None,
-    create_pr: Annotated[
-        bool, typer.Option("--create-pr", help="Open a pull request instead of committing.")
-    ] = False,
+    commit: Given,
     card: Annotated[
         str | None, typer.Option(help="A README.md that was written by hand: keep or replace it.")
     ] = None,
     base_model: Annotated[
         str | None, typer.Option(help="Repo id of the original, if it was a local copy.")
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a model of another origin in the repo.")
-    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Write the card, list the files, send nothing.")
     ] = False,
@@ -62,15 +56,14 @@ def upload(
             _show_files(prepared)
         _show_notes(prepared)  # last, where they are seen
         return
-    options = {"revision": revision, "create_pr": create_pr, "overwrite": overwrite}
-    send(prepared, json_file, private=private, **options)
+    send(prepared, json_file, Commit(**commit))
 
 
-def send(prepared: Any, json_file: str | None = None, **options: Any) -> None:
+def send(prepared: Any, json_file: str | None = None, commit: Commit | None = None) -> None:
     """Send a prepared upload and print its address."""
     _show_notes(prepared)
     interrupt.resumes("`splitquant-mlx upload` goes on from there.")
-    address = prepared.send(**options)
+    address = prepared.send(commit)
     if not console.write_json(json_file, _values(prepared, address)):
         print(f"Uploaded {len(prepared.files)} files to {address}")
 

@@ -7,8 +7,33 @@ from pathlib import Path
 from splitquant_mlx.errors import UploadError
 from splitquant_mlx.formats.manifest import FILE_NAME, MODEL_FILE
 from splitquant_mlx.models.hub import LOG_IN, answer_within, endpoint, explain
+from splitquant_mlx.settings import settings
 
 AGAIN = "`splitquant-mlx upload` goes on from there"
+
+
+@settings
+class Commit:
+    """How files are put in a repo.
+
+    Attributes:
+        private: make a new repo private.
+        revision: branch to commit to; created if there is none.
+        create_pr: open a pull request instead of committing.
+        overwrite: replace a model of another origin in the repo.
+
+    Raises:
+        UploadError: for a pull request to a branch.
+    """
+
+    private: bool = False
+    revision: str | None = None
+    create_pr: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.create_pr and self.revision is not None:
+            raise UploadError("a pull request is always for the main branch: give no --revision")
 
 
 def check_name(repo: str) -> None:
@@ -42,26 +67,14 @@ def check_login(repo: str) -> None:
         raise UploadError(f"{repo}: the token may only read: {LOG_IN} with one that may write")
 
 
-def send(
-    path: Path,
-    files: Sequence[str],
-    repo: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    create_pr: bool = False,
-    overwrite: bool = False,
-) -> str:
+def send(path: Path, files: Sequence[str], repo: str, commit: Commit) -> str:
     """Make the repo if there is none and put the files there, in one commit; returns its address.
 
     Args:
         path: the directory.
         files: names of the files in it to send.
         repo: USER/NAME.
-        private: make a new repo private.
-        revision: branch to commit to, made if there is none; None is the main branch.
-        create_pr: open a pull request instead of committing.
-        overwrite: replace a model in the repo that splitquant-mlx did not make.
+        commit: how they are put there.
 
     Raises:
         UploadError: when the hub refuses or is lost. Large files that it has by then it keeps: a
@@ -69,17 +82,15 @@ def send(
     """
     from huggingface_hub import HfApi
 
-    if create_pr and revision is not None:
-        raise UploadError("a pull request is always for the main branch: give no --revision")
-    api = HfApi()
+    api, revision = HfApi(), commit.revision
     try:
         # None leaves it to the organization whether its new repos are private
-        api.create_repo(repo, private=private or None, exist_ok=True)
+        api.create_repo(repo, private=commit.private or None, exist_ok=True)
         if revision is not None:
             api.create_branch(repo, branch=revision, exist_ok=True)
         there = {file.rfilename for file in api.model_info(repo, revision=revision).siblings or ()}
         weights = {name for name in there if name.endswith(".safetensors") and "/" not in name}
-        if weights and FILE_NAME not in there and not overwrite:
+        if weights and FILE_NAME not in there and not commit.overwrite:
             raise UploadError(
                 f"{repo} holds a model that splitquant-mlx did not make ({min(weights)}): choose "
                 "another name, or replace it with `splitquant-mlx upload --overwrite`"
@@ -93,7 +104,7 @@ def send(
             delete_patterns=[escape(name) for name in stale] or None,
             commit_message="Upload a model converted by splitquant-mlx",
             revision=revision,
-            create_pr=create_pr,
+            create_pr=commit.create_pr,
         )
     except UploadError:
         raise

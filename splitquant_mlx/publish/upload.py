@@ -9,7 +9,7 @@ from splitquant_mlx.models.companions import refuse_foreign_link
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.publish.card import REPO, find_base, is_own, make_card, write_card
 from splitquant_mlx.publish.files import CARD, Converted, check_converted
-from splitquant_mlx.publish.hub import check_login, check_name, send
+from splitquant_mlx.publish.hub import Commit, check_login, check_name, send
 from splitquant_mlx.publish.measurements import find_measurements
 
 CARDS = ("keep", "replace")
@@ -44,26 +44,12 @@ class Upload:
         if self.is_written:
             write_card(self.card, self.converted.path)
 
-    def send(
-        self,
-        *,
-        private: bool = False,
-        revision: str | None = None,
-        create_pr: bool = False,
-        overwrite: bool = False,
-    ) -> str:
+    def send(self, commit: Commit | None = None) -> str:
         """Write the card and send everything; see `hub.send`. Returns the address."""
         check_login(self.repo)
         self.write_card()
-        return send(
-            self.converted.path,
-            [file.relative_to(self.converted.path).as_posix() for file in self.files],
-            self.repo,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            overwrite=overwrite,
-        )
+        names = [file.relative_to(self.converted.path).as_posix() for file in self.files]
+        return send(self.converted.path, names, self.repo, commit or Commit())
 
 
 def prepare_upload(
