@@ -25,7 +25,8 @@ if TYPE_CHECKING:
         TargetError,
         VersionError,
     )
-    from splitquant_mlx.evaluation.task import Task, evaluate
+    from splitquant_mlx.evaluation.settings import Task
+    from splitquant_mlx.evaluation.task import evaluate
     from splitquant_mlx.formats.manifest import LayerRecord, Manifest, load_manifest
     from splitquant_mlx.models.loader import load
     from splitquant_mlx.nn.lut_file import LUTLinear
@@ -86,7 +87,8 @@ _MODULES = {
     "conversion.pipeline": "convert",
     "conversion.verify": "Check verify",
     "errors": "CheckpointError RecipeError SourceError SplitQuantError TargetError VersionError",
-    "evaluation.task": "Task evaluate",
+    "evaluation.settings": "Task",
+    "evaluation.task": "evaluate",
     "formats.manifest": "LayerRecord Manifest load_manifest",
     "models.loader": "load",
     "nn.lut_file": "LUTLinear",

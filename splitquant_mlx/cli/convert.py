@@ -74,7 +74,6 @@ UploadRepo = Annotated[
         "bits": ("--bits", "--q-bits"),
         "group_size": ("--group-size", "--q-group-size"),
         "mode": ("--q-mode",),
-        "refine": ("--refine",),
     },
     skip=("layers", "calibration"),
     panel="Quantization",

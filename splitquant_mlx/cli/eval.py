@@ -19,8 +19,9 @@ from splitquant_mlx.cli.options import (
     choose_model,
     start,
 )
+from splitquant_mlx.cli.settings import Given, settings_options
+from splitquant_mlx.evaluation.settings import Task
 
-TEXT, QUESTIONS = "Text (perplexity, kl)", "Questions (ARC)"
 # what a figure is called, in which unit, and which way is better; the error beside it
 ROWS = {
     "perplexity": ("perplexity (lower is better)", "standard_error"),
@@ -43,61 +44,24 @@ ROWS = {
 SHARES = ("top1_agreement", "accuracy", "accuracy_norm")
 
 
-TaskName = Annotated[
-    str,
-    typer.Option(
-        "--task", "--tasks", help="arc_challenge, arc_easy, perplexity, kl or a task of lm-eval."
-    ),
-]
 Reference = Annotated[str | None, typer.Option(help="Model to compare with; kl needs it.")]
-Data = Annotated[
-    Path | None, typer.Option(help=".jsonl, .parquet, .csv or text, instead of the hub's data.")
-]
-Limit = Annotated[int | None, typer.Option(help="At most so many questions, or windows of text.")]
-ContextLength = Annotated[
-    int | None,
-    typer.Option(
-        help="Tokens per window of text; by default 512, or what the model was made for.",
-        rich_help_panel=TEXT,
-    ),
-]
-Stride = Annotated[
-    int | None,
-    typer.Option(
-        help="Tokens from window to window; the window's length if not set.", rich_help_panel=TEXT
-    ),
-]
-Protocol = Annotated[
-    str,
-    typer.Option(
-        help="loglikelihood (lm-eval's) or letter (through the chat).", rich_help_panel=QUESTIONS
-    ),
-]
-NumShots = Annotated[
-    int | None,
-    typer.Option(help="Solved examples before each question.", rich_help_panel=QUESTIONS),
-]
-Shots = Annotated[
-    Path | None,
-    typer.Option(
-        help="Questions to draw the examples from, instead of the hub's.",
-        rich_help_panel=QUESTIONS,
-    ),
-]
 
 
+@settings_options(
+    Task,
+    "task",
+    flags={"name": ("--task", "--tasks")},
+    panels={
+        **dict.fromkeys(("context_length", "stride"), "Text (perplexity, kl)"),
+        **dict.fromkeys(("protocol", "num_shots", "shots"), "Questions (ARC)"),
+    },
+)
 def evaluate(
     model: ModelArgument = None,
     model_option: ModelOption = None,
-    task: TaskName = "perplexity",
+    *,
+    task: Given,
     reference: Reference = None,
-    data: Data = None,
-    limit: Limit = None,
-    context_length: ContextLength = None,
-    stride: Stride = None,
-    protocol: Protocol = "loglikelihood",
-    num_shots: NumShots = None,
-    shots: Shots = None,
     json_file: JsonFile = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -108,26 +72,16 @@ def evaluate(
     interrupt.resumes()
     start(device)
     from splitquant_mlx.cli.progress import Bars
-    from splitquant_mlx.evaluation.task import Task, evaluate
+    from splitquant_mlx.evaluation.task import evaluate
     from splitquant_mlx.runtime.ranks import together
 
     group = join()
     with together(group):
         name = choose_model(model, model_option)
 
-    chosen = Task(
-        name=task,
-        protocol=protocol,
-        num_shots=num_shots,
-        data=data,
-        shots=shots,
-        limit=limit,
-        context_length=context_length,
-        stride=stride,
-    )
     found = evaluate(
         name,
-        chosen,
+        Task(**task),
         reference=reference,
         revision=revision,
         trust_remote_code=trust_remote_code,

@@ -24,7 +24,6 @@ from splitquant_mlx.models.hub import fetch_dataset_file
 
 ARC = "allenai/ai2_arc"
 FOLDERS = {"arc_challenge": "ARC-Challenge", "arc_easy": "ARC-Easy"}
-ARC_TASKS = tuple(FOLDERS)
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("id", "question", "choices", "answerKey")
 AI2_COLUMNS = ("questionID", "question", "AnswerKey")

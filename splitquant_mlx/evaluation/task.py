@@ -3,15 +3,12 @@
 import dataclasses
 import hashlib
 from contextlib import ExitStack
-from dataclasses import dataclass
-from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from splitquant_mlx.data.questions import ARC_TASKS, Question, fetch_questions, load_questions
+from splitquant_mlx.data.questions import Question, fetch_questions, load_questions
 from splitquant_mlx.data.text import cut_windows, encode, fetch_wikitext, load_text, text_hash
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluation.arc import ArcResult, evaluate_arc
@@ -19,6 +16,7 @@ from splitquant_mlx.evaluation.divergence import measure_divergence
 from splitquant_mlx.evaluation.paired import compare
 from splitquant_mlx.evaluation.perplexity import measure_perplexity
 from splitquant_mlx.evaluation.reference import open_reference
+from splitquant_mlx.evaluation.settings import ARC_TASKS, CONTEXT_LENGTH, Task
 from splitquant_mlx.models.config import read_config
 from splitquant_mlx.models.footprint import context_limit
 from splitquant_mlx.models.lazy import LazyModel, open_model
@@ -26,47 +24,6 @@ from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.runtime.cache import cache_directory
 from splitquant_mlx.runtime.environment import describe_machine, versions
 from splitquant_mlx.runtime.ranks import Group, alone, check_alike, deal, together
-
-TASKS = (*ARC_TASKS, "perplexity", "kl")
-ALIASES = {"ppl": ("perplexity",), "arc": tuple(ARC_TASKS)}
-CONTEXT_LENGTH = 512  # where the model has no shorter one
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What a model is evaluated on.
-
-    Attributes:
-        name: "arc_challenge", "arc_easy", "perplexity", "kl", or a task of lm-eval.
-        protocol: of the ARC tasks, "loglikelihood" or "letter".
-        num_shots: solved examples before each question; None is 0, or the lm-eval task's own.
-        data: a file in place of the hub's data set.
-        shots: a file of questions to draw the examples from, in place of the hub's.
-        limit: number of questions, or of windows of text; None takes all.
-        context_length: tokens per window of text; None is 512, or the model's own context where
-            that is shorter.
-        stride: tokens from one window's start to the next one's, for "perplexity".
-    """
-
-    name: str
-    protocol: str = "loglikelihood"
-    num_shots: int | None = None
-    data: Path | None = None
-    shots: Path | None = None
-    limit: int | None = None
-    context_length: int | None = None
-    stride: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise RecipeError(f"limit: wanted 1 or more, got {self.limit}")
-        if "," in self.name:
-            raise RecipeError(f"task {self.name!r}: one task at a time")
-        meant = ALIASES.get(self.name, ())
-        if not meant and self.name not in TASKS and not find_spec("lm_eval"):
-            meant = get_close_matches(self.name, TASKS, n=2, cutoff=0.8)
-        if meant:
-            raise RecipeError(f"unknown task {self.name!r}: did you mean {' or '.join(meant)}?")
 
 
 def evaluate(

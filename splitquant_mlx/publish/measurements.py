@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from splitquant_mlx.errors import RecipeError, SplitQuantError
+from splitquant_mlx.evaluation.settings import ARC_TASKS
 from splitquant_mlx.models.directory import as_directory
 from splitquant_mlx.models.lazy import model_hash
 from splitquant_mlx.models.source import Source, cached
@@ -32,7 +33,6 @@ from splitquant_mlx.study.results import (
 from splitquant_mlx.study.schema import PARTS, Line, check_values
 from splitquant_mlx.study.spec import ORIGINAL
 
-ARC_TASKS = ("arc_challenge", "arc_easy")
 SHOWN = ("kl", "perplexity", *(part for part in PARTS if part.startswith(ARC_TASKS)))
 
 
