@@ -50,7 +50,8 @@ def converted_in(directory: Path) -> list[LocalModel]:
     for path in _directories(directory):
         with suppress(SplitQuantError, OSError):
             if not path.name.startswith(".") and (manifest := load_manifest(path)) is not None:
-                found.append(_converted(path, manifest))
+                modified = (path / FILE_NAME).stat().st_mtime
+                found.append(_local(path, path.name, manifest, manifest.stored_bytes, modified))
     return sorted(found, key=lambda model: model.modified, reverse=True)
 
 
@@ -71,18 +72,8 @@ def in_hub_cache() -> list[LocalModel]:
             manifest = None
             with suppress(SplitQuantError, OSError):
                 manifest = load_manifest(revision.snapshot_path)
-            found.append(
-                LocalModel(
-                    path=revision.snapshot_path,
-                    name=repo.repo_id,
-                    method=_method(manifest) if manifest else "",
-                    bits_per_weight=manifest.bits_per_weight if manifest else None,
-                    nbytes=revision.size_on_disk,
-                    modified=revision.last_modified,
-                    needs_code=_needs_code(manifest),
-                    runs_in=runs_in(manifest.layers if manifest else ()),
-                )
-            )
+            size, modified = revision.size_on_disk, revision.last_modified
+            found.append(_local(revision.snapshot_path, repo.repo_id, manifest, size, modified))
     return sorted(found, key=lambda model: model.modified, reverse=True)
 
 
@@ -97,22 +88,17 @@ def _directories(directory: Path) -> Iterator[Path]:
         yield from (path for path in sorted(directory.iterdir()) if path.is_dir())
 
 
-def _converted(path: Path, manifest: Manifest) -> LocalModel:
+def _local(
+    path: Path, name: str, manifest: Manifest | None, nbytes: int, modified: float
+) -> LocalModel:
+    layers = manifest.layers if manifest else ()
     return LocalModel(
         path=path,
-        name=path.name,
-        method=_method(manifest),
-        bits_per_weight=manifest.bits_per_weight,
-        nbytes=manifest.stored_bytes,
-        modified=(path / FILE_NAME).stat().st_mtime,
-        needs_code=_needs_code(manifest),
-        runs_in=runs_in(manifest.layers),
+        name=name,
+        method=str(manifest.recipe.get("method", "splitquant")) if manifest else "",
+        bits_per_weight=manifest.bits_per_weight if manifest else None,
+        nbytes=nbytes,
+        modified=modified,
+        needs_code=any(layer.needs_code for layer in layers),
+        runs_in=runs_in(layers),
     )
-
-
-def _method(manifest: Manifest) -> str:
-    return str(manifest.recipe.get("method", "splitquant"))
-
-
-def _needs_code(manifest: Manifest | None) -> bool:
-    return manifest is not None and any(layer.needs_code for layer in manifest.layers)
