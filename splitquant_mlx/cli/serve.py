@@ -1,14 +1,9 @@
 """Offer `serve`; its options are the fields of ServeSettings."""
 
-import dataclasses
-import inspect
 import logging
 import sys
 from ipaddress import ip_address
-from typing import Annotated, Any, get_args, get_type_hints
 from urllib.parse import urlsplit
-
-import typer
 
 from splitquant_mlx.cli import interrupt
 from splitquant_mlx.cli.launched import join
@@ -23,51 +18,37 @@ from splitquant_mlx.cli.options import (
     choose_model,
     start,
 )
+from splitquant_mlx.cli.settings import Given, settings_options
 from splitquant_mlx.inference.settings import ServeSettings
 
 LIMITS = (
     "max_request_bytes max_prompt_tokens max_tokens_limit max_concurrent request_timeout"
 ).split()
 PANELS = {
-    "Limits": LIMITS,
-    SAMPLING: ("max_tokens", "temp", "top_p", "top_k", "min_p"),
-    LOADING: ("adapter_path", "draft_model", "num_draft_tokens", "pipeline"),
-    "Chat template": ("chat_template", "chat_template_args"),
-    "Batches": ("decode_concurrency", "prompt_concurrency", "prefill_step_size"),
-    CACHE: (
-        *("prompt_cache_size", "prompt_cache_bytes"),
-        *("kv_bits", "kv_group_size", "quantized_kv_start"),
-    ),
+    **dict.fromkeys(LIMITS, "Limits"),
+    **dict.fromkeys(("max_tokens", "temp", "top_p", "top_k", "min_p"), SAMPLING),
+    **dict.fromkeys(("adapter_path", "draft_model", "num_draft_tokens", "pipeline"), LOADING),
+    **dict.fromkeys(("chat_template", "chat_template_args"), "Chat template"),
+    **dict.fromkeys(("decode_concurrency", "prompt_concurrency", "prefill_step_size"), "Batches"),
+    **dict.fromkeys(("prompt_cache_size", "prompt_cache_bytes"), CACHE),
+    **dict.fromkeys(("kv_bits", "kv_group_size", "quantized_kv_start"), CACHE),
 }
 
 
-def _offer_settings(command: Any) -> Any:
-    """Give a command an option for each field of ServeSettings, in place of **settings."""
-    shared = [p for p in inspect.signature(command).parameters.values() if p.kind != p.VAR_KEYWORD]
-    hints = get_type_hints(ServeSettings, include_extras=True)
-    options = []
-    for field in dataclasses.fields(ServeSettings):
-        kind, text = get_args(hints[field.name])
-        kind = list[str] if field.default == () else kind
-        variable = "SPLITQUANT_API_KEY" if field.name == "api_key" else None
-        panel = next((title for title, names in PANELS.items() if field.name in names), None)
-        option = Annotated[kind, typer.Option(help=text, envvar=variable, rich_help_panel=panel)]
-        kind_of = inspect.Parameter.KEYWORD_ONLY
-        options.append(
-            inspect.Parameter(field.name, kind_of, default=field.default, annotation=option)
-        )
-    command.__signature__ = inspect.Signature([*shared, *options])
-    command.__annotations__ = {p.name: p.annotation for p in [*shared, *options]}
-    return command
-
-
-@_offer_settings
+@settings_options(
+    ServeSettings,
+    "settings",
+    panels=PANELS,
+    variables={"api_key": "SPLITQUANT_API_KEY"},
+    with_defaults=True,
+)
 def serve(
     model: ModelArgument = None,
     model_option: ModelOption = None,
     trust_remote_code: TrustRemoteCode = False,
     device: Device = None,
-    **settings: Any,
+    *,
+    settings: Given,
 ) -> None:
     """Serve a model with OpenAI's HTTP API."""
     chosen = ServeSettings(**settings)

@@ -25,6 +25,8 @@ def settings_options(
     skip: Sequence[str] = (),
     panel: str | None = None,
     panels: Mapping[str, str | None] | None = None,
+    variables: Mapping[str, str] | None = None,
+    with_defaults: bool = False,
 ) -> Callable[[Command], Command]:
     """Replace a parameter of a command by one option for each field of a settings class.
 
@@ -38,14 +40,28 @@ def settings_options(
         skip: fields without an option.
         panel: heading of the options in the help.
         panels: other headings, by field name.
+        variables: of the environment that stand in for an option, by field name.
+        with_defaults: show the fields' own defaults.
     """
     fields = [field for field in dataclasses.fields(kind) if field.name not in skip]
     spelled = {field.name: (f"--{field.name.replace('_', '-')}",) for field in fields}
     spelled |= dict(flags or {})
-    options, help_panels = {}, {field.name: panel for field in fields} | dict(panels or {})
+    options, headings = {}, {field.name: panel for field in fields} | dict(panels or {})
     for field in fields:
-        name, words = f"{parameter}_{field.name}", spelled[field.name]
-        options[field.name] = _option(kind, field, name, words, help_panels[field.name])
+        given_as, choices = _given_as(field.type)
+        option = typer.Option(
+            *spelled[field.name],
+            help=_help(kind, field),
+            metavar=choices,
+            envvar=(variables or {}).get(field.name),
+            rich_help_panel=headings[field.name],
+        )
+        options[field.name] = inspect.Parameter(
+            f"{parameter}_{field.name}",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default if with_defaults and field.default != () else None,
+            annotation=Annotated[given_as | None, option],
+        )
 
     def decorate(command: Command) -> Command:
         @wraps(command)
@@ -78,30 +94,21 @@ def _naming_flags(exc: RecipeError, spelled: Mapping[str, Sequence[str]]) -> Rec
     return RecipeError(f"{spelled[key][0]}: {reason}")
 
 
-def _option(
-    kind: type, field: dataclasses.Field, name: str, flags: Sequence[str], panel: str | None
-) -> inspect.Parameter:
-    plain = _plain(field.type)
-    choices = get_args(plain) if get_origin(plain) is Literal else ()
-    if get_origin(plain) is tuple:
-        plain = list[str]
-    help_text = descriptions(kind)[field.name]
-    option = typer.Option(
-        *flags,
-        help=help_text[0].upper() + help_text[1:],
-        metavar="|".join(map(str, choices)) or None,
-        rich_help_panel=panel,
-    )
-    annotation = Annotated[(type(choices[0]) if choices else plain) | None, option]  # type: ignore[operator]
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
-    )
+def _help(kind: type, field: dataclasses.Field) -> str:
+    """Return a field's description: from its annotation, or from the docstring of its class."""
+    if get_origin(field.type) is Annotated and isinstance(text := get_args(field.type)[1], str):
+        return text
+    text = descriptions(kind)[field.name]
+    return text[0].upper() + text[1:]
 
 
-def _plain(annotation: Any) -> Any:
-    """Return a type without `Annotated` and `None`."""
-    if get_origin(annotation) is Annotated:
-        return _plain(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return _plain(next(part for part in get_args(annotation) if part is not NoneType))
-    return annotation
+def _given_as(annotation: Any) -> tuple[Any, str | None]:
+    """Return the type of what is given on the command line, and its choices where there are."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _given_as(arguments[0])
+    if origin in (Union, UnionType):
+        return _given_as(next(part for part in arguments if part is not NoneType))
+    if origin is Literal:
+        return type(arguments[0]), "|".join(map(str, arguments))
+    return (list[str] if origin is tuple else annotation), None
