@@ -44,33 +44,22 @@ class Bars:
 
 @contextmanager
 def _bar(label: str, total: float | None) -> Iterator[Advance]:
-    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.text import Text
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[times]}"),
-    )
-    started, done = time.monotonic(), 0.0
-    stopped = threading.Event()
+    class Times(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(_times(task.elapsed or 0.0, task.completed, task.total))
+
+    name, share = TextColumn("{task.description}"), TextColumn("{task.percentage:>3.0f}%")
+    columns = (name, BarColumn(bar_width=None), share, Times())
     with Progress(*columns, console=console.stderr(), transient=True, expand=True) as bars:
-        bar = bars.add_task(label, total=total, times=_times(0, 0, total))
+        bar = bars.add_task(label, total=total)
 
         def advance(amount: float, note: str = "") -> None:
-            nonlocal done
-            done += amount
             bars.update(bar, advance=amount, description=f"{label} {note}".rstrip())
 
-        def tick() -> None:
-            while not stopped.wait(0.5):
-                bars.update(bar, times=_times(time.monotonic() - started, done, total))
-
-        threading.Thread(target=tick, daemon=True).start()
-        try:
-            yield advance
-        finally:
-            stopped.set()
+        yield advance
 
 
 @contextmanager
