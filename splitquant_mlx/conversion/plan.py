@@ -196,7 +196,7 @@ def _plan_layer(
         if asked is False:
             return keep("this architecture keeps it unquantized")
         if isinstance(asked, dict) and action == "quantize" and path not in recipe.layers:
-            bits, mode = asked.get("bits", bits), asked.get("mode", mode)
+            bits, mode = asked.get("bits", bits), asked.get("mode", "affine")  # as in to_quantized
             group_size = asked.get("group_size", MODES[mode][0])
             note = note or f"this architecture asks for {bits} bits"
     sizes = [group_size, *reversed(GROUP_SIZES)] if mode == "affine" else [group_size]

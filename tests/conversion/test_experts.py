@@ -13,6 +13,8 @@ from architecture_variants import Variant
 from architectures import settings_of
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.switch_layers import SwitchLinear
+from mlx_lm.utils import load_model as mlx_lm_load_model
+from mlx_lm.utils import quantize_model
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from splitquant_mlx import Recipe, convert, load
@@ -92,6 +94,18 @@ def test_experts_go_through_every_method(source, tmp_path, method):
     refined = manifest.refinement
     assert (method == "refine") == bool(refined)
     assert not refined or refined["after"] <= refined["before"]
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "nvfp4", "mxfp8"])
+def test_routers_are_affine_in_every_mode_as_in_mlx_lm(mixture, tmp_path, mode):
+    convert(mixture, tmp_path / "ours", recipe=Recipe(method="rtn", mode=mode))
+    theirs, config = quantize_model(*mlx_lm_load_model(mixture), None, None, mode=mode)
+    ours, _ = load(tmp_path / "ours")
+    table = json.loads((tmp_path / "ours" / "config.json").read_text())["quantization"]
+    gate = "model.layers.0.mlp.gate"
+    assert table[gate] == {**config["quantization"][gate], "mode": "affine"}
+    tokens = mx.array([[1, 2, 3, 4]])
+    assert mx.allclose(ours(tokens), theirs(tokens), atol=1e-4)
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 40])
