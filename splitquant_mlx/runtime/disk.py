@@ -59,7 +59,8 @@ def as_target_error(target: Path) -> Iterator[None]:
         if isinstance(exc, BrokenPipeError):
             raise
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise TargetError(f"disk full while writing {target}: free some space") from exc
+            full = f"disk full while writing {target}: {exc.strerror or exc}: free some space"
+            raise TargetError(full) from exc
         at = f" ({exc.filename})" if exc.filename not in (None, str(target)) else ""
         raise TargetError(f"cannot write {target}: {exc.strerror or exc}{at}") from exc
 
