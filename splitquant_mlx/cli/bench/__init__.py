@@ -4,9 +4,13 @@ from typing import Any
 
 import typer
 
-from splitquant_mlx.cli.bench.calibrated import calibrated
-from splitquant_mlx.cli.bench.conversion import convert, kmeans, make_checkpoint
-from splitquant_mlx.cli.bench.memory import memory
+from splitquant_mlx.cli.bench.conversion import (
+    calibrated,
+    convert,
+    kmeans,
+    make_checkpoint,
+    memory,
+)
 from splitquant_mlx.cli.bench.speed import speed, trial
 from splitquant_mlx.cli.help import Command, Group
 

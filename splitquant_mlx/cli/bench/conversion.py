@@ -1,17 +1,20 @@
-"""Offer `bench convert`, `bench kmeans` and `bench make-checkpoint`."""
+"""Offer the benchmarks of conversions, and the random models that they take."""
 
 import dataclasses
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from statistics import median
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitquant_mlx.cli.bench.output import named_shape
 from splitquant_mlx.cli.console import check_json, new_table, plain, show, size, write_json
 from splitquant_mlx.cli.options import JsonFile, ModelOption, Original, one_original, start
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.recipe import DTYPES
+from splitquant_mlx.recipe import DTYPES, Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from splitquant_mlx.bench.random_checkpoint import Shape
 
 
 def make_checkpoint(
@@ -42,7 +45,7 @@ def make_checkpoint(
         "intermediate_size": intermediate_size,
     }
     given = {name: value for name, value in sizes.items() if value is not None}
-    chosen = dataclasses.replace(named_shape(shape), **given)
+    chosen = dataclasses.replace(_named_shape(shape), **given)
     _check_dtype(dtype)
     if not shard_size > 0:
         raise RecipeError(f"--shard-size: wanted a size above 0 MB, got {shard_size:g}")
@@ -142,3 +145,76 @@ def kmeans(
 def _check_dtype(dtype: str) -> None:
     if dtype not in DTYPES:
         raise RecipeError(f"--dtype: wanted one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def memory(
+    shape: Annotated[str, typer.Option(help="Of the model, as for make-checkpoint.")] = "deep",
+    layers: Annotated[list[int], typer.Option(help="A depth; repeatable.")] = [16, 32, 64],  # noqa: B006
+    trials: Annotated[int, typer.Option(help="Conversions of each depth.")] = 3,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure the peak memory of conversions of random models of several depths."""
+    check_json(json_file)
+    if min(layers) < 1:
+        raise RecipeError(f"--layers: wanted 1 or more, got {min(layers)}")
+    start(None)
+
+    from splitquant_mlx.bench.memory import bench_memory
+    from splitquant_mlx.cli.progress import Bars
+
+    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as scratch:
+        found = bench_memory(
+            _named_shape(shape), layers, Path(scratch), trials=trials, progress=Bars()
+        )
+    if write_json(json_file, found):
+        return
+    table = new_table(shape, "source", "peak memory", "least", "most", "time")
+    for run in found["runs"]:
+        table.add_row(
+            f"{run['layers']} layers",
+            size(run["source_bytes"]),
+            *(size(of(run["peak_runs_bytes"])) for of in (median, min, max)),
+            f"{median(run['seconds']):.1f} s",
+        )
+    show(table)
+    show(
+        f"largest over smallest: {found['growth']:.3f}; without the {size(found['floor_bytes'])} "
+        f"of Python and its libraries: {found['growth_above_floor']:.3f}"
+    )
+
+
+def calibrated(
+    model: Original = None,
+    model_option: ModelOption = None,
+    recipe: Annotated[Path | None, typer.Option(help="A calibrated recipe; gptq without.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or gpu.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Time a calibrated conversion against the products of matrices that it needs."""
+    name = one_original(model, model_option)
+    check_json(json_file)
+    chosen = load_recipe(recipe) if recipe else Recipe(method="gptq")
+    start(device)
+
+    from splitquant_mlx.bench.calibrated import bench_calibrated
+    from splitquant_mlx.cli.progress import Bars
+
+    found = bench_calibrated(Path(name), Path.cwd(), recipe=chosen, progress=Bars())
+    if write_json(json_file, found):
+        return
+    table = new_table("stage", "time", "peak memory")
+    for stage in found["stages"]:
+        table.add_row(stage["stage"], f"{stage['seconds']:.1f} s", size(stage["peak_bytes"]))
+    show(table)
+    show(
+        f"{found['wall_s']:.1f} s, {found['ratio']:.2f} times the bound of "
+        f"{found['bound_s']:.1f} s at {found['product_rate'] / 1e9:.0f} GFLOP/s"
+    )
+
+
+def _named_shape(shape: str) -> "Shape":
+    from splitquant_mlx.bench.random_checkpoint import SHAPES
+
+    if shape not in SHAPES:
+        raise RecipeError(f"shape: wanted one of {', '.join(SHAPES)}, got {shape!r}")
+    return SHAPES[shape]
