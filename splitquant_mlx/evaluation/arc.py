@@ -22,11 +22,30 @@ import numpy as np
 
 from splitquant_mlx.data.questions import Question
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.evaluation.loglikelihood import BATCH_TOKENS, Pair, context_length, score
+from splitquant_mlx.evaluation.loglikelihood import Pair, context_length, score
 from splitquant_mlx.evaluation.protocols import draw_shots, encode_question
 from splitquant_mlx.progress import Advance, Progress, Silent
 from splitquant_mlx.runtime.journal import Journal
 from splitquant_mlx.runtime.ranks import Group, alone, gather
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exam:
+    """Questions, and how they are asked.
+
+    Attributes:
+        task: name that the result carries.
+        questions: see `questions.load_questions`.
+        protocol: "loglikelihood" or "letter".
+        shots: questions to draw solved examples from, of another split.
+        num_shots: number of examples before each question, 0 to 25.
+    """
+
+    task: str
+    questions: Sequence[Question]
+    protocol: str = "loglikelihood"
+    shots: Sequence[Question] = ()
+    num_shots: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +83,8 @@ class ArcResult:
 def evaluate_arc(
     model: nn.Module,
     tokenizer: Any,
-    questions: Sequence[Question],
+    exam: Exam,
     *,
-    task: str,
-    protocol: str = "loglikelihood",
-    shots: Sequence[Question] = (),
-    num_shots: int = 0,
-    batch_tokens: int = BATCH_TOKENS,
     journal: Path | None = None,
     model_hash: str | None = None,
     group: Group | None = None,
@@ -81,12 +95,7 @@ def evaluate_arc(
     Args:
         model: one of mlx-lm's, best after `scoring.for_scoring`.
         tokenizer: mlx-lm's TokenizerWrapper.
-        questions: see `questions.load_questions`.
-        task: the name that the result carries.
-        protocol: "loglikelihood" or "letter".
-        shots: questions to draw the examples from, of another split.
-        num_shots: number of examples before each question, 0 to 25.
-        batch_tokens: see `loglikelihood.score`.
+        exam: the questions, and how they are asked.
         journal: file to keep the answers in. A run with the same model, prompts and versions goes
             on from there; any other begins the file afresh.
         model_hash: names the model in the journal; see `reference.model_hash`.
@@ -98,35 +107,36 @@ def evaluate_arc(
         CheckpointError: when the chat template fails.
         TargetError: when the journal cannot be written.
     """
+    questions, task = exam.questions, exam.task
     if len({question.id for question in questions}) < max(len(questions), 1):
         raise RecipeError("questions: wanted one or more, each with an id of its own")
     if journal and not model_hash:
         raise RecipeError("journal: wanted the model_hash too, to tell one model's from another's")
     progress = progress or Silent()
-    drawn = draw_shots(shots, num_shots, questions)
+    drawn = draw_shots(exam.shots, exam.num_shots, questions)
     length = context_length(model)
     prompts: dict[str, list[Pair]] = {}
     with progress.task("Encoding questions", len(questions)) as advance:
         for question, examples in zip(questions, drawn, strict=True):
             prompts[question.id] = encode_question(
-                tokenizer, question, examples, protocol=protocol, length=length
+                tokenizer, question, examples, protocol=exam.protocol, length=length
             )
             advance(1)
-    settings = {"task": task, "protocol": protocol, "num_shots": num_shots, "model": model_hash}
+    settings = {"task": task, "protocol": exam.protocol, "num_shots": exam.num_shots}
+    settings["model"] = model_hash
     with (
         Journal(journal, _key(settings, prompts)) if journal else nullcontext() as kept,
         progress.task(f"Answering {task}", len(questions)) as advance,
     ):
         answers = {question.id: question.answer for question in questions}
-        rated = _rate(model, prompts, answers, batch_tokens, kept, group, advance)
-    return _result(task, protocol, num_shots, questions, rated)
+        rated = _rate(model, prompts, answers, kept, group, advance)
+    return _result(exam, rated)
 
 
 def _rate(
     model: nn.Module,
     prompts: dict[str, list[Pair]],
     answers: dict[str, int],
-    batch_tokens: int,
     journal: Journal | None,
     group: Group | None,
     advance: Advance,
@@ -154,7 +164,7 @@ def _rate(
         advance(1, f"{right / len(rated):.1%} right")
 
     found = []
-    for index, score_ in score(model, pairs, batch_tokens=batch_tokens, group=group):
+    for index, score_ in score(model, pairs, group=group):
         found.append((index, score_.loglikelihood))
         note(*found[-1])
     for share in [] if alone(group) else gather(group, found):
@@ -174,30 +184,24 @@ def _key(settings: dict[str, Any], prompts: dict[str, list[Pair]]) -> dict[str, 
     }
 
 
-def _result(
-    task: str,
-    protocol: str,
-    num_shots: int,
-    questions: Sequence[Question],
-    rated: dict[str, list[float]],
-) -> ArcResult:
+def _result(exam: Exam, rated: dict[str, list[float]]) -> ArcResult:
     correct, correct_norm = [], []
-    for question in questions:
+    for question in exam.questions:
         values = np.array(rated[question.id])
         lengths = [len(choice) for choice in question.choices]
         correct.append(int(np.argmax(values) == question.answer))
         correct_norm.append(int(np.argmax(values / lengths) == question.answer))
-    by_character = protocol == "loglikelihood"
+    by_character = exam.protocol == "loglikelihood"
     return ArcResult(
-        task=task,
-        protocol=protocol,
-        num_shots=num_shots,
-        questions=len(questions),
+        task=exam.task,
+        protocol=exam.protocol,
+        num_shots=exam.num_shots,
+        questions=len(exam.questions),
         accuracy=sum(correct) / len(correct),
         standard_error=_standard_error(correct),
         accuracy_norm=sum(correct_norm) / len(correct_norm) if by_character else None,
         standard_error_norm=_standard_error(correct_norm) if by_character else None,
-        ids=tuple(question.id for question in questions),
+        ids=tuple(question.id for question in exam.questions),
         correct=tuple(correct),
         correct_norm=tuple(correct_norm) if by_character else None,
     )

@@ -12,7 +12,6 @@ import mlx.nn as nn
 
 from splitquant_mlx.errors import RecipeError, one_line
 from splitquant_mlx.evaluation.loglikelihood import (
-    BATCH_TOKENS,
     Pair,
     Score,
     context_length,
@@ -40,7 +39,6 @@ class SplitQuantLM(TemplateLM):
     Args:
         model: one of mlx-lm's, best after `scoring.for_scoring`.
         tokenizer: mlx-lm's TokenizerWrapper.
-        batch_tokens: see `loglikelihood.score`.
         group: ranks that share the answering of the requests, and all have the answers.
         progress: told how many requests have been answered.
     """
@@ -50,14 +48,12 @@ class SplitQuantLM(TemplateLM):
         model: nn.Module,
         tokenizer: Any,
         *,
-        batch_tokens: int = BATCH_TOKENS,
         group: Group | None = None,
         progress: Progress | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
-        self.batch_tokens = batch_tokens
         self.group = group
         self.progress = progress or Silent()
         self.max_length = context_length(model) or DEFAULT_LENGTH
@@ -174,10 +170,9 @@ class SplitQuantLM(TemplateLM):
 
     def _score(self, pairs: Sequence[Pair]) -> list[Score]:
         """Return the scores in the pairs' order."""
-        options: Any = {"batch_tokens": self.batch_tokens, "progress": self.progress}
         mine = [
             (index, found.loglikelihood, found.is_greedy)
-            for index, found in score(self.model, pairs, group=self.group, **options)
+            for index, found in score(self.model, pairs, group=self.group, progress=self.progress)
         ]
         scored = {
             index: Score(loglikelihood=loglikelihood, is_greedy=is_greedy)
@@ -195,7 +190,6 @@ def run_task(
     num_shots: int | None = None,
     limit: int | None = None,
     chat_template: bool = False,
-    batch_tokens: int = BATCH_TOKENS,
     group: Group | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -208,7 +202,6 @@ def run_task(
         num_shots: number of solved examples before each request; None is the task's own.
         limit: number of requests to answer, from the start; None is all.
         chat_template: put the requests in the tokenizer's chat template.
-        batch_tokens: see `loglikelihood.score`.
         group: ranks that share the work, and all have the results.
         progress: told how many requests have been answered.
 
@@ -224,7 +217,7 @@ def run_task(
         raise RecipeError(f"lm-evaluation-harness has no task {task!r}: see `lm-eval ls tasks`")
     if chat_template and not tokenizer.has_chat_template:
         raise RecipeError("chat_template: the tokenizer has none")
-    lm = SplitQuantLM(model, tokenizer, batch_tokens=batch_tokens, group=group, progress=progress)
+    lm = SplitQuantLM(model, tokenizer, group=group, progress=progress)
     try:
         results = simple_evaluate(
             model=lm,

@@ -11,7 +11,7 @@ import mlx.core as mx
 from splitquant_mlx.data.questions import Question, fetch_questions, load_questions
 from splitquant_mlx.data.text import cut_windows, encode, fetch_wikitext, load_text, text_hash
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.evaluation.arc import ArcResult, evaluate_arc
+from splitquant_mlx.evaluation.arc import ArcResult, Exam, evaluate_arc
 from splitquant_mlx.evaluation.divergence import measure_divergence
 from splitquant_mlx.evaluation.paired import compare
 from splitquant_mlx.evaluation.perplexity import measure_perplexity
@@ -135,6 +135,14 @@ def _answer(
     if num_shots:
         shots = load_questions(task.shots) if task.shots else fetch_questions(task.name, "train")
 
+    exam = Exam(
+        task=task.name,
+        questions=questions,
+        protocol=task.protocol,
+        shots=shots,
+        num_shots=num_shots,
+    )
+
     def answers(opened: LazyModel) -> ArcResult:
         key = (opened.hash, task.name, task.protocol, num_shots, [q.id for q in questions])
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
@@ -143,11 +151,7 @@ def _answer(
         return evaluate_arc(
             opened.model,
             opened.tokenizer,
-            questions,
-            task=task.name,
-            protocol=task.protocol,
-            shots=shots,
-            num_shots=num_shots,
+            exam,
             journal=cache_directory() / "answers" / f"{name}.jsonl",
             model_hash=opened.hash,
             group=group,

@@ -26,7 +26,7 @@ from splitquant_mlx.data.questions import Question, fetch_questions
 from splitquant_mlx.data.text import cut_windows, encode, text_hash
 from splitquant_mlx.demo.model import fetch_demo_model
 from splitquant_mlx.errors import CheckpointError
-from splitquant_mlx.evaluation.arc import evaluate_arc
+from splitquant_mlx.evaluation.arc import Exam, evaluate_arc
 from splitquant_mlx.evaluation.divergence import Divergence, measure_both
 from splitquant_mlx.evaluation.perplexity import Perplexity, measure_perplexity
 from splitquant_mlx.evaluation.reference import open_reference
@@ -322,14 +322,17 @@ class _Runner:
     ) -> dict[str, Any]:
         journal = self._journal(task, protocol)
         shots = self.study.measure.num_shots if protocol == "loglikelihood" else 0
+        exam = Exam(
+            task=task,
+            questions=questions,
+            protocol=protocol,
+            shots=fetch_questions(task, "train") if shots else (),
+            num_shots=shots,
+        )
         found = evaluate_arc(
             opened.model,
             self.reference.tokenizer,
-            questions,
-            task=task,
-            protocol=protocol,
-            num_shots=shots,
-            shots=fetch_questions(task, "train") if shots else (),
+            exam,
             journal=journal,
             model_hash=f"{self.reference.hash} {variant}",
             progress=self.progress,

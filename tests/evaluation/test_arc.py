@@ -15,13 +15,20 @@ from stories import held_out_questions
 from splitquant_mlx import CheckpointError, RecipeError, load
 from splitquant_mlx.data.questions import Question, load_questions
 from splitquant_mlx.evaluation import arc, protocols
-from splitquant_mlx.evaluation.arc import evaluate_arc
+from splitquant_mlx.evaluation.arc import Exam, evaluate_arc
 from splitquant_mlx.evaluation.protocols import draw_shots, encode_question
 
+ASKED = ("protocol", "shots", "num_shots")
 CHATML = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+def ask(model, tokenizer, questions, *, task, **options):
+    asked = {name: options.pop(name) for name in ASKED if name in options}
+    exam = Exam(task=task, questions=questions, **asked)
+    return evaluate_arc(model, tokenizer, exam, **options)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +63,7 @@ def run_plainly(model, tokenizer, questions, shots, num_shots):
 def test_agrees_with_lm_evaluation_harness(num_shots, count, easy, shots, small, tmp_path):
     model, tokenizer = small
     theirs = run_plainly(model, tokenizer, easy[:count], shots, num_shots)
-    ours = evaluate_arc(
+    ours = ask(
         model,
         tokenizer,
         easy[:count],
@@ -89,7 +96,7 @@ def test_agrees_on_questions_longer_than_the_model_reads(easy, small, tmp_path):
     pairs = encode_question(small[1], short[0], long[:3], protocol="loglikelihood", length=None)
     assert all(len(context) > 512 for context, _ in pairs)
     theirs = run_plainly(*small, short, long, 3)
-    ours = evaluate_arc(*small, short, task="arc_easy", shots=long, num_shots=3)
+    ours = ask(*small, short, task="arc_easy", shots=long, num_shots=3)
     assert ours.correct == answers(theirs, "acc")
     assert ours.correct_norm == answers(theirs, "acc_norm")
 
@@ -174,7 +181,7 @@ def test_letters_are_compared_by_their_own_probability(small, easy):
     import mlx.core as mx
 
     model, tokenizer = small
-    ours = evaluate_arc(model, tokenizer, easy[:6], task="arc_easy", protocol="letter")
+    ours = ask(model, tokenizer, easy[:6], task="arc_easy", protocol="letter")
     assert ours.accuracy_norm is ours.standard_error_norm is ours.correct_norm is None
     for question, correct in zip(easy, ours.correct, strict=False):
         pairs = encode_question(tokenizer, question, [], protocol="letter", length=512)
@@ -200,7 +207,7 @@ def test_examples_are_drawn_as_documented(num_shots, questions, pool):
 def test_an_interrupted_evaluation_goes_on(small, easy, tmp_path, monkeypatch):
     settings = {"task": "arc_easy", "journal": tmp_path / "new" / "journal", "model_hash": "a"}
     questions, scored = [q for q in easy if len(q.choices) == 4][:12], []
-    whole = evaluate_arc(*small, questions, task="arc_easy")
+    whole = ask(*small, questions, task="arc_easy")
 
     class Interrupt:
         """Stop in the middle, as Ctrl-C does."""
@@ -214,7 +221,7 @@ def test_an_interrupted_evaluation_goes_on(small, easy, tmp_path, monkeypatch):
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate_arc(*small, questions, **settings, progress=Interrupt())
+        ask(*small, questions, **settings, progress=Interrupt())
     with settings["journal"].open("ab") as torn:
         torn.write(b'{"id": "torn", "loglikel')
     asked, original = [], arc.score
@@ -224,20 +231,18 @@ def test_an_interrupted_evaluation_goes_on(small, easy, tmp_path, monkeypatch):
         return original(model, pairs, **options)
 
     monkeypatch.setattr(arc, "score", counted)
-    assert evaluate_arc(*small, questions, **settings) == whole
+    assert ask(*small, questions, **settings) == whole
     assert asked == [4 * (12 - int(sum(scored)))]
-    assert evaluate_arc(*small, questions, **settings) == whole
+    assert ask(*small, questions, **settings) == whole
     assert asked[1:] == [0]
     # what another model, or another prompt, answered is of no use
-    evaluate_arc(*small, questions, **{**settings, "model_hash": "b"})
-    evaluate_arc(
-        *small, [replace(questions[0], question="Why?")], **{**settings, "model_hash": "b"}
-    )
+    ask(*small, questions, **{**settings, "model_hash": "b"})
+    ask(*small, [replace(questions[0], question="Why?")], **{**settings, "model_hash": "b"})
     assert all(asked[2:]) and len(asked) == 4
 
 
 def test_one_question_has_no_standard_error(small, easy):
-    found = evaluate_arc(*small, easy[:1], task="arc_easy")
+    found = ask(*small, easy[:1], task="arc_easy")
     assert found.accuracy in (0.0, 1.0) and math.isnan(found.standard_error)
 
 
@@ -249,7 +254,7 @@ def test_progress_adds_up(small, easy):
             reported.append(-total)
             return nullcontext(lambda amount, note="": reported.append(amount))
 
-    evaluate_arc(*small, easy[:5], task="arc_easy", progress=Recorder())
+    ask(*small, easy[:5], task="arc_easy", progress=Recorder())
     assert sum(reported) == 0 and reported.count(-5) == 2
 
 
@@ -264,14 +269,13 @@ def test_progress_adds_up(small, easy):
         ({"questions": []}, "questions: wanted one or more"),
         ({"questions": [make_question(), make_question()]}, "each with an id of its own"),
         ({"journal": "journal"}, "journal: wanted the model_hash too"),
-        ({"batch_tokens": 0}, "batch_tokens"),
         ({"questions": [make_question(choices=("x" * 600, "y"))]}, "the model reads 512 at most"),
     ],
 )
 def test_refusals(options, expected, small):
     settings = {"questions": [make_question()], "task": "arc_easy", **options}
     with pytest.raises(RecipeError) as caught:
-        evaluate_arc(*small, **settings)
+        ask(*small, **settings)
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -319,9 +323,9 @@ def test_a_real_model_knows_something(smollm2):
             )
         )
     model = for_scoring(model)
-    found = evaluate_arc(model, tokenizer, questions, task="arc_easy")
+    found = ask(model, tokenizer, questions, task="arc_easy")
     assert found.accuracy > 0.25 + 4 * found.standard_error
-    letters = evaluate_arc(model, tokenizer, questions[:16], task="arc_easy", protocol="letter")
+    letters = ask(model, tokenizer, questions[:16], task="arc_easy", protocol="letter")
     assert letters.questions == 16 and 0 <= letters.accuracy <= 1
     pairs = encode_question(tokenizer, questions[0], [], protocol="letter", length=None)
     assert [tokenizer.decode(end) for _, end in pairs] == [" A", " B", " C", " D"]

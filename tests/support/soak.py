@@ -31,7 +31,7 @@ import tiny  # noqa: E402  imports mlx
 
 from splitquant_mlx import Recipe, convert  # noqa: E402
 from splitquant_mlx.data.questions import Question  # noqa: E402
-from splitquant_mlx.evaluation.arc import evaluate_arc  # noqa: E402
+from splitquant_mlx.evaluation.arc import Exam, evaluate_arc  # noqa: E402
 from splitquant_mlx.evaluation.divergence import measure_divergence  # noqa: E402
 from splitquant_mlx.evaluation.perplexity import measure_perplexity  # noqa: E402
 from splitquant_mlx.evaluation.reference import open_reference  # noqa: E402
@@ -107,7 +107,8 @@ def one_loop(source: Path, recipe: Recipe, room: Path) -> None:
     opened, original = LazyModel(room / "model"), LazyModel(source)
     tokens = np.arange(256, dtype=np.int32) * 7 % tiny.VOCAB
     measure_perplexity(opened.model, tokens, context_length=64)
-    evaluate_arc(opened.model, opened.tokenizer, QUESTIONS, task="soak")
+    exam = Exam(task="soak", questions=QUESTIONS)
+    evaluate_arc(opened.model, opened.tokenizer, exam)
     reference = open_reference(
         tokens.reshape(4, 64),
         model_hash=original.hash,
