@@ -38,6 +38,9 @@ class Grammars:
         if wrong:
             message = f"the JSON schema cannot be followed: {' '.join(messages[0].split())}"
             raise Refusal(400, message, param="response_format")
+        if missing := "".join(c for c in _asked_for(schema) if not self._can_write(c)):
+            message = f"the JSON schema cannot be followed: the vocabulary cannot write {missing}"
+            raise Refusal(400, message, param="response_format")
         return grammar
 
     def processor(self, grammar: str) -> Callable[[mx.array, mx.array], mx.array]:
@@ -63,6 +66,10 @@ class Grammars:
 
         return process
 
+    def _can_write(self, character: str) -> bool:
+        words = self._vocabulary()
+        return words.decode_bytes(words.tokenize_bytes(character.encode())) == character.encode()
+
     def _vocabulary(self) -> Any:
         with self._lock:
             if self._words is None:
@@ -72,3 +79,25 @@ class Grammars:
                 fast = self._tokenizer._tokenizer
                 self._words = from_tokenizer(fast, n_vocab=self._vocab_size, eos_token=ends)
             return self._words
+
+
+def _asked_for(schema: Any) -> list[str]:
+    """Return the characters of JSON's structure and of the names and values that a schema fixes.
+
+    llguidance leaves out those that no token has, and goes on as if they were written.
+    """
+    found, rest = set('{}[]":, '), [schema]
+    while rest:
+        node = rest.pop()
+        if isinstance(node, dict):
+            names = node.get("properties")
+            fixed = [
+                *(names if isinstance(names, dict) else ()),
+                node.get("enum"),
+                node.get("const"),
+            ]
+            found.update(json.dumps(fixed, ensure_ascii=False))
+            rest.extend(node.values())
+        elif isinstance(node, list):
+            rest.extend(node)
+    return sorted(found)

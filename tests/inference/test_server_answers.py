@@ -147,6 +147,33 @@ def test_json_without_the_extra_is_refused(server, monkeypatch):
         assert "splitquant-mlx[json]" in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("lacks", "schema"),
+    [
+        ("{", {"type": "object"}),
+        ("Q", {"type": "object", "properties": {"aQ": {"type": "integer"}}}),
+        ("Q", {"type": "array", "items": {"enum": ["yes", "Q"]}}),
+    ],
+)
+def test_json_that_the_vocabulary_cannot_write_is_refused(tmp_path, lacks, schema):
+    """llguidance goes on as if what no token has was written: the answer was no JSON."""
+    model = write_scripted(tmp_path / "mute", SCRIPTS, TOOLS)
+    settings = json.loads((model / "tokenizer.json").read_text())
+    vocab = settings["model"]["vocab"].items()
+    settings["model"]["vocab"] = {f"~~{i}" if lacks in name else name: i for name, i in vocab}
+    (model / "tokenizer.json").write_text(json.dumps(settings))
+    form = {"type": "json_schema", "json_schema": {"name": "r", "schema": schema}}
+    plain = {"messages": [{"role": "user", "content": "X"}], "temperature": 0}
+    with running(model) as server:
+        body = {**plain, "response_format": form}
+        error = check_error(
+            server.ask("POST", CHAT, body), 400, "the JSON schema cannot be followed"
+        )
+        assert error["message"].endswith(f"cannot write {lacks}")
+        assert error["param"] == "response_format"
+        assert server.ask("POST", CHAT, plain)[0] == 200
+
+
 @both
 def test_thoughts_are_told_apart(server, stream):
     message, _ = say(server, "R", stream, stop="\n")
