@@ -29,8 +29,7 @@ ROWS = {
     "kl_mean": ("KL divergence, mean, nats per token (lower is better)", "standard_error"),
     "kl_median": ("KL divergence, median, nats per token", None),
     "kl_p99": ("KL divergence, 99th percentile, nats per token", None),
-    "kl_low": ("KL divergence, 95 % interval from", None),
-    "kl_high": ("KL divergence, 95 % interval to", None),
+    "kl_low": ("KL divergence, mean, 95 % interval over windows", None),
     "top1_agreement": ("same likeliest token (higher is better)", None),
     "accuracy": ("accuracy (higher is better)", "standard_error"),
     "accuracy_norm": ("accuracy, by length (higher is better)", "standard_error_norm"),
@@ -99,7 +98,7 @@ def _print(found: dict[str, Any]) -> None:
         plain(f"{found['task']} {values.get('protocol') or ''}"),
         *(_short(found[key]) for key in ("model", "reference")[: 2 if reference else 1]),
     )
-    errors = {error for _, error in ROWS.values() if error}
+    errors = {"kl_high", *(error for _, error in ROWS.values() if error)}
     for name, value in values.items():
         if isinstance(value, int | float) and not isinstance(value, bool) and name not in errors:
             label = ROWS.get(name, (name, None))[0]
@@ -127,4 +126,6 @@ def _figure(name: str, values: dict[str, Any]) -> str:
     if name in SHARES:
         return f"{value:.1%}" + (f" ± {error:.1%}" if known else "")
     text = str(value) if isinstance(value, int) else f"{value:.4g}"
+    if name == "kl_low":
+        text += f" to {values['kl_high']:.4g}"
     return text + (f" ± {error:.2g}" if known else "")

@@ -213,7 +213,10 @@ def _model_and_prompt(
             raise RecipeError(f"what is {words[0]!r}? Put the prompt in quotes")
     elif words:
         raise RecipeError(f"what is {words[0]!r}? --model and --prompt are given already")
-    return model, "hello" if prompt is None else prompt
+    if prompt is None:
+        prompt = "hello"
+        console.note(f"no --prompt: {prompt!r}, as in mlx_lm.generate")
+    return model, prompt
 
 
 def _read_prompt(prompt: str, *, ranks: int) -> str:

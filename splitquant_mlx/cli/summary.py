@@ -130,7 +130,7 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
         rows.append(("Refined", f"KL divergence {loss}, on text that was not trained on"))
     seconds = manifest.seconds
     stages = (f"{k} {v:.1f}" for k, v in seconds.items() if k != "total" and v >= 0.05)
-    rows.append(("Time", f"{seconds['total']:.1f} s (of all threads: {', '.join(stages)})"))
+    rows.append(("Time", f"{seconds['total']:.1f} s (threads added up: {', '.join(stages)})"))
     return rows
 
 

@@ -123,7 +123,9 @@ def fetch_dataset_file(repo: str, name: str) -> Path:
         answer_within(limit_s, lambda: get_hf_file_metadata(url, timeout=limit_s))
         return Path(hf_hub_download(repo, name, repo_type="dataset"))
     except Exception as exc:  # the hub's exceptions share no root
-        raise SourceError(explain(exc, repo)) from exc
+        otherwise = f"not in the cache, and {endpoint()} cannot be reached"
+        reason = explain(exc, repo, otherwise=otherwise)
+        raise SourceError(f"{reason}; a file can take its place: --data") from exc
 
 
 def endpoint() -> str:

@@ -50,6 +50,14 @@ def reference(split_stories):
     return answer
 
 
+def test_without_a_prompt_it_says_which_one_it_answers(stories, capsys):
+    options = ["--model", str(stories), "-m", "3"]
+    code, out, err = generate(capsys, *options)
+    assert code == 0 and "no --prompt: 'hello', as in mlx_lm.generate" in err
+    code, answer, err = generate(capsys, *options, "-p", "hello", "--quiet")
+    assert (code, err) == (0, "") and answer.strip() in out
+
+
 def test_same_text_and_footer_as_mlx_lm(split_stories, reference, capsys):
     code, out, _ = generate(capsys, "--model", str(split_stories), "-p", STORY, "-m", "30")
     reference(STORY, verbose=True)

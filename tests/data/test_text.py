@@ -135,7 +135,10 @@ def test_without_a_hub_or_a_split(hub, monkeypatch):
         if manner == "dead":
             hub.close()
         began = time.monotonic()
-        with pytest.raises(SourceError, match=r"^Salesforce/wikitext: .*cannot be reached"):
+        with pytest.raises(
+            SourceError,
+            match=r"^Salesforce/wikitext: not in the cache, and .*cannot be reached.*--data$",
+        ):
             fetch_wikitext()
         assert time.monotonic() - began < 5
 

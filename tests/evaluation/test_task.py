@@ -91,3 +91,15 @@ def test_one_question_has_no_standard_error(stories, questions_file, tmp_path, c
     assert run(["eval", str(stories), "--task", "arc_easy", "--data", str(one)]) == 0
     shown = capsys.readouterr().out
     assert "accuracy" in shown and "nan" not in shown and "±" not in shown
+
+
+def test_an_interval_is_one_row(stories, split_32, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a happy fox. " * 100)
+    options = ["--task", "kl", "--reference", str(stories), "--data", str(text)]
+    options += ["--context-length", "64", "--json", str(tmp_path / "found.json")]
+    assert run(["eval", str(split_32), *options]) == 0
+    values = json.loads((tmp_path / "found.json").read_text())["values"]
+    rows = [line for line in capsys.readouterr().out.splitlines() if "95 % interval" in line]
+    assert len(rows) == 1 and values["kl_low"] < values["kl_high"]
+    assert rows[0].endswith(f" {values['kl_low']:.4g} to {values['kl_high']:.4g}")
