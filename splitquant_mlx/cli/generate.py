@@ -103,9 +103,11 @@ def generate(
     group = join()
     with together(group):
         name = choose_model(named)
-        text = _read_prompt(prompt, ranks=group.size())
+        text = _read_prompt("hello" if prompt is None else prompt, ranks=group.size())
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
         found = load_model(name, **options, group=group, pipeline=pipeline)
+        if prompt is None and not group.rank():
+            console.note(f"no --prompt: {text!r}, as in mlx_lm.generate")
         _add_eos_tokens(found.tokenizer, extra_eos_token or [])
         template = found.tokenizer.has_chat_template and not ignore_chat_template
         turns = _messages(text, *((system_prompt, prefill_response) if template else ()))
@@ -192,7 +194,7 @@ def _generate(
 
 def _model_and_prompt(
     words: list[str], model: str | None, prompt: str | None
-) -> tuple[str | None, str]:
+) -> tuple[str | None, str | None]:
     """Tell a model from a prompt: a single word is a model if it exists, or looks like a repo."""
     from splitquant_mlx.models.library import closest
 
@@ -213,9 +215,6 @@ def _model_and_prompt(
             raise RecipeError(f"what is {words[0]!r}? Put the prompt in quotes")
     elif words:
         raise RecipeError(f"what is {words[0]!r}? --model and --prompt are given already")
-    if prompt is None:
-        prompt = "hello"
-        console.note(f"no --prompt: {prompt!r}, as in mlx_lm.generate")
     return model, prompt
 
 
