@@ -163,9 +163,7 @@ def _print(name: str, found: Any) -> None:
 def _print_layers(layers: Any, cuts: dict[str, tuple[float, ...]], *, each: bool) -> None:
     from splitquant_mlx.inspection.overview import kinds
 
-    rows = [(layer.path, (layer,)) for layer in layers]
-    if not each:
-        rows = [(kind.name, kind.layers) for kind in kinds(layers)]
+    rows = [(layer.path, [layer]) for layer in layers] if each else kinds(layers)
     with_noise = any(layer.snr_db is not None for layer in layers)
     columns = ["shape", "form", "bits/weight", "size", *(["SNR dB"] if with_noise else [])]
     table = new_table("", *([] if each else ["layers"]), *columns)

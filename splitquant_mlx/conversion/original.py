@@ -9,7 +9,13 @@ import numpy as np
 
 from splitquant_mlx.conversion.converter import source_array
 from splitquant_mlx.conversion.plan import stored_dtype
-from splitquant_mlx.conversion.weight import BLOCK, SAMPLE, stored_weight
+from splitquant_mlx.conversion.weight import (
+    BLOCK,
+    SAMPLE,
+    decibels,
+    row_squares,
+    stored_weight,
+)
 from splitquant_mlx.errors import CheckpointError, RecipeError, one_line
 from splitquant_mlx.formats.manifest import LayerRecord, Manifest
 from splitquant_mlx.models.checkpoint import open_checkpoint
@@ -18,7 +24,6 @@ from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.progress import Progress
 from splitquant_mlx.quantization.affine import Quantized
 from splitquant_mlx.quantization.lut import Lut
-from splitquant_mlx.quantization.noise import decibels, row_squares
 from splitquant_mlx.recipe import Recipe
 
 # what says nothing of the function, or is compared elsewhere

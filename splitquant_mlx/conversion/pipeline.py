@@ -20,12 +20,17 @@ from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.conversion.bits import Forecast, choose_bits
 from splitquant_mlx.conversion.blockwise import learn_blocks
 from splitquant_mlx.conversion.converter import Converter, source_array
-from splitquant_mlx.conversion.neighbours import neighbour_notes
 from splitquant_mlx.conversion.plan import Plan, make_plan
 from splitquant_mlx.conversion.quantizers import QUANTIZERS
 from splitquant_mlx.conversion.refine import refine, require_texts, training_texts
 from splitquant_mlx.conversion.resume import ConversionState, conversion_key, open_journal, timed
-from splitquant_mlx.conversion.save import copy_companions, hash_files, require_space, write_config
+from splitquant_mlx.conversion.save import (
+    copy_companions,
+    hash_files,
+    neighbour_notes,
+    require_space,
+    write_config,
+)
 from splitquant_mlx.conversion.staging import (
     JOURNAL,
     MODEL,

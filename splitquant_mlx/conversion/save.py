@@ -13,6 +13,7 @@ from splitquant_mlx.models.config import to_json
 from splitquant_mlx.runtime.disk import sha256
 from splitquant_mlx.sizes import size
 
+HEAD_FROM_EMBEDDING = ("gemma3", "gemma3_text")  # in mlx-vlm 0.7
 TABLES = ("quantization", "quantization_config", "splitquant", "model_file")
 
 
@@ -103,3 +104,23 @@ def hash_files(directory: Path, known: dict[str, str]) -> dict[str, str]:
 
 def _settings(layer: LayerRecord) -> dict[str, Any]:
     return {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+
+
+def neighbour_notes(config: dict[str, Any], layers: Sequence[LayerRecord]) -> list[str]:
+    """Return a sentence for each program that does not run a conversion of these layers.
+
+    mlx-vlm's Gemma 3 has a head of its own. It takes the embedding's weight for it, whether the
+    head is tied or not, and of a quantized embedding the codes without their scales, which fit
+    nothing.
+    """
+    if config["model_type"] not in HEAD_FROM_EMBEDDING:
+        return []
+    name = f"mlx-vlm's {config['model_type']}"
+    if any(layer.kind == "lm_head" for layer in layers):
+        return [f"{name} takes the embedding for the head, whatever is stored: use mlx-lm"]
+    if any(layer.kind == "embedding" and layer.action == "quantize" for layer in layers):
+        return [
+            f"{name} does not load a quantized embedding without a head: where it is to run "
+            "there, too, keep the embedding with --exclude '*embed_tokens'"
+        ]
+    return []

@@ -1,5 +1,6 @@
 """Convert one weight as planned, and measure what was lost."""
 
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -12,7 +13,6 @@ from splitquant_mlx.conversion.quantizers import BLOCK, QUANTIZERS
 from splitquant_mlx.nn.lut_file import lut_weight
 from splitquant_mlx.quantization.affine import Quantized, dequantize
 from splitquant_mlx.quantization.lut import Lut
-from splitquant_mlx.quantization.noise import decibels, row_squares
 
 SAMPLE = 1 << 18  # entries that the signal-to-noise ratio is taken over
 # bits of the exponent, all of which are set in NaN and infinite values alone
@@ -107,3 +107,21 @@ def _snr_db(w: mx.array, quantized: Quantized | Lut, layer: LayerPlan) -> float 
         peak = mx.abs(w).max().item()
         raise ValueError(f"holds values up to {peak}, too large to quantize")
     return decibels(signal, noise) if signal and noise else None
+
+
+def row_squares(w: mx.array, w_hat: mx.array) -> tuple[np.ndarray, np.ndarray]:
+    """Return sum w^2 and sum (w - w_hat)^2 of every row (out,), float64.
+
+    Args:
+        w: the weight (out, in).
+        w_hat: what the codes stand for, (out, k * in) float32: k parts side by side, to be summed.
+    """
+    exact = np.array(w.astype(mx.float32)).astype(np.float64)
+    parts = np.array(w_hat).reshape(len(exact), -1, exact.shape[1])
+    noise = exact - parts.sum(axis=1, dtype=np.float64)
+    return np.square(exact).sum(axis=1), np.square(noise).sum(axis=1)
+
+
+def decibels(signal: float, noise: float) -> float:
+    """Return 10 log10(signal / noise), infinite where one of them is zero."""
+    return 10 * math.log10(signal / noise) if signal and noise else math.inf

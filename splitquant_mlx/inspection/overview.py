@@ -50,19 +50,6 @@ class Overview:
     layers: tuple[LayerRecord, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerKind:
-    """Layers of the same name, shape and form, in different blocks.
-
-    Attributes:
-        name: with * for the block's number.
-        layers: the layers.
-    """
-
-    name: str
-    layers: tuple[LayerRecord, ...]
-
-
 def describe(directory: Path) -> Overview:
     """Describe a model directory. Raises CheckpointError when it is none."""
     manifest = load_manifest(directory)
@@ -145,18 +132,14 @@ def _gguf_layer(path: str, tensor: TensorInfo) -> LayerRecord:
     )
 
 
-def kinds(layers: tuple[LayerRecord, ...]) -> list[LayerKind]:
-    """Group layers that differ in the number of their block alone, those of one name together."""
+def kinds(layers: tuple[LayerRecord, ...]) -> list[tuple[str, list[LayerRecord]]]:
+    """Group layers that differ in the number of their block alone, which is * in the name."""
     found: dict[str, dict[tuple[object, ...], list[LayerRecord]]] = {}
     for layer in layers:
         name = re.sub(r"\.\d+\.", ".*.", layer.path)
         form = (layer.action, layer.bits, layer.group_size, layer.clusters, layer.mode)
         found.setdefault(name, {}).setdefault((layer.shape, form), []).append(layer)
-    return [
-        LayerKind(name=name, layers=tuple(of))
-        for name, forms in found.items()
-        for of in forms.values()
-    ]
+    return [(name, group) for name, forms in found.items() for group in forms.values()]
 
 
 def _method(config: Mapping[str, Any], manifest: Any) -> str:

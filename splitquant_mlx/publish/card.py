@@ -17,9 +17,8 @@ from splitquant_mlx._version import __version__
 from splitquant_mlx.conversion.save import model_code
 from splitquant_mlx.formats.manifest import MODEL_FILE, Manifest
 from splitquant_mlx.formats.model_card import check_source_card
-from splitquant_mlx.publish.figures import eval_results, figures_table
+from splitquant_mlx.publish.figures import code, eval_results, figures_table, table
 from splitquant_mlx.publish.files import CARD, Converted
-from splitquant_mlx.publish.markdown import code, table
 from splitquant_mlx.publish.measurements import Measurement
 from splitquant_mlx.recipe import SELF, Recipe
 from splitquant_mlx.report.numbers import decimals, megabytes

@@ -1,11 +1,10 @@
 """Measurements as the rows of a card's table, and as the evaluation results that the hub shows."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from splitquant_mlx.publish.markdown import code, table
 from splitquant_mlx.publish.measurements import Measurement
 from splitquant_mlx.report.numbers import MISSING, percent, perplexity, plus_minus, significant
 from splitquant_mlx.study.schema import PARTS
@@ -28,6 +27,7 @@ DATA = {task: ("allenai/ai2_arc", name) for task, name in ARC.items()}
 TEXT, WIKITEXT = ("text", "text"), ("wikitext", "WikiText-2")
 PACKAGES = ("splitquant-mlx", "mlx", "mlx-lm")
 Values = Mapping[str, Any]
+MOST_CHARACTERS = 160  # of another's text
 
 
 def figures_table(measurements: Iterable[Measurement]) -> str:
@@ -149,3 +149,23 @@ def _environment(measured: Measurement) -> str:
     packages = [code(f"{name} {versions[name]}") for name in PACKAGES if name in versions]
     machine = code(f"{measured.machine.get('chip')}, {measured.machine.get('system')}")
     return ", ".join([f"{code(measured.device)} of {machine}", *packages])
+
+
+def code(text: object) -> str:
+    """Return `text` as a code span on one line, without what could end the span or a cell.
+
+    In a code span nothing is a link, a heading or HTML.
+    """
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    line = line.replace("`", "'").replace("|", "\N{BROKEN BAR}")
+    return (
+        f"`{line if len(line) <= MOST_CHARACTERS else line[: MOST_CHARACTERS - 4] + ' ...'}`"
+        if line
+        else "`?`"
+    )
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table whose cells are Markdown already."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -20,7 +20,7 @@ import numpy as np
 
 from splitquant_mlx.quantization.affine import pack
 from splitquant_mlx.quantization.codebook import nearest, power_codebooks, row_codebooks
-from splitquant_mlx.quantization.compensation import damped_hessian, unit_upper
+from splitquant_mlx.quantization.gptq import damped_hessian, unit_upper
 
 STEP = 32  # channels between two large products
 RIDGE = 1e-4  # of the mean diagonal: keeps codebook values that no code, or hardly any, uses

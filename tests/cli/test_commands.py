@@ -219,9 +219,7 @@ def test_inspect_shows_kinds_of_one_name_together():
         )
         for block, name, bits in ((0, "q", 2), (0, "v", 4), (1, "q", 3), (1, "v", 4), (2, "q", 2))
     ]
-    found = [
-        (kind.name[-1], kind.layers[0].bits, len(kind.layers)) for kind in kinds(tuple(layers))
-    ]
+    found = [(name[-1], group[0].bits, len(group)) for name, group in kinds(tuple(layers))]
     assert found == [("q", 2, 2), ("q", 3, 1), ("v", 4, 2)]
 
 

@@ -11,8 +11,13 @@ from hypothesis import strategies as st
 
 from splitquant_mlx import Quantized, dequantize
 from splitquant_mlx.quantization import gptq, rounding
-from splitquant_mlx.quantization.compensation import damped_hessian, unit_upper
-from splitquant_mlx.quantization.gptq import compensated_grid, cost, gptq_quantize
+from splitquant_mlx.quantization.gptq import (
+    compensated_grid,
+    cost,
+    damped_hessian,
+    gptq_quantize,
+    unit_upper,
+)
 from splitquant_mlx.quantization.imatrix import quantize_weighted
 
 

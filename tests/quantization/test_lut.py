@@ -9,8 +9,7 @@ import pytest
 from splitquant_mlx.nn.lut_file import lut_weight
 from splitquant_mlx.quantization.affine import dequantize, quantize
 from splitquant_mlx.quantization.codebook import nearest, row_codebooks
-from splitquant_mlx.quantization.compensation import damped_hessian
-from splitquant_mlx.quantization.gptq import gptq_quantize
+from splitquant_mlx.quantization.gptq import damped_hessian, gptq_quantize
 from splitquant_mlx.quantization.lut import lut_quantize
 
 
