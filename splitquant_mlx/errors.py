@@ -15,9 +15,9 @@ class SplitQuantWarning(UserWarning):
     """Says what was done otherwise than one may expect; the command line shows it as a note."""
 
 
-def one_line(exc: BaseException) -> str:
-    """Return the message of another library's exception on one line."""
-    return " ".join(str(exc).split())
+def one_line(text: object) -> str:
+    """Return a text, such as an exception's message, on one line that cannot drive a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
 def some(names: Iterable[str], most: int = 3) -> str:

@@ -9,7 +9,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from splitquant_mlx.errors import TargetError
+from splitquant_mlx.errors import TargetError, one_line
 from splitquant_mlx.sizes import size as size  # for the other modules here
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def check_json(target: str | Path | None) -> None:
 
 def plain(text: str, most: int = 1500) -> str:
     """Return the first `most` characters of `text` on one line; they cannot drive a terminal."""
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    line = one_line(text)
     return line if len(line) <= most else f"{line[: most - 4]} ..."
 
 

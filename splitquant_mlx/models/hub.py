@@ -54,7 +54,7 @@ def explain(
     statuses = [getattr(getattr(e, "response", None), "status_code", None) for e in causes]
     status = next((status for status in statuses if status is not None), None)
     said = next((str(m) for e in causes if (m := getattr(e, "server_message", None))), "")
-    said = f" ({hide_token(one_line(ValueError(said)))[:300]})" if said else ""
+    said = f" ({hide_token(one_line(said))[:300]})" if said else ""
     quota = any(word in said.lower() for word in ("quota", "storage limit", "storage patterns"))
     otherwise = otherwise or f"no such path, not in the cache, and {hub} cannot be reached"
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from splitquant_mlx.errors import one_line
 from splitquant_mlx.publish.measurements import Measurement
 from splitquant_mlx.report.numbers import MISSING, percent, perplexity, plus_minus, significant
 from splitquant_mlx.study.schema import PARTS
@@ -156,13 +157,9 @@ def code(text: object) -> str:
 
     In a code span nothing is a link, a heading or HTML.
     """
-    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-    line = line.replace("`", "'").replace("|", "\N{BROKEN BAR}")
-    return (
-        f"`{line if len(line) <= MOST_CHARACTERS else line[: MOST_CHARACTERS - 4] + ' ...'}`"
-        if line
-        else "`?`"
-    )
+    line = one_line(text).replace("`", "'").replace("|", "\N{BROKEN BAR}")
+    line = line if len(line) <= MOST_CHARACTERS else f"{line[: MOST_CHARACTERS - 4]} ..."
+    return f"`{line or '?'}`"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -3,6 +3,7 @@
 import re
 from typing import TYPE_CHECKING
 
+from splitquant_mlx.errors import one_line
 from splitquant_mlx.report.rows import Report
 from splitquant_mlx.report.tables import left_out, tables
 
@@ -36,8 +37,8 @@ def terminal(report: Report) -> "list[RichTable]":
     found = []
     for table in tables(report):
         shown = RichTable(
-            title=Text(_printable(table.title), style="bold"),
-            caption=Text(_printable(table.note)),
+            title=Text(one_line(table.title), style="bold"),
+            caption=Text(one_line(table.note)),
             title_justify="left",
             caption_justify="left",
             box=None,
@@ -54,7 +55,7 @@ def terminal(report: Report) -> "list[RichTable]":
                 min_width=None if place else 12,
             )
         for row in table.rows:
-            shown.add_row(*(Text(_printable(cell)) for cell in row))
+            shown.add_row(*(Text(one_line(cell)) for cell in row))
         found.append(shown)
     return found
 
@@ -64,8 +65,4 @@ def _line(cells: tuple[str, ...]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([\\`*_{}\[\]<>|#~$&])", r"\\\1", _printable(text))
-
-
-def _printable(text: str) -> str:
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return re.sub(r"([\\`*_{}\[\]<>|#~$&])", r"\\\1", one_line(text))
