@@ -19,7 +19,6 @@ def bench_memory(
     layers: Sequence[int],
     scratch: Path,
     *,
-    dtype: str = "bfloat16",
     trials: int = 3,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -29,7 +28,6 @@ def bench_memory(
         shape: of the model, but for its depth.
         layers: depths.
         scratch: an existing directory, for one checkpoint and its conversion at a time.
-        dtype: of the checkpoints.
         trials: conversions of each. Which weights are in memory at once depends on how the threads
             happen to be scheduled, so that the peaks of one checkpoint differ by some percent.
         progress: told how far the work is.
@@ -52,7 +50,7 @@ def bench_memory(
     with progress.task("Converting", trials * len(shapes)) as advance:
         for sizes in shapes:
             model = scratch / f"model-{sizes.num_hidden_layers}-{sizes.hidden_size}"
-            write_random_checkpoint(model, sizes, dtype=dtype)
+            write_random_checkpoint(model, sizes)
             found.append({"layers": sizes.num_hidden_layers, **_peaks(model, trials, advance)})
             shutil.rmtree(model)
     floor, *depths = found
@@ -60,7 +58,7 @@ def bench_memory(
     floor_bytes = floor["peak_bytes"]
     return {
         "shape": {**asdict(shape), "num_hidden_layers": list(layers)},
-        "dtype": dtype,
+        "dtype": "bfloat16",
         "floor_bytes": floor_bytes,
         "runs": depths,
         "growth": max(peaks) / min(peaks),

@@ -169,7 +169,6 @@ def write_random_checkpoint(
     shape: Shape,
     *,
     dtype: str = "bfloat16",
-    seed: int = 0,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> None:
@@ -179,7 +178,6 @@ def write_random_checkpoint(
         directory: to be made; must not exist.
         shape: of the model.
         dtype: "float16", "bfloat16" or "float32".
-        seed: of the random weights.
         max_shard_bytes: largest file, bytes.
         progress: told how far the work is.
 
@@ -200,7 +198,7 @@ def write_random_checkpoint(
     (directory / "tokenizer_config.json").write_text(settings + "\n", encoding="utf-8")
     tensors = shape.tensors()
     stored = getattr(mx, dtype)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     with (
         (progress or Silent()).task("Writing random weights", len(tensors)) as advance,
         ShardWriter(directory, list(tensors), max_shard_bytes) as writer,

@@ -6,9 +6,10 @@ from splitquant_mlx.inspection.layers import Histogram
 from splitquant_mlx.runtime.disk import as_target_error
 
 EIGHTHS = " ▁▂▃▄▅▆▇█"
+WIDTH, HEIGHT = 78, 10  # characters
 
 
-def text_histogram(histogram: Histogram, *, width: int = 78, height: int = 10) -> str:
+def text_histogram(histogram: Histogram) -> str:
     """Return the histogram as lines of block characters, the cut points marked below.
 
     The height is logarithmic in the count, so that the few large weights can be seen.
@@ -17,18 +18,18 @@ def text_histogram(histogram: Histogram, *, width: int = 78, height: int = 10) -
 
     low, high = histogram.edges[0], histogram.edges[-1]
     centers = (histogram.edges[:-1] + histogram.edges[1:]) / 2
-    columns, _ = np.histogram(centers, width, (low, high), weights=histogram.counts)
-    levels = np.log1p(columns) / np.log1p(columns.max()) * height * 8
+    columns, _ = np.histogram(centers, WIDTH, (low, high), weights=histogram.counts)
+    levels = np.log1p(columns) / np.log1p(columns.max()) * HEIGHT * 8
     lines = []
-    for row in reversed(range(height)):
+    for row in reversed(range(HEIGHT)):
         filled = np.clip(np.ceil(levels - row * 8), 0, 8).astype(int)
         lines.append("".join(EIGHTHS[n] for n in filled))
-    marks = [" "] * width
+    marks = [" "] * WIDTH
     for cut in histogram.cut_points:
-        marks[min(int((cut - low) / max(high - low, 1e-300) * width), width - 1)] = "^"
+        marks[min(int((cut - low) / max(high - low, 1e-300) * WIDTH), WIDTH - 1)] = "^"
     cuts = ", ".join(f"{cut:.4g}" for cut in histogram.cut_points)
     told = f"cut points: {cuts} " if cuts else ""
-    scale = f"{low:.4g}".ljust(width - 10) + f"{high:.4g}".rjust(10)
+    scale = f"{low:.4g}".ljust(WIDTH - 10) + f"{high:.4g}".rjust(10)
     lines += ["".join(marks)] if cuts else []
     return "\n".join([*lines, scale, f"{told}(height: log of count)"])
 

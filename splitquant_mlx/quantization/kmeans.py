@@ -72,7 +72,7 @@ def cluster(values: np.ndarray, k: int = 3) -> Clustering:
     return _cluster(values, k)
 
 
-def cluster_sklearn(values: np.ndarray, k: int = 3, seed: int = 0, n_init: int = 10) -> Clustering:
+def cluster_sklearn(values: np.ndarray, k: int = 3, n_init: int = 10) -> Clustering:
     """Cluster with scikit-learn's KMeans, as the SplitQuantV2 paper does (arXiv:2503.07657).
 
     Hundreds of times slower than `cluster`, and only a local optimum: for tests and timings. The
@@ -82,7 +82,6 @@ def cluster_sklearn(values: np.ndarray, k: int = 3, seed: int = 0, n_init: int =
     Args:
         values: as for `cluster`.
         k: clusters, 2 to 8.
-        seed: of the k-means++ starts.
         n_init: starts, of which the best is kept.
 
     Raises:
@@ -96,7 +95,7 @@ def cluster_sklearn(values: np.ndarray, k: int = 3, seed: int = 0, n_init: int =
     model = KMeans(
         min(k, np.unique(numbers).size),
         n_init=n_init,  # pyright: ignore[reportArgumentType]  it takes the default for the type
-        random_state=seed,
+        random_state=0,
     )
     labels = np.asarray(model.fit_predict(numbers[:, None]))
     parts = [numbers[labels == label].astype(np.float64) for label in np.unique(labels)]
