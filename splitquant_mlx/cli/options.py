@@ -15,7 +15,7 @@ from splitquant_mlx.runtime import blas
 from splitquant_mlx.runtime.compatibility import check_versions
 
 DEFAULT_MODEL = "mlx_model"
-LAYERS, CALIBRATION, PUBLISHING = "Which layers", "Calibration", "Publishing"
+LAYERS, PUBLISHING = "Which layers", "Publishing"
 SAMPLING, CACHE, LOADING = "Sampling", "KV cache", "Loading"
 
 ModelArgument = Annotated[
