@@ -28,7 +28,7 @@ from splitquant_mlx.conversion.pipeline import convert
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.progress import Advance, Progress, Silent
 from splitquant_mlx.recipe import Calibration, Recipe
-from splitquant_mlx.runtime.environment import describe_machine, versions
+from splitquant_mlx.runtime.environment import made_with
 
 SIZE = 2048  # of the matrices whose product is timed
 ROUNDING = 5  # operations an entry and channel: half a product, then one in each of two sweeps
@@ -101,8 +101,7 @@ def bench_calibrated(
         "seconds": manifest.seconds,
         "peak_bytes": max(stage["peak_bytes"] for stage in stages.found),
         "source_bytes": manifest.source_bytes,
-        "machine": describe_machine(),
-        "versions": versions(),
+        **made_with(),
     }
 
 

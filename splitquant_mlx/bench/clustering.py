@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.quantization.split import cluster_weight
-from splitquant_mlx.runtime.environment import describe_machine, versions
+from splitquant_mlx.runtime.environment import made_with
 
 
 def bench_kmeans(
@@ -85,4 +85,4 @@ def bench_all_kmeans(
         for dtype, k in pairs:
             runs.append(bench_kmeans(side=side, trials=trials, dtype=dtype, clusters=k))
             advance(1)
-    return {"runs": runs, "machine": describe_machine(), "versions": versions()}
+    return {"runs": runs, **made_with()}

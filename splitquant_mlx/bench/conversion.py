@@ -14,7 +14,7 @@ from typing import Any
 from splitquant_mlx.bench.programs import OURS, Run, check_trials, run_program
 from splitquant_mlx.formats.manifest import load_manifest
 from splitquant_mlx.progress import Progress, Silent
-from splitquant_mlx.runtime.environment import describe_machine, versions
+from splitquant_mlx.runtime.environment import made_with
 
 YARDSTICK = "mlx_lm.convert -q"
 PUBLISHED = "splitquant, scikit-learn KMeans"
@@ -71,8 +71,7 @@ def bench_convert(
         "model": model.name,
         "trials": trials,
         "programs": {name: _summary(runs[name], stages[name], yardstick) for name in commands},
-        "machine": describe_machine(),
-        "versions": versions(),
+        **made_with(),
     }
 
 

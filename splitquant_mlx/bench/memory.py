@@ -11,7 +11,7 @@ from splitquant_mlx.bench.conversion import run_conversion
 from splitquant_mlx.bench.programs import OURS, check_trials
 from splitquant_mlx.bench.random_checkpoint import SHAPES, Shape, write_random_checkpoint
 from splitquant_mlx.progress import Advance, Progress, Silent
-from splitquant_mlx.runtime.environment import describe_machine, versions
+from splitquant_mlx.runtime.environment import made_with
 
 
 def bench_memory(
@@ -63,8 +63,7 @@ def bench_memory(
         "runs": depths,
         "growth": max(peaks) / min(peaks),
         "growth_above_floor": (max(peaks) - floor_bytes) / (min(peaks) - floor_bytes),
-        "machine": describe_machine(),
-        "versions": versions(),
+        **made_with(),
     }
 
 

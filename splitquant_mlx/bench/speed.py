@@ -22,7 +22,7 @@ from splitquant_mlx.bench.programs import OURS, check_trials, run_program, sprea
 from splitquant_mlx.errors import RecipeError, SplitQuantError
 from splitquant_mlx.models.source import Source, resolve
 from splitquant_mlx.progress import Progress, Silent
-from splitquant_mlx.runtime.environment import describe_machine, versions
+from splitquant_mlx.runtime.environment import made_with
 
 WARM_UP_TOKENS = 4
 RATES = ("prompt_tps", "generation_tps")
@@ -109,8 +109,7 @@ def bench_speed(
         ],
         "peak_memory": found[0][0]["peak_memory"],
         "device": found[0][0]["device"],
-        "machine": describe_machine(),
-        "versions": versions(),
+        **made_with(),
     }
 
 

@@ -266,25 +266,12 @@ def _check_memory(source: Any, recipe: Recipe) -> None:
 
 
 def _estimated(found: Any) -> dict[str, Any]:
-    return {
-        "parameters": found.parameters,
-        "source_bytes": found.source_bytes,
-        "stored_bytes": found.stored_bytes,
-        "bits_per_weight": found.bits_per_weight,
-        "memory_bytes": found.memory_bytes,
-        "seconds": found.seconds,
-        "kept": {layer.path: layer.note for layer in found.layers if layer.action == "keep"},
-    }
+    sizes = ("parameters", "source_bytes", "stored_bytes", "bits_per_weight", "memory_bytes")
+    kept = {layer.path: layer.note for layer in found.layers if layer.action == "keep"}
+    return {**{name: getattr(found, name) for name in (*sizes, "seconds")}, "kept": kept}
 
 
 def _converted(manifest: Any, target: Path) -> dict[str, Any]:
-    return {
-        "path": str(target),
-        "recipe": manifest.recipe,
-        "bits_per_weight": manifest.bits_per_weight,
-        "linear_bits_per_weight": manifest.linear_bits_per_weight,
-        "source_bytes": manifest.source_bytes,
-        "stored_bytes": manifest.stored_bytes,
-        "seconds": manifest.seconds,
-        "refinement": manifest.refinement,
-    }
+    sizes = ("bits_per_weight", "linear_bits_per_weight", "source_bytes", "stored_bytes")
+    names = ("recipe", *sizes, "seconds", "refinement")
+    return {"path": str(target), **{name: getattr(manifest, name) for name in names}}

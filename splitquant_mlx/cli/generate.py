@@ -141,16 +141,9 @@ def _answer(
 
 
 def _values(model: str, answer: str, last: Any) -> dict[str, Any]:
-    return {
-        "model": model,
-        "text": answer,
-        "finish_reason": last.finish_reason,
-        "prompt_tokens": last.prompt_tokens,
-        "prompt_tps": last.prompt_tps,
-        "generation_tokens": last.generation_tokens,
-        "generation_tps": last.generation_tps,
-        "peak_memory_gb": last.peak_memory,
-    }
+    counts = ("prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps")
+    figures = {name: getattr(last, name) for name in ("finish_reason", *counts)}
+    return {"model": model, "text": answer, **figures, "peak_memory_gb": last.peak_memory}
 
 
 def _generate(

@@ -21,7 +21,7 @@ from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.models.source import Source
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.recipe import Calibration, Recipe
-from splitquant_mlx.runtime.environment import describe_machine, versions
+from splitquant_mlx.runtime.environment import made_with
 
 QUESTION = "Why is the sky blue?"
 MAX_TOKENS = 32
@@ -159,8 +159,7 @@ def save_results(results: list[Result], model: str, directory: Path) -> dict[str
             {**dataclasses.asdict(result), "path": result.path and result.path.name}
             for result in results
         ],
-        "machine": describe_machine(),
-        "versions": versions(),
+        **made_with(),
         "device": str(mx.default_device()),
     }
     text = json.dumps(values, indent=2) + "\n"

@@ -22,7 +22,7 @@ from splitquant_mlx.models.footprint import context_limit
 from splitquant_mlx.models.lazy import LazyModel, open_model
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.runtime.cache import cache_directory
-from splitquant_mlx.runtime.environment import describe_machine, versions
+from splitquant_mlx.runtime.environment import made_with
 from splitquant_mlx.runtime.ranks import Group, alone, check_alike, deal, together
 
 
@@ -81,8 +81,7 @@ def evaluate(
         "reference": reference,
         "values": found,
         "device": mx.default_device().type.name,
-        "machine": describe_machine(),
-        "versions": versions(),
+        **made_with(),
     }
 
 

@@ -3,6 +3,7 @@
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 PACKAGES = ("splitquant-mlx", "mlx", "mlx-lm", "numpy", "scikit-learn", "transformers")
 
@@ -32,3 +33,8 @@ def describe_machine() -> dict[str, str | int]:
         "system": f"{system} {platform.machine()}",
         "memory_bytes": int(memory),
     }
+
+
+def made_with() -> dict[str, Any]:
+    """Return machine and versions, as they stand beside a result in JSON."""
+    return {"machine": describe_machine(), "versions": versions()}
