@@ -6,18 +6,13 @@ import typer
 
 from splitquant_mlx.cli import console, interrupt
 from splitquant_mlx.cli.options import (
-    Device,
-    ModelArgument,
-    ModelOption,
-    Revision,
     Seed,
     SystemPrompt,
-    TrustRemoteCode,
-    choose_model,
+    TrustedModel,
     decoding_options,
     start,
 )
-from splitquant_mlx.cli.settings import Given
+from splitquant_mlx.cli.settings import Given, options_of
 from splitquant_mlx.inference.decoding import Decoding
 
 # what a model without wishes of its own is sampled with; greedy decoding makes small ones loop
@@ -25,15 +20,12 @@ SAMPLING = {"temp": 0.7, "top_p": 0.95}
 
 
 @decoding_options
+@options_of(TrustedModel, "model")
 def chat(
-    model: ModelArgument = None,
-    model_option: ModelOption = None,
+    model: TrustedModel,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The first message.")] = None,
     system_prompt: SystemPrompt = None,
     seed: Seed = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    device: Device = None,
     *,
     decoding: Given,
 ) -> None:
@@ -43,8 +35,8 @@ def chat(
     """
     settings = {"max_tokens": -1, **decoding}
     Decoding(**settings)  # refused before the model is loaded
-    name = choose_model(model, model_option)
-    start(device)
+    name = model.choose()
+    start(model.device)
     import mlx.core as mx
 
     from splitquant_mlx.cli.loading import load_model
@@ -52,7 +44,7 @@ def chat(
     from splitquant_mlx.inference.chat import Conversation, Decoder
     from splitquant_mlx.inference.decoding import recommended_sampling
 
-    found = load_model(name, revision=revision, trust_remote_code=trust_remote_code)
+    found = load_model(name, revision=model.revision, trust_remote_code=model.trust_remote_code)
     if seed is not None:
         mx.random.seed(seed)
     recommended = recommended_sampling(found.path)

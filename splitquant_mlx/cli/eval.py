@@ -10,16 +10,11 @@ from splitquant_mlx.cli import console, interrupt
 from splitquant_mlx.cli.console import new_table, plain, show
 from splitquant_mlx.cli.launched import join
 from splitquant_mlx.cli.options import (
-    Device,
     JsonFile,
-    ModelArgument,
-    ModelOption,
-    Revision,
-    TrustRemoteCode,
-    choose_model,
+    TrustedModel,
     start,
 )
-from splitquant_mlx.cli.settings import Given, settings_options
+from splitquant_mlx.cli.settings import Given, options_of, settings_options
 from splitquant_mlx.evaluation.settings import Task
 
 # what a figure is called, in which unit, and which way is better; the error beside it
@@ -55,35 +50,32 @@ Reference = Annotated[str | None, typer.Option(help="Model to compare with; kl n
         **dict.fromkeys(("protocol", "num_shots", "shots"), "Questions (ARC)"),
     },
 )
+@options_of(TrustedModel, "model")
 def evaluate(
-    model: ModelArgument = None,
-    model_option: ModelOption = None,
+    model: TrustedModel,
     *,
     task: Given,
     reference: Reference = None,
     json_file: JsonFile = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    device: Device = None,
 ) -> None:
     """Evaluate a model: ARC, perplexity, KL divergence from another, or any task of lm-eval."""
     console.check_json(json_file)
     interrupt.resumes()
-    start(device)
+    start(model.device)
     from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.evaluation.task import evaluate
     from splitquant_mlx.runtime.ranks import together
 
     group = join()
     with together(group):
-        name = choose_model(model, model_option)
+        name = model.choose()
 
     found = evaluate(
         name,
         Task(**task),
         reference=reference,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
         group=group,
         progress=Bars(),
     )

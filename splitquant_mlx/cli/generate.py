@@ -3,6 +3,7 @@
 import json
 import sys
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,67 +24,81 @@ from splitquant_mlx.cli.options import (
     decoding_options,
     start,
 )
-from splitquant_mlx.cli.settings import Given
+from splitquant_mlx.cli.settings import Given, options_of
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.inference.chat import encode
 from splitquant_mlx.inference.decoding import Decoding, readable_errors
 
 TEMPLATE, MAX_TOKENS = "Chat template", 100
-Words = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[MODEL] [PROMPT]",
-        help="Directory, .gguf file or repo id (without one, the newest converted model here), "
-        "and what to say.",
-    ),
-]
-Prompt = Annotated[
-    str | None, typer.Option("--prompt", "-p", help="What to say; - reads standard input.")
-]
-Prefill = Annotated[
-    str | None,
-    typer.Option(
-        help="Beginning of the answer, for the model to continue.", rich_help_panel=TEMPLATE
-    ),
-]
-NoTemplate = Annotated[
-    bool,
-    typer.Option(
-        "--ignore-chat-template", help="Continue the bare prompt.", rich_help_panel=TEMPLATE
-    ),
-]
-TemplateConfig = Annotated[
-    str | None,
-    typer.Option(help="JSON object of variables for the chat template.", rich_help_panel=TEMPLATE),
-]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is said to a model."""
+
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] [PROMPT]",
+            help="Directory, .gguf file or repo id (without one, the newest converted model "
+            "here), and what to say.",
+        ),
+    ] = None
+    model: ModelOption = None
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="What to say; - reads standard input.")
+    ] = None
+    system_prompt: SystemPrompt = None
+    prefill_response: Annotated[
+        str | None,
+        typer.Option(
+            help="Beginning of the answer, for the model to continue.", rich_help_panel=TEMPLATE
+        ),
+    ] = None
+    ignore_chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-chat-template", help="Continue the bare prompt.", rich_help_panel=TEMPLATE
+        ),
+    ] = False
+    chat_template_config: Annotated[
+        str | None,
+        typer.Option(
+            help="JSON object of variables for the chat template.", rich_help_panel=TEMPLATE
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How a model is loaded."""
+
+    revision: Revision = None
+    trust_remote_code: TrustRemoteCode = False
+    device: Device = None
+    pipeline: Annotated[
+        bool,
+        typer.Option("--pipeline", help="Under mlx.launch: divide the layers, not each of them."),
+    ] = False
+
+
 EosTokens = Annotated[
     list[str] | None, typer.Option(help="Token that ends the answer, too; repeatable.")
 ]
 Verbose = Annotated[str, typer.Option(help="False, or --quiet: print nothing but the answer.")]
-Pipeline = Annotated[
-    bool,
-    typer.Option("--pipeline", help="Under mlx.launch: divide the layers, not each of them."),
-]
 
 
 @decoding_options
+@options_of(Asked, "asked")
+@options_of(Loading, "loading")
 def generate(
-    words: Words = None,
-    model: ModelOption = None,
-    prompt: Prompt = None,
-    system_prompt: SystemPrompt = None,
+    asked: Asked,
+    *,
     seed: Seed = None,
-    prefill_response: Prefill = None,
-    ignore_chat_template: NoTemplate = False,
-    chat_template_config: TemplateConfig = None,
     extra_eos_token: EosTokens = None,
     verbose: Verbose = "True",
     json_file: JsonFile = None,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    device: Device = None,
-    pipeline: Pipeline = False,
-    *,
+    loading: Loading,
     decoding: Given,
 ) -> None:
     """Answer one prompt, with mlx_lm.generate's options and output.
@@ -91,10 +106,10 @@ def generate(
     Without --temp it takes the likeliest tokens, without --max-tokens 100 of them.
     """
     chosen = Decoding(**{"max_tokens": MAX_TOKENS, **decoding})
-    template_options = _json_object("--chat-template-config", chat_template_config)
-    named, prompt = _model_and_prompt(words or [], model, prompt)
+    template_options = _json_object("--chat-template-config", asked.chat_template_config)
+    named, prompt = _model_and_prompt(asked.words or [], asked.model, asked.prompt)
     console.check_json(json_file)
-    start(device)
+    start(loading.device)
     import mlx.core as mx
 
     from splitquant_mlx.cli.loading import load_model, warn_of_context
@@ -104,13 +119,15 @@ def generate(
     with together(group):
         name = choose_model(named)
         text = _read_prompt("hello" if prompt is None else prompt, ranks=group.size())
-        options = {"revision": revision, "trust_remote_code": trust_remote_code}
-        found = load_model(name, **options, group=group, pipeline=pipeline)
+        options = {name: value for name, value in vars(loading).items() if name != "device"}
+        found = load_model(name, **options, group=group)
         if prompt is None and not group.rank():
             console.note(f"no --prompt: {text!r}, as in mlx_lm.generate")
         _add_eos_tokens(found.tokenizer, extra_eos_token or [])
-        template = found.tokenizer.has_chat_template and not ignore_chat_template
-        turns = _messages(text, *((system_prompt, prefill_response) if template else ()))
+        template = found.tokenizer.has_chat_template and not asked.ignore_chat_template
+        turns = _messages(
+            text, *((asked.system_prompt, asked.prefill_response) if template else ())
+        )
         tokens = encode(
             found.tokenizer, turns, template=template, template_options=template_options
         )

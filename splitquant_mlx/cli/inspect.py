@@ -10,14 +10,11 @@ import typer
 from splitquant_mlx.cli import console
 from splitquant_mlx.cli.console import new_table, pairs, show, size
 from splitquant_mlx.cli.options import (
-    Device,
     JsonFile,
-    ModelArgument,
-    ModelOption,
-    Revision,
-    choose_model,
+    Model,
     start,
 )
+from splitquant_mlx.cli.settings import options_of
 from splitquant_mlx.errors import RecipeError
 
 WEIGHTS = "Weights"
@@ -54,33 +51,31 @@ Clusters = Annotated[
 ]
 
 
+@options_of(Model, "model")
 def inspect(
-    model: ModelArgument = None,
-    model_option: ModelOption = None,
+    model: Model,
     layers: Layers = False,
     layer: OneLayer = None,
     png: Png = None,
     cut_points: CutPoints = False,
     clusters: Clusters = 3,
     json_file: JsonFile = None,
-    revision: Revision = None,
-    device: Device = None,
 ) -> None:
     """Show what a model is, and its layers; or one layer's histogram."""
     if png is not None and layer is None:
         raise RecipeError("--png shows one layer: say which with --layer")
     if not 2 <= clusters <= 8:
         raise RecipeError(f"--clusters: expected 2 to 8, got {clusters}")
-    name = choose_model(model, model_option)
+    name = model.choose()
     console.check_json(json_file)
-    start(device)
+    start(model.device)
     from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.inspection.layers import find_cut_points
     from splitquant_mlx.inspection.overview import describe, describe_gguf
     from splitquant_mlx.models.directory import as_directory
     from splitquant_mlx.models.source import resolve
 
-    source = resolve(name, revision=revision)
+    source = resolve(name, revision=model.revision)
     if source.path.is_file() and layer is None and not cut_points:
         return _report(name, describe_gguf(source.path), {}, json_file, each=layers)
     with as_directory(source, Bars()) as directory:

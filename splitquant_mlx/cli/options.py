@@ -1,6 +1,7 @@
 """Define the options that commands share, named as in mlx-lm."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -65,6 +66,29 @@ Seed = Annotated[
     ),
 ]
 SystemPrompt = Annotated[str | None, typer.Option(help="System message for the chat template.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The model that a command is for."""
+
+    model: ModelArgument = None
+    model_option: ModelOption = None
+    revision: Revision = None
+    device: Device = None
+
+    def choose(self) -> str:
+        """Return its name; see `choose_model`."""
+        return choose_model(self.model, self.model_option)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrustedModel(Model):
+    """The model that a command is for, whose code it may run."""
+
+    trust_remote_code: TrustRemoteCode = False
+
+
 decoding_options = settings_options(
     Decoding,
     "decoding",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -73,16 +73,50 @@ def settings_options(
             except RecipeError as exc:
                 raise _naming_flags(exc, spelled) from exc
 
-        signature, parameters = inspect.signature(command, eval_str=True), []
-        for old in signature.parameters.values():
-            found = options.values() if old.name == parameter else [old]
-            parameters += [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in found]
-        run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in parameters}
-        del run.__wrapped__  # typer is to read this signature
-        return run
+        return _offering(run, command, parameter, options)
 
     return decorate
+
+
+def options_of(kind: type, parameter: str) -> Callable[[Command], Command]:
+    """Replace a parameter of a command by the fields of a dataclass, annotated as options.
+
+    The command receives an instance of the class.
+    """
+    hints = get_type_hints(kind, include_extras=True)
+    options = {
+        field.name: inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in dataclasses.fields(kind)
+    }
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def run(**arguments: Any) -> Any:
+            given = kind(**{name: arguments.pop(name) for name in options})
+            return command(**arguments, **{parameter: given})
+
+        return _offering(run, command, parameter, options)
+
+    return decorate
+
+
+def _offering(
+    run: Any, command: Command, parameter: str, options: Mapping[str, inspect.Parameter]
+) -> Command:
+    """Give `run` the signature of a command with options in the place of a parameter."""
+    signature, parameters = inspect.signature(command, eval_str=True), []
+    for old in signature.parameters.values():
+        found = options.values() if old.name == parameter else [old]
+        parameters += [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in found]
+    run.__signature__ = signature.replace(parameters=parameters)
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    del run.__wrapped__  # typer is to read this signature
+    return run
 
 
 def _naming_flags(exc: RecipeError, spelled: Mapping[str, Sequence[str]]) -> RecipeError:

@@ -1,5 +1,6 @@
 """Offer `upload`."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,11 +8,28 @@ import typer
 
 from splitquant_mlx.cli import console, interrupt
 from splitquant_mlx.cli.options import JsonFile, ModelArgument, choose_model
-from splitquant_mlx.cli.settings import Given, settings_options
+from splitquant_mlx.cli.settings import Given, options_of, settings_options
 from splitquant_mlx.publish.hub import Commit
 
 
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a model's card is made of."""
+
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(help="File of eval --json or run, or a directory of them; repeatable."),
+    ] = None
+    card: Annotated[
+        str | None, typer.Option(help="A README.md that was written by hand: keep or replace it.")
+    ] = None
+    base_model: Annotated[
+        str | None, typer.Option(help="Repo id of the original, if it was a local copy.")
+    ] = None
+
+
 @settings_options(Commit, "commit")
+@options_of(Card, "card")
 def upload(
     model: ModelArgument = None,
     model_option: Annotated[
@@ -24,17 +42,8 @@ def upload(
     upload_repo: Annotated[
         str, typer.Option(metavar="USER/NAME", help="Hugging Face repo to upload to.")
     ],
-    results: Annotated[
-        list[Path] | None,
-        typer.Option(help="File of eval --json or run, or a directory of them; repeatable."),
-    ] = None,
+    card: Card,
     commit: Given,
-    card: Annotated[
-        str | None, typer.Option(help="A README.md that was written by hand: keep or replace it.")
-    ] = None,
-    base_model: Annotated[
-        str | None, typer.Option(help="Repo id of the original, if it was a local copy.")
-    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Write the card, list the files, send nothing.")
     ] = False,
@@ -47,9 +56,8 @@ def upload(
     from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.publish.upload import prepare_upload
 
-    prepared = prepare_upload(
-        path, upload_repo, results=results or (), card=card, base_model=base_model, progress=Bars()
-    )
+    options = {"card": card.card, "base_model": card.base_model, "progress": Bars()}
+    prepared = prepare_upload(path, upload_repo, results=card.results or (), **options)
     if dry_run:
         prepared.write_card()
         if not console.write_json(json_file, _values(prepared, None)):

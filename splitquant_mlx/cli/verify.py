@@ -8,40 +8,35 @@ import typer
 from splitquant_mlx.cli import console
 from splitquant_mlx.cli.console import pairs, plain, show
 from splitquant_mlx.cli.options import (
-    Device,
     JsonFile,
-    ModelArgument,
-    ModelOption,
-    Revision,
-    choose_model,
+    Model,
     start,
 )
+from splitquant_mlx.cli.settings import options_of
 from splitquant_mlx.errors import CheckpointError
 
 MOST_PROBLEMS = 8
 
 
+@options_of(Model, "model")
 def verify(
-    path: ModelArgument = None,
-    model_option: ModelOption = None,
+    model: Model,
     source: Annotated[
         str | None, typer.Option(help="The model it was made from, to compare every weight with.")
     ] = None,
     json_file: JsonFile = None,
-    revision: Revision = None,
-    device: Device = None,
 ) -> None:
     """Check a converted model: hashes, shapes, bits/weight, a forward pass, the original."""
-    name = choose_model(path, model_option)
+    name = model.choose()
     console.check_json(json_file)
-    start(device)
+    start(model.device)
     from pathlib import Path
 
     from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.conversion.verify import verify as check
     from splitquant_mlx.models.source import resolve
 
-    original = None if source is None else resolve(source, revision=revision)
+    original = None if source is None else resolve(source, revision=model.revision)
     checks = check(Path(name), source=original, progress=Bars())
     problems = sorted({problem for found in checks for problem in found.problems})
     if not console.write_json(json_file, [dataclasses.asdict(found) for found in checks]):

@@ -1,6 +1,7 @@
 """Offer `bench speed`, and the process of a single trial that it starts."""
 
 import json
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -14,25 +15,33 @@ from splitquant_mlx.cli.options import (
     choose_model,
     start,
 )
-
-PromptTokens = Annotated[
-    int, typer.Option("--prompt-tokens", "-p", help="Length of the random prompt.")
-]
-GenerationTokens = Annotated[
-    int, typer.Option("--generation-tokens", "-g", help="Length of the answer.")
-]
-BatchSize = Annotated[int, typer.Option("--batch-size", "-b", help="Prompts answered together.")]
+from splitquant_mlx.cli.settings import options_of
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """The options of a workload."""
+
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", "-p", help="Length of the random prompt.")
+    ] = 512
+    generation_tokens: Annotated[
+        int, typer.Option("--generation-tokens", "-g", help="Length of the answer.")
+    ] = 128
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "-b", help="Prompts answered together.")
+    ] = 1
+
+
+@options_of(Tokens, "tokens")
 def speed(
     model: ModelArgument = None,
     model_option: ModelOption = None,
     against: Annotated[
         list[str] | None, typer.Option(help="Another model, run in turns; repeatable.")
     ] = None,
-    prompt_tokens: PromptTokens = 512,
-    generation_tokens: GenerationTokens = 128,
-    batch_size: BatchSize = 1,
+    *,
+    tokens: Tokens,
     trials: Annotated[
         int, typer.Option("--trials", "-n", help="Counted rounds, after one that is not.")
     ] = 5,
@@ -49,32 +58,20 @@ def speed(
     from splitquant_mlx.bench.speed import Workload, bench_speed
     from splitquant_mlx.cli.progress import Bars
 
-    workload = Workload(
-        prompt_tokens=prompt_tokens, generation_tokens=generation_tokens, batch_size=batch_size
-    )
-    found = bench_speed(
-        [model, *(against or ())], workload, trials=trials, device=device, progress=Bars()
-    )
+    models, workload = [model, *(against or ())], Workload(**vars(tokens))
+    found = bench_speed(models, workload, trials=trials, device=device, progress=Bars())
     if write_json(json_file, found):
         return
     _print(found)
 
 
-def trial(
-    model: Annotated[str, typer.Option()],
-    prompt_tokens: PromptTokens,
-    generation_tokens: GenerationTokens,
-    batch_size: BatchSize,
-    device: Device = None,
-) -> None:
+@options_of(Tokens, "tokens")
+def trial(model: Annotated[str, typer.Option()], tokens: Tokens, device: Device = None) -> None:
     """Run one trial in this process; `bench --model` reads the JSON it prints."""
     start(device)
     from splitquant_mlx.bench.speed import Workload, run_trial
 
-    workload = Workload(
-        prompt_tokens=prompt_tokens, generation_tokens=generation_tokens, batch_size=batch_size
-    )
-    print(json.dumps(run_trial(model, workload)))
+    print(json.dumps(run_trial(model, Workload(**vars(tokens)))))
 
 
 def _print(found: dict[str, Any]) -> None:
