@@ -1,5 +1,6 @@
 """Convert a checkpoint: the one place that knows the order of the stages."""
 
+import json
 import math
 import time
 import warnings
@@ -23,7 +24,7 @@ from splitquant_mlx.conversion.converter import Converter, source_array
 from splitquant_mlx.conversion.plan import Plan, make_plan
 from splitquant_mlx.conversion.quantizers import QUANTIZERS
 from splitquant_mlx.conversion.refine import refine, require_texts, training_texts
-from splitquant_mlx.conversion.resume import ConversionState, conversion_key, open_journal, timed
+from splitquant_mlx.conversion.resume import ConversionState, open_journal, timed
 from splitquant_mlx.conversion.save import (
     copy_companions,
     hash_files,
@@ -189,13 +190,15 @@ class Job:
         stored_bytes = sum(dtype.size * math.prod(shape) for dtype, shape in tensors.values())
         parameters = sum(array.size for array in sources.values())
         del sources
-        settings = {
+        key = {  # all that the bytes of a conversion depend on
             "recipe": {key: v for key, v in recipe.to_dict().items() if key != "refine"},
             "device": str(mx.default_device()),
             "max_shard_bytes": self.max_shard_bytes,
             "calibration": None if tokens is None else sha256(tokens.tobytes()).hexdigest(),
+            "versions": versions(),
+            "config": sha256(json.dumps(checkpoint.config, sort_keys=True).encode()).hexdigest(),
+            "files": {file.name: list(stamp) for file, stamp in checkpoint.stamps.items()},
         }
-        key = conversion_key(settings=settings, config=checkpoint.config, stamps=checkpoint.stamps)
         with (
             open_journal(self.staging / JOURNAL, key) as journal,
             ShardWriter(self.output, list(tensors), self.max_shard_bytes) as writer,

@@ -6,8 +6,6 @@ same settings and versions, and a shard only where its hash is still the recorde
 """
 
 import dataclasses
-import hashlib
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -21,7 +19,6 @@ from splitquant_mlx.formats.manifest import LayerRecord
 from splitquant_mlx.formats.shard_writer import ShardWriter, UnfinishedShard
 from splitquant_mlx.quantization.affine import Quantized
 from splitquant_mlx.quantization.lut import Lut
-from splitquant_mlx.runtime.environment import versions
 from splitquant_mlx.runtime.journal import Journal
 from splitquant_mlx.settings import load_json, record
 
@@ -48,28 +45,6 @@ class SavedShard:
     seconds: dict[str, float]
     header: dict[str, Any] = field(default_factory=dict)
     nbytes: int = 0
-
-
-def conversion_key(
-    *,
-    settings: Mapping[str, Any],
-    config: Mapping[str, Any],
-    stamps: Mapping[Path, Iterable[int]],
-) -> dict[str, Any]:
-    """Return all that the bytes of a conversion depend on, for the first line of its journal.
-
-    Args:
-        settings: of the conversion.
-        config: the source's config.json.
-        stamps: of the source's files; see `checkpoint.stamp`.
-    """
-    text = json.dumps(config, sort_keys=True)
-    return {
-        **settings,
-        "versions": versions(),
-        "config": hashlib.sha256(text.encode()).hexdigest(),
-        "files": {file.name: list(stamp) for file, stamp in stamps.items()},
-    }
 
 
 def open_journal(path: Path, key: Mapping[str, Any]) -> Journal:
