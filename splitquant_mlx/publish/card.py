@@ -18,11 +18,10 @@ from splitquant_mlx.conversion.save import model_code
 from splitquant_mlx.formats.manifest import MODEL_FILE, Manifest
 from splitquant_mlx.formats.model_card import check_source_card
 from splitquant_mlx.publish.figures import code, eval_results, figures_table, table
-from splitquant_mlx.publish.files import CARD, Converted
+from splitquant_mlx.publish.files import Converted
 from splitquant_mlx.publish.measurements import Measurement
 from splitquant_mlx.recipe import SELF, Recipe
 from splitquant_mlx.report.numbers import decimals, megabytes
-from splitquant_mlx.runtime.disk import as_target_error, write_atomic
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -94,12 +93,6 @@ def find_base(manifest: Manifest) -> tuple[str | None, str | None]:
     if found := SNAPSHOT.search(manifest.source):
         return f"{found[1]}/{found[2]}", found[3]
     return None, None
-
-
-def write_card(text: str, directory: Path) -> None:
-    """Write README.md atomically. Raises TargetError when it cannot be written."""
-    with as_target_error(directory / CARD):
-        write_atomic(directory / CARD, text.encode())
 
 
 def _packaged(package: str, name: str) -> bytes:

@@ -7,10 +7,11 @@ from pathlib import Path
 from splitquant_mlx.errors import CheckpointError, RecipeError, TargetError
 from splitquant_mlx.models.companions import refuse_foreign_link
 from splitquant_mlx.progress import Progress, Silent
-from splitquant_mlx.publish.card import REPO, find_base, is_own, make_card, write_card
+from splitquant_mlx.publish.card import REPO, find_base, is_own, make_card
 from splitquant_mlx.publish.files import CARD, Converted, check_converted
 from splitquant_mlx.publish.hub import Commit, check_login, check_name, send
 from splitquant_mlx.publish.measurements import find_measurements
+from splitquant_mlx.runtime.disk import as_target_error, write_atomic
 
 CARDS = ("keep", "replace")
 MAX_CARD_BYTES = 1 << 22
@@ -42,7 +43,9 @@ class Upload:
     def write_card(self) -> None:
         """Write README.md where it is to be written. Raises TargetError when that fails."""
         if self.is_written:
-            write_card(self.card, self.converted.path)
+            file = self.converted.path / CARD
+            with as_target_error(file):
+                write_atomic(file, self.card.encode())
 
     def send(self, commit: Commit | None = None) -> str:
         """Write the card and send everything; see `hub.send`. Returns the address."""
