@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,6 +9,7 @@ import numpy as np
 
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.formats.shard_writer import MAX_SHARD_BYTES, ShardWriter
+from splitquant_mlx.models.architecture import build_model, parameters
 from splitquant_mlx.progress import Progress, Silent
 
 STANDARD_DEVIATION = 0.02
@@ -79,42 +79,14 @@ class Shape:
         }
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor, by its name in the checkpoint."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        head = hidden // self.num_attention_heads
-        keys = self.num_key_value_heads * head
-        layer: dict[str, tuple[int, ...]] = {
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (keys, hidden),
-            "self_attn.v_proj": (keys, hidden),
-            "self_attn.o_proj": (hidden, hidden),
-            "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
-        }
-        mlp = {
-            "gate_proj": (inner, hidden),
-            "up_proj": (inner, hidden),
-            "down_proj": (hidden, inner),
-        }
-        if self.num_experts:
-            layer |= {"self_attn.q_norm": (head,), "self_attn.k_norm": (head,)}
-            layer["mlp.gate"] = (self.num_experts, hidden)
-            for expert, name in product(range(self.num_experts), mlp):
-                layer[f"mlp.experts.{expert}.{name}"] = mlp[name]
-        else:
-            layer |= {f"mlp.{name}": shape for name, shape in mlp.items()}
-        outer: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens": (self.vocab_size, hidden),
-            "model.norm": (hidden,),
-        }
-        if not self.tie_word_embeddings:
-            outer["lm_head"] = (self.vocab_size, hidden)
-        layers = {
-            f"model.layers.{i}.{name}": shape
-            for i in range(self.num_hidden_layers)
-            for name, shape in layer.items()
-        }
-        return {f"{name}.weight": shape for name, shape in (outer | layers).items()}
+        """Return the shape of every tensor of mlx-lm's model, by its name in a published one."""
+        found = {}
+        for name, array in parameters(build_model(Path("model"), self.config("float32"))).items():
+            experts = range(self.num_experts if ".switch_mlp." in name else 0)
+            found |= {name.replace("switch_mlp", f"experts.{n}"): array.shape[1:] for n in experts}
+            if not experts:
+                found[name] = array.shape
+        return found
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int, tied: bool = False) -> Shape:
