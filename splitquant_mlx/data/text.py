@@ -18,7 +18,6 @@ from splitquant_mlx.models.hub import fetch_dataset_file
 Row = tuple[str, Any]  # where in the file, and what stands there
 SEPARATOR = "\n\n"
 WIKITEXT = "Salesforce/wikitext"
-WIKITEXT_SPLITS = ("test", "validation")
 
 
 def load_text(path: Path) -> str:
@@ -44,20 +43,13 @@ def load_text(path: Path) -> str:
     return text
 
 
-def fetch_wikitext(split: str = "test") -> str:
-    """Return WikiText-2 (raw) from the hub, or from the hub's cache on this machine.
-
-    Args:
-        split: "test" or "validation".
+def fetch_wikitext() -> str:
+    """Return WikiText-2 (raw), the test split, from the hub or from its cache on this machine.
 
     Raises:
-        RecipeError: when there is no such split.
         SourceError: when it cannot be fetched.
     """
-    if split not in WIKITEXT_SPLITS:
-        raise RecipeError(f"WikiText-2: expected {' or '.join(WIKITEXT_SPLITS)}, got {split!r}")
-    name = f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet"
-    return load_text(fetch_dataset_file(WIKITEXT, name))
+    return load_text(fetch_dataset_file(WIKITEXT, "wikitext-2-raw-v1/test-00000-of-00001.parquet"))
 
 
 def text_hash(text: str) -> str:

@@ -96,14 +96,12 @@ def test_hash_is_that_of_the_bytes():
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     with FakeHub() as hub, hub.instead_of_the_real_one(monkeypatch, cache=tmp_path / "hub"):
-        files = {FILE.format(split): as_parquet([split, "x"]) for split in ("test", "validation")}
-        hub.repos = {REPO: files}
+        hub.repos = {REPO: {FILE.format("test"): as_parquet(["test", "x"])}}
         yield hub
 
 
 def test_wikitext_comes_from_the_hub_once(hub):
     assert fetch_wikitext() == "test\n\nx"
-    assert fetch_wikitext("validation") == "validation\n\nx"
     assert all(request.startswith(f"/{REPO}/resolve/main/") for request in hub.requests)
     hub.requests.clear()
     assert fetch_wikitext() == "test\n\nx" and hub.requests == []
@@ -126,9 +124,7 @@ def test_refusals_of_the_hub(hub, failure, expected):
     assert "\n" not in message
 
 
-def test_without_a_hub_or_a_split(hub, monkeypatch):
-    with pytest.raises(RecipeError, match="expected test or validation, got 'train'"):
-        fetch_wikitext("train")
+def test_without_a_hub(hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 0.3)
     for manner in ("silent", "dead"):
         hub.silent = manner == "silent"
