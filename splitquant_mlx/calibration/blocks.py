@@ -21,7 +21,7 @@ from mlx.utils import tree_map
 from splitquant_mlx.errors import RecipeError
 
 BATCH_TOKENS = 2048
-LOGITS = 1 << 26  # in memory together
+LOGITS = 1 << 24  # in memory together
 Value = TypeVar("Value")
 
 

@@ -46,7 +46,7 @@ Options = Mapping[str, Sequence[Option]]
 ROWS = 256
 EXPERTS = 16  # of a stack that are looked at
 HEAD_ROWS = 2048
-METHOD = 4  # counts changes of what is predicted, for caches of it
+METHOD = 5  # counts changes of what is predicted, for caches of it
 
 
 def predict_divergence(

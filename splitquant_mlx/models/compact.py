@@ -80,7 +80,13 @@ class _Compact(nn.Module):
 
 
 def _coded(w: mx.array) -> tuple[mx.array, mx.array]:
-    """Return int8 codes and scales of a weight, evaluated."""
+    """Return int8 codes and scales of a weight (out, in), evaluated."""
+    rows = max(1, SLICE // w.shape[1])
+    if len(w) > rows:
+        pieces = [_coded(w[start : start + rows]) for start in range(0, len(w), rows)]
+        codes, scales = (mx.concatenate(list(x)) for x in zip(*pieces, strict=True))
+        mx.eval(codes, scales)
+        return codes, scales
     w = w.astype(mx.float32)
     scales = mx.maximum(mx.abs(w).max(axis=-1, keepdims=True), 1e-30) / 127
     codes = mx.round(w / scales).astype(mx.int8)
