@@ -122,11 +122,10 @@ def speed_table(speed: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def sizes_table(study: Path, only: tuple[float, ...] = ()) -> str:
+def sizes_table(study: Path) -> str:
     """Return what each method keeps, by size; the closest of each size is in bold.
 
-    `only` names the sizes to show, in bits/weight of the linear layers; none shows all.
-    Divergences are also given as a ratio to that of rtn at the same size, where there is one.
+    Sizes are in bits/weight of the linear layers. Divergences are also given as a ratio to that of rtn at the same size, where there is one.
     """
     found: dict[str, dict] = {}
     for result in load_results(study):
@@ -142,8 +141,6 @@ def sizes_table(study: Path, only: tuple[float, ...] = ()) -> str:
         "|---|---|---|---|---|---|",
     ]
     for bits, rows in sorted(sizes.items()):
-        if only and bits not in only:
-            continue
         plain = [kl for kl, variant in rows if variant.startswith("rtn")]
         for kl, variant in sorted(rows, reverse=True):
             cells = (
@@ -210,6 +207,33 @@ def whole_files_table() -> str:
     return "\n".join(lines)
 
 
+def real_models_table() -> str:
+    """Return what whole files of the real models keep at the size of rtn 4-bit, closest last."""
+    lines = [
+        "| model | method | MB | KL, nats | to rtn | top-1 | perplexity |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for model, rows in whole_files().items():
+        size = next(row["weight_file_bytes"] for row in rows if row["variant"] == "rtn 4-bit")
+        near = [
+            row
+            for row in rows
+            if abs(row["weight_file_bytes"] / size - 1) < 0.11 and "texts" not in row["variant"]
+        ]
+        for row in sorted(near, key=lambda row: -row["kl_mean"]) if size > 1e7 else ():
+            cells = (
+                model.removesuffix("-offgrid"),
+                f"**{row['variant']}**" if row["variant"].startswith("auto") else row["variant"],
+                f"{row['weight_file_bytes'] / 1e6:.0f}",
+                f"{row['kl_mean']:.3f}",
+                f"{row['to_rtn']:.2f}",
+                f"{row['top1_agreement']:.0%}",
+                f"{row['perplexity']:.1f}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def targets_table() -> str:
     """Return what `auto` was to reach at equal bytes, and what it reached."""
     lines = ["| model | target | measured | |", "|---|---|---:|---|"]
@@ -252,10 +276,10 @@ def main() -> None:
     }
     tables["whole-files"] = whole_files_table()
     tables["targets"] = targets_table()
+    tables["real-models"] = real_models_table()
     tables["sizes"] = sizes_table(DOCS / "results" / "sizes")
     tables["neighbours"] = sizes_table(DOCS / "results" / "neighbours-babyllama-tok105")
     tables["narrower"] = sizes_table(DOCS / "results" / "neighbours-stories260K")
-    tables["at-4.5"] = sizes_table(DOCS / "results" / "sizes", only=(4.5, 13.5))
     pages = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
     files = {page: page.read_text(encoding="utf-8") for page in pages}
     for page, name in product(pages, tables):

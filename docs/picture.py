@@ -1,4 +1,7 @@
-"""Draw docs/split.png: what the split does to one weight matrix, and what it gains.
+"""Draw the pictures of the documents.
+
+docs/split.png: what the split does to one weight matrix, and what it gains. docs/equal-bytes.svg:
+what whole files keep, by size, from docs/results.
 
 Run from the repository: python docs/picture.py
 """
@@ -7,15 +10,27 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from figures import whole_files
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from splitquant_mlx import cluster_weight, dequantize, quantize, quantize_parts, split
 
+# marker, colour and line of the plot, by what the names of the variants begin with
+FAMILIES = {
+    "rtn": ("o", "#8c8c8c", "-"),
+    "auto": ("o", "#4c72b0", "-"),
+    "gptq": ("s", "#55a868", ""),
+    "mlx_lm.convert": ("x", "#c44e52", ""),
+    "mlx_lm.gptq": ("P", "#dd8452", ""),
+    "mlx_lm.awq": ("^", "#8172b3", ""),
+    "mlx_lm.dynamic_quant": ("v", "#937860", ""),
+}
 COLORS = ("#4c72b0", "#55a868", "#c44e52")
 NAMES = ("lower", "middle", "upper")
 
 
-def main() -> None:
+def draw_split() -> None:
     """Split a bell-shaped matrix with a few large entries; plot the parts and the errors."""
     rng = np.random.default_rng(0)
     w = rng.standard_normal((256, 64)).astype(np.float32) * 0.02
@@ -48,5 +63,32 @@ def main() -> None:
     figure.savefig(Path(__file__).with_name("split.png"), dpi=110)
 
 
+def draw_equal_bytes() -> None:
+    """Plot divergence against bytes of every whole file that was measured, a panel for a model."""
+    models = whole_files()
+    with rc_context({"svg.hashsalt": "equal-bytes"}):
+        figure = Figure(figsize=(10, 7), layout="constrained")
+        for axes, (model, rows) in zip(figure.subplots(2, 2).flat, models.items(), strict=True):
+            for family, (marker, color, line) in FAMILIES.items():
+                points = [
+                    (row["weight_file_bytes"] / 1e6, row["kl_mean"])
+                    for row in rows
+                    if row["variant"].startswith(family) and "texts" not in row["variant"]
+                ]
+                axes.plot(
+                    *zip(*points, strict=True) if points else ((), ()),
+                    marker=marker,
+                    color=color,
+                    linestyle=line,
+                    label=family,
+                )
+            axes.set(yscale="log", title=model, xlabel="MB on disc", ylabel="KL, nats")
+            axes.grid(alpha=0.3)
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        figure.savefig(Path(__file__).with_name("equal-bytes.svg"), metadata={"Date": None})
+
+
 if __name__ == "__main__":
-    main()
+    draw_split()
+    draw_equal_bytes()
