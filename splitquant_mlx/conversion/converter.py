@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from splitquant_mlx.calibration.statistics import InputStatistics, Mean
 from splitquant_mlx.conversion.plan import LayerPlan, Plan
-from splitquant_mlx.conversion.quantizers import uses_cpu
+from splitquant_mlx.conversion.quantizers import is_large_stack, uses_cpu
 from splitquant_mlx.conversion.resume import ConversionState
 from splitquant_mlx.conversion.weight import Converted, convert_weight, require_finite
 from splitquant_mlx.errors import CheckpointError
@@ -97,7 +97,8 @@ class Converter:
                     large += layer is not None
                     del work, done
                 del inputs
-                while large > self._limit:
+                alone = layer is not None and is_large_stack(layer)
+                while large > (0 if alone else self._limit):
                     large -= self.plan.layer_of(waiting[0][0]) is not None
                     advance(self._finish(*waiting.popleft()))
             while waiting:

@@ -3,12 +3,14 @@
 A new method is a function here, its entry in `QUANTIZERS`, and the rule in `plan` that chooses it.
 """
 
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from threading import current_thread
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -41,6 +43,7 @@ from splitquant_mlx.quantization.split_cpu import code_split
 
 BLOCK = 1 << 19  # entries
 LARGE = 1 << 24  # entries that one core is not left alone with
+HELPER = "helper"  # begins the names of the threads that share a large weight
 
 
 class Outcome(NamedTuple):
@@ -93,31 +96,46 @@ def _rtn(w: mx.array, layer: LayerPlan, inputs: Mean | None) -> Outcome:
     if not apart or w.size <= LARGE:
         return Outcome(rounded(w))
     rows = max(1, LARGE // w.shape[1])
-    pieces = _helpers().map(lambda start: rounded(w[start : start + rows]), range(0, len(w), rows))
+    spread = _spread(w.size, on_cpu=True)
+    pieces = spread(lambda start: rounded(w[start : start + rows]), range(0, len(w), rows))
     return Outcome(concatenate(list(pieces), axis=0))
 
 
 @cache
 def _helpers() -> ThreadPoolExecutor:
     """Return threads that stay, as mlx keeps something for each in which it computes."""
-    return ThreadPoolExecutor(os.cpu_count())
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix=HELPER)
+
+
+def _spread(size: int, *, on_cpu: bool) -> Callable[..., Iterable[Any]]:
+    """Return `map`; for a large weight one on all cores, if this thread is not one of those."""
+    helping = current_thread().name.startswith(HELPER)
+    return _helpers().map if on_cpu and size > LARGE and not helping else map
+
+
+def is_large_stack(layer: LayerPlan) -> bool:
+    """Return whether a layer is a stack of experts of which one at a time is to be in memory."""
+    return len(layer.shape) == 3 and math.prod(layer.shape) > LARGE
 
 
 def _per_expert(apply: Callable[[mx.array, LayerPlan, mx.array | None], Outcome]) -> Apply:
-    """Return `apply` for stacks (experts, out, in) as well, one expert after the other."""
+    """Return `apply` for stacks (experts, out, in), too; experts of a large one go to all cores."""
 
     def applied(w: mx.array, layer: LayerPlan, inputs: Mean | None) -> Outcome:
         if w.ndim == 2:
             assert not isinstance(inputs, ExpertMeans)
             return apply(w, layer, inputs)
-        found, cluster_s = [], 0.0
-        for expert in range(len(w)):
+
+        def of_expert(expert: int) -> Outcome:
             own = apply(w[expert], layer, None if inputs is None else inputs[expert])
             mx.eval([array for array in own.quantized if array is not None])
-            found.append(own.quantized)
-            cluster_s += own.cluster_s
-        stacked = Quantized(*(mx.stack(list(arrays)) for arrays in zip(*found, strict=True)))
-        return Outcome(stacked, cluster_s=cluster_s)
+            return own
+
+        spread = _spread(w.size, on_cpu=mx.default_device() == mx.cpu)
+        found = list(spread(of_expert, range(len(w))))
+        arrays = zip(*(own.quantized for own in found), strict=True)
+        stacked = Quantized(*(mx.stack(list(each)) for each in arrays))
+        return Outcome(stacked, cluster_s=sum(own.cluster_s for own in found))
 
     return applied
 
@@ -132,8 +150,7 @@ def _imatrix(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
 def _gptq(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
     sizes = {"bits": layer.bits, "group_size": layer.group_size}
     assert inputs is not None
-    on_cpu = not kernel_works()
-    spread = _helpers().map if on_cpu and w.size > LARGE else map
+    spread = _spread(w.size, on_cpu=not kernel_works())
     return Outcome(gptq_quantize(w, inputs, **sizes, sweeps=layer.sweeps, spread=spread))
 
 

@@ -4,6 +4,7 @@ import json
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -18,8 +19,9 @@ from mlx_lm.utils import quantize_model
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from splitquant_mlx import Recipe, convert, load
+from splitquant_mlx.bench.random_checkpoint import SHAPES, write_random_checkpoint
 from splitquant_mlx.calibration.statistics import ExpertMeans, iterate_blocks
-from splitquant_mlx.conversion import converter, pipeline
+from splitquant_mlx.conversion import converter, pipeline, quantizers
 from splitquant_mlx.models.architecture import build_model
 from splitquant_mlx.models.config_forms import normalize
 from splitquant_mlx.nn.model_file import QuantizedSplitSwitchLinear
@@ -156,3 +158,29 @@ def test_a_split_stack_is_the_sum_of_its_parts(texts, bias):
     plain.update({"weight": whole, **({"bias": stack.bias} if bias else {})})
     np.testing.assert_allclose(stack(x, experts), plain(x, experts), atol=1e-4)
     assert "input_dims=64, output_dims=24" in repr(stack)
+
+
+class Helpers(ThreadPoolExecutor):
+    """Threads that count how often they are asked for help."""
+
+    asked = 0
+
+    def map(self, *arguments, **options):
+        self.asked += 1
+        return super().map(*arguments, **options)
+
+
+@pytest.mark.parametrize("method", ["gptq", "imatrix", "splitquant"])
+def test_a_stack_that_all_cores_share_comes_out_the_same(method, tmp_path, monkeypatch):
+    shape = replace(SHAPES["tiny"], num_experts=6, num_experts_per_tok=2)
+    write_random_checkpoint(tmp_path / "source", shape)
+    found = []
+    for name, large in (("alone", quantizers.LARGE), ("shared", 64)):
+        helpers = Helpers(2, thread_name_prefix=quantizers.HELPER)
+        monkeypatch.setattr(quantizers, "_helpers", lambda helpers=helpers: helpers)
+        monkeypatch.setattr(quantizers, "LARGE", large)
+        convert(tmp_path / "source", tmp_path / name, recipe=RECIPES[method])
+        helpers.shutdown()
+        assert (helpers.asked > 0) == (name == "shared")
+        found.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert found[0] == found[1]
