@@ -46,7 +46,7 @@ def print_estimate(found: "Estimate", recipe: "Recipe", target: Path) -> None:
             ("Size", f"{size(found.stored_bytes)}, the original {size(found.source_bytes)}{guess}"),
             ("Whole model", f"{found.bits_per_weight:.2f} bits/weight{guess}"),
             ("Memory", f"about {found.memory_bytes / 1e9:.1f} GB"),
-            ("Time", _time(found.seconds, least=recipe.runs_the_model)),
+            ("Time", _time(found.seconds, runs=recipe.runs_the_model)),
             ("Target", str(target)),
         )
     )
@@ -153,11 +153,10 @@ def _where_it_runs(manifest: Manifest, path: Path) -> list[str]:
     ]
 
 
-def _time(seconds: float, *, least: bool) -> str:
-    """Say how long it takes; `least` where the model is run, of which only products are counted."""
+def _time(seconds: float, *, runs: bool) -> str:
+    """Say how long it takes; `runs` where the model itself is run."""
     text = f"{seconds / 3600:.1f} h"
     if seconds < 5400:
         text = f"{seconds / 60:.0f} min" if seconds >= 60 else f"{max(1, seconds):.0f} s"
-    if least:
-        return f"{text} or more (rough: products of matrices; small models take many times that)"
-    return f"about {text} (rough: extrapolated from one layer, on a machine that is not busy)"
+    part = "one block that was run" if runs else "one layer"
+    return f"about {text} (rough: from {part}, on a machine that is not busy)"

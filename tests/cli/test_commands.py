@@ -50,7 +50,7 @@ def test_convert_tells_what_it_did(command, stories, tmp_path):
     ],
 )
 def test_what_is_asked_for_decides_the_method(command, stories, options, method, monkeypatch):
-    monkeypatch.setattr("splitquant_mlx.inspection.estimate._timed", lambda work: 1e-3)
+    monkeypatch.setattr("splitquant_mlx.inspection.conversion_time._timed", lambda work: 1e-3)
     found = command("convert", stories, "--dry-run", *options)
     assert found.split()[:2] == ["Method", method]
 
@@ -74,12 +74,14 @@ def test_a_dry_run_of_each_method(command, stories, method):
     assert 1e8 < told["memory_bytes"] < 3e9 and 0 < told["seconds"] < 3600
 
 
-@pytest.mark.parametrize(("method", "said"), [("rtn", "about "), ("gptq", " or more ")])
+@pytest.mark.parametrize(
+    ("method", "said"), [("rtn", "one layer"), ("gptq", "one block that was run")]
+)
 def test_a_dry_run_says_what_its_time_counts(command, stories, method, said, monkeypatch):
-    monkeypatch.setattr("splitquant_mlx.inspection.estimate._timed", lambda work: 1e-3)
+    monkeypatch.setattr("splitquant_mlx.inspection.conversion_time._timed", lambda work: 1e-3)
     out = command("convert", stories, "--method", method, "--dry-run")
     (line,) = (line for line in out.splitlines() if line.startswith("Time"))
-    assert said in line and " s " in line and len(line) <= 100
+    assert " about " in line and said in line and len(line) <= 100
 
 
 def test_a_setting_of_another_method_is_refused(stories, capsys):

@@ -1,0 +1,58 @@
+"""The time that a dry run tells, against what conversions take."""
+
+import time
+
+import mlx.core as mx
+import pytest
+from threadpoolctl import threadpool_limits
+
+from splitquant_mlx import Recipe, convert
+from splitquant_mlx.inspection import conversion_time
+from splitquant_mlx.inspection.estimate import estimate
+from splitquant_mlx.recipe import Calibration
+
+on_cpu = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="processor time is a CPU's")
+FEW = Calibration(num_samples=64, sequence_length=64)
+
+
+@on_cpu
+@pytest.mark.parametrize("method", ["gptq", "auto"])
+def test_it_is_what_a_conversion_takes(stories, tmp_path, monkeypatch, method):
+    """Within a factor of three: processor time, which other programs hardly lengthen."""
+    monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    recipe = Recipe(method=method, group_size=None if method == "auto" else 32, calibration=FEW)
+    expected = estimate(stories, recipe).seconds
+    with threadpool_limits(1):
+        started = time.process_time()
+        convert(stories, tmp_path / "out", recipe=recipe)
+        found = time.process_time() - started
+    assert found / 3 < expected < 3 * found
+
+
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        ({"calibration": FEW}, {"calibration": Calibration(num_samples=128, sequence_length=64)}),
+        ({"method": "omniquant", "sweeps": 1}, {"method": "omniquant", "sweeps": 2}),
+        ({}, {"refine": True}),
+        ({}, {"method": "auto"}),
+    ],
+)
+def test_more_work_takes_longer(stories, monkeypatch, less, more):
+    monkeypatch.setattr(conversion_time, "_timed", lambda work: 1e-3)
+    seconds = [
+        estimate(stories, Recipe(**{"method": "gptq", "calibration": FEW, **settings})).seconds
+        for settings in (less, more)
+    ]
+    assert seconds[1] > seconds[0]
+
+
+@on_cpu
+def test_other_programs_do_not_lengthen_it(stories, monkeypatch):
+    """A busy machine gave hours for minutes."""
+    recipe = Recipe(method="gptq", calibration=FEW)
+    calm = estimate(stories, recipe).seconds
+    clock = time.perf_counter
+    monkeypatch.setattr("time.perf_counter", lambda: 1000 * clock())
+    assert estimate(stories, recipe).seconds < 3 * calm
