@@ -125,7 +125,8 @@ def speed_table(speed: dict) -> str:
 def sizes_table(study: Path) -> str:
     """Return what each method keeps, by size; the closest of each size is in bold.
 
-    Sizes are in bits/weight of the linear layers. Divergences are also given as a ratio to that of rtn at the same size, where there is one.
+    Sizes are in bits/weight of the linear layers. Divergences are also given as a ratio to that of
+    rtn at the same size, where there is one.
     """
     found: dict[str, dict] = {}
     for result in load_results(study):
