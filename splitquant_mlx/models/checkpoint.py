@@ -91,7 +91,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     config = normalize(path, settle_head(without_quantization(config), headers))
     stored, notes = unpacked(path, quantized, headers, _load_lazily(headers))
     kind = config["model_type"]
-    tensors = fold_multipliers(separate_experts(rename(stored, kind), kind), config)
+    tensors = fold_multipliers(path, separate_experts(rename(stored, kind), kind), config)
     model, weights = fit_names(path, tensors, lambda: build_model(path, config))
     notes = [*notes, *check_function(path, model, config)]
     _check_parameters(path, model, weights)

@@ -50,6 +50,7 @@ DERIVED_WORDS = {
     "position_embedding_type",
     "sliding_window_size",
 }
+ROTATED = re.compile(r"(full|sliding|chunked)_attention")
 MISSING = object()
 Fields = dict[str, dataclasses.Field[Any]]
 
@@ -74,6 +75,7 @@ def normalize(path: Path, config: dict[str, Any]) -> dict[str, Any]:
                 f"{path}: config.json has {key} {value!r:.60}, which transformers does not take"
             )
     reference = text_reference(reading.reference)
+    _check_rope(path, reference)
     both = _both_forms(path, config, reference, fields)
     # a wrapper's class may ask beside the language model's settings for what is one of them
     text = both.get("text_config") or {}
@@ -123,6 +125,25 @@ def settings_fields(module: ModuleType) -> Fields:
         elif isinstance(value, type) and dataclasses.is_dataclass(value):
             fields |= {field.name: field for field in dataclasses.fields(value)}
     return fields
+
+
+def _check_rope(path: Path, reference: Any) -> None:
+    """Refuse rotary embeddings without a base, or of some of the layers that differ."""
+    tables = getattr(reference, "rope_parameters", None) or {}
+    nested = {kind: table for kind, table in tables.items() if isinstance(table, dict)}
+    kinds = {
+        kind for kind in getattr(reference, "layer_types", None) or () if ROTATED.fullmatch(kind)
+    }
+    if nested and (missing := kinds - nested.keys()):
+        raise CheckpointError(
+            f"{path}: config.json has rotary embeddings of {', '.join(sorted(nested))}, expected "
+            f"those of {', '.join(sorted(missing))}, too"
+        )
+    for table in nested.values() if nested else [tables] * bool(tables):
+        if table.get("rope_theta") is None:
+            raise CheckpointError(
+                f"{path}: config.json: rotary embeddings {table}: expected a rope_theta"
+            )
 
 
 def rope_parameters(config: dict[str, Any], reference: Any) -> dict[str, dict[str, Any]]:
@@ -181,7 +202,7 @@ def _rope_forms(tables: dict[str, dict[str, Any]], fields: Fields) -> dict[str, 
     """Return the keys of both forms that say the same of rotary embeddings."""
     table = tables.get("full_attention") or next(iter(tables.values()))
     local = tables.get("sliding_attention", table)
-    if "rope_theta" not in table:
+    if "rope_theta" not in table or "rope_theta" not in local:
         return {}
     scaling = {k: v for k, v in table.items() if k not in ("rope_theta", "partial_rotary_factor")}
     forms = {

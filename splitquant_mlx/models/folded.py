@@ -8,23 +8,36 @@ MiniCPM3    the final states are divided by hidden_size / dim_model_base in fron
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+
+from splitquant_mlx.errors import CheckpointError
 
 LAST_NORM = re.compile(r"(^|\.)(?<!\d\.)norm\.weight$")
 
 
 def fold_multipliers(
-    tensors: Mapping[str, mx.array], config: Mapping[str, Any]
+    path: Path, tensors: Mapping[str, mx.array], config: Mapping[str, Any]
 ) -> dict[str, mx.array]:
     """Return the tensors with the factors folded in, lazily.
 
     Args:
+        path: the checkpoint, for messages.
         tensors: of a checkpoint, as its maker or transformers wrote it.
         config: config.json, normalized.
+
+    Raises:
+        CheckpointError: when config.json lacks a number for them.
     """
-    factors = _factors(tensors, config)
+    try:
+        factors = _factors(tensors, config)
+    except (KeyError, TypeError, ZeroDivisionError) as exc:
+        raise CheckpointError(
+            f"{path}: config.json does not say what factors a {config['model_type']} has: "
+            f"{type(exc).__name__}: {exc}"
+        ) from exc
     return {
         name: next((w * f for end, f in factors if re.search(end, name)), w)
         for name, w in tensors.items()

@@ -113,21 +113,43 @@ def test_scaled_rotary_embeddings_of_a_class_without_any_are_refused(tmp_path):
         check_function(tmp_path, build_model(tmp_path, both), both)
 
 
-def test_factors_that_mlx_lm_leaves_out_are_in_the_weights():
+@pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
+@pytest.mark.parametrize("lost", ["its table", "its base"])
+def test_rotary_embeddings_of_some_layers_alone_are_refused(tmp_path, kind, lost):
+    """Of layers that differ, those of the others would be taken."""
+    rope = {name: {"rope_theta": 5e3} for name in ("full_attention", "sliding_attention")}
+    rope |= {kind: {"rope_type": "default"}} if lost == "its base" else {}
+    rope = {name: table for name, table in rope.items() if lost == "its base" or name != kind}
+    config = {"model_type": "mimo_v2_flash", "num_hidden_layers": 3, "rope_parameters": rope}
+    message = f"expected those of {kind}" if lost == "its table" else "expected a rope_theta"
+    with pytest.raises(CheckpointError, match=message):
+        normalize(tmp_path, config)
+
+
+def test_a_factor_that_config_json_lacks_is_named(tmp_path):
+    for config in ({}, {"dim_model_base": 256}, {"dim_model_base": 256, "hidden_size": 0}):
+        config |= {"model_type": "minicpm3", "tie_word_embeddings": True}
+        with pytest.raises(CheckpointError, match=r"what factors a minicpm3 has: \w+Error"):
+            fold_multipliers(tmp_path, {}, config)
+
+
+def test_factors_that_mlx_lm_leaves_out_are_in_the_weights(tmp_path):
     ones = mx.ones((2, 2))
     layer = "model.layers.0.self_attn"
     tensors = {f"{layer}.{leaf}_proj.weight": ones for leaf in "qkvo"}
     tensors["model.layers.0.mamba.conv1d.weight"] = mx.ones((4, 1, 3))
     config = {"model_type": "falcon_h1", "key_multiplier": 0.5, "attention_in_multiplier": 3.0}
-    found = fold_multipliers(tensors, config)
+    found = fold_multipliers(tmp_path, tensors, config)
     means = {name: array.mean().item() for name, array in found.items()}
     assert [means[f"{layer}.{leaf}_proj.weight"] for leaf in "qkvo"] == [1, 0.5, 3, 1]
     folded = {**tensors, "model.layers.0.mamba.conv1d.weight": mx.ones((4, 3, 1))}
-    assert all(mx.array_equal(w, folded[n]) for n, w in fold_multipliers(folded, config).items())
+    assert all(
+        mx.array_equal(w, folded[n]) for n, w in fold_multipliers(tmp_path, folded, config).items()
+    )
 
     tensors = {"model.norm.weight": ones, "model.layers.0.norm.weight": ones}
     config = {"model_type": "minicpm3", "dim_model_base": 256, "hidden_size": 512}
     for tied, mean in ((True, 0.5), (False, 1)):
-        found = fold_multipliers(tensors, {**config, "tie_word_embeddings": tied})
+        found = fold_multipliers(tmp_path, tensors, {**config, "tie_word_embeddings": tied})
         assert found["model.norm.weight"].mean().item() == mean
         assert found["model.layers.0.norm.weight"].mean().item() == 1
