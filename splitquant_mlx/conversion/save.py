@@ -13,7 +13,12 @@ from splitquant_mlx.models.config import to_json
 from splitquant_mlx.runtime.disk import sha256
 from splitquant_mlx.sizes import size
 
-HEAD_FROM_EMBEDDING = ("gemma3", "gemma3_text")  # in mlx-vlm 0.7
+# in mlx-vlm 0.7
+HEAD_FROM_EMBEDDING = ("gemma3", "gemma3_text")
+DIFFERING = {
+    "internlm3": "turns rotary embeddings twice as far, but for a linear scaling",
+    "lfm2_moe": "weights experts by a softmax, where the original takes sigmoids",
+}
 TABLES = ("quantization", "quantization_config", "splitquant", "model_file")
 
 
@@ -111,11 +116,14 @@ def neighbour_notes(config: dict[str, Any], layers: Sequence[LayerRecord]) -> li
 
     mlx-vlm's Gemma 3 has a head of its own. It takes the embedding's weight for it, whether the
     head is tied or not, and of a quantized embedding the codes without their scales, which fit
-    nothing.
+    nothing. Other models of it compute something else than transformers and mlx-lm.
     """
-    if config["model_type"] not in HEAD_FROM_EMBEDDING:
+    kind = config["model_type"]
+    name = f"mlx-vlm's {kind}"
+    if kind in DIFFERING:
+        return [f"{name} {DIFFERING[kind]}: use mlx-lm"]
+    if kind not in HEAD_FROM_EMBEDDING:
         return []
-    name = f"mlx-vlm's {config['model_type']}"
     if any(layer.kind == "lm_head" for layer in layers):
         return [f"{name} takes the embedding for the head, whatever is stored: use mlx-lm"]
     if any(layer.kind == "embedding" and layer.action == "quantize" for layer in layers):

@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from splitquant_mlx import Recipe, convert
+from splitquant_mlx.conversion.save import neighbour_notes
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,12 @@ def test_a_head_that_mlx_vlm_takes_from_the_embedding(
     manifest = convert(source, tmp_path / "out", recipe=Recipe(method="rtn", **settings))
     assert len(manifest.warnings) == bool(said)
     assert said in "".join(manifest.warnings)
+
+
+@pytest.mark.parametrize(("kind", "said"), [("lfm2_moe", "softmax"), ("internlm3", "twice as far")])
+def test_a_model_that_mlx_vlm_computes_otherwise(kind, said):
+    (note,) = neighbour_notes({"model_type": kind}, [])
+    assert note.startswith(f"mlx-vlm's {kind}") and said in note and note.endswith("use mlx-lm")
 
 
 def test_numbers_that_are_not_finite_are_written_so_that_every_program_reads_them(tmp_path):
