@@ -81,8 +81,7 @@ def normalize(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     text = both.get("text_config") or {}
     asked = {field.name for field in dataclasses.fields(args_class)} & text.keys()
     both |= {key: text[key] for key in asked if both.get(key) is None}
-    if config["model_type"].startswith("qwen"):
-        both |= _published_qwen(both)
+    both |= _published_forms(both)
     if reference is not None and reference_config(both) is None:
         raise CheckpointError(
             f"{path}: config.json of this {config['model_type']} cannot be written so that mlx-lm "
@@ -103,28 +102,40 @@ def _both_forms(
     return {**config, "text_config": _complete(path, {**written, **text}, reference, fields)}
 
 
-def _published_qwen(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what Qwen's own checkpoints have, mlx-vlm reads and transformers 5 renamed."""
-    kind, sees = config["model_type"], config.get("vision_config")
-    forms = {} if "text_config" not in config or "qwen2" not in kind else config["text_config"]
-    forms = {key: value for key, value in forms.items() if key not in config}
-    if isinstance(sees, dict) and sees.get("model_type") == f"{kind}_vision":
+def _published_forms(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what the makers' own checkpoints have, mlx-vlm reads and transformers 5 renamed."""
+    kind, sees, text = (config.get(key) for key in ("model_type", "vision_config", "text_config"))
+    forms: dict[str, Any] = {}
+    if kind in ("qwen2_vl", "qwen2_5_vl") and isinstance(text, dict):
+        forms = {key: value for key, value in text.items() if key not in config}
+    if not isinstance(sees, dict):
+        return forms
+    if kind == "llama4":
+        base = (sees.get("rope_parameters") or {}).get("rope_theta", 10_000.0)
+        return {"vision_config": {"rope_theta": base, "vision_feature_layer": -1, **sees}}
+    if str(kind).startswith("qwen") and sees.get("model_type") == f"{kind}_vision":
         forms["vision_config"] = {**sees, "model_type": kind}
     return forms
 
 
 def settings_fields(module: ModuleType) -> Fields:
-    """Return the keys that the dataclasses of one of mlx-lm's modules read.
+    """Return the keys that the dataclasses of one of mlx-lm's modules read."""
+    classes = settings_classes(module)
+    return {field.name: field for found in classes for field in dataclasses.fields(found)}
+
+
+def settings_classes(module: ModuleType) -> list[Any]:
+    """Return the dataclasses of one of mlx-lm's modules.
 
     A module of a multimodal model takes the classes of a language model from another one.
     """
-    fields: Fields = {}
+    classes: list[Any] = []
     for value in vars(module).values():
         if isinstance(value, ModuleType) and value.__name__.startswith("mlx_lm.models."):
-            fields |= settings_fields(value)
+            classes += settings_classes(value)
         elif isinstance(value, type) and dataclasses.is_dataclass(value):
-            fields |= {field.name: field for field in dataclasses.fields(value)}
-    return fields
+            classes.append(value)
+    return classes
 
 
 def _check_rope(path: Path, reference: Any) -> None:

@@ -18,6 +18,7 @@ import mlx.nn as nn
 
 from splitquant_mlx.errors import CheckpointError, one_line
 from splitquant_mlx.models.config_forms import rope_parameters
+from splitquant_mlx.models.foreign_keys import foreign_keys
 from splitquant_mlx.models.reference import UNUSED, read_as_transformers, text_reference
 from splitquant_mlx.models.rotary import check_rotary
 
@@ -155,6 +156,7 @@ def check_function(path: Path, model: nn.Module, config: dict[str, Any]) -> list
                 "would be wrong"
             )
         notes.append(f"mlx-lm's {kind} differs slightly from the original: {known.reason}")
+    notes += _foreign_keys(path, config, text, _source(model))
     return notes + _unread_keys(path, model, settings, reference) + _windows(model, reference)
 
 
@@ -186,6 +188,25 @@ def _check_causal(path: Path, settings: Table) -> None:
             )
 
 
+def _foreign_keys(path: Path, config: Table, text: Table, source: str) -> list[str]:
+    """Refuse settings that mlx-lm follows and transformers does not."""
+
+    def harmless(key: str, value: Any) -> bool:
+        pattern = UNUSED if isinstance(value, bool) else HARMLESS  # a switch is no size
+        return bool(re.fullmatch(pattern, key)) or not _is_mentioned(key, source)
+
+    notes = []
+    for key, default in foreign_keys(path, config, harmless):
+        said = f"config.json has {key} {text[key]!r:.60}, which mlx-lm follows"
+        if "auto_map" not in config:
+            raise CheckpointError(
+                f"{path}: {said} and transformers does not (as if it were {default!r:.60}): its "
+                "output would differ from the original's"
+            )
+        notes.append(f"{said} and transformers' own class does not: it was not compared")
+    return notes
+
+
 def _unread_keys(
     path: Path, model: nn.Module, settings: dict[str, Any], reference: Reference
 ) -> list[str]:
@@ -198,7 +219,7 @@ def _unread_keys(
             continue
         if key in IMPLIED and _same(value, IMPLIED[key](reference)):
             continue
-        if re.search(rf"""[."']{re.escape(key)}\b""", source):
+        if _is_mentioned(key, source):
             continue
         if key in ACTIVATIONS and GELU.fullmatch(str(value)) and GELU.search(str(defaults[key])):
             notes.append(
@@ -210,6 +231,10 @@ def _unread_keys(
             f"does not read (it takes {defaults[key]!r:.60}): its output would be wrong"
         )
     return notes
+
+
+def _is_mentioned(key: str, source: str) -> bool:
+    return bool(re.search(rf"""[."']{re.escape(key)}\b""", source))
 
 
 def _same(value: Any, default: Any) -> bool:

@@ -184,3 +184,7 @@ def test_names_that_mlx_vlm_reads(tmp_path):
     found = normalize(tmp_path, {**saved, "text_config": text})
     assert found["vision_config"]["model_type"] == found["model_type"] == "qwen2_vl"
     assert found["hidden_size"] == found["text_config"]["hidden_size"] == tiny.HIDDEN
+    sees = {"model_type": "llama4_vision_model", "rope_parameters": {"rope_theta": 5e3}}
+    text = {"model_type": "llama4_text", "num_hidden_layers": 4}
+    both = normalize(tmp_path, {"model_type": "llama4", "text_config": text, "vision_config": sees})
+    assert {"rope_theta": 5e3, "vision_feature_layer": -1}.items() <= both["vision_config"].items()

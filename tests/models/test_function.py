@@ -25,6 +25,11 @@ MAMBA2 = {
     "model_type": "mamba2", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 96,
     "num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "expand": 2,
 }  # fmt: skip
+RECURRENT = {
+    "model_type": "recurrent_gemma", "hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 96,
+    "num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 64, "lru_width": 64,
+    "attention_bias": False, "conv1d_width": 4, "logits_soft_cap": 30.0,
+}  # fmt: skip
 PHIMOE = {
     "model_type": "phimoe", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 96,
     "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 64,
@@ -74,6 +79,46 @@ def test_other_architectures_than_the_tiny_ones(tmp_path, config, settings, mess
     assert check(config) == []
     with pytest.raises(CheckpointError, match=message):
         check({**config, **settings})
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "value"),
+    [
+        ({**MAMBA2, "model_type": "mamba", "intermediate_size": 128}, "use_bcdt_rms", True),
+        (RECURRENT, "embeddings_scale_by_sqrt_dim", False),
+        ({**tiny.make_config("gemma2"), "model_type": "gemma2"}, "rope_traditional", True),
+    ],
+)
+def test_a_setting_that_mlx_lm_alone_follows_is_refused(tmp_path, config, key, value):
+    """transformers' classes do not know it, and compute the same whatever it says."""
+
+    def check(config):
+        both = normalize(tmp_path, config)
+        return check_function(tmp_path, build_model(tmp_path, both), both)
+
+    notes = check(config)
+    message = f"{key} {value!r}, which mlx-lm follows and transformers does not"
+    with pytest.raises(CheckpointError, match=message):
+        check({**config, key: value})
+    own_code = {**config, key: value, "auto_map": {"AutoConfig": "configuration.Config"}}
+    (note,) = set(check(own_code)) - set(notes)
+    assert key in note and "was not compared" in note
+
+
+def test_other_words_for_what_transformers_reads_are_no_settings_of_mlx_lm_alone(tmp_path):
+    """As in the published checkpoints, and in conversions, which have both."""
+    sizes = tiny.make_config(tie_word_embeddings=False, rope_theta=...)
+    sizes |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    sizes |= {"n_shared_experts": 1}
+    for words in (
+        {"model_type": "nemotron_h", "hybrid_override_pattern": "M*-M", "num_hidden_layers": 4},
+        {"model_type": "gemma3_text", "sliding_window_pattern": 2},
+        {"model_type": "dots1", "scoring_func": "noaux_tc", "moe_layer_freq": 1},
+        {**DEEPSEEK, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
+    ):
+        both = normalize(tmp_path, {**sizes, **words})
+        for config in (both, normalize(tmp_path, both)):
+            assert check_function(tmp_path, build_model(tmp_path, config), config) is not None
 
 
 def test_what_could_not_be_compared_is_said(tmp_path):
