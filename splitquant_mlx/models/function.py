@@ -37,6 +37,8 @@ SHOWN = (
     r"|per_layer_config|use_bidirectional.*"
 )
 HARMLESS = re.compile(f"{UNUSED}|{SHOWN}|eos_token_id")
+# what is no size, whatever its name; a stored head decides whether it is tied
+SWITCHES = re.compile(rf"{UNUSED}|tie_\w+")
 # what follows from settings that mlx-lm does read
 IMPLIED: dict[str, Callable[[Reference], Any]] = {
     "moe_layers": lambda c: list(
@@ -192,8 +194,8 @@ def _foreign_keys(path: Path, config: Table, text: Table, source: str) -> list[s
     """Refuse settings that mlx-lm follows and transformers does not."""
 
     def harmless(key: str, value: Any) -> bool:
-        pattern = UNUSED if isinstance(value, bool) else HARMLESS  # a switch is no size
-        return bool(re.fullmatch(pattern, key)) or not _is_mentioned(key, source)
+        pattern = SWITCHES if isinstance(value, bool) else HARMLESS
+        return bool(pattern.fullmatch(key)) or not _is_mentioned(key, source)
 
     notes = []
     for key, default in foreign_keys(path, config, harmless):

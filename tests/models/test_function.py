@@ -110,7 +110,9 @@ def test_other_words_for_what_transformers_reads_are_no_settings_of_mlx_lm_alone
     sizes = tiny.make_config(tie_word_embeddings=False, rope_theta=...)
     sizes |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     sizes |= {"n_shared_experts": 1}
+    text = {**tiny.make_config("qwen2", tie_word_embeddings=False), "model_type": "qwen2_vl_text"}
     for words in (
+        {"model_type": "qwen2_vl", "text_config": text, "tie_word_embeddings": False},
         {"model_type": "nemotron_h", "hybrid_override_pattern": "M*-M", "num_hidden_layers": 4},
         {"model_type": "gemma3_text", "sliding_window_pattern": 2},
         {"model_type": "dots1", "scoring_func": "noaux_tc", "moe_layer_freq": 1},
