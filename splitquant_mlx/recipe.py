@@ -303,9 +303,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:
-        raise RecipeError(f"recipe {path}: {exc.strerror or exc}") from exc
+        raise RecipeError(f"cannot read {path}: {exc.strerror or exc}") from exc
     except (ValueError, RecursionError) as exc:  # not TOML or UTF-8, nested too deeply
-        raise RecipeError(f"recipe {path} is not valid TOML: {exc}") from exc
+        raise RecipeError(f"{path} is not valid TOML: {exc}") from exc
 
 
 def _toml(value: Any) -> str:

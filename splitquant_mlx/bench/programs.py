@@ -78,4 +78,4 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 def check_trials(trials: int) -> None:
     """Refuse to measure nothing. Raises RecipeError."""
     if trials < 1:
-        raise RecipeError(f"--trials: wanted 1 or more, got {trials}")
+        raise RecipeError(f"--trials: expected 1 or more, got {trials}")

@@ -40,16 +40,16 @@ class Shape:
         may_be_zero = ("tie_word_embeddings", "num_experts", "num_experts_per_tok")
         for name, value in vars(self).items():
             if name not in may_be_zero and value < 1:
-                raise RecipeError(f"{name}: wanted 1 or more, got {value}")
+                raise RecipeError(f"{name}: expected 1 or more, got {value}")
         # rotary position embeddings turn pairs of a head's entries
         if self.hidden_size % (2 * self.num_attention_heads):
             raise RecipeError(
-                f"hidden_size: wanted a multiple of {2 * self.num_attention_heads}, twice the "
+                f"hidden_size: expected a multiple of {2 * self.num_attention_heads}, twice the "
                 f"attention heads, got {self.hidden_size}"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise RecipeError(
-                f"num_key_value_heads: wanted a divisor of the {self.num_attention_heads} "
+                f"num_key_value_heads: expected a divisor of the {self.num_attention_heads} "
                 f"attention heads, got {self.num_key_value_heads}"
             )
 

@@ -50,7 +50,7 @@ class Workload:
         for name, value in asdict(self).items():
             if value < 1:
                 raise RecipeError(
-                    f"--{name.replace('_', '-')}: wanted a whole number above 0, got {value}"
+                    f"--{name.replace('_', '-')}: expected a whole number above 0, got {value}"
                 )
 
 

@@ -49,7 +49,9 @@ TrustRemoteCode = Annotated[
 Device = Annotated[
     str | None,
     typer.Option(
-        help="cpu or gpu; the GPU where there is one if not given.", rich_help_panel=LOADING
+        metavar="cpu|gpu",
+        help="Where to compute; by default the GPU where there is one.",
+        rich_help_panel=LOADING,
     ),
 ]
 JsonFile = Annotated[
@@ -115,7 +117,7 @@ def start(device: str | None) -> None:
     import mlx.core as mx
 
     if device not in (None, "cpu", "gpu"):
-        raise RecipeError(f"--device: wanted cpu or gpu, got {device!r}")
+        raise RecipeError(f"--device: expected cpu or gpu, got {device!r}")
     if device == "gpu" and not mx.is_available(mx.gpu):
         raise RecipeError("--device gpu: mlx finds no GPU on this machine: use --device cpu")
     if device is not None:

@@ -21,7 +21,8 @@ class Card:
         typer.Option(help="File of eval --json or run, or a directory of them; repeatable."),
     ] = None
     card: Annotated[
-        str | None, typer.Option(help="A README.md that was written by hand: keep or replace it.")
+        str | None,
+        typer.Option(metavar="keep|replace", help="What to do with a README.md written by hand."),
     ] = None
     base_model: Annotated[
         str | None, typer.Option(help="Repo id of the original, if it was a local copy.")

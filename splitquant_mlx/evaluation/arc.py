@@ -109,9 +109,11 @@ def evaluate_arc(
     """
     questions, task = exam.questions, exam.task
     if len({question.id for question in questions}) < max(len(questions), 1):
-        raise RecipeError("questions: wanted one or more, each with an id of its own")
+        raise RecipeError("questions: expected one or more, each with an id of its own")
     if journal and not model_hash:
-        raise RecipeError("journal: wanted the model_hash too, to tell one model's from another's")
+        raise RecipeError(
+            "journal: expected the model_hash too, to tell one model's from another's"
+        )
     progress = progress or Silent()
     drawn = draw_shots(exam.shots, exam.num_shots, questions)
     length = context_length(model)

@@ -106,14 +106,14 @@ def perplexity_of(nll: np.ndarray, context_length: int, stride: int) -> Perplexi
 
 def _check(tokens: int, context_length: int, stride: int) -> None:
     if context_length < 3:
-        raise RecipeError(f"context_length: wanted at least 3 tokens, got {context_length}")
+        raise RecipeError(f"context_length: expected at least 3 tokens, got {context_length}")
     if not 1 <= stride <= context_length:
         raise RecipeError(
-            f"stride: wanted 1 to context_length ({context_length}) tokens, got {stride}"
+            f"stride: expected 1 to context_length ({context_length}) tokens, got {stride}"
         )
     if tokens < context_length:
         raise RecipeError(
-            f"the text has {tokens} tokens, wanted at least context_length ({context_length}): "
+            f"the text has {tokens} tokens, expected at least context_length ({context_length}): "
             "give a longer text or a smaller context_length"
         )
 

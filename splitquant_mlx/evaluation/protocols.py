@@ -39,9 +39,11 @@ def draw_shots(
         RecipeError: when there are too few, too many are wanted, or one is asked itself.
     """
     if not 0 <= num_shots <= MAX_SHOTS:
-        raise RecipeError(f"num_shots: wanted 0 to {MAX_SHOTS}, got {num_shots}")
+        raise RecipeError(f"num_shots: expected 0 to {MAX_SHOTS}, got {num_shots}")
     if num_shots > len(shots):
-        raise RecipeError(f"num_shots: wanted {num_shots} examples, got {len(shots)} to draw from")
+        raise RecipeError(
+            f"num_shots: expected {num_shots} examples, got {len(shots)} to draw from"
+        )
     if num_shots and (both := {shot.id for shot in shots} & {asked.id for asked in questions}):
         raise RecipeError(
             f"the question {min(both)!r} is also an example with its answer: draw examples from "
@@ -85,7 +87,7 @@ def encode_question(
         text = (_chat if templated else _plain)(tokenizer, question, examples)
         continuations = ascii_uppercase[: len(question.choices)]
     else:
-        raise RecipeError(f"protocol: wanted {' or '.join(PROTOCOLS)}, got {protocol!r}")
+        raise RecipeError(f"protocol: expected {' or '.join(PROTOCOLS)}, got {protocol!r}")
 
     def encode(text: str) -> list[int]:
         # a template writes the special tokens itself

@@ -42,7 +42,7 @@ class Task:
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
-            raise RecipeError(f"limit: wanted 1 or more, got {self.limit}")
+            raise RecipeError(f"limit: expected 1 or more, got {self.limit}")
         if "," in self.name:
             raise RecipeError(f"task {self.name!r}: one task at a time")
         meant = ALIASES.get(self.name, ())

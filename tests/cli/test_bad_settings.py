@@ -36,9 +36,9 @@ from splitquant_mlx import TargetError, convert
         (["--exclude", "*.norm"], "exclude pattern '*.norm' matches no layer of this model"),
         (["--exclude", "*"], "include and exclude leave no layer to convert"),
         (["--revision", "main"], "is a local path: a revision (main) is for hub repos only"),
-        (["--device", "tpu"], "--device: wanted cpu or gpu, got 'tpu'"),
+        (["--device", "tpu"], "--device: expected cpu or gpu, got 'tpu'"),
         (["--nosuch"], "No such option: --nosuch"),
-        (["--recipe", "/nosuch.toml"], "recipe /nosuch.toml: No such file or directory"),
+        (["--recipe", "/nosuch.toml"], "cannot read /nosuch.toml: No such file or directory"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -281,7 +281,7 @@ def test_self_check_sees_a_wrong_kernel(monkeypatch):
 def test_unknown_device_is_refused(capsys, name, stories):
     options = [] if name == "doctor" else ["--model", str(stories)]
     assert cli.run([name, *options, "--device", "tpu"]) == 2
-    assert "--device: wanted cpu or gpu, got 'tpu'" in capsys.readouterr().err
+    assert "--device: expected cpu or gpu, got 'tpu'" in capsys.readouterr().err
 
 
 def test_version_and_module_form():

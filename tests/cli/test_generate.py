@@ -138,7 +138,7 @@ def test_a_limited_kv_cache_changes_nothing_while_it_is_not_full(split_stories, 
         (["--chat-template-config", "{"], "is not JSON"),
         (["--chat-template-config", "[]"], "expected a JSON object"),
         (["--revision", "main"], "a revision (main) is for hub repos only"),
-        (["--device", "tpu"], "wanted cpu or gpu, got 'tpu'"),
+        (["--device", "tpu"], "expected cpu or gpu, got 'tpu'"),
     ],
 )
 def test_refusals_are_one_line(split_stories, capsys, options, message):

@@ -261,14 +261,14 @@ def test_progress_adds_up(small, easy):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"protocol": "guess"}, "protocol: wanted loglikelihood or letter, got 'guess'"),
-        ({"num_shots": -1}, "num_shots: wanted 0 to 25, got -1"),
-        ({"num_shots": 26}, "num_shots: wanted 0 to 25, got 26"),
-        ({"num_shots": 3, "shots": [make_question("s")]}, "wanted 3 examples, got 1"),
+        ({"protocol": "guess"}, "protocol: expected loglikelihood or letter, got 'guess'"),
+        ({"num_shots": -1}, "num_shots: expected 0 to 25, got -1"),
+        ({"num_shots": 26}, "num_shots: expected 0 to 25, got 26"),
+        ({"num_shots": 3, "shots": [make_question("s")]}, "expected 3 examples, got 1"),
         ({"num_shots": 1, "shots": [make_question("q")]}, "'q' is also an example"),
-        ({"questions": []}, "questions: wanted one or more"),
+        ({"questions": []}, "questions: expected one or more"),
         ({"questions": [make_question(), make_question()]}, "each with an id of its own"),
-        ({"journal": "journal"}, "journal: wanted the model_hash too"),
+        ({"journal": "journal"}, "journal: expected the model_hash too"),
         ({"questions": [make_question(choices=("x" * 600, "y"))]}, "the model reads 512 at most"),
     ],
 )

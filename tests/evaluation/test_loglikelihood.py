@@ -195,7 +195,7 @@ def test_nothing_to_score(models):
         ([([5], [6]), ([], [6])], {}, "pair 1 has an empty context"),
         ([([5], [96])], {}, "the model knows 0 to 95"),
         ([([-1], [5])], {}, "tokens from -1"),
-        ([([5], [6])], {"batch_tokens": 0}, "batch_tokens: wanted 1 or more, got 0"),
+        ([([5], [6])], {"batch_tokens": 0}, "batch_tokens: expected 1 or more, got 0"),
     ],
 )
 def test_refusals(pairs, options, expected, models):

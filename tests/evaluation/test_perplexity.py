@@ -140,9 +140,9 @@ def test_progress_adds_up(stories):
 @pytest.mark.parametrize(
     ("tokens", "options", "expected"),
     [
-        ([1] * 63, {"context_length": 64}, "has 63 tokens, wanted at least context_length (64)"),
+        ([1] * 63, {"context_length": 64}, "has 63 tokens, expected at least context_length (64)"),
         ([], {}, "has 0 tokens"),
-        ([1] * 99, {"context_length": 2}, "wanted at least 3 tokens, got 2"),
+        ([1] * 99, {"context_length": 2}, "expected at least 3 tokens, got 2"),
         ([1] * 99, {"context_length": 64, "stride": 65}, "1 to context_length (64) tokens, got 65"),
         ([1] * 99, {"context_length": 64, "stride": 0}, "got 0"),
         ([1] * 99 + [512], {"context_length": 64}, "the model knows 0 to 511"),

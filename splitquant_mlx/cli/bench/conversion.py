@@ -48,7 +48,7 @@ def make_checkpoint(
     chosen = dataclasses.replace(_named_shape(shape), **given)
     _check_dtype(dtype)
     if not shard_size > 0:
-        raise RecipeError(f"--shard-size: wanted a size above 0 MB, got {shard_size:g}")
+        raise RecipeError(f"--shard-size: expected a size above 0 MB, got {shard_size:g}")
     max_shard_bytes = int(shard_size * 1e6)
     write_random_checkpoint(
         directory, chosen, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=Bars()
@@ -118,9 +118,9 @@ def kmeans(
         _check_dtype(name)
     for k in clusters:
         if not 2 <= k <= 8:
-            raise RecipeError(f"--clusters: wanted 2 to 8, got {k}")
+            raise RecipeError(f"--clusters: expected 2 to 8, got {k}")
     if side < 16 or trials < 1:
-        raise RecipeError(f"--side, --trials: wanted 16 and 1 or more, got {side} and {trials}")
+        raise RecipeError(f"--side, --trials: expected 16 and 1 or more, got {side} and {trials}")
     start(None)
 
     from splitquant_mlx.bench.clustering import bench_all_kmeans
@@ -144,7 +144,7 @@ def kmeans(
 
 def _check_dtype(dtype: str) -> None:
     if dtype not in DTYPES:
-        raise RecipeError(f"--dtype: wanted one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise RecipeError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
 
 
 def memory(
@@ -156,7 +156,7 @@ def memory(
     """Measure the peak memory of conversions of random models of several depths."""
     check_json(json_file)
     if min(layers) < 1:
-        raise RecipeError(f"--layers: wanted 1 or more, got {min(layers)}")
+        raise RecipeError(f"--layers: expected 1 or more, got {min(layers)}")
     start(None)
 
     from splitquant_mlx.bench.memory import bench_memory
@@ -187,7 +187,7 @@ def calibrated(
     model: Original = None,
     model_option: ModelOption = None,
     recipe: Annotated[Path | None, typer.Option(help="A calibrated recipe; gptq without.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or gpu.")] = None,
+    device: Annotated[str | None, typer.Option(metavar="cpu|gpu", help="Where to compute.")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Time a calibrated conversion against the products of matrices that it needs."""
@@ -216,5 +216,5 @@ def _named_shape(shape: str) -> "Shape":
     from splitquant_mlx.bench.random_checkpoint import SHAPES
 
     if shape not in SHAPES:
-        raise RecipeError(f"shape: wanted one of {', '.join(SHAPES)}, got {shape!r}")
+        raise RecipeError(f"shape: expected one of {', '.join(SHAPES)}, got {shape!r}")
     return SHAPES[shape]
