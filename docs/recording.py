@@ -139,7 +139,8 @@ def svg(frames: list[tuple[float, list]]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
         'font-family="ui-monospace,Menlo,Consolas,monospace" font-size="14" '
-        f'xml:space="preserve"><rect width="100%" height="100%" rx="8" fill="#2e3440"/>'
+        f'xml:space="preserve"><style>text{{white-space:pre}}</style>'
+        f'<rect width="100%" height="100%" rx="8" fill="#2e3440"/>'
         f"{''.join(groups)}</svg>\n"
     )
 
