@@ -209,10 +209,11 @@ def run_task(
         RecipeError: when there is no such task, its data cannot be loaded, or it does not fit the
             model.
     """
-    from lm_eval.evaluator import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    with (progress or Silent()).task("Reading lm-eval's tasks"):  # thousands of files
+        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_defaults=isinstance(task, str))  # reads thousands of files
+        manager = TaskManager(include_defaults=isinstance(task, str))
     if isinstance(task, str) and task not in manager.all_tasks:
         raise RecipeError(f"lm-evaluation-harness has no task {task!r}: see `lm-eval ls tasks`")
     if chat_template and not tokenizer.has_chat_template:

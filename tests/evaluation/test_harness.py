@@ -169,8 +169,16 @@ def test_a_task_that_does_not_exist(small, monkeypatch):
     monkeypatch.setattr(
         TaskManager, "__init__", lambda self, **_: original(self, include_defaults=False)
     )
+    labels = []
+
+    class Recorder:
+        def task(self, label, total=None):
+            labels.append(label)
+            return nullcontext(lambda amount: None)
+
     with pytest.raises(RecipeError, match="has no task 'arc_hard': see `lm-eval ls tasks`"):
-        run_task(*small, "arc_hard")
+        run_task(*small, "arc_hard", progress=Recorder())
+    assert labels == ["Reading lm-eval's tasks"]
 
 
 def test_without_lm_evaluation_harness(monkeypatch):
