@@ -82,8 +82,11 @@ def check_config(path: Path, config: dict[str, Any], tensors: int) -> None:
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
         raise CheckpointError(f"{path}: config.json: architectures is no list of names")
-    if not isinstance(config.get("text_config"), (dict, type(None))):
+    text = config.get("text_config")
+    if not isinstance(text, (dict, type(None))):
         raise CheckpointError(f"{path}: config.json: text_config is no table")
+    if text and not isinstance(text.get("model_type"), (str, type(None))):
+        raise CheckpointError(f"{path}: config.json: the model_type of text_config is no name")
     tables: list[tuple[Any, int]] = [(config, 0)]
     while tables:
         table, depth = tables.pop()

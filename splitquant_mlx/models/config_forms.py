@@ -178,7 +178,7 @@ def _rope_table(table: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
         if value is not None:
             table.setdefault(names[0], value)
     kind = table.pop("type", "default")
-    kind = table.get("rope_type", kind)
+    kind = str(table.get("rope_type", kind))
     return {**table, "rope_type": ROPE_TYPES.get(kind, kind)}
 
 

@@ -259,7 +259,7 @@ class Model:
             return "warned" if notes else "alone", f"{type(exc).__name__}: {exc}"[:200]
         if keys:
             return "tensors", f"{sorted(keys)[:3]}"
-        if not np.isfinite(wanted).all():
+        if not (np.isfinite(wanted).all() and np.isfinite(ours).all()):
             return "not finite", ""
         result = {"difference": distance(ours, wanted), "tokens": self.length}
         if result["difference"] <= LIMIT:
