@@ -25,6 +25,7 @@ FAMILIES = {
     "mlx_lm.gptq": ("P", "#dd8452", ""),
     "mlx_lm.awq": ("^", "#8172b3", ""),
     "mlx_lm.dynamic_quant": ("v", "#937860", ""),
+    "hqq": ("D", "#da8bc3", ""),
 }
 COLORS = ("#4c72b0", "#55a868", "#c44e52")
 NAMES = ("lower", "middle", "upper")
