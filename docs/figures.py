@@ -1,6 +1,5 @@
 r"""Write the tables of the README and of the pages here from JSON that the program wrote.
 
-    splitquant-mlx demo && cp <cache>/demo/demo.json docs/
     splitquant-mlx bench make-checkpoint llama-3.2-1b llama-3.2-1b
     splitquant-mlx bench convert --model llama-3.2-1b --json docs/bench.json
     splitquant-mlx bench kmeans --json docs/kmeans.json
@@ -22,6 +21,7 @@ r"""Write the tables of the README and of the pages here from JSON that the prog
     splitquant-mlx run recipes/whole-files.toml --model qwen2.5-coder-0.5b-offgrid \
         --data text=<text> --output-dir docs/results/whole-qwen2.5-coder-0.5b
     python docs/rivals.py smollm2-135m-offgrid <text> docs/results/rivals/smollm2.json
+    python docs/hqq_rival.py smollm2-135m-offgrid docs/results/rivals/smollm2.json
     splitquant-mlx run recipes/rivals.toml --model smollm2-135m-offgrid --data text=<text> \
         --output-dir docs/results/rivals-smollm2
     python docs/figures.py
@@ -50,28 +50,6 @@ are of one machine that had other work to do at the time: do not rely on them.
 
 """
 MARKS = r"(<!-- {}: [^\n]*-->\n).*?(<!-- end -->)"
-
-
-def demo_table(demo: dict) -> str:
-    """Return the demo's results as a Markdown table; speeds as a ratio to plain INT4's."""
-    results = demo["results"]
-    plain = next(result for result in results if result["method"] == "rtn 4-bit")
-    lines = [
-        "| | bits/weight | size, MB | KL divergence, nats | top-1 agreement | time a token |",
-        "|---|---|---|---|---|---|",
-    ]
-    for result in results[1:]:
-        found = result["divergence"]
-        cells = (
-            result["method"],
-            f"{result['bits_per_weight']:.1f}",
-            f"{result['nbytes'] / 1e6:.0f}",
-            f"{found['kl_mean']:.3f}",
-            f"{found['top1_agreement']:.0%}",
-            f"{plain['tokens_per_s'] / result['tokens_per_s']:.1f} x",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
 
 
 def bench_table(bench: dict) -> str:
@@ -265,7 +243,6 @@ def results() -> str:
 def main() -> None:
     """Bring the README and the pages up to date, or check that they are."""
     writers = {
-        "demo": demo_table,
         "bench": bench_table,
         "kmeans": kmeans_table,
         "memory": memory_table,
