@@ -35,6 +35,7 @@ SMALL = {
     "perplexity --context-length 512": "perplexity --context-length 64 --limit 4 --data text.txt",
     "--task kl": "--task kl --context-length 64 --limit 4 --data text.txt",
     "--method auto": "--method auto --num-samples 4 --sequence-length 32",
+    "--method omniquant": "--method omniquant --num-samples 4 --sequence-length 32",
     "run recipes/smollm2.toml": "run small.toml --data arc_easy=arc.jsonl --data text=text.txt",
     "results/smollm2": "results/small",
 }
