@@ -39,8 +39,8 @@ OFF_DIAGONAL_SHRINKAGE = 0.3
 DAMPING = 1e-3  # of the mean of the diagonal
 FACTOR_BLOCK = 256  # channels
 SWEEPS = 1
-BLOCK = 1 << 22  # entries that a thread holds as floats together
-KERNEL_BLOCK = 1 << 24  # entries that a GPU does, which needs many rows to be busy
+BLOCK = 1 << 22  # entries
+KERNEL_BLOCK = 1 << 24  # entries; a GPU needs many rows to be busy
 Rounded = Callable[[slice], Quantized]
 
 
@@ -85,10 +85,14 @@ def gptq_quantize(
         mx.eval(list(packed))
         return packed
 
-    entries = BLOCK if isinstance(h, np.ndarray) else KERNEL_BLOCK
-    rows = max(1, entries // w.shape[1])
+    rows = max(1, block_entries() // w.shape[1])
     blocks = [slice(start, start + rows) for start in range(0, len(w), rows)]
     return concatenate(list(spread(rounded, blocks)), axis=0)
+
+
+def block_entries() -> int:
+    """Return how many entries of a weight are in memory as floats together, in each thread."""
+    return KERNEL_BLOCK if kernel_works() else BLOCK
 
 
 def damped_hessian(hessian: np.ndarray) -> np.ndarray:
