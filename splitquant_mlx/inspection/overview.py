@@ -11,7 +11,7 @@ from typing import Any
 from splitquant_mlx.formats.gguf import TensorInfo, open_gguf
 from splitquant_mlx.formats.manifest import LayerRecord, load_manifest
 from splitquant_mlx.models.checkpoint import read_headers
-from splitquant_mlx.models.config import read_config
+from splitquant_mlx.models.config import read_config, text_settings
 from splitquant_mlx.models.footprint import context_limit, running_bytes
 from splitquant_mlx.models.gguf_import import gguf_parameters
 from splitquant_mlx.models.library import runs_in
@@ -65,8 +65,7 @@ def describe(directory: Path) -> Overview:
     )
     if manifest is not None:
         parameters = round(8 * manifest.stored_bytes / manifest.bits_per_weight)
-    table = config.get("text_config")
-    vocabulary = (table if isinstance(table, Mapping) else config).get("vocab_size")
+    vocabulary = text_settings(config).get("vocab_size")
     templates = ("chat_template.jinja", "chat_template.json")
     return Overview(
         architecture=str(config.get("model_type", "unknown")),

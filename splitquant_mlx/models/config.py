@@ -68,6 +68,12 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def text_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the language model in a config.json, which may be a wrapper's."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
 def check_config(path: Path, config: dict[str, Any], tensors: int) -> None:
     """Refuse what no model has, before a loop of a thousand million layers is entered.
 

@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from splitquant_mlx.models.checkpoint import read_config, read_headers
+from splitquant_mlx.models.config import text_settings
 from splitquant_mlx.runtime.memory import check_memory
 
 PROGRAM_BYTES = 300e6  # Python and its libraries
@@ -118,10 +119,9 @@ def _sizes(path: Path, *, widened: bool) -> list[int]:
     ]
 
 
-def _cache_bytes(config: Mapping[str, Any], on_cpu: bool) -> float:
+def _cache_bytes(config: dict[str, Any], on_cpu: bool) -> float:
     """Return the size of a KV cache of a usual length, as for a plain decoder."""
-    text = config.get("text_config")
-    table = text if isinstance(text, Mapping) else config
+    table = text_settings(config)
     try:
         heads = int(table.get("num_key_value_heads") or table["num_attention_heads"])
         width = table.get("head_dim") or table["hidden_size"] / table["num_attention_heads"]

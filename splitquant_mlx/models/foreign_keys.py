@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from splitquant_mlx.models.architecture import find_classes
+from splitquant_mlx.models.config import text_settings
 from splitquant_mlx.models.config_forms import normalize, settings_classes, settings_fields
 from splitquant_mlx.models.reference import reference_config, text_reference
 
@@ -32,14 +33,14 @@ def foreign_keys(
     module = sys.modules[find_classes(path, config)[0].__module__]
     text = text_reference(reference_config(config))
     known = {*type(text)().to_dict(), *getattr(text, "attribute_map", {})}
-    table = _text(config)
+    table = text_settings(config)
     for key in sorted(settings_fields(module).keys() & table.keys() - known):
         value = table[key]
         if not isinstance(value, (bool, int, float, str)) or harmless(key, value):
             continue
         if _is_read(config, key):
             continue
-        other = _text(normalize(path, _with(config, key)))
+        other = text_settings(normalize(path, _with(config, key)))
         for cls in settings_classes(module):
             if key in cls.__dataclass_fields__:
                 try:
@@ -52,7 +53,7 @@ def foreign_keys(
 
 def _is_read(config: Config, key: str) -> bool:
     """Tell whether transformers reads something else where a key is gone, or changed."""
-    value = _text(config)[key]
+    value = text_settings(config)[key]
     changed = value + "?" if isinstance(value, str) else type(value)(1 - value)
     found = [reference_config(other) for other in (config, _with(config, key))]
     found.append(reference_config(_with(config, key, changed)))
@@ -66,11 +67,6 @@ def _values(settings: Any) -> Config:
     """Return the settings of a class; a letter for each layer is as good as a list of them."""
     values = vars(settings).items()
     return {name: list(value) if isinstance(value, str) else value for name, value in values}
-
-
-def _text(config: Config) -> Config:
-    text = config.get("text_config")
-    return text if isinstance(text, dict) else config
 
 
 def _with(config: Config, key: str, value: Any = None) -> Config:

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from splitquant_mlx.errors import CheckpointError, one_line
+from splitquant_mlx.models.config import text_settings
 from splitquant_mlx.models.config_forms import rope_parameters
 from splitquant_mlx.models.foreign_keys import foreign_keys
 from splitquant_mlx.models.reference import UNUSED, read_as_transformers, text_reference
@@ -141,7 +142,7 @@ def check_function(path: Path, model: nn.Module, config: dict[str, Any]) -> list
     _check_runs(path, model, config["model_type"])
     reading = read_as_transformers(config)
     reference = text_reference(reading.reference)
-    text = config["text_config"] if isinstance(config.get("text_config"), dict) else config
+    text = text_settings(config)
     settings = {**text, **({} if reference is None else reference.to_dict())}
     _check_causal(path, settings)
     notes = check_rotary(path, model, rope_parameters(text, reference), settings)
