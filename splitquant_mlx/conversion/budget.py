@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from splitquant_mlx.conversion.converter import source_array
 from splitquant_mlx.conversion.plan import LayerPlan, Plan, make_plan
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.formats.shard_writer import MAX_SHARD_BYTES, most_header_bytes
+from splitquant_mlx.formats.shard_writer import MAX_SHARD_BYTES, header_room, most_header_bytes
 from splitquant_mlx.models.checkpoint import Checkpoint
 from splitquant_mlx.models.footprint import PROGRAM_BYTES, context_bytes, context_limit
 from splitquant_mlx.recipe import Recipe
@@ -76,8 +76,7 @@ def measure_sizes(
     """Return the sizes that an "auto" recipe may choose among."""
     plan = make_plan(recipe.without_target(), checkpoint.model, checkpoint.config)
     arrays = {name: source_array(checkpoint, plan.dtype, name) for name in checkpoint.weights}
-    tensors = plan.tensors(arrays)
-    whole = sum(dtype.size * math.prod(shape) for dtype, shape in tensors.values())
+    whole = plan.stored_bytes(arrays)
     layers, entries = {}, 0
     for path, layer in choosable(plan).items():
         dtype = arrays[f"{path}.weight"].dtype
@@ -88,7 +87,8 @@ def measure_sizes(
             for option in options_of(layer, recipe)
         }
     largest = whole + sum(max(layer.values()) for layer in layers.values())
-    headers = most_header_bytes(tensors, largest, max_shard_bytes)
+    headers = most_header_bytes(plan.tensors(arrays), largest, max_shard_bytes)
+    headers += sum(8 + header_room([x.head] * 2) for x in plan.layers.values() if x.head)
     return Sizes(layers=layers, rest_bytes=whole + headers, entries=entries)
 
 

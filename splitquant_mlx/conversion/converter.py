@@ -229,4 +229,5 @@ def _record(layer: LayerPlan, found: Converted, rare: list[int]) -> LayerRecord:
         snr_db=found.snr_db,
         outliers=layer.outliers or None,
         note=note,
+        head=layer.head,
     )

@@ -17,6 +17,7 @@ from splitquant_mlx.conversion.weight import (
     stored_weight,
 )
 from splitquant_mlx.errors import CheckpointError, RecipeError, one_line
+from splitquant_mlx.formats.head_file import COPIED
 from splitquant_mlx.formats.manifest import LayerRecord, Manifest
 from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.config import read_config, to_json
@@ -65,7 +66,8 @@ def compare(directory: Path, manifest: Manifest, original: Path, progress: Progr
         recipe = Recipe.from_dict(manifest.recipe)
     except RecipeError as exc:
         return [f"the manifest's recipe is none: {exc}"]
-    stored = _load(directory)
+    copies = [f"{x.head}.{leaf}" for x in manifest.layers if x.head for leaf in COPIED]
+    stored = {name: array for name, array in _load(directory).items() if name not in copies}
     converted = {layer.path: layer for layer in manifest.layers if layer.action != "keep"}
     problems = []
     if checkpoint.source_bytes != manifest.source_bytes:

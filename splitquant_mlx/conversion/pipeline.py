@@ -42,6 +42,7 @@ from splitquant_mlx.conversion.staging import (
 )
 from splitquant_mlx.errors import SplitQuantWarning
 from splitquant_mlx.formats.gguf import gguf_files
+from splitquant_mlx.formats.head_file import write_head
 from splitquant_mlx.formats.manifest import LayerRecord, Manifest
 from splitquant_mlx.formats.model_card import read_source_card
 from splitquant_mlx.formats.patch import replace_tensors
@@ -109,6 +110,8 @@ def convert(
         tokens, training = job.texts(chosen, plan)
         written = job.write(chosen, plan, tokens)
         refinement = {} if training is None else job.refine(written, training, chosen)
+        for layer in (record for record in written.records if record.head):
+            written.nbytes += write_head(job.output, layer.path, layer.head)
         manifest = job.manifest(written, source, recipe, refinement, started)
         manifest.save(job.output)
     return manifest
@@ -186,8 +189,7 @@ class Job:
         """Convert every weight, except what an interrupted conversion has done before."""
         checkpoint = self.checkpoint
         sources = {name: source_array(checkpoint, plan.dtype, name) for name in checkpoint.weights}
-        tensors = plan.tensors(sources)
-        stored_bytes = sum(dtype.size * math.prod(shape) for dtype, shape in tensors.values())
+        tensors, stored_bytes = plan.tensors(sources), plan.stored_bytes(sources)
         parameters = sum(array.size for array in sources.values())
         del sources
         key = {  # all that the bytes of a conversion depend on

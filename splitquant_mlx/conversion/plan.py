@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -11,11 +11,14 @@ import mlx.nn as nn
 
 from splitquant_mlx.calibration.blocks import is_expert_stack
 from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.formats.head_file import COPIED
 from splitquant_mlx.models.architecture import parameters
 from splitquant_mlx.nn.split_layers import scale_dtype
 from splitquant_mlx.quantization.lut import index_dtype
 from splitquant_mlx.recipe import DTYPES, GROUP_SIZES, LEARNED, LUT_BITS, MODES, Recipe
 
+# in mlx-vlm 0.7; see `head_file`
+HEAD_FROM_EMBEDDING = ("gemma3", "gemma3_text")
 Predicate = Callable[[str, nn.Module], bool | dict[str, Any]]
 
 
@@ -39,6 +42,7 @@ class LayerPlan:
         outliers: entries of each row that lut keeps.
         codebook: of lut, "kmeans" or "powers".
         note: why this layer is not treated as the recipe says for its kind; empty if it is.
+        head: name that the scales and biases are stored under once more; see `LayerRecord`.
     """
 
     path: str
@@ -56,6 +60,7 @@ class LayerPlan:
     outliers: int = 0
     codebook: str = "kmeans"
     note: str = ""
+    head: str = ""
 
     def tensors(self, dtype: mx.Dtype) -> dict[str, tuple[mx.Dtype, tuple[int, ...]]]:
         """Return type and shape of what is stored of a weight of type `dtype`, by leaf name."""
@@ -78,8 +83,11 @@ class LayerPlan:
         return {**found, "scales": (kind, scales), "biases": (kind, scales)}
 
     def stored_bytes(self, dtype: mx.Dtype) -> int:
-        """Return the stored size of a weight of type `dtype`, bytes."""
-        return sum(kind.size * math.prod(shape) for kind, shape in self.tensors(dtype).values())
+        """Return the stored size of a weight of type `dtype`, copies for a head included, bytes."""
+        return sum(
+            kind.size * math.prod(shape) * (2 if self.head and leaf in COPIED else 1)
+            for leaf, (kind, shape) in self.tensors(dtype).items()
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +125,13 @@ class Plan:
                 found[name] = array.dtype, tuple(array.shape)
         return found
 
+    def stored_bytes(self, arrays: Mapping[str, mx.array]) -> int:
+        """Return the size of all tensors of the converted checkpoint, bytes; see `tensors`."""
+        return sum(
+            layer.stored_bytes(array.dtype) if (layer := self.layer_of(name)) else array.nbytes
+            for name, array in arrays.items()
+        )
+
 
 def make_plan(recipe: Recipe, model: nn.Module, config: Mapping[str, Any]) -> Plan:
     """Plan the conversion of `model`.
@@ -149,7 +164,20 @@ def make_plan(recipe: Recipe, model: nn.Module, config: Mapping[str, Any]) -> Pl
         )
     _require_matches(recipe, layers)
     _require_convertible_layer(recipe, layers)
+    if config.get("model_type") in HEAD_FROM_EMBEDDING and tied:
+        layers = _with_head(layers)
     return Plan(layers=layers, dtype=stored_dtype(recipe, config))
+
+
+def _with_head(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
+    """Plan copies for a head where the embedding is quantized, and no layer needs other code."""
+    own_code = any(layer.action == "split" or layer.mode == "lut" for layer in layers.values())
+    return {
+        path: replace(layer, head=path.replace("model.embed_tokens", "lm_head"))
+        if layer.kind == "embedding" and layer.action == "quantize" and not own_code
+        else layer
+        for path, layer in layers.items()
+    }
 
 
 def stored_dtype(recipe: Recipe, config: Mapping[str, Any]) -> mx.Dtype | None:

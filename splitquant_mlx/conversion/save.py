@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from splitquant_mlx.conversion.plan import HEAD_FROM_EMBEDDING
 from splitquant_mlx.errors import CheckpointError, TargetError
 from splitquant_mlx.formats.manifest import MODEL_FILE, LayerRecord
 from splitquant_mlx.models.companions import companions
@@ -13,8 +14,6 @@ from splitquant_mlx.models.config import to_json
 from splitquant_mlx.runtime.disk import sha256
 from splitquant_mlx.sizes import size
 
-# in mlx-vlm 0.7
-HEAD_FROM_EMBEDDING = ("gemma3", "gemma3_text")
 DIFFERING = {
     "internlm3": "turns rotary embeddings twice as far, but for a linear scaling",
     "lfm2_moe": "weights experts by a softmax, where the original takes sigmoids",
@@ -77,7 +76,12 @@ def config_tables(layers: Sequence[LayerRecord]) -> dict[str, Any]:
         usual = max(settings, key=settings.count)
         table: dict[str, Any] = dict(usual)
         table.update(
-            {layer.path: own for layer, own in zip(plain, settings, strict=True) if own != usual}
+            {
+                path: own
+                for layer, own in zip(plain, settings, strict=True)
+                for path in filter(None, (layer.path, layer.head))
+                if own != usual
+            }
         )
         tables["quantization"] = tables["quantization_config"] = table
     if split:
@@ -114,21 +118,13 @@ def _settings(layer: LayerRecord) -> dict[str, Any]:
 def neighbour_notes(config: dict[str, Any], layers: Sequence[LayerRecord]) -> list[str]:
     """Return a sentence for each program that does not run a conversion of these layers.
 
-    mlx-vlm's Gemma 3 has a head of its own. It takes the embedding's weight for it, whether the
-    head is tied or not, and of a quantized embedding the codes without their scales, which fit
-    nothing. Other models of it compute something else than transformers and mlx-lm.
+    mlx-vlm's Gemma 3 takes the embedding's weight for its head, whether the head is tied or not.
+    Other models of it compute something else than transformers and mlx-lm.
     """
     kind = config["model_type"]
     name = f"mlx-vlm's {kind}"
     if kind in DIFFERING:
         return [f"{name} {DIFFERING[kind]}: use mlx-lm"]
-    if kind not in HEAD_FROM_EMBEDDING:
-        return []
-    if any(layer.kind == "lm_head" for layer in layers):
+    if kind in HEAD_FROM_EMBEDDING and any(layer.kind == "lm_head" for layer in layers):
         return [f"{name} takes the embedding for the head, whatever is stored: use mlx-lm"]
-    if any(layer.kind == "embedding" and layer.action == "quantize" for layer in layers):
-        return [
-            f"{name} does not load a quantized embedding without a head: where it is to run "
-            "there, too, keep the embedding with --exclude '*embed_tokens'"
-        ]
     return []

@@ -15,10 +15,12 @@ from splitquant_mlx.conversion.original import compare
 from splitquant_mlx.conversion.plan import LayerPlan
 from splitquant_mlx.conversion.save import TABLES, config_tables
 from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.formats.head_file import COPIED
 from splitquant_mlx.formats.manifest import FILE_NAME, LayerRecord, Manifest, load_manifest
 from splitquant_mlx.formats.safetensors import TensorHeader
 from splitquant_mlx.models.config import read_config
 from splitquant_mlx.models.directory import as_directory
+from splitquant_mlx.models.left_out import same_bytes
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.models.source import Source
@@ -119,6 +121,15 @@ def _check(name: str, detail: str, find: Callable[[], list[str]]) -> Check:
 def _tensors(directory: Path, manifest: Manifest) -> list[str]:
     headers = read_headers(directory)
     problems, bits, entries, recorded = [], 0, 0, set()
+    copies = {
+        f"{layer.head}.{leaf}": f"{layer.path}.{leaf}"
+        for layer in manifest.layers
+        for leaf in COPIED
+        if layer.head and f"{layer.path}.{leaf}" in headers
+    }
+    for copy, name in copies.items():
+        if copy not in headers or not same_bytes(headers[copy], headers[name]):
+            problems.append(f"{copy} is not what {name} is")
     for layer in manifest.layers:
         found = {
             leaf: headers[f"{layer.path}.{leaf}"]
@@ -141,6 +152,8 @@ def _tensors(directory: Path, manifest: Manifest) -> list[str]:
         problems.append(f"linear_bits_per_weight is {manifest.linear_bits_per_weight}")
     parameters = sum(math.prod(layer.shape) for layer in manifest.layers)
     for name, header in headers.items():
+        if name in copies:
+            continue
         path, _, leaf = name.rpartition(".")
         if path not in recorded or leaf not in LEAVES:
             parameters += math.prod(header.shape)

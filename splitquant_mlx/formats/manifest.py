@@ -39,6 +39,8 @@ class LayerRecord:
         snr_db: 10 log10(sum w^2 / sum (w - w_hat)^2), dB, over evenly spaced rows of a large
             weight; None when kept or without error.
         note: why this layer differs from the recipe; empty if it does not.
+        head: path of a head, tied to this embedding, that other programs look for: its scales and
+            biases are stored under that name, too, see `head_file`; empty without.
     """
 
     path: Name
@@ -55,6 +57,7 @@ class LayerRecord:
     cut_points: tuple[Finite, ...] = ()
     snr_db: Finite | None = None
     note: str = ""
+    head: Annotated[str, Field(pattern=r"^[\w.-]*$")] = ""
 
     @property
     def needs_code(self) -> bool:

@@ -22,6 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.formats.head_file import INDEX
 from splitquant_mlx.formats.safetensors import read_header
 from splitquant_mlx.quantization.host import host_values
 from splitquant_mlx.runtime.disk import remove, sha256, sync_descriptor
@@ -314,7 +315,7 @@ class ShardWriter:
         self.hashes = dict(zip(final, self._digests, strict=False))
         weight_map = {name: final[shard] for name, shard in sorted(self._weight_map.items())}
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        path = self.directory / "model.safetensors.index.json"
+        path = self.directory / INDEX
         path.write_text(json.dumps(index, indent=2), encoding="utf-8")
         return weight_map
 

@@ -3,7 +3,6 @@
 Sizes follow from the plan, memory from what the stages hold, time from parts that are computed.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +54,7 @@ def estimate(directory: Path, recipe: Recipe) -> Estimate:
     planned = recipe.without_target() if recipe.method == "auto" else recipe
     plan = make_plan(planned, checkpoint.model, checkpoint.config)
     arrays = {name: source_array(checkpoint, plan.dtype, name) for name in checkpoint.weights}
-    tensors = plan.tensors(arrays)
-    stored = float(sum(dtype.size * math.prod(shape) for dtype, shape in tensors.values()))
+    stored = float(plan.stored_bytes(arrays))
     explanation = ""
     if recipe.method == "auto":
         choice = measure_sizes(recipe, checkpoint)

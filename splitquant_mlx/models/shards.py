@@ -12,11 +12,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 from splitquant_mlx.errors import CheckpointError, one_line, some
+from splitquant_mlx.formats.head_file import HEAD_FILE, INDEX
 from splitquant_mlx.formats.safetensors import TensorHeader, read_header
 from splitquant_mlx.models.config import refuse_special_file
 
 SUFFIX = ".safetensors"
-INDEX = "model.safetensors.index.json"
 NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pickle", ".pkl")
 
@@ -63,6 +63,8 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
 def read_index(path: Path) -> dict[str, str]:
     """Return the file of every tensor that the index names; empty where there is no index.
 
+    The copies of HEAD_FILE are not fetched by mlx-lm, and not needed.
+
     Raises:
         CheckpointError: when it is damaged, or names what is no file of this directory.
     """
@@ -85,6 +87,8 @@ def read_index(path: Path) -> dict[str, str]:
             )
     if not weight_map:
         raise CheckpointError(f"{file} names no file: download it again")
+    if not (path / HEAD_FILE).exists():
+        return {name: shard for name, shard in weight_map.items() if shard != HEAD_FILE}
     return weight_map
 
 

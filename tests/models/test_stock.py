@@ -150,18 +150,15 @@ def test_mlx_vlm_generates_our_text(vlm, converted, method, tmp_path):
     assert out.strip() == our_text(path, 20).strip()
 
 
-def test_mlx_vlm_runs_gemma_3_with_its_embedding_kept(stock, vlm, tmp_path):
-    """Where it takes a quantized embedding as well, the warning of `neighbour_notes` can go."""
+@pytest.mark.parametrize("settings", [{}, {"embedding_bits": 8}, {"exclude": ("*embed_tokens",)}])
+def test_mlx_vlm_runs_gemma_3(stock, vlm, settings, tmp_path):
+    """Its head is tied to a quantized embedding: see `formats.head_file`."""
     source = tiny.write_checkpoint(tmp_path / "source", "gemma3_text")
-    kept = Recipe(method="rtn", exclude=("*embed_tokens",))
-    assert convert(source, tmp_path / "kept", recipe=kept).warnings == ()
-    wanted = logits_of(stock, tmp_path / "kept", tmp_path)
-    found = logits_of(vlm, tmp_path / "kept", tmp_path, "mlx_vlm")
+    manifest = convert(source, tmp_path / "out", recipe=Recipe(method="rtn", **settings))
+    assert manifest.warnings == ()
+    wanted = logits_of(stock, tmp_path / "out", tmp_path)
+    found = logits_of(vlm, tmp_path / "out", tmp_path, "mlx_vlm")
     assert difference(found, wanted) <= 1e-5
-    (warning,) = convert(source, tmp_path / "all", recipe=Recipe(method="rtn")).warnings
-    assert "mlx-vlm" in warning
-    with pytest.raises(AssertionError, match=r"lm_head\.weight"):
-        logits_of(vlm, tmp_path / "all", tmp_path, "mlx_vlm")
 
 
 @pytest.mark.parametrize("method", ["rtn", "auto", "splitquant"])
