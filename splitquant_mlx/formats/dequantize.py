@@ -7,7 +7,7 @@ read, so that one layer is unpacked at a time. W is the weight (out, in), q a co
     mxfp4          W = q 2^(e-127)  e for 32 inputs (OCP Microscaling 1.0); gpt-oss
     mlx            W = q s + b      or one of mlx's floating-point modes
     awq, gptq      W = (q - z) s    codes packed along the outputs (awq) or the inputs (gptq)
-    compressed-tensors              fp8, or integers W = (q - 2^(bits-1)) s
+    compressed-tensors              fp8, fp4 W = q s / s_tensor, or integers W = (q - z) s
 """
 
 from collections.abc import Callable, Mapping
@@ -39,12 +39,11 @@ def dequantized(
     Raises:
         CheckpointError: when the method or its packing is not known, or tensors do not fit it.
     """
-    method = str(table.get("quant_method"))
-    if method == "compressed-tensors" and table.get("format") == "pack-quantized":
-        method = "pack-quantized"
-    unpack = METHODS.get(method)
-    if unpack is None or (method == "compressed-tensors" and not fp8):
-        layout = f" ({table['format']})" if "format" in table else ""
+    method, layout = str(table.get("quant_method")), table.get("format")
+    rotated = bool(table.get("transform_config"))  # by matrices that mlx-lm does not multiply by
+    unpack = LAYOUTS.get(layout) if method == "compressed-tensors" else METHODS.get(method)
+    if unpack is None or rotated or (unpack is _fp8 and not fp8):
+        layout = f" ({layout}{', rotated' if rotated else ''})" if layout else ""
         raise CheckpointError(
             f"it is quantized with {method}{layout}, which cannot be undone here: fetch the model "
             "it was made from (base_model in its README), which is in 16 bits"
@@ -60,34 +59,36 @@ def dequantized(
 
 def _fp8(tensors: Tensors, table: Mapping[str, Any], fp8: set[str], dtype: mx.Dtype) -> Tensors:
     found, used = {}, set()
+    groups = _weight_settings(table)
+    block = next((group["block_structure"] for group in groups if "block_structure" in group), None)
     for name in sorted(fp8 & tensors.keys()):
         key = next((name + s for s in SCALE_SUFFIXES if name + s in tensors), None)
         if key is None:
             raise CheckpointError(f"tensor {name!r} of fp8 has no {name}_scale_inv or _scale")
         w, used = mx.from_fp8(tensors[name], mx.float32), used | {key}
-        scale = _spread(name, tensors[key], w.shape, table.get("weight_block_size"))
+        scale = _spread(name, tensors[key], w.shape, table.get("weight_block_size") or block)
         found[name] = (w * scale).astype(dtype)
     return {**{name: w for name, w in tensors.items() if name not in used}, **found}
 
 
 def _spread(name: str, scale: mx.array, shape: tuple[int, ...], block: Any) -> mx.array:
     """Return scales, of which each stands for a block of entries, as an array to multiply with."""
+    exponents = scale.dtype == mx.uint8
     scale = scale.astype(mx.float32)
+    scale = 2 ** (scale - 127) if exponents else scale
     if scale.size == 1:
         return scale.reshape(())
     if scale.ndim == 1:
-        scale = scale[:, None]
-    blocks = block or [
-        -(-size // count) for size, count in zip(shape[-2:], scale.shape[-2:], strict=True)
-    ]
-    for axis, size in ((-2, blocks[0]), (-1, blocks[1])):
+        scale = scale.reshape(-1, *[1] * (len(shape) - 1))
+    for axis in (-2, -1):
         count, entries = scale.shape[axis], shape[axis]
         if count in (1, entries):
             continue
-        if count != -(-entries // size):
+        size = block[axis] if block else entries // count
+        if scale.ndim != len(shape) or count != -(-entries // size):
             raise CheckpointError(
-                f"tensor {name!r}: expected a scale for each block of {blocks} of {list(shape)}, "
-                f"got {list(scale.shape)}"
+                f"tensor {name!r}: expected a scale for each block of {block or size} of "
+                f"{list(shape)}, got {list(scale.shape)}"
             )
         scale = mx.repeat(scale, size, axis=axis)
         scale = scale[..., :entries] if axis == -1 else scale[..., :entries, :]
@@ -144,7 +145,8 @@ def _awq(tensors: Tensors, table: Mapping[str, Any], fp8: set[str], dtype: mx.Dt
         scales, q = _part(tensors, f"{path}.scales"), codes(tensors[f"{path}.qweight"])
         group = q.shape[0] // scales.shape[0]
         zeros = codes(_part(tensors, f"{path}.qzeros"))
-        return (q - mx.repeat(zeros, group, 0)) * mx.repeat(scales, group, 0).astype(mx.float32)
+        scales = scales.astype(mx.float32)
+        return ((q - mx.repeat(zeros, group, 0)) * mx.repeat(scales, group, 0)).T
 
     return _packed_layers(tensors, weight, dtype)
 
@@ -155,8 +157,13 @@ def _gptq(tensors: Tensors, table: Mapping[str, Any], fp8: set[str], dtype: mx.D
         raise CheckpointError(
             f"expected GPTQ weights of 2, 4 or 8 bits, got {bits}: fetch the model it was made from"
         )
-    # the first format stores zero points less 1
-    offset = 0 if table.get("checkpoint_format") == "gptq_v2" else 1
+    layout = table.get("checkpoint_format") or "gptq"
+    if layout not in ("gptq", "gptq_v2"):
+        raise CheckpointError(
+            f"expected GPTQ weights in the layout 'gptq' or 'gptq_v2', got {layout!r:.80}: fetch "
+            "the model it was made from"
+        )
+    offset = 0 if layout == "gptq_v2" else 1  # the first format stores zero points less 1
 
     def weight(path: str) -> mx.array:
         packed, scales = tensors[f"{path}.qweight"], _part(tensors, f"{path}.scales")
@@ -165,20 +172,22 @@ def _gptq(tensors: Tensors, table: Mapping[str, Any], fp8: set[str], dtype: mx.D
         group = tensors.get(f"{path}.g_idx")
         if group is None:
             group = mx.arange(q.shape[0]) // (q.shape[0] // scales.shape[0])
-        return (q - zeros[group]) * scales[group].astype(mx.float32)
+        return ((q - zeros[group]) * scales[group].astype(mx.float32)).T
 
     return _packed_layers(tensors, weight, dtype)
 
 
-def _packed_layers(tensors: Tensors, weight: Callable[[str], mx.array], dtype: mx.Dtype) -> Tensors:
-    """Replace each layer's packed tensors by its weight, which `weight` gives as (in, out)."""
+def _packed_layers(
+    tensors: Tensors, weight: Callable[[str], mx.array], dtype: mx.Dtype, packed: str = "qweight"
+) -> Tensors:
+    """Replace each layer's packed tensors by its weight (out, in)."""
     found = {}
     for name, w in tensors.items():
         path, _, leaf = name.rpartition(".")
-        if f"{path}.qweight" not in tensors or leaf == "bias":
+        if f"{path}.{packed}" not in tensors or leaf == "bias":
             found[name] = w
-        elif leaf == "qweight":
-            found[f"{path}.weight"] = weight(path).T.astype(dtype)
+        elif leaf == packed:
+            found[f"{path}.weight"] = weight(path).astype(dtype)
     return found
 
 
@@ -189,28 +198,50 @@ def _codes(packed: mx.array, bits: int) -> mx.array:
     return ((words >> shifts) & (2**bits - 1)).astype(mx.float32)
 
 
-def _pack_quantized(
+def _integers(
     tensors: Tensors, table: Mapping[str, Any], fp8: set[str], dtype: mx.Dtype
 ) -> Tensors:
-    groups = [group.get("weights") or {} for group in (table.get("config_groups") or {}).values()]
-    bits = {group.get("num_bits") for group in groups}
-    if bits not in ({4}, {8}) or any(name.endswith(".weight_zero_point") for name in tensors):
+    found_bits = {group.get("num_bits") for group in _weight_settings(table)}
+    if found_bits not in ({4}, {8}):
         raise CheckpointError(
-            f"expected symmetric integers of 4 or 8 bits, got {groups!r:.200}: fetch the model it "
-            "was made from"
+            f"expected integers of 4 or of 8 bits, got {found_bits}: fetch the model it was made "
+            "from"
         )
-    width: int = bits.pop()  # type: ignore[assignment]  # one of the two above
-    found = {}
-    for name, w in tensors.items():
-        path, _, leaf = name.rpartition(".")
-        if f"{path}.weight_packed" not in tensors or leaf == "bias":
-            found[name] = w
-        elif leaf == "weight_packed":  # (out, in / 8)
-            scales = _part(tensors, f"{path}.weight_scale").astype(mx.float32)
-            q = _codes(w, width).flatten(-2) - 2 ** (width - 1)
-            group = q.shape[-1] // scales.shape[-1]
-            found[f"{path}.weight"] = (q * mx.repeat(scales, group, -1)).astype(dtype)
-    return found
+    bits: int = found_bits.pop()  # type: ignore[assignment]  # one of the two above
+
+    def weight(path: str) -> mx.array:
+        scales = _part(tensors, f"{path}.weight_scale").astype(mx.float32)
+        scales = scales if scales.ndim == 2 else scales.reshape(-1, 1)
+        q = _codes(tensors[f"{path}.weight_packed"], bits).flatten(-2)  # (out, in / 8) to (out, in)
+        zeros = mx.full(scales.shape, 2.0 ** (bits - 1))
+        if (packed := tensors.get(f"{path}.weight_zero_point")) is not None:  # (out / 8, groups)
+            zeros = _codes(packed, bits).swapaxes(-1, -2).flatten(0, 1)
+        group = tensors.get(f"{path}.weight_g_idx")
+        if group is None:
+            group = mx.arange(q.shape[-1]) // (q.shape[-1] // scales.shape[-1])
+        return (q - zeros[:, group]) * scales[:, group]
+
+    return _packed_layers(tensors, weight, dtype, "weight_packed")
+
+
+def _fp4(tensors: Tensors, table: Mapping[str, Any], fp8: set[str], dtype: mx.Dtype) -> Tensors:
+    nvfp4 = str(table["format"]).startswith("nvfp4")
+    settings = {"mode": "nvfp4" if nvfp4 else "mxfp4", "group_size": 16 if nvfp4 else 32}
+
+    def weight(path: str) -> mx.array:
+        packed = tensors[f"{path}.weight_packed"].view(mx.uint32)
+        scales = _part(tensors, f"{path}.weight_scale")
+        w = mx.dequantize(packed, scales, bits=4, **settings).astype(mx.float32)
+        return w / _part(tensors, f"{path}.weight_global_scale") if nvfp4 else w
+
+    return _packed_layers(tensors, weight, dtype, "weight_packed")
+
+
+def _weight_settings(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what compressed-tensors says of weights, for each group of layers."""
+    groups = (table.get("config_groups") or {}).values()
+    settings = [group.get("weights") or {} for group in groups]
+    return [{key: v for key, v in found.items() if v is not None} for found in settings]
 
 
 def _part(tensors: Tensors, name: str) -> mx.array:
@@ -219,13 +250,21 @@ def _part(tensors: Tensors, name: str) -> mx.array:
     return tensors[name]
 
 
-METHODS: dict[str, Callable[[Tensors, Mapping[str, Any], set[str], mx.Dtype], Tensors]] = {
+Unpack = Callable[[Tensors, Mapping[str, Any], set[str], mx.Dtype], Tensors]
+METHODS: dict[str, Unpack] = {
     "fp8": _fp8,
     "fbgemm_fp8": _fp8,
-    "compressed-tensors": _fp8,
-    "pack-quantized": _pack_quantized,
     "mxfp4": _mxfp4,
     "mlx": _mlx,
     "awq": _awq,
     "gptq": _gptq,
+}
+LAYOUTS: dict[Any, Unpack] = {  # of compressed-tensors
+    None: _fp8,
+    "float-quantized": _fp8,
+    "naive-quantized": _fp8,
+    "mxfp8-quantized": _fp8,
+    "pack-quantized": _integers,
+    "nvfp4-pack-quantized": _fp4,
+    "mxfp4-pack-quantized": _fp4,
 }

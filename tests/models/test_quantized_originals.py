@@ -98,6 +98,30 @@ def fp8_block(w):  # DeepSeek, with blocks that do not divide the widths
     return {"weight": codes, "weight_scale_inv": stored(scale)}, values
 
 
+def fp8_block_by_layout(w):  # compressed-tensors
+    tensors, values = fp8_block(w)
+    return {"weight": tensors["weight"], "weight_scale": tensors["weight_scale_inv"]}, values
+
+
+def mxfp8(w):
+    exponents = RANDOM.integers(115, 120, (w.shape[0], w.shape[1] // 32)).astype(np.uint8)
+    codes, values = as_fp8(w, (2.0 ** (exponents - 127.0)).repeat(32, 1))
+    return {"weight": codes, "weight_scale": stored(exponents)}, values
+
+
+def nvfp4(w):
+    codes = RANDOM.integers(0, 16, w.shape)
+    scales = RANDOM.integers(50, 60, (len(w), w.shape[1] // 16))
+    packed = (codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8)
+    magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])[codes & 7]
+    values = magnitudes * np.where(codes & 8, -1, 1) * E4M3[scales].repeat(16, 1) / 3
+    return {
+        "weight_packed": stored(packed),
+        "weight_scale": ("F8_E4M3", scales.shape, scales.astype(np.uint8).tobytes()),
+        "weight_global_scale": stored(np.array([3], np.float32)),
+    }, values.astype(np.float32)
+
+
 def pack(codes, bits):
     """Pack codes along the last axis into 32-bit words, lowest bits first."""
     count = 32 // bits
@@ -148,13 +172,35 @@ def integers(w):  # compressed-tensors, pack-quantized
     }, values
 
 
-COMPRESSED = {"quant_method": "compressed-tensors"}
-INTEGERS = {"config_groups": {"group_0": {"weights": {"num_bits": 4, "symmetric": True}}}}
+def ordered_integers(w):  # with zero points, and columns grouped in the order of their importance
+    codes, zeros, scales, _ = random_codes(w, 4, 32)
+    group = RANDOM.permutation(np.arange(w.shape[1]) // 32)
+    values = ((codes - zeros[group]) * scales.astype(np.float32)[group]).T
+    return {
+        "weight_packed": stored(pack(codes.T, 4)),
+        "weight_scale": stored(scales.T),
+        "weight_zero_point": stored(np.ascontiguousarray(pack(zeros, 4).T)),
+        "weight_g_idx": stored(group.astype(np.int32)),
+    }, values.astype(np.float32)
+
+
+def compressed(layout, **weights):
+    groups = {"group_0": {"weights": {"block_structure": None, **weights}}}
+    return {"quant_method": "compressed-tensors", "format": layout, "config_groups": groups}
+
+
 CASES = {
     "fp8, one scale": ({"quant_method": "fp8", "weight_block_size": None}, fp8_tensor),
     "fp8 in blocks": ({"quant_method": "fp8", "weight_block_size": [48, 48]}, fp8_block),
-    "fp8 by row": ({**COMPRESSED, "format": "float-quantized"}, fp8_channel),
-    "integers": ({**COMPRESSED, "format": "pack-quantized", **INTEGERS}, integers),
+    "fp8 by row": (compressed("float-quantized"), fp8_channel),
+    "fp8 in blocks, compressed": (
+        compressed("float-quantized", block_structure=[48, 48]),
+        fp8_block_by_layout,
+    ),
+    "mxfp8": (compressed("mxfp8-quantized", group_size=32), mxfp8),
+    "nvfp4": (compressed("nvfp4-pack-quantized", num_bits=4), nvfp4),
+    "integers": (compressed("pack-quantized", num_bits=4), integers),
+    "integers in another order": (compressed("pack-quantized", num_bits=4), ordered_integers),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}, awq),
     "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 32}, gptq),
 }
@@ -206,6 +252,24 @@ def test_an_mlx_checkpoint_is_dequantized_and_its_own_settings_followed(mode, tm
 def test_a_method_that_cannot_be_undone_says_what_to_fetch(tmp_path):
     write(tmp_path / "m", {"quant_method": "bitsandbytes", "load_in_4bit": True}, fp8_tensor)
     with pytest.raises(CheckpointError, match=r"quantized with bitsandbytes.*base_model"):
+        open_checkpoint(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        compressed("int-quantized", num_bits=8),
+        compressed("pack-quantized", num_bits=3),
+        compressed("float-quantized"),  # in blocks of a size that it does not tell
+        {**compressed("float-quantized", block_structure=[48, 48]), "transform_config": {"R1": 1}},
+        {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+        {"quant_method": "hqq"},
+    ],
+    ids=lambda settings: " ".join(map(str, settings.values()))[:40],
+)
+def test_what_is_packed_otherwise_is_refused(settings, tmp_path):
+    write(tmp_path / "m", settings, fp8_block_by_layout)
+    with pytest.raises(CheckpointError, match=r"fetch the model it was|expected a scale"):
         open_checkpoint(tmp_path / "m")
 
 
