@@ -13,6 +13,12 @@ from splitquant_mlx.errors import CheckpointError, one_line
 from splitquant_mlx.models.config import SIZES
 from splitquant_mlx.runtime.compatibility import check_names
 
+# of a setting: what is wanted, and what is none; the rest would fail at the latest in the chat
+TYPES: dict[Any, tuple[str, tuple[type, ...]]] = {
+    "int": ("a number", (bool, str, list, dict)),
+    "float": ("a number", (bool, str, list, dict)),
+    "bool": ("true or false", (str, float, list, dict)),
+}
 MODEL_TYPE = re.compile(r"[\w-]+")
 
 
@@ -40,7 +46,7 @@ def find_classes(path: Path, config: dict[str, Any]) -> tuple[Any, Any]:
             f"{path}: unknown architecture {config['model_type']!r:.60}: this mlx-lm has no model "
             "of that name; a newer mlx-lm may (pip install -U mlx-lm)"
         ) from exc
-    _check_numbers(path, config, args_class)
+    _check_types(path, config, args_class)
     return model_class, args_class
 
 
@@ -73,13 +79,13 @@ def parameters(model: nn.Module) -> dict[str, mx.array]:
     return dict(tree_flatten(model.parameters()))  # type: ignore[arg-type]
 
 
-def _check_numbers(path: Path, config: dict[str, Any], args_class: type) -> None:
-    """Refuse what is no number where the architecture wants one; most would fail in the chat."""
+def _check_types(path: Path, config: dict[str, Any], args_class: type) -> None:
+    """Refuse what is no number, or no switch, where the architecture wants one."""
     fields = dataclasses.fields(args_class) if dataclasses.is_dataclass(args_class) else ()
     for field in fields:
         value = config.get(field.name)
-        number = field.type in (int, float, "int", "float")
-        if number and isinstance(value, (str, list, dict)):
+        wanted = TYPES.get(getattr(field.type, "__name__", field.type))
+        if wanted and isinstance(value, wanted[1]):
             raise CheckpointError(
-                f"{path}: config.json: {field.name} is {value!r:.80}, wanted a number"
+                f"{path}: config.json: {field.name} is {value!r:.80}, wanted {wanted[0]}"
             )

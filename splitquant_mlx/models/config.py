@@ -16,6 +16,9 @@ SIZES = (
 # the numbers an architecture loops over when it is built
 COUNTS = re.compile(r"(?:\w+_)?(?:num|n)_(?:\w+_)?(layers?|experts)")
 MAX_EXPERTS = 10_000
+NUMBERED = re.compile(r"(?:\w+_)?(?:num|n)_\w+")
+# beyond these a number makes zeros, or infinite values, of all it meets
+SMALLEST, GREATEST = 1e-20, 1e20
 # JSON has no such numbers; transformers 5 writes {"__float__": "Infinity"}, which other programs do
 # not read: the largest number of float32 says the same
 LARGEST = 3.4028234663852886e38
@@ -93,23 +96,19 @@ def check_config(path: Path, config: dict[str, Any], tensors: int) -> None:
         raise CheckpointError(f"{path}: config.json: text_config is no table")
     if text and not isinstance(text.get("model_type"), (str, type(None))):
         raise CheckpointError(f"{path}: config.json: the model_type of text_config is no name")
-    tables: list[tuple[Any, int]] = [(config, 0)]
+    tables: list[tuple[str, Any, int]] = [("", config, 0)]
     while tables:
-        table, depth = tables.pop()
+        name, table, depth = tables.pop()
         if depth > MAX_NESTING:
             raise CheckpointError(f"{path}: config.json nests more than {MAX_NESTING} deep")
-        values = table.values() if isinstance(table, dict) else table
-        tables += [(value, depth + 1) for value in values if isinstance(value, (dict, list))]
         _check_layer_types(path, table)
-        for key, value in table.items() if isinstance(table, dict) else ():
-            if key in SIZES and isinstance(value, (str, int, float)):
-                if type(value) is not int or value < 0 or (key == "head_dim" and not value):
-                    raise CheckpointError(
-                        f"{path}: config.json: {key} is {value!r}, wanted a whole number"
-                    )
-            if isinstance(value, float) and not math.isfinite(value):
+        entries = table.items() if isinstance(table, dict) else [(name, item) for item in table]
+        for key, value in entries:
+            if isinstance(value, (dict, list)):
+                tables.append((key, value, depth + 1))
+            elif expected := _expected(key, value, in_list=isinstance(table, list)):
                 raise CheckpointError(
-                    f"{path}: config.json: {key} is {value}, wanted a finite number"
+                    f"{path}: config.json: {key} is {value!r:.80}, wanted {expected}"
                 )
             counted = COUNTS.fullmatch(key)
             if counted and isinstance(value, int):
@@ -119,6 +118,23 @@ def check_config(path: Path, config: dict[str, Any], tensors: int) -> None:
                         f"{path}: config.json has {key} {value}, the files hold only {tensors} "
                         "tensors: one of the two is from another model"
                     )
+
+
+def _expected(key: str, value: Any, *, in_list: bool) -> str:
+    """Return what kind of value an entry should have, where it is none of it; else ""."""
+    is_number = type(value) in (int, float)
+    if key == "tie_word_embeddings" and type(value) is not bool:
+        return "true or false"
+    if key in SIZES and isinstance(value, (str, int, float)):
+        if type(value) is not int or value < 0 or (key == "head_dim" and not value):
+            return "a whole number"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "" if in_list and math.isinf(value) else "a finite number"
+    if is_number and NUMBERED.fullmatch(key) and value < 0:
+        return "no negative number"
+    if is_number and value and not SMALLEST <= abs(value) <= GREATEST and abs(value) != LARGEST:
+        return f"a number from {SMALLEST:g} to {GREATEST:g}"
+    return ""
 
 
 def _check_layer_types(path: Path, table: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.models.architecture import find_classes
-from splitquant_mlx.models.config import SIZES
+from splitquant_mlx.models.config import SIZES, text_settings
 from splitquant_mlx.models.derived_keys import derived_keys
 from splitquant_mlx.models.reference import (
     NOT_SETTINGS,
@@ -26,6 +26,7 @@ from splitquant_mlx.models.reference import (
     reference_config,
     text_reference,
 )
+from splitquant_mlx.models.rotary import check_numbers
 
 ROPE_TYPES = {"su": "longrope", "deepseek_yarn": "yarn"}
 # how the base of the windowed layers is called, beside the `rope_theta` of the others
@@ -76,6 +77,7 @@ def normalize(path: Path, config: dict[str, Any]) -> dict[str, Any]:
             )
     reference = text_reference(reading.reference)
     _check_rope(path, reference)
+    check_numbers(path, rope_parameters(text_settings(config), reference))
     both = _both_forms(path, config, reference, fields)
     # a wrapper's class may ask beside the language model's settings for what is one of them
     text = both.get("text_config") or {}
@@ -151,9 +153,10 @@ def _check_rope(path: Path, reference: Any) -> None:
             f"those of {', '.join(sorted(missing))}, too"
         )
     for table in nested.values() if nested else [tables] * bool(tables):
-        if table.get("rope_theta") is None:
+        if table.get("rope_theta") is None or table.get("rope_type", "") is None:
             raise CheckpointError(
-                f"{path}: config.json: rotary embeddings {table}: expected a rope_theta"
+                f"{path}: config.json: rotary embeddings {table}: expected a rope_theta and a "
+                "name as rope_type"
             )
 
 

@@ -20,7 +20,30 @@ from splitquant_mlx.errors import CheckpointError
 ROTARY = re.compile(r"rope|rotary", re.IGNORECASE)
 LAYER = re.compile(r"layers\.(\d+)\.")
 TOLERANCE = 1e-3
+# what is no size of anything makes frequencies that float32 does not hold, or none
+NUMBERS = {
+    "rope_theta", "factor", "attention_factor", "partial_rotary_factor", "short_factor",
+    "long_factor", "short_mscale", "long_mscale", "beta_fast", "beta_slow", "low_freq_factor",
+    "high_freq_factor", "original_max_position_embeddings",
+}  # fmt: skip
+LEAST, MOST = 1e-6, 1e12
 Table = dict[str, Any]
+
+
+def check_numbers(path: Path, tables: dict[str, Table]) -> None:
+    """Refuse settings that are no number of a usual size; `tables` as in `check_rotary`.
+
+    Raises:
+        CheckpointError: with the key.
+    """
+    for table in tables.values():
+        for key in NUMBERS & table.keys():
+            values = table[key] if isinstance(table[key], list) else [table[key]]
+            if not all(type(x) in (int, float) and LEAST <= x <= MOST for x in values):
+                raise CheckpointError(
+                    f"{path}: config.json: rotary embeddings have {key} {table[key]!r:.60}, "
+                    f"expected a number from {LEAST} to {MOST:g}"
+                )
 
 
 def check_rotary(

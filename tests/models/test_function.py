@@ -55,6 +55,16 @@ PHIMOE = {
         ("llama", {"head_dim": 0}, "head_dim is 0"),
         ("llama", {"eos_token_id": "2"}, "eos_token_id '2'"),
         ("llama", {"rms_norm_eps": 1}, "rms_norm_eps 1, which transformers does not take"),
+        ("llama", {"rms_norm_eps": 1e-40}, "rms_norm_eps is 1e-40, wanted a number from"),
+        ("llama", {"max_position_embeddings": 10**30}, "max_position_embeddings is 1000"),
+        ("llama", {"tie_word_embeddings": None}, "tie_word_embeddings is None, wanted true or"),
+        ("llama", {"tie_word_embeddings": "true"}, "tie_word_embeddings is 'true', wanted true or"),
+        ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings is 1, wanted true or false"),
+        ("llama", {"mlp_bias": "false"}, "mlp_bias is 'false', wanted true or false"),
+        ("llama", {"rms_norm_eps": True}, "rms_norm_eps is True, wanted a number"),
+        ("llama", {"mlp_multipliers": [1.0, 1e30]}, r"mlp_multipliers is 1e\+30"),
+        ("qwen3_moe", {"num_experts_per_tok": -2}, "num_experts_per_tok is -2, wanted no negative"),
+        ("llama", {"rope_parameters": {"rope_type": None, "rope_theta": 1e4}}, "as rope_type"),
     ],
 )
 def test_a_setting_that_is_not_followed_is_refused(tmp_path, architecture, settings, message):
@@ -63,6 +73,32 @@ def test_a_setting_that_is_not_followed_is_refused(tmp_path, architecture, setti
         convert(source, tmp_path / "out", recipe=Recipe(method="rtn", bits=8))
     with pytest.raises(CheckpointError, match=message):
         load_model(source)
+
+
+@pytest.mark.parametrize("value", [0, -4.0, 1e30, 1e-30, True, "4", [0.0] * 8])
+@pytest.mark.parametrize(
+    ("key", "table"),
+    [
+        ("rope_theta", {"rope_type": "default"}),
+        ("factor", {"rope_type": "linear"}),
+        ("factor", {"rope_type": "yarn", "original_max_position_embeddings": 64}),
+        ("beta_slow", {"rope_type": "yarn", "factor": 4.0}),
+        ("original_max_position_embeddings", {"rope_type": "yarn", "factor": 4.0}),
+        ("short_factor", {"rope_type": "longrope", "long_factor": [1.0] * 8}),
+        ("partial_rotary_factor", {"rope_type": "default"}),
+    ],
+)
+def test_rotary_embeddings_that_are_no_usual_numbers_are_refused(tmp_path, key, table, value):
+    """They give frequencies that are not finite, or zero."""
+    new = {"rope_theta": 1e4, **table, key: value}
+    old = {"rope_theta": new.pop("rope_theta"), "rope_scaling": new}
+    for form in (
+        {"rope_theta": ..., "rope_parameters": {**new, "rope_theta": 1e4, key: value}},
+        old,
+    ):
+        config = tiny.make_config(**form)
+        with pytest.raises(CheckpointError, match=key):
+            normalize(tmp_path, config)
 
 
 @pytest.mark.parametrize(
