@@ -51,9 +51,8 @@ def staged(target: Path, *, overwrite: bool = False, source: Path | None = None)
             _tidy(staging)
             (staging / MODEL).mkdir(exist_ok=True)
             yield staging
-            for path in (staging / MODEL).iterdir():
+            for path in (staging / MODEL, *(staging / MODEL).rglob("*")):
                 sync(path)
-            sync(staging / MODEL)
             check_target(target, overwrite=overwrite, source=source)  # hours may have passed
             _put(staging, target)
         finally:

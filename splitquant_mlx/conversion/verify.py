@@ -93,7 +93,7 @@ def check_files(directory: Path, manifest: Manifest, progress: Progress) -> Chec
         for name, digest in manifest.files.items():
             file = directory / name
             try:
-                if Path(name).name != name or not file.is_file():
+                if Path(name).is_absolute() or ".." in Path(name).parts or not file.is_file():
                     problems.append(
                         f"{name!r} is in the manifest, and is no file of this directory"
                     )

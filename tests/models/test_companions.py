@@ -3,7 +3,7 @@
 import pytest
 import tiny
 
-from splitquant_mlx import Recipe, cli, convert, load
+from splitquant_mlx import Recipe, cli, convert, load, verify
 from splitquant_mlx.errors import SplitQuantWarning, TargetError
 from splitquant_mlx.models.companions import companions
 
@@ -40,6 +40,7 @@ def test_named_chat_templates_go_along(model, tmp_path):
     assert "additional_chat_templates/tool_use.jinja" in manifest.files
     tokenizer = load(tmp_path / "out")[1]
     assert tokenizer.chat_template == {"default": "plain", "tool_use": "tools"}
+    assert not any(check.problems for check in verify(tmp_path / "out"))
 
 
 def linked(model, directory, target=lambda file: file):
