@@ -158,8 +158,37 @@ class Report:
 
 
 def load_report(directory: Path) -> Report:
-    """Read a directory of results. Raises SplitQuantError when a file in it is unusable."""
-    return build_report(load_study_record(directory), load_results(directory))
+    """Read a directory of results. Raises SplitQuantError when a file in it is unusable.
+
+    A study may be changed and run again: what is left of earlier ones is not shown.
+    """
+    study, results = load_study_record(directory), load_results(directory)
+    current = _current(study, results)
+    if old := len(results) - len(current):
+        note = f"Left out: {old} measurements of variants or settings that the study had before."
+        study = dataclasses.replace(study, notes=(*study.notes, note))
+    return build_report(study, current)
+
+
+def _current(study: StudyRecord, results: Sequence[Result]) -> list[Result]:
+    """Return the results of the study's variants as they were converted and measured last."""
+    converted = {r.variant: r.settings for r in results if r.part == "convert"}
+    kinds = ("model_hash", "recipe", "foreign")
+    own = [
+        result
+        for result in results
+        if result.variant in study.order
+        and all(
+            result.settings.get(key) == converted.get(result.variant, result.settings).get(key)
+            for key in kinds
+        )
+    ]
+
+    def measured(result: Result) -> dict[str, Any]:
+        return {k: v for k, v in result.settings.items() if k not in kinds[1:]}
+
+    last = {result.part: measured(result) for result in sorted(own, key=lambda r: r.created)}
+    return [result for result in own if measured(result) == last[result.part]]
 
 
 def build_report(study: StudyRecord, results: Iterable[Result]) -> Report:

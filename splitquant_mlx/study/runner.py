@@ -279,9 +279,13 @@ class _Runner:
         parts: dict[str, tuple[dict[str, Any], Measurement]] = {}
         for task in measure.arc:
             questions = self.data.questions(task, measure.questions)
+            asked: dict[str, Any] = {"num_shots": measure.num_shots}
+            asked["questions"] = [question.id for question in questions]
+            if task in self.data.files:  # which may say anything else under the same ids
+                asked["content"] = text_hash(repr(questions))
             for protocol in measure.protocols if questions else ():
                 parts[f"{task}.{protocol}"] = (
-                    {"num_shots": measure.num_shots, "questions": [q.id for q in questions]},
+                    asked,
                     partial(self._arc, opened, task, protocol, questions, f"{name} {recipe}"),
                 )
         return parts

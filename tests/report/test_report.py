@@ -18,6 +18,7 @@ from scipy.stats import binomtest
 from splitquant_mlx.report import build_report, load_report, markdown, terminal
 from splitquant_mlx.report.numbers import significant
 from splitquant_mlx.report.rows import pareto_front
+from splitquant_mlx.study.results import save, save_study
 
 NAMES = [variant[0] for variant in VARIANTS]
 
@@ -128,6 +129,29 @@ def test_rows_are_sorted_by_size_and_then_as_in_the_study():
     ]
     rows = build_report(study(order=("z", "absent", "b")), made).rows
     assert [row.variant for row in rows] == ["small", "big", "b", "z", "a", "c"]
+
+
+def test_what_a_changed_study_left_behind_is_not_shown(tmp_path):
+    """Recipe, model, text and variants of a study may change between two runs of it."""
+    now, before = "2025-06-01T12:00:00+00:00", "2025-05-01T12:00:00+00:00"
+
+    def measured(variant, part, created=now, bits=4, **settings):
+        values = {"method": "rtn", "bits_per_weight": 4.5, "stored_bytes": 10}
+        values = {"kl": {"kl_mean": 1}, "perplexity": {"perplexity": 2}}.get(part, values)
+        settings = {"model_hash": "m", "recipe": {"bits": bits}, **settings}
+        save(result(variant, part, values, settings=settings, created=created), tmp_path)
+
+    for variant in ("a", "b", "gone"):
+        measured(variant, "convert")
+        measured(variant, "perplexity", text="new")
+    measured("a", "kl", before, bits=3)
+    measured("b", "perplexity", before, text="old")
+    measured("of another model", "convert", before, model_hash="other")
+    save_study(study(order=("a", "b", "of another model")), tmp_path)
+    report = load_report(tmp_path)
+    shown = {row.variant: set(row.values) for row in report.rows}
+    assert shown == {"a": {"convert", "perplexity"}, "b": {"convert"}}
+    assert "5 measurements" in markdown(report)
 
 
 def test_arc_is_shown_only_where_its_standard_error_is_small(report):

@@ -235,6 +235,22 @@ def test_a_checkpoint_of_another_program_is_a_row(stories, tmp_path):
     assert theirs.is_dir() and not list((home / "models").glob("*"))
 
 
+def test_questions_changed_under_their_ids_are_asked_again(stories, questions_file, tmp_path):
+    content = SMALL.format(model=stories).replace("[]", '["arc_easy"]\nquestions = 4')
+    file, asked, home = tmp_path / "arc.toml", tmp_path / "asked.jsonl", tmp_path / "out"
+    file.write_text(content.partition("[[")[0].replace("256", "0"))
+    lines = [json.loads(line) for line in questions_file.read_text().splitlines()[:4]]
+    found = []
+    for _ in range(2):
+        asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        run_study(load_study(file), home, data={"arc_easy": asked})
+        found.append(values_of(home)["original", "arc_easy.loglikelihood"]["correct"])
+        for line in lines:  # whatever was right is not
+            labels = line["choices"]["label"]
+            line["answerKey"] = labels[labels.index(line["answerKey"]) - 1]
+    assert any(found[0]) and not any(a and b for a, b in zip(*found, strict=True))
+
+
 def test_two_studies_in_one_directory(small, capsys):
     command, home = small
     home.mkdir()
