@@ -19,6 +19,7 @@ TYPES: dict[Any, tuple[str, tuple[type, ...]]] = {
     "float": ("a number", (bool, str, list, dict)),
     "bool": ("true or false", (str, float, list, dict)),
 }
+LACKING = re.compile(r"ModelArgs.__init__\(\) missing \d+ required .*arguments?: (.*)")
 MODEL_TYPE = re.compile(r"[\w-]+")
 
 
@@ -58,6 +59,11 @@ def build_model(path: Path, config: dict[str, Any]) -> nn.Module:
         settle_random_state()
         return model
     except Exception as exc:  # mlx-lm's models raise whatever their arithmetic meets
+        if lacking := LACKING.search(str(exc)):
+            raise CheckpointError(
+                f"{path}: config.json lacks {lacking[1]}, which mlx-lm's {config['model_type']} "
+                "is made with: it is incomplete, or of another architecture of that name"
+            ) from exc
         sizes = ", ".join(f"{key} {str(config[key])[:20]}" for key in SIZES if key in config)
         raise CheckpointError(
             f"{path}: config.json does not describe a {config['model_type']!r} model: "

@@ -17,12 +17,16 @@ BLOCKS = {
     **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe", "qwen3_vl_moe"), "mlp"),
 }
 EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+\.weight)")
+# what an expert reads its input by, and what it is nothing without
+INPUT, OUTPUT = re.compile(r"(\.experts\.\d+)\.(gate|up)_proj\.weight$"), r"\1.down_proj.weight"
 # of these mlx-lm stacks no experts by itself
 STACKED = {"qwen3_5_moe"}
 
 
 def separate_experts(tensors: dict[str, mx.array], model_type: str) -> dict[str, mx.array]:
     """Return the tensors, fused stacks of experts (see above) as three, lazily."""
+    if model_type == "longcat_flash":  # of experts that pass their input on, never used
+        return {n: w for n, w in tensors.items() if INPUT.sub(OUTPUT, n) in tensors}
     if model_type in STACKED:
         return _stacked(tensors)
     if not any(name.endswith(STACK) for name in tensors):

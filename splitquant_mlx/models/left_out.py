@@ -16,6 +16,7 @@ import numpy as np
 
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.safetensors import TensorHeader
+from splitquant_mlx.models.expert_stacks import INPUT, OUTPUT
 
 # constants that the model computes by itself
 CONSTANT = re.compile(
@@ -132,6 +133,7 @@ def check_left_out(
         elif (
             CONSTANT.search(name)
             or header is None
+            or INPUT.sub(OUTPUT, name) not in headers
             or (header.nbytes <= CHUNK_BYTES and not np.any(_bytes(header)))
         ):
             kinds.setdefault("not used by mlx-lm's {model_type}: {names}", []).append(name)

@@ -24,6 +24,7 @@ WRAPPERS = re.compile(
 )
 NUMBERED = re.compile(r"((?:[^.]+\.)*?)[^.]+\.\d+\.")  # prefix, container, number
 HEAD = re.compile(r"((?:.*\.)?)lm_head\..+")
+SHARED = re.compile(r"self_attn\.(k|v)_(proj|norm)\.")
 ROTARY = "rotary_emb.inv_freq"
 ADAPTER = re.compile(r"\.lora_[AB]\.|\.lora_[ab]$")
 
@@ -112,6 +113,11 @@ def _explain(
             f"such as {some(wanted, 2)}, got {some(tensors, 2)}{detail}"
         )
     missing, extra = wanted.keys() - fitted.keys(), fitted.keys() - wanted.keys()
+    if missing and not extra and all(SHARED.search(name) for name in missing):
+        return (
+            "the model was saved without the keys and values of layers that take those of others, "
+            f"which mlx-lm's class has ({some(missing)}): convert the makers' own checkpoint"
+        )
     if all(HEAD.fullmatch(name) for name in missing) and not extra:
         return (
             f"tensors are missing: {some(missing)}: the model was saved without its output head, "

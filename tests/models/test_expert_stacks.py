@@ -133,3 +133,11 @@ def test_experts_stored_one_by_one_are_stacked():
     ours = separate_experts({**tensors, f"{stem}.gate.weight": w[0]}, "qwen3_5_moe")
     assert ours.keys() == {f"{stem}.switch_mlp.up_proj.weight", f"{stem}.gate.weight"}
     assert mx.array_equal(ours[f"{stem}.switch_mlp.up_proj.weight"], w)
+
+
+def test_experts_of_longcat_that_pass_their_input_on_are_left_out():
+    """transformers saves what they would read their input by, and nothing that they write."""
+    stem, w = "model.layers.0.mlp.experts", mx.zeros((2, 2))
+    used = {f"{stem}.0.{name}_proj.weight": w for name in ("gate", "up", "down")}
+    idle = {f"{stem}.1.{name}_proj.weight": w for name in ("gate", "up")}
+    assert separate_experts({**used, **idle, "other": w}, "longcat_flash") == {**used, "other": w}

@@ -75,6 +75,12 @@ def test_a_setting_that_is_not_followed_is_refused(tmp_path, architecture, setti
         load_model(source)
 
 
+def test_keys_that_an_architecture_cannot_do_without_are_named(tmp_path):
+    config = normalize(tmp_path, {**MAMBA2, "model_type": "minimax", "num_attention_heads": 4})
+    with pytest.raises(CheckpointError, match=r"config.json lacks .* 'rotary_dim', which mlx-lm's"):
+        build_model(tmp_path, config)
+
+
 @pytest.mark.parametrize("value", [0, -4.0, 1e30, 1e-30, True, "4", [0.0] * 8])
 @pytest.mark.parametrize(
     ("key", "table"),

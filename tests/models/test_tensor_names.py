@@ -150,3 +150,15 @@ def test_float64_is_read_as_float32(tmp_path, mixed):
 )
 def test_names_that_transformers_gave_an_architecture(kind, saved, wanted):
     assert list(rename({saved: mx.zeros(1)}, kind)) == [wanted]
+
+
+def test_layers_saved_without_the_keys_they_share_are_named(tmp_path):
+    plain, _ = save(tmp_path, str)
+    tensors = mx.load(str(plain / "model.safetensors"))
+    shared = [
+        name for name in tensors if "layers.1.self_attn.k_" in name or "1.self_attn.v_" in name
+    ]
+    for name in shared:
+        del tensors[name]
+    mx.save_safetensors(str(plain / "model.safetensors"), tensors)
+    assert "layers that take those of others" in refusal(plain)
