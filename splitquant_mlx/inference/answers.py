@@ -1,229 +1,149 @@
-"""From a checked request to its answer: prompts to tokens, tokens to text."""
+"""One answer under way: tokens in, what the model says, thinks and calls out."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import json
+import uuid
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from splitquant_mlx.errors import one_line
 from splitquant_mlx.inference.engine import Engine, Job, Plan, Scored
-from splitquant_mlx.inference.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    Refusal,
-    Request,
-    refuse,
-)
-from splitquant_mlx.inference.stops import NORMAL, REASONING, Piece, Reader, marks_of
+from splitquant_mlx.inference.stops import NORMAL, TOOL, Piece, Reader
 from splitquant_mlx.inference.token_text import Placed, Texts
 
-RESERVED = {"tokenize", "add_generation_prompt", "tools", "return_dict", "chat_template"}
-KEEPALIVE_S = 10.0
+BEGIN, END = "begin", "end"  # kinds of parts, besides NORMAL, REASONING and TOOL
+KEEPALIVE_S = 5.0
 
 
-class Planned(NamedTuple):
-    """An answer to compute: how to read it, what it goes on from, and the text to repeat first."""
+class Part(NamedTuple):
+    """What an answer says next; one without text shows now and then that it is under way.
 
-    plan: Plan
-    reader: Reader
-    before: list[int] = []  # noqa: RUF012  a token, or the answer would lose its first space
-    echo: str | None = None
+    Args:
+        kind: BEGIN, NORMAL, REASONING, TOOL or END.
+        text: of the prompt for BEGIN, if it is to be repeated.
+        tokens: computed since the part before.
+        calls: for TOOL, as OpenAI's API gives them.
+        finish: for END, why it ends there.
+    """
 
-
-class Step(NamedTuple):
-    """What one event of the engine adds to an answer."""
-
-    pieces: list[Piece]
-    tokens: list[Placed]
-    finish: str | None
+    kind: str
+    text: str = ""
+    tokens: tuple[Placed, ...] = ()
+    calls: tuple[dict[str, Any], ...] = ()
+    finish: str | None = None
 
 
 class Answer:
-    """One answer under way.
+    """An answer to compute and read.
 
     Args:
-        engine: computes it.
-        planned: what is computed.
+        plan: to compute.
+        reader: of the text.
+        detokenizer: mlx-lm's, to which the token before the answer was given.
+        texts: of tokens.
+        parse: returns the calls that a text makes, or fails.
+        parallel: whether to go on after the first call.
+        echo: text to repeat first.
     """
 
-    def __init__(self, engine: Engine, planned: Planned) -> None:
-        self.plan, self._reader, before, self.echo = planned
-        self.completion_tokens = self._length = 0
-        self._detokenizer = engine.tokenizer.detokenizer
-        for token in before:
-            self._detokenizer.add_token(token)
-            self._detokenizer.last_segment  # noqa: B018  reading takes it away
+    def __init__(
+        self,
+        plan: Plan,
+        reader: Reader,
+        detokenizer: Any,
+        texts: Texts,
+        *,
+        parse: Callable[[str], Any] = json.loads,
+        parallel: bool = True,
+        echo: str = "",
+    ) -> None:
+        self.plan, self.job, self.completion_tokens = plan, Job(plan), 0
+        self._reader, self._detokenizer, self._texts = reader, detokenizer, texts
+        self._parse, self._parallel, self._echo = parse, parallel, echo
+        self._length = reader.position = len(echo)
+        self._waiting: list[Placed] = []  # tokens that no part has told of yet
+        self._calls = 0
         self._events: asyncio.Queue[Any] = asyncio.Queue()
+
+    def start(self, engine: Engine) -> "Answer":
+        """Have the answer computed."""
         loop = asyncio.get_running_loop()
 
         def emit(event: Any) -> None:
             with suppress(RuntimeError):  # the loop is closed: nobody is there to hear
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        self.job = Job(self.plan, emit)
+        self.job.emit = emit
         engine.submit(self.job)
+        return self
 
-    async def event(self) -> Any:
-        """Return the next event of the engine, or raise it."""
+    async def parts(self) -> AsyncIterator[Part]:
+        """Yield what comes, to the end. Raises what ends the answer early."""
+        scored = await self._event() if self.plan.score_prompt else []
+        yield Part(BEGIN, self._echo, tuple(self._texts.place(scored, self._echo)))
+        finish = None
+        while finish is None:
+            try:
+                pieces, finish = self._read(await asyncio.wait_for(self._event(), KEEPALIVE_S))
+            except asyncio.TimeoutError:
+                pieces = [(NORMAL, "")]
+            for piece in pieces:
+                yield self._part(*piece)
+            if self._calls and not self._parallel:
+                finish = "stop"
+        self.job.cancelled = True
+        finish = "tool_calls" if self._calls and finish == "stop" else finish
+        yield Part(END, tokens=self._told(), finish=finish)
+
+    async def _event(self) -> Any:
         event = await self._events.get()
         if isinstance(event, Exception):
             raise event
         return event
 
-    async def steps(self) -> AsyncIterator[Step | None]:
-        """Yield what comes, to the end; None where nothing came for `KEEPALIVE_S`."""
-        finish = None
-        while finish is None:
-            try:
-                step = self._take(await asyncio.wait_for(self.event(), KEEPALIVE_S))
-            except asyncio.TimeoutError:
-                yield None
-                continue
-            yield step
-            finish = step.finish
-        self.job.cancelled = True
-
-    def _take(self, event: list[Scored] | None) -> Step:
-        if event is None:  # only the prompt was asked for
-            return Step([], [], "length")
-        (scored,) = event
+    def _read(self, scored: Scored) -> tuple[list[Piece], str | None]:
+        """Return what a token adds to the text, and whether the answer ends with it."""
+        token, _, _, finish = scored
+        if token is None:
+            return [], finish
         self.completion_tokens += 1
-        tokens = [(scored, self._length)]
-        if scored.finish == "stop":  # the token of the end has no text
-            tokens = []
-        else:
-            self._detokenizer.add_token(scored.token)
-        if scored.finish:
+        if finish != "stop":  # the token of the end has no text
+            self._waiting.append((scored, self._length))
+            self._detokenizer.add_token(token)
+        if finish:
             self._detokenizer.finalize()
         text = self._detokenizer.last_segment
         self._length += len(text)
-        pieces = self._reader.feed(text, last=scored.finish is not None)
+        pieces = self._reader.feed(text, last=finish is not None)
         if not self._reader.stopped:
-            return Step(pieces, tokens, scored.finish)
-        return Step(pieces, [t for t in tokens if t[1] < self._reader.position], "stop")
+            return pieces, finish
+        self._waiting = [t for t in self._waiting if t[1] < self._reader.position]
+        return pieces, "stop"
 
-
-class Service:
-    """Plans the answers of one model.
-
-    Args:
-        engine: computes them.
-        names: of the model; the first is the one to show.
-        context: tokens of a prompt and its answer.
-    """
-
-    def __init__(self, engine: Engine, names: Sequence[str], context: int) -> None:
-        self.engine, self.names, self.context = engine, names, context
-        self.tokenizer, self.settings = engine.tokenizer, engine.settings
-        self.texts = Texts(self.tokenizer)
-        self._special = [*self._encode("\n"), *sorted(self.tokenizer.eos_token_ids)]
-
-    def check_model(self, name: str | None) -> None:
-        """Raise Refusal (404) for another model than the one served."""
-        if name is None or name.rstrip("/").removeprefix("./") in self.names:
-            return
-        message = (
-            f"the model {name!r:.80} is not served here: ask for {self.names[0]!r}, or name it so "
-            "with --served-model-name where the server is started"
-        )
-        raise Refusal(404, message, param="model", code="model_not_found")
-
-    def chat(self, request: ChatRequest) -> Planned:
-        """Return the answer to compute for a chat completion. Raises Refusal."""
-        schema, tokenizer, grammar = request.schema(), self.tokenizer, None
-        offered = bool(request.tools) and request.tool_choice != "none"
-        if offered and not request.forced_tools() and not tokenizer.has_tool_calling:
-            message = "tools: this model's chat template has none: leave them out, or require one"
-            raise Refusal(400, message, param="tools")
-        if schema is not None and self.engine.draft_model is not None:
-            raise Refusal(400, "JSON and forced tools: not with a draft model")
-        if schema is not None:
-            grammar = self.engine.grammars.of_schema(schema)
-        text = self._render(request, offered, thinking=grammar is None)
-        top = request.top_logprobs if request.logprobs else None
-        most = request.max_completion_tokens
-        most = request.max_tokens if most is None else most
-        prompt = self._encode(text, special=not tokenizer.has_chat_template)
-        plan = self._plan(request, prompt, most, top=top, grammar=grammar)
-        if plan.max_tokens == 0:
-            refuse("max_tokens", "1 or more", 0)
-        if grammar is not None:
-            return Planned(plan, Reader(request.stop, {}))
-        state = getattr(tokenizer, "response_initial_state", None) or NORMAL
-        begin, end = tokenizer.think_start, tokenizer.think_end
-        if begin and text.rfind(begin) > text.rfind(end):
-            state = REASONING
-        return Planned(plan, Reader(request.stop, marks_of(tokenizer, tools=offered), state))
-
-    def completions(self, request: CompletionRequest) -> list[Planned]:
-        """Return the answers to compute, one per prompt. Raises Refusal."""
-        given, planned = request.prompt, []
-        if not given or isinstance(given, str) or isinstance(given[0], int):
-            given = [given]  # type: ignore[assignment]
-        for prompt in given:
-            tokens = self._encode(prompt) if isinstance(prompt, str) else list(prompt)  # type: ignore[arg-type]
-            if any(not 0 <= token < self.engine.vocab_size for token in tokens):
-                refuse("prompt", f"token ids below {self.engine.vocab_size}", prompt)
-            score = request.echo and request.logprobs is not None
-            top, most = request.logprobs, request.max_tokens
-            plan = self._plan(request, tokens, most, top=top, score_prompt=score)
-            if plan.max_tokens == 0 and not request.echo:
-                refuse("max_tokens", "1 or more without echo", 0)
-            echo = self.tokenizer.decode(tokens, skip_special_tokens=True) if request.echo else None
-            before = self._encode("a", special=False)[-1:]
-            planned.append(Planned(plan, Reader(request.stop, {}), before, echo))
-        return planned
-
-    def _plan(self, request: Request, prompt: list[int], most: int | None, **rest: Any) -> Plan:
-        settings, count, vocab_size = self.settings, len(prompt), self.engine.vocab_size
-        limit = min(settings.max_prompt_tokens or self.context, self.context - (most != 0))
-        if not 0 < count <= limit:
-            message = f"the prompt has {count} tokens, expected 1 to {limit}"
-            raise Refusal(400, message, code="context_length_exceeded" if count else None)
-        if any(int(token) >= vocab_size for token in request.logit_bias):
-            refuse("logit_bias", f"token ids below {vocab_size}", request.logit_bias)
-        left = min(settings.max_tokens_limit, self.context - count)
-        most = settings.max_tokens if most is None else most
-        fields = request.model_dump(exclude_none=True)
-        sampling = {name: getattr(settings, name) for name in ("top_p", "top_k", "min_p")}
-        sampling |= {name: fields[name] for name in sampling if name in fields}
-        sampling |= {name: fields[name] for name in ("xtc_probability", "xtc_threshold")}
-        sampling["temp"] = fields.get("temperature", settings.temp)
-        sampling["top_k"] = sampling["top_k"] if 0 < sampling["top_k"] < vocab_size else 0
-        sampling["special"] = self._special
-        return Plan(
-            prompt=prompt,
-            max_tokens=left if most in (None, -1) else min(most, left),
-            sampling=sampling,
-            penalties={
-                name: value
-                for name, value in fields.items()
-                if name.endswith(("_penalty", "_context_size", "logit_bias"))
-            },
-            seed=request.seed,
-            **rest,
-        )
-
-    def _render(self, request: ChatRequest, offered: bool, *, thinking: bool) -> str:
-        messages = request.conversation()
-        if not self.tokenizer.has_chat_template:
-            return "\n".join(message["content"] for message in messages)
-        variables = {**self.settings.template_variables(), **request.chat_template_kwargs}
-        if wrong := RESERVED & set(variables):
-            refuse("chat_template_kwargs", "variables of the chat template", sorted(wrong))
-        if request.reasoning_effort is not None:
-            variables["reasoning_effort"] = request.reasoning_effort
-        if not thinking:
-            variables["enable_thinking"] = False
-        if offered:
-            variables["tools"] = [tool.model_dump(exclude_none=True) for tool in request.tools]
+    def _part(self, kind: str, text: str) -> Part:
+        if kind != TOOL:
+            return Part(kind, text, self._told())
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **variables
-            )
-        except Exception as exc:  # a template raises what it likes
-            message = f"the chat template refuses these messages: {one_line(exc)}"
-            raise Refusal(400, message, param="messages") from exc
+            found = self._parse(text)
+            found = found if isinstance(found, list) else [found]
+            calls = tuple(map(self._call, found if self._parallel else found[:1]))
+        except Exception:  # parsers raise what they like; the text was cut off, mostly
+            return Part(NORMAL, text, self._told())
+        return Part(kind, tokens=self._told(), calls=calls)
 
-    def _encode(self, text: str, *, special: bool = True) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=special))
+    def _call(self, call: dict[str, Any]) -> dict[str, Any]:
+        name, given = str(call["name"]), call.get("arguments") or {}
+        given = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+        function = {"name": name, "arguments": given}
+        self._calls += 1
+        index, name = self._calls - 1, new_id("call_")
+        return {"index": index, "id": name, "type": "function", "function": function}
+
+    def _told(self) -> tuple[Placed, ...]:
+        told, self._waiting = tuple(self._waiting), []
+        return told
+
+
+def new_id(prefix: str) -> str:
+    """Return a new id."""
+    return prefix + uuid.uuid4().hex[:24]

@@ -9,14 +9,15 @@ others which jobs come and which leave.
 import logging
 import queue
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import count
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.generate import BatchGenerator, stream_generate
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
@@ -37,7 +38,7 @@ Sampler = Callable[[mx.array], mx.array]
 class Scored(NamedTuple):
     """A token, its log-probability (nats), the likeliest tokens, and why it is the last one."""
 
-    token: int
+    token: int | None  # None where no token was asked for
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     finish: str | None = None
@@ -50,7 +51,7 @@ class Plan:
     Args:
         prompt: token ids, at least one.
         max_tokens: of the answer; 0 only scores the prompt.
-        sampling: arguments of mlx-lm's make_sampler.
+        sampling: temp, top_p, top_k and min_p of mlx-lm's make_sampler.
         penalties: arguments of mlx-lm's make_logits_processors.
         seed: of this answer's random numbers.
         top: number of likeliest tokens to tell at each; None tells no log-probabilities.
@@ -70,7 +71,11 @@ class Plan:
 
 @dataclass(eq=False)
 class Job:
-    """A plan under way: `emit` gets lists of Scored, an Exception, or None at the end."""
+    """A plan under way.
+
+    `emit` gets a list of Scored for the prompt, if asked for; Scored for each token of the answer,
+    the last one with a finish; or an Exception.
+    """
 
     plan: Plan
     emit: Callable[[Any], None] = lambda event: None
@@ -100,19 +105,24 @@ class Engine:
             _check_kv_bits(cache, settings)
         self.grammars = Grammars(tokenizer, self.vocab_size)
         self._inbox: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self._unanswered: dict[int, Job] = {}  # by id: in the inbox, being begun, or under way
+        self._open: set[Job] = set()  # not answered to the end
         self._closed: Exception | None = None
-        batchable = all(hasattr(layer, "merge") for layer in cache)
-        single = draft_model is not None or settings.kv_bits is not None or not batchable
-        self._runner_class = _OneByOne if single else _Batch
+        single = draft_model is not None or settings.kv_bits is not None
+        single = single or not all(hasattr(layer, "merge") for layer in cache)
+        self._make_generator = OneByOne if single else _batch
         self._reset()
 
     def submit(self, job: Job) -> None:
         """Have a job computed; callable from any thread."""
-        self._unanswered[id(job)] = job
+        self._open.add(job)
         self._inbox.put(job)
         if self._closed is not None:
-            self.end_jobs(self._closed)
+            self.close(self._closed)
+
+    def close(self, exc: Exception) -> None:
+        """End all jobs with an error, those still to come as well; callable from any thread."""
+        self._closed = exc
+        self._end_jobs(exc)
 
     def run(self) -> None:
         """Compute until `stopping`. What goes wrong ends the answers under way, not the engine."""
@@ -122,68 +132,59 @@ class Engine:
                     return
             except Exception:
                 # other ranks are in the middle of it, or it was no job that did this
-                if not alone(self.group) or not self._unanswered:
+                if not alone(self.group) or not self._open:
                     raise
                 logging.exception("the answers under way failed")
-                self.end_jobs(failure())
+                self._end_jobs(failure())
                 self._reset()
 
-    def close(self, exc: Exception) -> None:
-        """End all jobs with an error, those still to come as well; callable from any thread."""
-        self._closed = exc
-        self.end_jobs(exc)
-
-    def end_jobs(self, exc: Exception) -> None:
-        """End all jobs with an error."""
-        with suppress(queue.Empty):
-            while True:
-                self._inbox.get_nowait()
+    def _end_jobs(self, exc: Exception) -> None:
         with suppress(KeyError):  # there is none left
             while True:
-                self._unanswered.popitem()[1].emit(exc)
+                self._open.pop().emit(exc)
 
     def _reset(self) -> None:
         size, most = self.settings.prompt_cache_size, self.settings.prompt_cache_bytes
         self._prompts = LRUPromptCache(size, most or 2**63)
         self._jobs: dict[int, Job] = {}  # by what the runner calls them
-        self._runner = self._runner_class(self)
+        self._generator = self._make_generator(self)
 
     def _turn(self) -> bool:
-        arrived, several = self._arrived(), not alone(self.group)
-        news = {
-            "plans": [asdict(job.plan) for job in arrived] if several else [],
-            "left": [name for name, job in self._jobs.items() if job.cancelled],
-            "stop": self.stopping,
-        }
-        news = gather(self.group, news)[0]
-        for name in news["left"]:
-            self._finish(name, self._runner.remove(name))
-        for job in arrived or [Job(Plan(**plan)) for plan in news["plans"]]:
+        """Begin what has come, end what has left, compute a token; return False to stop."""
+        arrived = self._arrived()
+        left = [uid for uid, job in self._jobs.items() if job.cancelled]
+        news = [asdict(job.plan) for job in arrived], left, self.stopping
+        plans, left, stop = gather(self.group, news)[0]
+        caches = self._generator.remove(left, return_prompt_caches=True)
+        for uid in left:
+            self._finish(uid, *caches.get(uid, (None, None)))
+        for job in arrived or [Job(Plan(**plan)) for plan in plans]:
             self._begin(job)
-        for _ in range(RANK_STEPS if several else 1):
-            for name, scored, computed in self._runner.step():
-                self._jobs[name].emit([scored])
-                if scored.finish:
-                    self._finish(name, computed)
-        return not news["stop"]
+        for _ in range(1 if alone(self.group) else RANK_STEPS):
+            for r in self._generator.next()[1]:
+                job = self._jobs[r.uid]
+                job.emit(_scored(r.token, r.logprobs, job.plan.top, r.finish_reason))
+                if r.finish_reason:
+                    self._finish(r.uid, r.prompt_cache, r.all_tokens)
+        return not stop
 
     def _arrived(self) -> list[Job]:
         """Return the new jobs of rank 0, after a wait where there is nothing else to do."""
         arrived: list[Job] = []
-        try:
+        with suppress(queue.Empty):
             if not self._jobs and self.group.rank() == 0:
                 arrived.append(self._inbox.get(timeout=IDLE_S))
             while True:
                 arrived.append(self._inbox.get_nowait())
-        except queue.Empty:
-            return arrived
+        return [job for job in arrived if job in self._open]
 
     def _begin(self, job: Job) -> None:
         plan = job.plan
         if plan.score_prompt:
             job.emit(self._score(plan))
         if plan.max_tokens == 0:
-            return self._end(job)
+            self._open.discard(job)
+            return job.emit(Scored(None, finish="length"))
         cache, rest = None, plan.prompt[:-1]
         if rest:  # without the last token: the logits after it are in no cache
             cache, rest = self._prompts.fetch_nearest_cache(MODEL, rest)
@@ -193,16 +194,20 @@ class Engine:
         processors = make_logits_processors(**{**plan.penalties, "logit_bias": bias})
         if plan.grammar is not None:
             processors.append(self.grammars.processor(plan.grammar))
-        self._jobs[self._runner.add(job, cache, sampler, processors)] = job
+        (uid,) = self._generator.insert(
+            [plan.prompt[job.cached :]],
+            [plan.max_tokens],
+            caches=[cache],
+            all_tokens=[plan.prompt[: job.cached]],
+            samplers=[sampler],
+            logits_processors=[processors],
+        )
+        self._jobs[uid] = job
 
-    def _finish(self, name: int, computed: tuple[list[int], Any] | None) -> None:
-        if computed is not None:
-            self._prompts.insert_cache(MODEL, *computed)
-        self._end(self._jobs.pop(name))
-
-    def _end(self, job: Job) -> None:
-        self._unanswered.pop(id(job), None)
-        job.emit(None)
+    def _finish(self, uid: int, cache: list[Any] | None, tokens: list[int] | None) -> None:
+        if cache and tokens:
+            self._prompts.insert_cache(MODEL, list(tokens), cache)
+        self._open.discard(self._jobs.pop(uid))
 
     def _score(self, plan: Plan) -> list[Scored]:
         """Return the prompt's tokens with their log-probabilities, the first without."""
@@ -216,99 +221,72 @@ class Engine:
         return scored
 
 
-class _Batch:
-    """Compute all answers in one batch."""
+def _batch(engine: Engine) -> BatchGenerator:
+    """Return mlx-lm's generator of all answers in one batch."""
+    settings = engine.settings
+    return BatchGenerator(
+        engine.model,
+        stop_tokens=[[token] for token in engine.tokenizer.eos_token_ids],
+        completion_batch_size=settings.decode_concurrency,
+        prefill_batch_size=settings.prompt_concurrency,
+        prefill_step_size=settings.prefill_step_size,
+        # that of the ranks' messages: all of them see one order
+        stream=mx.default_stream(mx.default_device()),
+    )
+
+
+class OneByOne:
+    """Compute one answer after the other, by the methods of mlx-lm's BatchGenerator."""
 
     def __init__(self, engine: Engine) -> None:
-        settings, self._tops = engine.settings, {}
-        self._generator = BatchGenerator(
-            engine.model,
-            stop_tokens=[[token] for token in engine.tokenizer.eos_token_ids],
-            completion_batch_size=settings.decode_concurrency,
-            prefill_batch_size=settings.prompt_concurrency,
-            prefill_step_size=settings.prefill_step_size,
-            # that of the ranks' messages: all of them see one order
-            stream=mx.default_stream(mx.default_device()),
+        self._uids, self._waiting = count(), {}
+        self._models = [m for m in (engine.model, engine.draft_model) if m is not None]
+        names = "num_draft_tokens prefill_step_size kv_bits kv_group_size quantized_kv_start"
+        options = {name: getattr(engine.settings, name) for name in names.split()}
+        options["draft_model"] = engine.draft_model
+        self._generate = partial(stream_generate, engine.model, engine.tokenizer, **options)
+
+    def insert(
+        self,
+        prompts: list[list[int]],
+        max_tokens: list[int],
+        *,
+        caches: list[Any],
+        all_tokens: list[list[int]],
+        samplers: list[Sampler],
+        logits_processors: list[Any],
+    ) -> list[int]:
+        """Put in one answer; return its id, in a list."""
+        uid, (cache,) = next(self._uids), caches
+        cache = cache or [layer for model in self._models for layer in make_prompt_cache(model)]
+        responses = self._generate(
+            prompts[0],
+            max_tokens=max_tokens[0],
+            sampler=samplers[0],
+            logits_processors=logits_processors[0],
+            prompt_cache=cache,
         )
-
-    def add(self, job: Job, cache: Any, sampler: Sampler, processors: list[Any]) -> int:
-        plan = job.plan
-        (name,) = self._generator.insert(
-            [plan.prompt[job.cached :]],
-            [plan.max_tokens],
-            caches=[cache],
-            all_tokens=[plan.prompt[: job.cached]],
-            samplers=[sampler],
-            logits_processors=[processors],
-        )
-        self._tops[name] = plan.top
-        return name
-
-    def step(self) -> Iterator[tuple[int, Scored, Any]]:
-        for r in self._generator.next()[1] if self._tops else []:
-            scored = _scored(r.token, r.logprobs, self._tops[r.uid], r.finish_reason)
-            if r.finish_reason:
-                del self._tops[r.uid]
-            yield r.uid, scored, (r.all_tokens, r.prompt_cache)
-
-    def remove(self, name: int) -> tuple[list[int], Any] | None:
-        del self._tops[name]
-        cache, tokens = self._generator.remove([name], return_prompt_caches=True)[name]
-        return (list(tokens), cache) if cache and tokens else None
-
-
-class _OneByOne:
-    """Compute one answer after the other."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self._count = engine, 0
-        self._waiting: dict[int, tuple[Job, Any, Sampler, list[Any]]] = {}
-        self._responses: Any = None
-
-    def add(self, job: Job, cache: Any, sampler: Sampler, processors: list[Any]) -> int:
-        self._count += 1
-        self._waiting[self._count] = job, cache, sampler, processors
-        return self._count
-
-    def step(self) -> Iterator[tuple[int, Scored, Any]]:
-        for name, waiting in list(self._waiting.items())[:1]:
-            if self._responses is None:
-                self._responses = self._start(*waiting)
-            r = next(self._responses)
-            self._tokens.append(r.token)
-            computed = self.remove(name) if r.finish_reason else None
-            yield name, _scored(r.token, r.logprobs, waiting[0].plan.top, r.finish_reason), computed
-
-    def _start(self, job: Job, cache: Any, sampler: Sampler, processors: list[Any]) -> Any:
-        engine, settings, plan = self._engine, self._engine.settings, job.plan
-        models = [m for m in (engine.model, engine.draft_model) if m is not None]
-        self._tokens: list[int] = list(plan.prompt)
-        self._cache = cache or [layer for model in models for layer in make_prompt_cache(model)]
-        return stream_generate(
-            engine.model,
-            engine.tokenizer,
-            plan.prompt[job.cached :],
-            max_tokens=plan.max_tokens,
-            draft_model=engine.draft_model,
-            num_draft_tokens=settings.num_draft_tokens,
-            sampler=sampler,
-            logits_processors=processors,
-            prompt_cache=self._cache,
-            prefill_step_size=settings.prefill_step_size,
-            kv_bits=settings.kv_bits,
-            kv_group_size=settings.kv_group_size,
-            quantized_kv_start=settings.quantized_kv_start,
-        )
-
-    def remove(self, name: int) -> tuple[list[int], Any] | None:
-        current = name == next(iter(self._waiting))
-        del self._waiting[name]
-        if not current or self._responses is None:
-            return None
-        self._responses.close()
-        self._responses = None
         # two models' caches do not hold the same tokens: they are not kept
-        return None if self._engine.draft_model is not None else (self._tokens, self._cache)
+        kept = cache if len(self._models) == 1 else None
+        self._waiting[uid] = responses, kept, all_tokens[0] + prompts[0]
+        return [uid]
+
+    def next(self) -> tuple[list[Any], list[Any]]:
+        """Return nothing on prompts, and the next token of the first answer."""
+        for uid, (responses, cache, tokens) in self._waiting.items():
+            r = next(responses)
+            tokens.append(r.token)
+            if r.finish_reason:
+                self.remove([uid])
+            computed = {"uid": uid, "prompt_cache": cache, "all_tokens": tokens}
+            return [], [SimpleNamespace(**vars(r), **computed)]
+        return [], []
+
+    def remove(self, uids: list[int], **options: Any) -> dict[int, Any]:
+        """Break off answers, whose KV caches are not kept."""
+        for uid in uids:
+            self._waiting.pop(uid)[0].close()
+        return {}
 
 
 def _check_kv_bits(cache: list[Any], settings: ServeSettings) -> None:
@@ -329,28 +307,20 @@ def _scored(token: int, logprobs: mx.array, top: int | None, finish: str | None)
 def _score(logprobs: mx.array, tokens: list[int], top: int) -> list[Scored]:
     """Return each token with its log-probability and the `top` likeliest; logprobs (n, vocab)."""
     logprobs = mx.maximum(logprobs.astype(mx.float32), -9999.0)  # JSON has no infinity
-    chosen = mx.take_along_axis(logprobs, mx.array(tokens)[:, None], axis=-1)
     order = mx.argsort(-logprobs, axis=-1)[:, :top]
-    best, values = np.array(order), np.array(mx.take_along_axis(logprobs, order, axis=-1))
-    rows = zip(best.tolist(), values.tolist(), strict=True)
-    tops = [tuple(zip(*row, strict=True)) for row in rows]
-    logprob = np.array(chosen)[:, 0].tolist()
-    return [Scored(*scored) for scored in zip(tokens, logprob, tops, strict=True)]
+    chosen = mx.take_along_axis(logprobs, mx.array(tokens)[:, None], axis=-1)[:, 0]
+    likeliest = mx.take_along_axis(logprobs, order, axis=-1)
+    rows = zip(tokens, chosen.tolist(), order.tolist(), likeliest.tolist(), strict=True)
+    return [
+        Scored(token, logprob, tuple(zip(best, values, strict=True)))
+        for token, logprob, best, values in rows
+    ]
 
 
 @lru_cache(maxsize=64)
-def _shared_sampler(**settings: Any) -> Sampler:
+def _sampler(temp: float, top_p: float, **rest: Any) -> Sampler:
     """Return one sampler for all requests with these settings: a batch then samples at once."""
-    return make_sampler(**settings)
-
-
-def _sampler(special: list[int], **settings: Any) -> Sampler:
-    """Return mlx-lm's sampler; a top_p of 0 takes the likeliest token, as a temperature of 0."""
-    if settings["temp"] == 0 or settings["top_p"] == 0:
-        return _shared_sampler(temp=0.0)
-    if settings["xtc_probability"]:
-        return make_sampler(xtc_special_tokens=special, **settings)
-    return _shared_sampler(**settings)
+    return make_sampler(temp if top_p else 0.0, top_p, **rest)  # top_p 0: the likeliest token
 
 
 def _seeded(sampler: Sampler, seed: int | None) -> Sampler:

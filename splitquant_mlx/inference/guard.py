@@ -10,9 +10,8 @@ import hmac
 import logging
 import re
 import time
-from ipaddress import ip_address
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
@@ -22,8 +21,9 @@ from splitquant_mlx.inference.protocol import ENDS, Refusal
 from splitquant_mlx.inference.settings import ServeSettings
 
 LOG = logging.getLogger("splitquant_mlx.serve")
+LOCAL = r"(?:[\w-]+\.)*localhost|127(?:\.\d+){3}|\[::1\]"  # this machine, whatever DNS says
+ADDRESS = r"\d+(?:\.\d+){3}|\[[\da-f:.]+\]"
 CONTAINERS = "host.docker.internal"  # what containers call the machine that they run on
-ADDRESS = re.compile(r"(?:[a-z0-9.+-]+:)?//(?:\[([^]]*)\]|([^][:/@\\?#]*))(?::[0-9]*)?")
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
 
 
@@ -37,16 +37,23 @@ class Guard:
 
     def __init__(self, app: Any, settings: ServeSettings) -> None:
         listed = ",".join(settings.allowed_origins).split(",")
-        self.origins = {origin.strip().rstrip("/") for origin in listed} - {""}
-        self.hosts = {_host(origin) for origin in self.origins} | {settings.host, CONTAINERS}
-        self.key, self.exposed = settings.api_key, not is_local(settings.host)
-        guard, self.app = self, app
-
-        class Cors(CORSMiddleware):
-            def is_allowed_origin(self, origin: str) -> bool:
-                return guard.knows_origin(origin)
-
-        self.cors = Cors(self._checked, (), ("GET", "POST"), "*", allow_private_network=True)
+        origins = [origin.strip().rstrip("/") for origin in listed if origin.strip()]
+        own = f"[{settings.host}]" if ":" in settings.host else settings.host
+        names = [own, CONTAINERS, *(urlsplit(origin).hostname or "" for origin in origins)]
+        hosts = [LOCAL, *map(re.escape, filter(None, names))]
+        if not re.fullmatch(LOCAL, own):  # open to the network, where it has addresses
+            hosts.append(ADDRESS)
+        hosts = [".*"] if "*" in origins else hosts
+        self.hosts = re.compile(rf"(?:{'|'.join(hosts)})\.?(?::\d+)?", re.IGNORECASE)
+        self.app, self.key = app, settings.api_key
+        self.cors = CORSMiddleware(
+            self._checked,
+            allow_origins=origins,
+            allow_origin_regex=rf"(?i:[a-z][a-z\d+.-]*://(?:{LOCAL})(?::\d+)?)",
+            allow_methods=("GET", "POST"),
+            allow_headers="*",
+            allow_private_network=True,
+        )
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer a request, or have the application answer it."""
@@ -71,26 +78,21 @@ class Guard:
             what, note = f"{scope['method']} {quote(scope['path'])}", scope.get("note", "")
             LOG.info("%s %s %s, %s%.2f s", client, what, status, note, took_s)
 
-    def knows_origin(self, origin: str) -> bool:
-        """Return whether pages of an origin may use the server."""
-        return bool(self.origins & {"*", origin}) or is_local(_host(origin))
-
     def _check_source(self, headers: Headers) -> None:
-        host = headers.get("host")
-        name = _host(f"//{host}")
-        known = name in self.hosts or is_local(name) or (self.exposed and _is_ip(name))
-        if host is not None and not known and "*" not in self.origins:
+        if (host := headers.get("host")) is not None and not self.hosts.fullmatch(host):
             message = f"Host {host!r} is not this server: use localhost, or see --allowed-origins"
             raise Refusal(403, message, code="host_not_allowed")
         for origin in headers.getlist("origin"):
-            if not self.knows_origin(origin):
+            if not self.cors.is_allowed_origin(origin):
                 message = f"pages of {origin!r} may not use this server: see --allowed-origins"
                 raise Refusal(403, message, code="origin_not_allowed")
 
     async def _checked(self, scope: Any, receive: Any, send: Any) -> None:
-        headers = Headers(scope=scope)
+        """Check what the right page may get wrong, too; it is told, with CORS headers."""
         try:
-            self._check_key(headers, scope["path"])
+            headers = Headers(scope=scope)
+            if self.key is not None and scope["path"] != "/health":
+                self._check_key(headers.get("authorization", ""), self.key)
             kind = headers.get("content-type", "application/json").partition(";")[0].strip()
             if scope["method"] == "POST" and kind.lower() != "application/json":
                 raise Refusal(415, f"Content-Type: expected application/json, got {kind}")
@@ -100,36 +102,15 @@ class Guard:
             return await refusal_response(exc)(scope, receive, send)
         await self.app(scope, receive, send)
 
-    def _check_key(self, headers: Headers, path: str) -> None:
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        right = (self.key or "").encode()
-        if self.key is None or path == "/health":
-            return
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode("latin-1"), right):
+    def _check_key(self, authorization: str, key: str) -> None:
+        scheme, _, given = authorization.partition(" ")
+        right = hmac.compare_digest(given.encode("latin-1"), key.encode())
+        if scheme.lower() != "bearer" or not right:
             what = "wrong" if given else "missing"
             message = f"{what} API key: expected 'Authorization: Bearer KEY'"
             raise Refusal(401, message, code="invalid_api_key")
 
 
-def is_local(host: str) -> bool:
-    """Return whether a host is this machine, whatever a name server says."""
-    loopback = _is_ip(host) and ip_address(host).is_loopback
-    return loopback or host == "localhost" or host.endswith(".localhost")
-
-
 def refusal_response(exc: Refusal) -> JSONResponse:
     """Return the answer that says why there is none."""
     return JSONResponse(exc.body, exc.status, headers=HEADERS.get(exc.status))
-
-
-def _host(address: str) -> str:
-    """Return the host of `//host:port` or an origin; empty for anything else."""
-    found = ADDRESS.fullmatch(address.lower())
-    return (found[1] or found[2]).rstrip(".") if found else ""
-
-
-def _is_ip(host: str) -> bool:
-    try:
-        return bool(ip_address(host))
-    except ValueError:
-        return False

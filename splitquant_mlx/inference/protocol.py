@@ -5,10 +5,9 @@ means: not given.
 """
 
 import json
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 IGNORED = {
@@ -16,7 +15,6 @@ IGNORED = {
     *("prompt_cache_retention", "keep_alive", "cache_prompt", "include"),
 }
 ENDS = "the server ends"
-TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 
 
 class Refusal(Exception):
@@ -43,27 +41,32 @@ def failure() -> Refusal:
     return Refusal(500, "the server could not answer; its log says why")
 
 
-def refuse(name: str, expected: str, got: object) -> NoReturn:
-    """Raise the Refusal (400) of a field."""
+def refuse(path: str, message: str, got: object) -> NoReturn:
+    """Raise the Refusal (400) of a field, or of a part of it."""
     text = json.dumps(got, default=str)
     text = text if len(text) <= 60 else f"{text[:60]}..."
-    raise Refusal(400, f"{name}: expected {expected}, got {text}", param=name.split("[")[0])
+    raise Refusal(400, f"{path}: {message}, got {text}", param=path.split(".")[0])
 
 
-def text_of(content: Any, name: str) -> str:
-    """Return the text of a message's content: a string, a list of text parts or null."""
-    if content is None or isinstance(content, str):
-        return content or ""
+def text_of(content: Any) -> Any:
+    """Return the text of a list of text parts; what is no list stays."""
     if not isinstance(content, list):
-        refuse(name, "a string or a list of text parts", content)
+        return content
     texts = []
     for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        text = part.get(TEXT_PARTS[kind]) if isinstance(kind, str) and kind in TEXT_PARTS else None
-        if not isinstance(text, str):
-            refuse(name, "text parts (this model reads text only)", part)
-        texts.append(text)
+        match part:
+            case {"type": "text" | "input_text" | "output_text", "text": str(text)}:
+                texts.append(text)
+            case {"type": "refusal", "refusal": str(text)}:
+                texts.append(text)
+            case _:
+                raise ValueError("expected text parts (this model reads text only)")
     return "".join(texts)
+
+
+def _value(arguments: Any) -> Any:
+    """Return the value of a call's arguments, which are JSON: what chat templates expect."""
+    return from_json(arguments or "{}") if isinstance(arguments, str | None) else arguments
 
 
 class Strict(BaseModel):
@@ -88,17 +91,34 @@ class Tool(Strict):
     function: Function
 
 
-class Message(Strict):
+class CalledFunction(Strict, extra="allow"):
+    """The function of an earlier call."""
+
+    name: str
+    arguments: Annotated[Any, BeforeValidator(_value), Field(validate_default=True)] = None
+
+
+class Call(Strict, extra="allow"):
+    """A call that the model has made."""
+
+    function: CalledFunction
+
+
+class Message(Strict, extra="allow"):
     """One message; further fields go to the chat template as they are."""
 
-    model_config = ConfigDict(extra="allow")
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Any = None
-    tool_calls: list[dict[str, Any]] | None = None
+    content: Annotated[str | None, BeforeValidator(text_of)] = None
+    tool_calls: list[Call] | None = None
 
-
-def _stops(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    @model_validator(mode="after")
+    def _for_templates(self) -> "Message":
+        """Make what chat templates know of a message."""
+        if self.content is None and self.role != "assistant":
+            raise ValueError("expected content")
+        self.content = self.content or ""
+        self.role = "system" if self.role == "developer" else self.role
+        return self
 
 
 Number = Annotated[float, Field(ge=0, le=1)]
@@ -110,6 +130,15 @@ TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _prompts(given: Any) -> Any:
+    several = isinstance(given, list) and given and isinstance(given[0], str | list)
+    return given if several else [given]
+
+
 class Request(Strict):
     """What completions and chat completions have in common."""
 
@@ -118,7 +147,7 @@ class Request(Strict):
     stream_options: dict[Literal["include_usage", "include_obfuscation"], bool | None] = {}
     n: One = 1
     max_tokens: Tokens | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    temp: Annotated[float | None, Field(ge=0, le=2, alias="temperature")] = None
     top_p: Number | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = None
     min_p: Number | None = None
@@ -128,17 +157,15 @@ class Request(Strict):
     presence_context_size: Context = 20
     frequency_penalty: Penalty = 0.0
     frequency_context_size: Context = 20
-    xtc_probability: Number = 0.0
-    xtc_threshold: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = {}
     seed: int | None = None
-    stop: Annotated[list[Stop], Field(max_length=16), BeforeValidator(_stops)] = []
+    stop: Annotated[list[Stop], Field(max_length=16), BeforeValidator(_listed)] = []
 
 
 class CompletionRequest(Request):
     """A request of /v1/completions."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts)]
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: One = 1
@@ -159,66 +186,46 @@ class ChatRequest(Request):
     chat_template_kwargs: dict[str, Any] = {}
     modalities: list[Literal["text"]] = ["text"]
 
+    def conversation(self) -> list[dict[str, Any]]:
+        """Return the messages as chat templates take them."""
+        return [message.model_dump(exclude_none=True) for message in self.messages]
+
     def forced_tools(self) -> list[Function]:
         """Return the functions of which one must be called; none if the model may say otherwise."""
-        choice, functions = self.tool_choice, [tool.function for tool in self.tools]
-        if choice in ("none", "auto"):
-            return []
-        if isinstance(choice, dict) and isinstance(choice.get("function"), dict):
-            functions = [f for f in functions if f.name == choice["function"].get("name")]
-        elif choice != "required":
-            functions = []
-        return functions or refuse("tool_choice", "none, auto, required or one of tools", choice)
+        functions = [tool.function for tool in self.tools]
+        match self.tool_choice:
+            case "none" | "auto":
+                return []
+            case {"function": {"name": name}}:
+                functions = [function for function in functions if function.name == name]
+            case choice if choice != "required":
+                functions = []
+        expected = "expected none, auto, required or one of tools"
+        return functions or refuse("tool_choice", expected, self.tool_choice)
 
     def schema(self) -> dict[str, Any] | None:
         """Return the JSON schema that the answer must follow, if there is one."""
         if forced := self.forced_tools():
             return {"anyOf": [_call_schema(function) for function in forced]}
-        form = self.response_format
-        if form.get("type") == "text":
-            return None
-        given = form.get("json_schema")
-        schema = given.get("schema") if isinstance(given, dict) else None
-        schema = {"type": "object"} if form.get("type") == "json_object" else schema
-        expected = "type text, json_object, or json_schema with a json_schema.schema"
-        return schema if isinstance(schema, dict) else refuse("response_format", expected, form)
-
-    def conversation(self) -> list[dict[str, Any]]:
-        """Return the messages as chat templates take them."""
-        messages = []
-        for i, message in enumerate(self.messages):
-            where, said = f"messages[{i}]", message.model_dump(exclude_none=True)
-            if message.content is None and message.role != "assistant":
-                refuse(f"{where}.content", "text", None)
-            said["content"] = text_of(message.content, f"{where}.content")
-            said["role"] = "system" if message.role == "developer" else message.role
-            for call in said.get("tool_calls", ()):
-                _read_arguments(call, f"{where}.tool_calls")
-            messages.append(said)
-        return messages
+        match self.response_format:
+            case {"type": "text"}:
+                return None
+            case {"type": "json_object"}:
+                return {"type": "object"}
+            case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+                return schema
+        expected = "expected type text, json_object, or json_schema with a json_schema.schema"
+        refuse("response_format", expected, self.response_format)
 
 
 def _call_schema(function: Function) -> dict[str, Any]:
     arguments = function.parameters or {"type": "object"}
-    properties = {"name": {"const": function.name}, "arguments": arguments}
     return {
         "type": "object",
-        "properties": properties,
-        "required": list(properties),
+        "properties": {"name": {"const": function.name}, "arguments": arguments},
+        "required": ["name", "arguments"],
         "additionalProperties": False,
     }
-
-
-def _read_arguments(call: dict[str, Any], where: str) -> None:
-    """Replace a call's arguments, which are JSON, by their value: what chat templates expect."""
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        refuse(where, "calls of a function with a name", call)
-    given = function.get("arguments") or "{}"
-    try:
-        function["arguments"] = from_json(given) if isinstance(given, str) else given
-    except ValueError:
-        refuse(f"{where}.function.arguments", "JSON", given)
 
 
 R = TypeVar("R", bound=BaseModel)
@@ -231,11 +238,11 @@ def parse(body: bytes, kind: type[R]) -> R:
     except ValueError as exc:
         raise Refusal(400, f"the request is not JSON in UTF-8: {exc}") from exc
     if not isinstance(fields, dict):
-        refuse("the request", "a JSON object", fields)
+        refuse("the request", "expected a JSON object", fields)
     return validate({k: v for k, v in fields.items() if k not in IGNORED}, kind)
 
 
-def validate(fields: Mapping[str, Any], kind: type[R]) -> R:
+def validate(fields: dict[str, Any], kind: type[R]) -> R:
     """Return fields as a `kind` of request. Raises Refusal (400)."""
     try:
         return kind.model_validate({k: v for k, v in fields.items() if v is not None})
@@ -247,6 +254,4 @@ def validate(fields: Mapping[str, Any], kind: type[R]) -> R:
     if error["type"] == "extra_forbidden":
         message = f"{path}: not known here, and it might change the answer: leave it out"
         raise Refusal(400, message, param=name, code="unknown_parameter")
-    got = json.dumps(error["input"], default=str)
-    got = got if len(got) <= 60 else f"{got[:60]}..."
-    raise Refusal(400, f"{path}: {error['msg']}, got {got}", param=name)
+    refuse(path, error["msg"].removeprefix("Value error, "), error["input"])

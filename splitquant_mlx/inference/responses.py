@@ -1,20 +1,14 @@
 """OpenAI's /v1/responses by way of chat completions: text and function calls."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from splitquant_mlx.inference.answers import Answer, Planned
-from splitquant_mlx.inference.endpoints import (
-    Chunk,
-    Chunks,
-    Endpoint,
-    chat_deltas,
-    new_id,
-    usage_of,
-)
-from splitquant_mlx.inference.protocol import ChatRequest, Strict, refuse, text_of, validate
+from splitquant_mlx.inference.answers import Answer, new_id
+from splitquant_mlx.inference.endpoints import Chunk, Completions, usage_of
+from splitquant_mlx.inference.protocol import ChatRequest, Strict, refuse, validate
+from splitquant_mlx.inference.stops import NORMAL
 
 
 class ResponsesRequest(Strict):
@@ -38,7 +32,7 @@ class ResponsesRequest(Strict):
     def chat(self) -> ChatRequest:
         """Return the chat completion that asks for the same."""
         if unknown := set(self.text) - {"format", "verbosity"}:
-            refuse("text", "format", sorted(unknown))
+            refuse("text", "expected format", sorted(unknown))
         items = [{"role": "user", "content": self.input}]
         items = items if isinstance(self.input, str) else self.input
         if self.instructions:
@@ -65,6 +59,7 @@ def _nested(flat: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages that items of a conversation stand for."""
     messages: list[dict[str, Any]] = []
     for i, item in enumerate(items):
         kind = item.get("type", "message")
@@ -77,79 +72,80 @@ def _messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 messages.append({"role": "assistant", "content": None})
             messages[-1].setdefault("tool_calls", []).append(call)
         elif kind == "function_call_output":
-            said = text_of(item.get("output"), f"input[{i}].output")
-            name = item.get("call_id")
+            name, said = item.get("call_id"), item.get("output")
             messages.append({"role": "tool", "tool_call_id": name, "content": said})
         elif kind != "reasoning":  # which no chat template asks for
-            refuse(f"input[{i}].type", "message, function_call or function_call_output", kind)
+            expected = "expected message, function_call or function_call_output"
+            refuse(f"input.{i}.type", expected, kind)
     return messages
 
 
-class Responses(Endpoint):
+class Responses(Completions):
     """/v1/responses."""
 
     kind = ResponsesRequest
     object, prefix = "response", "resp_"
     named_events = True
 
-    def plan(self, request: ResponsesRequest) -> list[Planned]:
+    def answers(self, request: ResponsesRequest) -> list[Answer]:
         """Return the one answer to compute."""
         return [self.service.chat(request.chat())]
 
-    async def whole(self, request: ResponsesRequest, answers: Sequence[Answer]) -> Chunk:
+    def collect(self, chunks: Sequence[Chunk]) -> Chunk:
         """Return the response as it is at the end."""
-        events = [event async for event in self.chunks(request, answers) if event]
-        return events[-1]["response"]
+        return chunks[-1]["response"]
 
-    async def chunks(self, request: ResponsesRequest, answers: Sequence[Answer]) -> Chunks:
+    async def chunks(
+        self, request: ResponsesRequest, answers: Sequence[Answer]
+    ) -> AsyncIterator[Chunk]:
         """Yield the events of a stream, numbered."""
         number = 0
         async for event in self._events(request, answers):
-            yield event and {**event, "sequence_number": number}
-            number += event is not None
+            yield {**event, "sequence_number": number}
+            number += 1
 
-    async def _events(self, request: ResponsesRequest, answers: Sequence[Answer]) -> Chunks:
-        response, output, reason = self._begun(request), [], None
+    async def _events(
+        self, request: ResponsesRequest, answers: Sequence[Answer]
+    ) -> AsyncIterator[Chunk]:
+        response, output, said, finish = self._begun(request), [], "", None
+        message = _item("message", role="assistant", content=[])
+
+        def event(kind: str, at: Chunk, **rest: Any) -> Chunk:
+            place = {"output_index": output.index(at), "item_id": at["id"]}
+            return {"type": f"response.{kind}", **place, **rest}
+
         yield {"type": "response.created", "response": response}
         yield {"type": "response.in_progress", "response": response}
-        message: dict[str, Any] | None = None
-        async for part in chat_deltas(self.service, request.chat(), answers[0]):
-            if part is None:
-                yield None
-                continue
-            delta, _, reason = part
-            if text := delta.get("content"):
-                if message is None:
-                    message = _item("message", role="assistant", content=[])
-                    place = {"output_index": len(output), "item_id": message["id"]}
+        async for part in answers[0].parts():
+            if part.kind == NORMAL and part.text:
+                if not said:
                     output.append(message)
-                    yield {"type": "response.output_item.added", **place, "item": dict(message)}
-                    message["content"].append(_text(""))
-                    place["content_index"] = 0
-                    yield {"type": "response.content_part.added", **place, "part": _text("")}
-                message["content"][0]["text"] += text
-                yield {"type": "response.output_text.delta", **place, "delta": text, "logprobs": []}
-            for call in delta.get("tool_calls", ()):
-                async for event in _call_events(call, output):
-                    yield event
-        if message is not None:
-            message["status"], text = "completed", message["content"][0]
-            done = {"text": text["text"], "logprobs": []}
-            yield {"type": "response.output_text.done", **place, **done}
-            yield {"type": "response.content_part.done", **place, "part": text}
-            yield {"type": "response.output_item.done", **place, "item": message}
-        counts = usage_of(answers)
-        usage = {
-            "input_tokens": counts["prompt_tokens"],
-            "input_tokens_details": counts["prompt_tokens_details"],
-            "output_tokens": counts["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": counts["total_tokens"],
-        }
-        status = "incomplete" if reason == "length" else "completed"
-        why = {"reason": "max_output_tokens"} if reason == "length" else None
-        end = {"status": status, "incomplete_details": why, "output": output, "usage": usage}
-        yield {"type": f"response.{status}", "response": {**response, **end}}
+                    yield event("output_item.added", message, item=message)
+                    yield event("content_part.added", message, content_index=0, part=_text(""))
+                said, rest = said + part.text, {"delta": part.text, "logprobs": []}
+                yield event("output_text.delta", message, content_index=0, **rest)
+            for call in part.calls:
+                function = call["function"]
+                item = _item("function_call", call_id=call["id"], **function)
+                output.append(item)
+                yield event("output_item.added", item, item={**item, "arguments": ""})
+                arguments = {"delta": function["arguments"]}
+                yield event("function_call_arguments.delta", item, **arguments)
+                yield event("function_call_arguments.done", item, **function)
+                item["status"] = "completed"
+                yield event("output_item.done", item, item=item)
+            finish = part.finish
+        if said:
+            message.update(status="completed", content=[_text(said)])
+            rest = {"text": said, "logprobs": []}
+            yield event("output_text.done", message, content_index=0, **rest)
+            yield event("content_part.done", message, content_index=0, part=_text(said))
+            yield event("output_item.done", message, item=message)
+        status = "incomplete" if finish == "length" else "completed"
+        why = {"reason": "max_output_tokens"} if finish == "length" else None
+        end = {"status": status, "incomplete_details": why, "output": output}
+        usage = _usage(usage_of(answers))
+        yield {"type": f"response.{status}", "response": {**response, **end, "usage": usage}}
 
     def _begun(self, request: ResponsesRequest) -> Chunk:
         head = self.envelope(self.object)
@@ -159,22 +155,20 @@ class Responses(Endpoint):
         return {**head, **asked, **nothing, **created}
 
 
-async def _call_events(call: dict[str, Any], output: list[dict[str, Any]]) -> Chunks:
-    function = call["function"]
-    item = _item("function_call", call_id=call["id"], name=function["name"], arguments="")
-    place, kind = {"output_index": len(output), "item_id": item["id"]}, "function_call_arguments"
-    yield {"type": "response.output_item.added", **place, "item": item}
-    yield {"type": f"response.{kind}.delta", **place, "delta": function["arguments"]}
-    yield {"type": f"response.{kind}.done", **place, **function}
-    item = {**item, "arguments": function["arguments"], "status": "completed"}
-    output.append(item)
-    yield {"type": "response.output_item.done", **place, "item": item}
-
-
-def _item(kind: str, **fields: Any) -> dict[str, Any]:
+def _item(kind: str, **fields: Any) -> Chunk:
     name = new_id("msg_" if kind == "message" else "fc_")
     return {"id": name, "type": kind, "status": "in_progress", **fields}
 
 
-def _text(text: str) -> dict[str, Any]:
+def _text(text: str) -> Chunk:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _usage(counts: Chunk) -> Chunk:
+    return {
+        "input_tokens": counts["prompt_tokens"],
+        "input_tokens_details": counts["prompt_tokens_details"],
+        "output_tokens": counts["completion_tokens"],
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": counts["total_tokens"],
+    }

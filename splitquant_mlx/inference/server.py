@@ -19,10 +19,10 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from splitquant_mlx.errors import CheckpointError, RankError, RecipeError, SplitQuantError
-from splitquant_mlx.inference.answers import Service
 from splitquant_mlx.inference.app import application
 from splitquant_mlx.inference.engine import Engine
 from splitquant_mlx.inference.protocol import ENDS, Refusal
+from splitquant_mlx.inference.service import Service
 from splitquant_mlx.inference.settings import ServeSettings
 from splitquant_mlx.models.loader import load
 from splitquant_mlx.models.source import Source, resolve
@@ -115,32 +115,18 @@ def make_service(engine: Engine, source: Source) -> Service:
 def model_names(source: Source, settings: ServeSettings) -> list[str]:
     """Return the names by which clients may ask for a model, first the one that they are told."""
     own = source.name.rstrip("/").removeprefix("./")
-    names = [
-        *settings.served_model_name,
-        own,
-        Path(own).name,
-        Path(own).name.removesuffix(".gguf"),
-        str(source.path.absolute()),
-        str(source.path.resolve()),
-        "default_model",  # mlx_lm.server's name for it
-    ]
-    return list(dict.fromkeys(names))
+    base = Path(own).name
+    paths = (source.path.absolute(), source.path.resolve())
+    names = [*settings.served_model_name, own, base, base.removesuffix(".gguf"), *map(str, paths)]
+    return list(dict.fromkeys([*names, "default_model"]))  # mlx_lm.server's name for it
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that has its port, but takes no connections yet."""
-    listener = None
+    """Return a socket that has its port; who connects waits until the model is loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        return listener
+        return socket.create_server((host, port), family=family)
     except OSError as exc:
-        if listener is not None:
-            listener.close()
         raise SplitQuantError(
             f"cannot listen on {host}, port {port}: {exc.strerror or exc}: choose another with "
             "--host or --port"

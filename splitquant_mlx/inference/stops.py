@@ -44,51 +44,42 @@ class Reader:
         self, stops: Iterable[str], marks: Mapping[str, Marks], state: str = NORMAL
     ) -> None:
         self.stopped = False
-        self.position = 0  # of the first character not read yet; once stopped, of the stop string
-        self._marks = {**marks, NORMAL: {**marks.get(NORMAL, {}), **dict.fromkeys(stops)}}
-        self._state = state
-        self._held = self._call = ""
+        self.position = 0  # of the text's end; once stopped, of the stop string
+        self._marks = {TOOL: {}, **marks, NORMAL: {**marks.get(NORMAL, {}), **dict.fromkeys(stops)}}
+        self._state, self._held = state, ""
         self._fresh = False  # right after a marker, white space is skipped
 
     def feed(self, text: str, *, last: bool = False) -> list[Piece]:
         """Return what can be said of the text now; a call comes as one piece, once it is whole."""
+        if self.stopped:
+            return []
+        pieces, end = [], len(self._held)
         self._held += text
-        pieces: list[Piece] = []
-        while not self.stopped:
+        self.position += len(text)
+        while end < len(self._held):
             if self._fresh:
-                self._take(len(self._held) - len(self._held.lstrip()))
+                self._held = self._held.lstrip()
                 self._fresh = not self._held
+                continue
+            end += 1
             marks = self._marks[self._state]
-            found = [(at + len(m), at, m) for m in marks if (at := self._held.find(m)) >= 0]
+            found = [mark for mark in marks if self._held.endswith(mark, 0, end)]
             if not found:
-                keep = 0 if last else _begun(self._held, marks)
-                pieces += self._say(len(self._held) - keep)
-                break
-            _, at, mark = min(found)  # the first that is complete, however the text is cut
-            pieces += self._say(at)
+                continue
+            mark = max(found, key=len)
+            pieces.append((self._state, self._held[: end - len(mark)]))
             if (state := marks[mark]) is None:
                 self.stopped = True
-            else:
-                pieces += self._end_call()
-                self._take(len(mark))
-                self._state, self._fresh = state, True
-        return pieces + (self._end_call() if last else [])
-
-    def _take(self, count: int) -> str:
-        text, self._held = self._held[:count], self._held[count:]
-        self.position += count
-        return text
-
-    def _say(self, count: int) -> list[Piece]:
-        text = self._take(count)
-        if self._state == TOOL:
-            self._call += text
-            return []
-        return [(self._state, text)] if text else []
-
-    def _end_call(self) -> list[Piece]:
-        call, self._call = self._call, ""
-        return [(TOOL, call)] if call.strip() else []
+                self.position -= len(self._held) - end + len(mark)
+                self._held = ""
+                break
+            self._held, self._state, self._fresh, end = self._held[end:], state, True, 0
+        said = len(self._held)
+        if not last:
+            said -= said if self._state == TOOL else _begun(self._held, self._marks[self._state])
+        pieces.append((self._state, self._held[:said]))
+        self._held = self._held[said:]
+        return [(state, text) for state, text in pieces if text]
 
 
 def _begun(text: str, marks: Marks) -> int:

@@ -59,10 +59,12 @@ class Texts:
             data = list(self.bytes_of(token))
             return {"token": self.text_of(token), "logprob": logprob, "bytes": data}
 
-        tops = [[entry(*pair) for pair in s.top] for s, _ in tokens]
-        rows = zip(tokens, tops, strict=True)
-        content = [{**entry(s.token, s.logprob), "top_logprobs": top} for (s, _), top in rows]
-        return {"content": content}
+        return {
+            "content": [
+                {**entry(s.token, s.logprob), "top_logprobs": [entry(*pair) for pair in s.top]}
+                for s, _ in tokens
+            ]
+        }
 
     def completion_logprobs(self, tokens: Sequence[Placed]) -> dict[str, Any]:
         """Return `logprobs` of a completion; a token itself is always among its top ones."""

@@ -112,13 +112,13 @@ def test_a_failing_generation_is_an_error_and_not_the_end(server, monkeypatch, s
     """Whatever mlx does, all answers under way are told, and the next ones are computed."""
     sampler, calls = engine._sampler, iter(range(100))
 
-    def failing(special, **settings):
+    def failing(**settings):
         def sample(logprobs):
             if next(calls) == 3:
                 raise RuntimeError("out of\nmemory")
-            return sampler(special, **{**settings, "temp": 0})(logprobs)
+            return sampler(**{**settings, "temp": 0})(logprobs)
 
-        return sample if settings["temp"] == 1.25 else sampler(special, **settings)
+        return sample if settings["temp"] == 1.25 else sampler(**settings)
 
     monkeypatch.setattr(engine, "_sampler", failing)
     with server.start(**LONG, stream=True) as bystander:
