@@ -69,18 +69,21 @@ class Plan:
     grammar: str | None = None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Job:
-    """A plan under way.
-
-    `emit` gets a list of Scored for the prompt, if asked for; Scored for each token of the answer,
-    the last one with a finish; or an Exception.
-    """
+    """A plan under way."""
 
     plan: Plan
-    emit: Callable[[Any], None] = lambda event: None
-    cached: int = 0
-    cancelled: bool = False
+    cached: int = field(default=0, init=False)  # tokens of the prompt
+    cancelled: bool = field(default=False, init=False)
+
+    def emit(self, event: Any) -> None:
+        """Take what the engine tells: on other ranks than 0 nobody listens.
+
+        Args:
+            event: a list of Scored for the prompt, if asked for; Scored for each token of the
+                answer, the last one with a finish; or an Exception.
+        """
 
 
 class Engine:
@@ -108,8 +111,7 @@ class Engine:
         self._open: set[Job] = set()  # not answered to the end
         self._closed: Exception | None = None
         single = draft_model is not None or settings.kv_bits is not None
-        single = single or not all(hasattr(layer, "merge") for layer in cache)
-        self._make_generator = OneByOne if single else _batch
+        self._single = single or not all(hasattr(layer, "merge") for layer in cache)
         self._reset()
 
     def submit(self, job: Job) -> None:
@@ -147,7 +149,18 @@ class Engine:
         size, most = self.settings.prompt_cache_size, self.settings.prompt_cache_bytes
         self._prompts = LRUPromptCache(size, most or 2**63)
         self._jobs: dict[int, Job] = {}  # by what the runner calls them
-        self._generator = self._make_generator(self)
+        self._generator: Any = OneByOne(self) if self._single else self._batch()
+
+    def _batch(self) -> BatchGenerator:
+        return BatchGenerator(
+            self.model,
+            stop_tokens=[[token] for token in self.tokenizer.eos_token_ids],
+            completion_batch_size=self.settings.decode_concurrency,
+            prefill_batch_size=self.settings.prompt_concurrency,
+            prefill_step_size=self.settings.prefill_step_size,
+            # that of the ranks' messages: all of them see one order
+            stream=mx.default_stream(mx.default_device()),
+        )
 
     def _turn(self) -> bool:
         """Begin what has come, end what has left, compute a token; return False to stop."""
@@ -158,7 +171,7 @@ class Engine:
         caches = self._generator.remove(left, return_prompt_caches=True)
         for uid in left:
             self._finish(uid, *caches.get(uid, (None, None)))
-        for job in arrived or [Job(Plan(**plan)) for plan in plans]:
+        for job in arrived or [Job(plan=Plan(**plan)) for plan in plans]:
             self._begin(job)
         for _ in range(1 if alone(self.group) else RANK_STEPS):
             for r in self._generator.next()[1]:
@@ -221,20 +234,6 @@ class Engine:
         return scored
 
 
-def _batch(engine: Engine) -> BatchGenerator:
-    """Return mlx-lm's generator of all answers in one batch."""
-    settings = engine.settings
-    return BatchGenerator(
-        engine.model,
-        stop_tokens=[[token] for token in engine.tokenizer.eos_token_ids],
-        completion_batch_size=settings.decode_concurrency,
-        prefill_batch_size=settings.prompt_concurrency,
-        prefill_step_size=settings.prefill_step_size,
-        # that of the ranks' messages: all of them see one order
-        stream=mx.default_stream(mx.default_device()),
-    )
-
-
 class OneByOne:
     """Compute one answer after the other, by the methods of mlx-lm's BatchGenerator."""
 
@@ -246,29 +245,21 @@ class OneByOne:
         options["draft_model"] = engine.draft_model
         self._generate = partial(stream_generate, engine.model, engine.tokenizer, **options)
 
-    def insert(
-        self,
-        prompts: list[list[int]],
-        max_tokens: list[int],
-        *,
-        caches: list[Any],
-        all_tokens: list[list[int]],
-        samplers: list[Sampler],
-        logits_processors: list[Any],
-    ) -> list[int]:
-        """Put in one answer; return its id, in a list."""
-        uid, (cache,) = next(self._uids), caches
-        cache = cache or [layer for model in self._models for layer in make_prompt_cache(model)]
+    def insert(self, prompts: list[Any], max_tokens: list[int], **lists: list[Any]) -> list[int]:
+        """Put in one answer, all about it in lists of one; return its id, in a list."""
+        one, uid = {name: value for name, (value,) in lists.items()}, next(self._uids)
+        models = self._models
+        cache = one["caches"] or [layer for model in models for layer in make_prompt_cache(model)]
         responses = self._generate(
             prompts[0],
             max_tokens=max_tokens[0],
-            sampler=samplers[0],
-            logits_processors=logits_processors[0],
+            sampler=one["samplers"],
+            logits_processors=one["logits_processors"],
             prompt_cache=cache,
         )
         # two models' caches do not hold the same tokens: they are not kept
-        kept = cache if len(self._models) == 1 else None
-        self._waiting[uid] = responses, kept, all_tokens[0] + prompts[0]
+        kept = cache if len(models) == 1 else None
+        self._waiting[uid] = responses, kept, one["all_tokens"] + prompts[0]
         return [uid]
 
     def next(self) -> tuple[list[Any], list[Any]]:

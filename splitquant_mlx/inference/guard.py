@@ -91,8 +91,13 @@ class Guard:
         """Check what the right page may get wrong, too; it is told, with CORS headers."""
         try:
             headers = Headers(scope=scope)
-            if self.key is not None and scope["path"] != "/health":
-                self._check_key(headers.get("authorization", ""), self.key)
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            right = hmac.compare_digest(given.encode("latin-1"), (self.key or "").encode())
+            known = self.key is None or (scheme.lower() == "bearer" and right)
+            if not known and scope["path"] != "/health":
+                what = "wrong" if given else "missing"
+                message = f"{what} API key: expected 'Authorization: Bearer KEY'"
+                raise Refusal(401, message, code="invalid_api_key")
             kind = headers.get("content-type", "application/json").partition(";")[0].strip()
             if scope["method"] == "POST" and kind.lower() != "application/json":
                 raise Refusal(415, f"Content-Type: expected application/json, got {kind}")
@@ -101,14 +106,6 @@ class Guard:
         except Refusal as exc:
             return await refusal_response(exc)(scope, receive, send)
         await self.app(scope, receive, send)
-
-    def _check_key(self, authorization: str, key: str) -> None:
-        scheme, _, given = authorization.partition(" ")
-        right = hmac.compare_digest(given.encode("latin-1"), key.encode())
-        if scheme.lower() != "bearer" or not right:
-            what = "wrong" if given else "missing"
-            message = f"{what} API key: expected 'Authorization: Bearer KEY'"
-            raise Refusal(401, message, code="invalid_api_key")
 
 
 def refusal_response(exc: Refusal) -> JSONResponse:

@@ -64,11 +64,6 @@ def text_of(content: Any) -> Any:
     return "".join(texts)
 
 
-def _value(arguments: Any) -> Any:
-    """Return the value of a call's arguments, which are JSON: what chat templates expect."""
-    return from_json(arguments or "{}") if isinstance(arguments, str | None) else arguments
-
-
 class Strict(BaseModel):
     """A request, or a part of one, without unknown fields."""
 
@@ -91,17 +86,23 @@ class Tool(Strict):
     function: Function
 
 
-class CalledFunction(Strict, extra="allow"):
-    """The function of an earlier call."""
+class Called(Strict, extra="allow"):
+    """The function of an earlier call; chat templates expect the value of its arguments."""
 
     name: str
-    arguments: Annotated[Any, BeforeValidator(_value), Field(validate_default=True)] = None
+    arguments: Any = None
+
+    @model_validator(mode="after")
+    def _read(self) -> "Called":
+        given = self.arguments
+        self.arguments = from_json(given or "{}") if isinstance(given, str | None) else given
+        return self
 
 
 class Call(Strict, extra="allow"):
     """A call that the model has made."""
 
-    function: CalledFunction
+    function: Called
 
 
 class Message(Strict, extra="allow"):
@@ -130,8 +131,8 @@ TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+def _stops(given: Any) -> Any:
+    return [given] if isinstance(given, str) else given
 
 
 def _prompts(given: Any) -> Any:
@@ -159,7 +160,7 @@ class Request(Strict):
     frequency_context_size: Context = 20
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = {}
     seed: int | None = None
-    stop: Annotated[list[Stop], Field(max_length=16), BeforeValidator(_listed)] = []
+    stop: Annotated[list[Stop], Field(max_length=16), BeforeValidator(_stops)] = []
 
 
 class CompletionRequest(Request):
@@ -189,6 +190,11 @@ class ChatRequest(Request):
     def conversation(self) -> list[dict[str, Any]]:
         """Return the messages as chat templates take them."""
         return [message.model_dump(exclude_none=True) for message in self.messages]
+
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """Return the tools that the model may call, as chat templates take them."""
+        tools = [] if self.tool_choice == "none" else self.tools
+        return [tool.model_dump(exclude_none=True) for tool in tools]
 
     def forced_tools(self) -> list[Function]:
         """Return the functions of which one must be called; none if the model may say otherwise."""

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from splitquant_mlx.inference.answers import Answer, new_id
-from splitquant_mlx.inference.endpoints import Chunk, Completions, usage_of
+from splitquant_mlx.inference.answers import Answer
+from splitquant_mlx.inference.endpoints import Chunk, Completions, new_id, usage_of
 from splitquant_mlx.inference.protocol import ChatRequest, Strict, refuse, validate
 from splitquant_mlx.inference.stops import NORMAL
 
@@ -107,7 +107,11 @@ class Responses(Completions):
     async def _events(
         self, request: ResponsesRequest, answers: Sequence[Answer]
     ) -> AsyncIterator[Chunk]:
-        response, output, said, finish = self._begun(request), [], "", None
+        head, output, said, finish = self.envelope(self.object), [], "", None
+        asked = request.model_dump(exclude={"input", "stream", "background", "model"})
+        nothing = {"error": None, "incomplete_details": None, "usage": None, "metadata": {}}
+        created = {"created_at": head.pop("created"), "status": "in_progress", "output": []}
+        response = {**head, **asked, **nothing, **created}
         message = _item("message", role="assistant", content=[])
 
         def event(kind: str, at: Chunk, **rest: Any) -> Chunk:
@@ -141,18 +145,18 @@ class Responses(Completions):
             yield event("output_text.done", message, content_index=0, **rest)
             yield event("content_part.done", message, content_index=0, part=_text(said))
             yield event("output_item.done", message, item=message)
+        counts = usage_of(answers)
+        usage = {
+            "input_tokens": counts["prompt_tokens"],
+            "input_tokens_details": counts["prompt_tokens_details"],
+            "output_tokens": counts["completion_tokens"],
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": counts["total_tokens"],
+        }
         status = "incomplete" if finish == "length" else "completed"
         why = {"reason": "max_output_tokens"} if finish == "length" else None
-        end = {"status": status, "incomplete_details": why, "output": output}
-        usage = _usage(usage_of(answers))
-        yield {"type": f"response.{status}", "response": {**response, **end, "usage": usage}}
-
-    def _begun(self, request: ResponsesRequest) -> Chunk:
-        head = self.envelope(self.object)
-        asked = request.model_dump(exclude={"input", "stream", "background", "model"})
-        nothing = {"error": None, "incomplete_details": None, "usage": None, "metadata": {}}
-        created = {"created_at": head.pop("created"), "status": "in_progress", "output": []}
-        return {**head, **asked, **nothing, **created}
+        end = {"status": status, "incomplete_details": why, "output": output, "usage": usage}
+        yield {"type": f"response.{status}", "response": {**response, **end}}
 
 
 def _item(kind: str, **fields: Any) -> Chunk:
@@ -162,13 +166,3 @@ def _item(kind: str, **fields: Any) -> Chunk:
 
 def _text(text: str) -> Chunk:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def _usage(counts: Chunk) -> Chunk:
-    return {
-        "input_tokens": counts["prompt_tokens"],
-        "input_tokens_details": counts["prompt_tokens_details"],
-        "output_tokens": counts["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": counts["total_tokens"],
-    }

@@ -19,10 +19,10 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from splitquant_mlx.errors import CheckpointError, RankError, RecipeError, SplitQuantError
+from splitquant_mlx.inference.answers import Service
 from splitquant_mlx.inference.app import application
 from splitquant_mlx.inference.engine import Engine
 from splitquant_mlx.inference.protocol import ENDS, Refusal
-from splitquant_mlx.inference.service import Service
 from splitquant_mlx.inference.settings import ServeSettings
 from splitquant_mlx.models.loader import load
 from splitquant_mlx.models.source import Source, resolve
@@ -65,12 +65,13 @@ def serve(
             bound = bind(settings.host, settings.port) if group.rank() == 0 else nullcontext()
             listener = stack.enter_context(bound)
         with together(group):
-            engine = load_engine(source, settings, trust_remote_code, group)
+            service = load_service(source, settings, trust_remote_code, group)
+        engine = service.engine
         if listener is None:
             with suppress(RankError), connected():
                 engine.run()
             return
-        url = stack.enter_context(listening(make_service(engine, source), listener))
+        url = stack.enter_context(listening(service, listener))
         with suppress(KeyboardInterrupt), connected():
             on_ready(url)
             if not alone(group):  # the others have to hear of the end
@@ -79,8 +80,8 @@ def serve(
             engine.run()
 
 
-def load_engine(source: Source, settings: ServeSettings, trusted: bool, group: Group) -> Engine:
-    """Return an engine with a model, its adapter and its draft model, in the thread to compute."""
+def load_service(source: Source, settings: ServeSettings, trusted: bool, group: Group) -> Service:
+    """Return what answers with a model, adapter and draft model, in the thread to compute."""
     own = {"chat_template": settings.chat_template} if settings.chat_template else {}
     model, tokenizer = load(
         source,
@@ -103,13 +104,9 @@ def load_engine(source: Source, settings: ServeSettings, trusted: bool, group: G
         draft, words = load(settings.draft_model)
         if words.get_vocab() != tokenizer.get_vocab():
             raise RecipeError(f"--draft-model {settings.draft_model}: expected the model's tokens")
-    return Engine(model, tokenizer, settings, group=group, draft_model=draft)
-
-
-def make_service(engine: Engine, source: Source) -> Service:
-    """Return what answers requests for a model by any of its names."""
-    context = getattr(getattr(engine.model, "args", None), "max_position_embeddings", None)
-    return Service(engine, model_names(source, engine.settings), context or CONTEXT)
+    engine = Engine(model, tokenizer, settings, group=group, draft_model=draft)
+    context = getattr(getattr(model, "args", None), "max_position_embeddings", None)
+    return Service(engine, model_names(source, settings), context or CONTEXT)
 
 
 def model_names(source: Source, settings: ServeSettings) -> list[str]:

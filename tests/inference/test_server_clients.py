@@ -9,7 +9,7 @@ import pytest
 from serving import STORY, TEXT, check_error, message, running
 
 from splitquant_mlx.inference import engine
-from splitquant_mlx.inference.server import load_engine
+from splitquant_mlx.inference.server import load_service
 from splitquant_mlx.inference.settings import ServeSettings
 from splitquant_mlx.inference.stops import Reader
 from splitquant_mlx.models.source import resolve
@@ -146,10 +146,13 @@ def test_a_long_prompt_is_refused(server):
 
 def test_who_comes_after_the_end_is_told(split_stories):
     """A request may be planned while the answers under way are ended."""
-    computing = load_engine(resolve(str(split_stories)), ServeSettings(), False, join())
+    source = resolve(str(split_stories))
+    computing = load_service(source, ServeSettings(), False, join()).engine
     computing.close(KeyError("the end"))
     events: list[object] = []
-    computing.submit(engine.Job(engine.Plan(prompt=[1], max_tokens=3), events.append))
+    job = engine.Job(plan=engine.Plan(prompt=[1], max_tokens=3))
+    job.emit = events.append
+    computing.submit(job)
     assert [str(event) for event in events] == ["'the end'"]
 
 

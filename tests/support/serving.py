@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from typing import IO, Any
 from urllib.parse import urlsplit
 
-from splitquant_mlx.inference.engine import Engine
-from splitquant_mlx.inference.server import bind, listening, load_engine, make_service
+from splitquant_mlx.inference.answers import Service
+from splitquant_mlx.inference.server import bind, listening, load_service
 from splitquant_mlx.inference.settings import ServeSettings
 from splitquant_mlx.models.source import resolve
 from splitquant_mlx.runtime.ranks import join
@@ -124,25 +124,22 @@ def running(model, **settings: Any):
 
     def compute() -> None:
         try:
-            engine = load_engine(source, chosen, False, join())
-            ready.put(engine)
-            engine.run()
+            service = load_service(source, chosen, False, join())
+            ready.put(service)
+            service.engine.run()
         except BaseException as exc:
             ready.put(exc)
 
     thread = threading.Thread(target=compute)
     thread.start()
-    engine = ready.get()
-    if not isinstance(engine, Engine):
-        raise engine
+    service = ready.get()
+    if not isinstance(service, Service):
+        raise service
     try:
-        with (
-            bind(chosen.host, 0) as listener,
-            listening(make_service(engine, source), listener) as url,
-        ):
+        with bind(chosen.host, 0) as listener, listening(service, listener) as url:
             yield Client(url)
     finally:
-        engine.stopping = True
+        service.engine.stopping = True
         thread.join()
 
 
