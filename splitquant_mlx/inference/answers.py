@@ -13,7 +13,7 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from splitquant_mlx.errors import one_line
 from splitquant_mlx.inference import protocol
-from splitquant_mlx.inference.engine import Engine, Job, Plan, Scored
+from splitquant_mlx.inference.engine import NO_TOKEN, Engine, Job, Plan, Scored
 from splitquant_mlx.inference.protocol import Refusal, refuse
 from splitquant_mlx.inference.stops import NORMAL, REASONING, TOOL, Piece, Reader, marks_of
 from splitquant_mlx.inference.token_text import Placed, Texts
@@ -101,7 +101,7 @@ class Answer(Job):
     def _read(self, scored: Scored) -> tuple[list[Piece], str | None]:
         """Return what a token adds to the text, and whether the answer ends with it."""
         token, _, _, finish = scored
-        if token is None:
+        if token == NO_TOKEN:
             return [], finish
         self.completion_tokens += 1
         if finish != "stop":  # the token of the end has no text

@@ -31,6 +31,7 @@ from splitquant_mlx.runtime.ranks import Group, alone, gather, led
 IDLE_S = 0.1  # to wait for a job, while there is none
 RANK_STEPS = 8  # between two messages among the ranks
 SCORED_TOKENS = 256  # of a prompt, whose logits are in memory together
+NO_TOKEN = -1  # where only the prompt was asked for
 MODEL = "model"  # key of the prompt cache, which could hold several models' caches
 Sampler = Callable[[mx.array], mx.array]
 
@@ -38,7 +39,7 @@ Sampler = Callable[[mx.array], mx.array]
 class Scored(NamedTuple):
     """A token, its log-probability (nats), the likeliest tokens, and why it is the last one."""
 
-    token: int | None  # None where no token was asked for
+    token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     finish: str | None = None
@@ -197,7 +198,7 @@ class Engine:
             job.emit(self._score(plan))
         if plan.max_tokens == 0:
             self._open.discard(job)
-            return job.emit(Scored(None, finish="length"))
+            return job.emit(Scored(NO_TOKEN, finish="length"))
         cache, rest = None, plan.prompt[:-1]
         if rest:  # without the last token: the logits after it are in no cache
             cache, rest = self._prompts.fetch_nearest_cache(MODEL, rest)
@@ -298,14 +299,12 @@ def _scored(token: int, logprobs: mx.array, top: int | None, finish: str | None)
 def _score(logprobs: mx.array, tokens: list[int], top: int) -> list[Scored]:
     """Return each token with its log-probability and the `top` likeliest; logprobs (n, vocab)."""
     logprobs = mx.maximum(logprobs.astype(mx.float32), -9999.0)  # JSON has no infinity
-    order = mx.argsort(-logprobs, axis=-1)[:, :top]
-    chosen = mx.take_along_axis(logprobs, mx.array(tokens)[:, None], axis=-1)[:, 0]
-    likeliest = mx.take_along_axis(logprobs, order, axis=-1)
-    rows = zip(tokens, chosen.tolist(), order.tolist(), likeliest.tolist(), strict=True)
-    return [
-        Scored(token, logprob, tuple(zip(best, values, strict=True)))
-        for token, logprob, best, values in rows
-    ]
+    order: Any = mx.argsort(-logprobs, axis=-1)[:, :top]
+    chosen: Any = mx.take_along_axis(logprobs, mx.array(tokens)[:, None], axis=-1)[:, 0]
+    likeliest: Any = mx.take_along_axis(logprobs, order, axis=-1)
+    rows: Any = zip(chosen.tolist(), order.tolist(), likeliest.tolist(), strict=True)
+    rows = [(logprob, tuple(zip(*best, strict=True))) for logprob, *best in rows]
+    return [Scored(token, *row) for token, row in zip(tokens, rows, strict=True)]
 
 
 @lru_cache(maxsize=64)

@@ -8,7 +8,8 @@ from pydantic import Field
 from splitquant_mlx.settings import settings
 
 ABOVE_0, UP_TO_1, LIST = Field(gt=0), Field(ge=0, le=1), Field(strict=False)
-KVBits, KVGroup = Literal[2, 3, 4, 5, 6, 8], Literal[32, 64, 128]
+KVBits = Literal[2, 3, 4, 5, 6, 8]
+KVGroup = Literal[32, 64, 128]
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 Names = tuple[str, ...]
 
