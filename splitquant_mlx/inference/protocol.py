@@ -78,6 +78,13 @@ class Function(Strict):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
+    def call_schema(self) -> dict[str, Any]:
+        """Return the JSON schema of a call."""
+        arguments = self.parameters or {"type": "object"}
+        properties = {"name": {"const": self.name}, "arguments": arguments}
+        closed = {"required": ["name", "arguments"], "additionalProperties": False}
+        return {"type": "object", "properties": properties, **closed}
+
 
 class Tool(Strict):
     """A tool that the model may call."""
@@ -212,7 +219,7 @@ class ChatRequest(Request):
     def schema(self) -> dict[str, Any] | None:
         """Return the JSON schema that the answer must follow, if there is one."""
         if forced := self.forced_tools():
-            return {"anyOf": [_call_schema(function) for function in forced]}
+            return {"anyOf": [function.call_schema() for function in forced]}
         match self.response_format:
             case {"type": "text"}:
                 return None
@@ -222,16 +229,6 @@ class ChatRequest(Request):
                 return schema
         expected = "expected type text, json_object, or json_schema with a json_schema.schema"
         refuse("response_format", expected, self.response_format)
-
-
-def _call_schema(function: Function) -> dict[str, Any]:
-    arguments = function.parameters or {"type": "object"}
-    return {
-        "type": "object",
-        "properties": {"name": {"const": function.name}, "arguments": arguments},
-        "required": ["name", "arguments"],
-        "additionalProperties": False,
-    }
 
 
 R = TypeVar("R", bound=BaseModel)

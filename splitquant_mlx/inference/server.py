@@ -119,15 +119,18 @@ def model_names(source: Source, settings: ServeSettings) -> list[str]:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that has its port; who connects waits until the model is loaded."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    """Return a socket that has its port, but takes no connections yet."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        return socket.create_server((host, port), family=family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
     except OSError as exc:
+        listener.close()
         raise SplitQuantError(
             f"cannot listen on {host}, port {port}: {exc.strerror or exc}: choose another with "
             "--host or --port"
         ) from exc
+    return listener
 
 
 @contextmanager
