@@ -10,9 +10,15 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
+from splitquant_mlx.settings import explain
+
 IGNORED = {
     *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"),
     *("prompt_cache_retention", "keep_alive", "cache_prompt", "include"),
+}
+CODES = {  # of what `explain` says
+    "unknown key": "unknown_parameter",
+    "expected a value, got none": "missing_required_parameter",
 }
 ENDS = "the server ends"
 
@@ -101,8 +107,11 @@ class Called(Strict, extra="allow"):
 
     @model_validator(mode="after")
     def _read(self) -> "Called":
-        given = self.arguments
-        self.arguments = from_json(given or "{}") if isinstance(given, str | None) else given
+        if isinstance(self.arguments, str | None):
+            try:
+                self.arguments = from_json(self.arguments or "{}")
+            except ValueError as exc:
+                raise ValueError(f"expected arguments in JSON: {exc}") from exc
         return self
 
 
@@ -250,11 +259,8 @@ def validate(fields: dict[str, Any], kind: type[R]) -> R:
     try:
         return kind.model_validate({k: v for k, v in fields.items() if v is not None})
     except ValidationError as exc:
-        error = exc.errors(include_url=False)[0]
-    name, path = str(error["loc"][0]), ".".join(map(str, error["loc"]))
-    if error["type"] == "missing" and name == path:
-        raise Refusal(400, f"{name}: missing", param=name, code="missing_required_parameter")
-    if error["type"] == "extra_forbidden":
-        message = f"{path}: not known here, and it might change the answer: leave it out"
-        raise Refusal(400, message, param=name, code="unknown_parameter")
-    refuse(path, error["msg"].removeprefix("Value error, "), error["input"])
+        path, _, problem = explain(exc).partition(": ")
+    code = CODES.get(problem)
+    if code == "unknown_parameter":
+        problem = "not known here, and it might change the answer: leave it out"
+    raise Refusal(400, f"{path}: {problem}", param=path.partition(".")[0], code=code)
