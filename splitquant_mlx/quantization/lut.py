@@ -123,28 +123,22 @@ class Tables:
 
     def compensate(self, columns: np.ndarray, h: np.ndarray) -> None:
         """Give each channel its codes in turn, compensating the errors of those before it: GPTQ."""
-        feedback, error = unit_upper(h), np.empty_like(columns)
-        for start in range(0, len(columns), STEP):
-            end = start + STEP
-            wanted = columns[start:end] + feedback[:start, start:end].T @ error[:start]
-            for k in range(start, end):
-                error[k] = columns[k] - self.round(k, wanted[k - start])
-                if k + 1 < end:
-                    wanted[k + 1 - start :] += feedback[k, k + 1 : end, None] * error[k]
+        self._round_all(columns, columns, unit_upper(h).T)
 
     def descend(self, columns: np.ndarray, h: np.ndarray) -> None:
         """Give each weight its best code, all others fixed, channel after channel."""
-        values = self.values()
-        error = columns - values
-        for start in range(0, len(columns), STEP):
+        values, diagonal = self.values(), np.diagonal(h)[:, None]
+        self._round_all(values + h @ (columns - values) / diagonal, values, h / diagonal)
+
+    def _round_all(self, targets: np.ndarray, reference: np.ndarray, feedback: np.ndarray) -> None:
+        """Round each channel after the errors of those before it; see `rounding.round_group`."""
+        error = np.empty_like(targets)
+        for start in range(0, len(targets), STEP):
             end = start + STEP
-            gradient = h[start:end] @ error
+            wanted = targets[start:end] + feedback[start:end, :start] @ error[:start]
             for k in range(start, end):
-                step = gradient[k - start] / h[k, k]
-                moved = self.round(k, values[k] + step) - values[k]
-                error[k] -= moved
-                if k + 1 < end:
-                    gradient[k + 1 - start :] -= h[k + 1 : end, k, None] * moved
+                error[k] = reference[k] - self.round(k, wanted[k - start])
+                wanted[k + 1 - start :] += feedback[k + 1 : end, k, None] * error[k]
 
     def refit(self, columns: np.ndarray, h: np.ndarray) -> None:
         """Give each row its best codebook, all codes fixed."""

@@ -1,6 +1,6 @@
 """Codebooks are the optimum of each row, and what alternates with codes lowers the error."""
 
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 
 import mlx.core as mx
 import numpy as np
@@ -18,18 +18,33 @@ def inertia(x, m, cuts):
     return sum((m[s] * (x[s] - np.average(x[s], weights=m[s])) ** 2).sum() for s in spans)
 
 
-@pytest.mark.parametrize("k", [2, 3, 4])
-def test_row_codebooks_are_the_optimum(k):
+@pytest.mark.parametrize(("k", "n"), [(2, 12), (3, 12), (4, 12), (8, 14), (16, 19)])
+def test_row_codebooks_are_the_optimum(k, n):
     rng = np.random.default_rng(k)
-    w, m = rng.standard_normal((6, 12)), rng.uniform(0.01, 1, (6, 12))
+    w, m = rng.standard_normal((6, n)), rng.uniform(0.01, 1, (6, n))
     w[5] = np.round(w[5])  # equal entries
+    m[4] = rng.choice([1e-4, 1e2], n)
     found = (m * (w - nearest(w, row_codebooks(w, m, k))) ** 2).sum(axis=1)
     for row in range(6):
         order = np.argsort(w[row])
         x, mass = w[row][order], m[row][order]
-        cuts = ((0, *inner, 12) for inner in combinations(range(1, 12), k - 1))
+        cuts = ((0, *inner, n) for inner in combinations(range(1, n), k - 1))
         best = min(inertia(x, mass, c) for c in cuts)
         assert found[row] == pytest.approx(best, rel=1e-5, abs=1e-9)
+
+
+def test_no_assignment_at_all_is_better():
+    """Clusters that are no intervals among them."""
+    rng = np.random.default_rng(0)
+    w, m = rng.standard_normal((1, 8)), rng.uniform(0.01, 1, (1, 8))
+    best = np.inf
+    for labels in product(range(3), repeat=8):
+        places = np.equal.outer(range(3), labels)
+        masses = np.maximum((places * m).sum(1), 1e-30)
+        means = (places * m * w).sum(1) / masses
+        best = min(best, (m[0] * (w[0] - means[list(labels)]) ** 2).sum())
+    found = (m * (w - nearest(w, row_codebooks(w, m, 3))) ** 2).sum()
+    assert found == pytest.approx(best, rel=1e-6)
 
 
 def test_a_row_of_fewer_values_than_codes_is_exact():
@@ -96,3 +111,25 @@ def test_powers_of_two_are_one_scale_a_row(layer):
     nearest_codes = lut_quantize(w, hessian, bits=4, powers=True, sweeps=0)
     errors = [row_errors(w, lut_weight(*found), hessian).sum() for found in (lut, nearest_codes)]
     assert errors[0] < 0.9 * errors[1]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("w", [np.ones((3, 64)), np.zeros((3, 64)), np.eye(64)[:1] * 1e4])
+@pytest.mark.parametrize("hessian", [np.eye(64), np.zeros((64, 64)), np.ones((64, 64))])
+def test_weights_and_inputs_without_any_difference(w, hessian, bits):
+    for outliers in (0, 1, 6):
+        settings = {"bits": bits, "outliers": outliers}
+        lut = lut_quantize(mx.array(w, mx.float16), hessian.astype(np.float32), **settings)
+        np.testing.assert_allclose(np.array(lut_weight(*lut)), w, rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("outliers", [64, 63, 1])
+def test_outliers_up_to_all_of_a_row(outliers):
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal((5, 64)), rng.standard_normal((99, 64))
+    lut = lut_quantize(
+        mx.array(w, mx.float32), (x.T @ x / 99).astype(np.float32), outliers=outliers
+    )
+    assert all(len(set(row)) == outliers for row in lut.indices.tolist())
+    if outliers > 60:
+        np.testing.assert_allclose(np.array(lut_weight(*lut)), w, atol=2e-5)
