@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from splitquant_mlx.evaluation.task import evaluate
     from splitquant_mlx.formats.manifest import LayerRecord, Manifest, load_manifest
     from splitquant_mlx.models.loader import load
-    from splitquant_mlx.nn.lut_file import LUTLinear
     from splitquant_mlx.nn.model_file import QuantizedSplitLinear
+    from splitquant_mlx.nn.neighbour_file import LUTLinear
     from splitquant_mlx.nn.split_layers import (
         QuantizedSplitConv,
         SplitConv,
@@ -91,7 +91,7 @@ _MODULES = {
     "evaluation.task": "evaluate",
     "formats.manifest": "LayerRecord Manifest load_manifest",
     "models.loader": "load",
-    "nn.lut_file": "LUTLinear",
+    "nn.neighbour_file": "LUTLinear",
     "nn.model_file": "QuantizedSplitLinear",
     "nn.split_layers": "QuantizedSplitConv SplitConv SplitLinear quantize_split_layers split_model",
     "quantization.affine": "Quantized dequantize quantize quantize_parts",

@@ -28,7 +28,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
-Method = Literal["splitquant", "rtn", "imatrix", "gptq", "auto", "lut", "omniquant", "efficientqat"]
+Method = Literal[
+    "splitquant", "rtn", "imatrix", "gptq", "auto", "lut", "salience", "omniquant", "efficientqat"
+]
 Bits = Literal[2, 3, 4, 5, 6, 8]
 GroupSize = Literal[16, 32, 64, 128]
 Mode = Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
@@ -52,13 +54,14 @@ Share = Annotated[str, AfterValidator(_require_share)]
 
 METHODS: tuple[str, ...] = get_args(Method)
 LEARNED = ("omniquant", "efficientqat")  # block by block
-CALIBRATED = ("imatrix", "gptq", "auto", "lut", *LEARNED)
+# layers that mlx has no form of, and the bits that they can have
+OWN_LAYERS = {"lut": (2, 3, 4), "salience": (2, 3, 4, 5)}
+CALIBRATED = ("imatrix", "gptq", "auto", *OWN_LAYERS, *LEARNED)
 TARGETS = ("target_bpw", "max_kl", "target_size", "fits")  # of auto, one of them
-FIXED_BITS = ("imatrix", "gptq", "lut", *LEARNED)  # calibrated, with one number of bits
-SWEEPS = {"gptq": 1, "auto": 1, "lut": 3, "omniquant": 10, "efficientqat": 10}  # defaults
+FIXED_BITS = ("imatrix", "gptq", *OWN_LAYERS, *LEARNED)  # calibrated, with one number of bits
+SWEEPS = {"gptq": 1, "auto": 1, "lut": 3, "salience": 1, "omniquant": 10, "efficientqat": 10}
 SELF = "self"  # calibration on text that the model writes
 BITS: tuple[int, ...] = get_args(Bits)
-LUT_BITS = (2, 3, 4)
 GROUP_SIZES = (32, 64, 128)  # of mode affine
 DTYPES: tuple[str, ...] = get_args(DType)
 # mode -> (group_size, bits): the defaults of affine, the only values of the others
@@ -100,7 +103,8 @@ class Recipe:
             under the importance of the inputs), "gptq" (also compensates each column's rounding
             error in the columns not yet quantized), "auto" (gptq with bits and group size chosen
             for each layer), "lut" (a codebook for each row of a linear layer; 2 to 4 bits),
-            "omniquant" (clipping and channel scales learned block by block) or "efficientqat" (the
+            "salience" (gptq with a bit more for the salient inputs of a layer, and one less for as
+            many; 2 to 5 bits), "omniquant" (clipping learned block by block) or "efficientqat" (the
             weights, too).
         bits: bits per code; by default 4 (mxfp8: 8). Not for auto.
         group_size: inputs that share scales and biases; by default 64 (mxfp4, mxfp8: 32, nvfp4:
@@ -120,7 +124,7 @@ class Recipe:
         layers: settings of single layers, by path: {"bits": ..., "group_size": ...}.
         calibration: text that all but rtn are calibrated on; with splitquant, the scales of the
             parts are then fitted as by imatrix, which the paper does not do.
-        sweeps: rounds of coordinate descent of gptq and auto, of codes and codebooks in turn of
+        sweeps: rounds of coordinate descent of gptq, auto and salience, of codes and codebooks of
             lut, where 0 is SqueezeLLM; by default 1, for lut 3. Passes over the text of omniquant
             and efficientqat; by default 10.
         outliers: for lut, the share of each row that is kept in 16 bits, such as "0.5%".
@@ -133,7 +137,7 @@ class Recipe:
         fits: for auto, memory of the machine to run on, such as 16GB, instead of a target_bpw: the
             model is to fit in beside a context of 8,192 tokens and the system.
         refine: train scales and biases, codes fixed, to predict what the original predicts. Not
-            for splitquant and lut.
+            for splitquant, lut and salience.
     """
 
     method: Method = "splitquant"
@@ -181,7 +185,8 @@ class Recipe:
             self._fill(target_bpw=4.5)
         if self.method == "lut":
             self._fill(codebook="kmeans")
-            self._require("bits", LUT_BITS, "with method 'lut'")
+        if self.method in OWN_LAYERS:
+            self._require("bits", OWN_LAYERS[self.method], f"with method {self.method!r}")
 
     @property
     def _targets(self) -> list[str]:
@@ -212,7 +217,7 @@ class Recipe:
             "clusters": split or self.clusters == 3,
             "kmeans": split or self.kmeans == "exact",
             "lm_head": split or self.lm_head != "split",
-            "refine": not split and not lut,
+            "refine": self.method not in ("splitquant", *OWN_LAYERS),
             "calibration": self.runs_the_model or split,
             "sweeps": self.method in SWEEPS,
             **dict.fromkeys(TARGETS, auto),

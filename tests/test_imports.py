@@ -71,7 +71,7 @@ def test_files_stay_small():
     assert not too_long
 
 
-@pytest.mark.parametrize("name", ["model_file", "lut_file"])
+@pytest.mark.parametrize("name", ["model_file", "neighbour_file"])
 def test_a_model_file_needs_only_mlx_and_the_program_that_runs_it(name):
     tree = ast.parse((PACKAGE / "nn" / f"{name}.py").read_text())
     roots = set()

@@ -173,6 +173,7 @@ def _print_layers(layers: Any, cuts: dict[str, tuple[float, ...]], *, each: bool
             text = first.mode
         elif first.bits is not None:
             text += f"{first.bits} bits "
+            text += "on average " if first.mode == "mixed" else ""
             text += "codebooks" if first.mode == "lut" else f"g{first.group_size}"
             text += f", {first.outliers} kept a row" if first.outliers else ""
         snr = [layer.snr_db for layer in group if layer.snr_db is not None]

@@ -13,7 +13,7 @@ OWNER = "splitquant-mlx"  # LM Studio wants USER/NAME
 
 def check(recipe: Recipe) -> None:
     """Refuse, before the work, a method whose result LM Studio does not run."""
-    layers = {"splitquant": "split layers", "lut": "lookup tables"}
+    layers = {"splitquant": "split layers", "lut": "lookup tables", "salience": "mixed bits"}
     if recipe.method in layers:
         raise RecipeError(
             f"--lmstudio: LM Studio does not run {layers[recipe.method]}: take --method auto, or -q"

@@ -14,7 +14,7 @@ from splitquant_mlx.conversion.weight import (
     SAMPLE,
     decibels,
     row_squares,
-    stored_weight,
+    stored_rows,
 )
 from splitquant_mlx.errors import CheckpointError, RecipeError, one_line
 from splitquant_mlx.formats.head_file import COPIED
@@ -25,6 +25,7 @@ from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.progress import Progress
 from splitquant_mlx.quantization.affine import Quantized
 from splitquant_mlx.quantization.lut import Lut
+from splitquant_mlx.quantization.salience import Mixed
 from splitquant_mlx.recipe import Recipe
 
 # what says nothing of the function, or is compared elsewhere
@@ -100,8 +101,8 @@ def compare(directory: Path, manifest: Manifest, original: Path, progress: Progr
     return problems + [f"{name} is not in the original" for name in stored]
 
 
-def _kind(layer: LayerRecord) -> type[Quantized] | type[Lut]:
-    return Lut if layer.mode == "lut" else Quantized
+def _kind(layer: LayerRecord) -> type[Quantized] | type[Lut] | type[Mixed]:
+    return {"lut": Lut, "mixed": Mixed}.get(layer.mode or "", Quantized)
 
 
 def _load(directory: Path) -> dict[str, mx.array]:
@@ -134,20 +135,13 @@ def _signal_to_noise(
 ) -> tuple[float, float]:
     """Return the ratio over the rows that `LayerRecord.snr_db` is taken over, and over all, dB."""
     w = w.reshape(-1, w.shape[-1])
-    rows = {
-        leaf: None if array is None else array.reshape(w.shape[0], -1)
-        for leaf, array in tensors.items()
-    }
+    stored = _kind(layer)(**tensors)  # type: ignore[arg-type]
     sizes = {"bits": layer.bits, "group_size": layer.group_size, "mode": layer.mode}
     signal, noise = [], []
     step = max(1, BLOCK // w.shape[1])
     for start in range(0, w.shape[0], step):
-        block = {
-            leaf: None if array is None else array[start : start + step]
-            for leaf, array in rows.items()
-        }
-        w_hat = stored_weight(_kind(layer)(**block), **sizes)  # type: ignore[arg-type]
-        squares = row_squares(w[start : start + step], w_hat)
+        rows = slice(start, start + step)
+        squares = row_squares(w[rows], stored_rows(stored, rows, **sizes))
         signal.append(squares[0])
         noise.append(squares[1])
     signals, noises = np.concatenate(signal), np.concatenate(noise)

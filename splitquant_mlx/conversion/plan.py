@@ -12,10 +12,11 @@ import mlx.nn as nn
 from splitquant_mlx.calibration.blocks import is_expert_stack
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.formats.head_file import COPIED
+from splitquant_mlx.formats.manifest import OWN_MODES
 from splitquant_mlx.models.architecture import parameters
 from splitquant_mlx.nn.split_layers import scale_dtype
 from splitquant_mlx.quantization.lut import index_dtype
-from splitquant_mlx.recipe import DTYPES, GROUP_SIZES, LEARNED, LUT_BITS, MODES, Recipe
+from splitquant_mlx.recipe import DTYPES, GROUP_SIZES, LEARNED, MODES, OWN_LAYERS, Recipe
 
 # in mlx-vlm 0.7; see `head_file`
 HEAD_FROM_EMBEDDING = ("gemma3", "gemma3_text")
@@ -34,11 +35,11 @@ class LayerPlan:
         quantizer: name in `quantizers.QUANTIZERS`; empty when kept.
         bits: per code; 0 when kept.
         group_size: inputs that share a scale; 0 when kept.
-        mode: mlx's quantization mode, or "lut" (a codebook for each row).
+        mode: mlx's quantization mode, "lut" (a codebook for each row) or "mixed" (bits on average).
         granularity: one scale per "group", "channel" or "tensor".
         clusters: parts the weight is split into; 1 unless split.
         kmeans: "exact" or "sklearn".
-        sweeps: rounds of coordinate descent of gptq, of codes and codebooks of lut.
+        sweeps: rounds of coordinate descent of gptq and salience, of codes and codebooks of lut.
         outliers: entries of each row that lut keeps.
         codebook: of lut, "kmeans" or "powers".
         note: why this layer is not treated as the recipe says for its kind; empty if it is.
@@ -76,6 +77,10 @@ class LayerPlan:
                 found["indices"] = index_dtype(width), (*rows, self.outliers)
             return found
         scales = (*rows, width // self.group_size)
+        if self.mode == "mixed":
+            flat = {"weight": found["weight"], "scales": (dtype, scales), "biases": (dtype, scales)}
+            found = {leaf: (kind, (math.prod(shape),)) for leaf, (kind, shape) in flat.items()}
+            return {**found, "widths": (mx.uint8, (width,))}
         if self.mode != "affine":
             return {**found, "scales": (mx.uint8, scales)}
         # a split float16 or float32 layer may have scales in bfloat16, which is as large
@@ -171,7 +176,7 @@ def make_plan(recipe: Recipe, model: nn.Module, config: Mapping[str, Any]) -> Pl
 
 def _with_head(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
     """Plan copies for a head where the embedding is quantized, and no layer needs other code."""
-    own_code = any(layer.action == "split" or layer.mode == "lut" for layer in layers.values())
+    own_code = any(layer.action == "split" or layer.mode in OWN_MODES for layer in layers.values())
     return {
         path: replace(layer, head=path.replace("model.embed_tokens", "lm_head"))
         if layer.kind == "embedding" and layer.action == "quantize" and not own_code
@@ -216,9 +221,8 @@ def _plan_layer(
     action, note = _wanted_action(recipe, path, kind, module)
     if action == "keep":
         return keep(note)
-    if recipe.method == "lut" and kind == "linear":
-        return _plan_tables(recipe, path, shape, keep)
     bits, group_size, mode = _settings(recipe, path, kind)
+    own_form = recipe.method in OWN_LAYERS and kind == "linear"
     if predicate is not None:
         asked = predicate(path, module)
         if asked is False:
@@ -227,13 +231,14 @@ def _plan_layer(
             bits, mode = asked.get("bits", bits), asked.get("mode", "affine")  # as in to_quantized
             group_size = asked.get("group_size", MODES[mode][0])
             note = note or f"this architecture asks for {bits} bits"
+            own_form = False
     sizes = [group_size, *reversed(GROUP_SIZES)] if mode == "affine" else [group_size]
     fitting = [size for size in sizes if size <= group_size and shape[-1] % size == 0]
     if not fitting:
         return keep(f"no group size fits its width {shape[-1]}")
     if fitting[0] != group_size:
         note = f"group size {fitting[0]}, as {group_size} does not divide its width {shape[-1]}"
-    return LayerPlan(
+    layer = LayerPlan(
         path=path,
         kind=kind,
         action=action,
@@ -248,29 +253,29 @@ def _plan_layer(
         sweeps=recipe.sweeps or 0,
         note=note,
     )
+    return _own_form(recipe, layer) if own_form else layer
 
 
-def _plan_tables(
-    recipe: Recipe, path: str, shape: tuple[int, ...], keep: Callable[[str], LayerPlan]
-) -> LayerPlan:
-    """Plan a layer with a codebook for each row."""
-    bits, _, _ = _settings(recipe, path, "linear")
-    if bits not in LUT_BITS:
-        raise RecipeError(f"layers.{path}.bits: expected 2, 3 or 4 with method 'lut', got {bits}")
-    if shape[-1] % 32:
-        return keep(f"its width {shape[-1]} is no multiple of 32")
-    return LayerPlan(
-        path=path,
-        kind="linear",
-        action="quantize",
-        shape=shape,
-        quantizer="lut",
-        bits=bits,
-        group_size=shape[-1],
+def _own_form(recipe: Recipe, layer: LayerPlan) -> LayerPlan:
+    """Return the plan of a linear layer in the form of its method, which mlx has none for."""
+    method, path, allowed = recipe.method, layer.path, OWN_LAYERS[recipe.method]
+    if layer.bits not in allowed:
+        raise RecipeError(
+            f"layers.{path}.bits: expected {', '.join(map(str, allowed))} with method {method!r}, "
+            f"got {layer.bits}"
+        )
+    if method == "salience":
+        return replace(layer, quantizer=method, mode="mixed")
+    if "group_size" in recipe.layers.get(path, {}):
+        raise RecipeError(f"layers.{path}.group_size: not for method 'lut': leave it out")
+    return replace(
+        layer,
+        quantizer=method,
         mode="lut",
-        sweeps=recipe.sweeps or 0,
-        outliers=math.ceil(recipe.outlier_share * shape[-1]),
+        group_size=layer.shape[-1],
+        outliers=math.ceil(recipe.outlier_share * layer.shape[-1]),
         codebook=recipe.codebook or "kmeans",
+        note="",
     )
 
 
@@ -294,8 +299,8 @@ def _wanted_action(recipe: Recipe, path: str, kind: str, module: nn.Module) -> t
         return str(recipe.embeddings), ""
     if kind == "lm_head":
         return str(recipe.lm_head), ""
-    if recipe.method == "lut" and kind == "experts":
-        return "quantize", "a stack of experts has scales rather than codebooks"
+    if recipe.method in OWN_LAYERS and kind == "experts":
+        return "quantize", "a stack of experts is quantized as by gptq"
     if recipe.method != "splitquant":
         return "quantize", ""
     if kind == "experts" and not is_expert_stack(module):

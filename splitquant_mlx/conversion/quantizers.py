@@ -38,8 +38,10 @@ from splitquant_mlx.quantization.group_fit import nearest_codes
 from splitquant_mlx.quantization.imatrix import code_parts_weighted, quantize_weighted
 from splitquant_mlx.quantization.lut import Lut, lut_quantize
 from splitquant_mlx.quantization.rounding import kernel_works
+from splitquant_mlx.quantization.salience import Mixed, salience_quantize
 from splitquant_mlx.quantization.split import cluster_weight, parts_of
 from splitquant_mlx.quantization.split_cpu import code_split
+from splitquant_mlx.recipe import OWN_LAYERS
 
 BLOCK = 1 << 19  # entries
 LARGE = 1 << 24  # entries that one core is not left alone with
@@ -55,7 +57,7 @@ class Outcome(NamedTuple):
         cluster_s: time of the clustering, s.
     """
 
-    quantized: Quantized | Lut
+    quantized: Quantized | Lut | Mixed
     cut_points: tuple[float, ...] = ()
     cluster_s: float = 0.0
 
@@ -160,6 +162,11 @@ def _lut(w: mx.array, layer: LayerPlan, inputs: Mean | None) -> Outcome:
     return Outcome(lut_quantize(w, np.array(inputs), **settings, powers=powers))
 
 
+def _salience(w: mx.array, layer: LayerPlan, inputs: Mean | None) -> Outcome:
+    sizes = {"bits": layer.bits, "group_size": layer.group_size}
+    return Outcome(salience_quantize(w, np.array(inputs), **sizes, sweeps=layer.sweeps))
+
+
 def _learned(w: mx.array, layer: LayerPlan, inputs: Any) -> Outcome:
     """Round what was learned of the layer, see `blockwise`; or itself, where it is in no block."""
     if inputs is None:
@@ -209,6 +216,7 @@ QUANTIZERS = {
     "imatrix": Quantizer(apply=_imatrix, statistic=sum_of_squares),
     "gptq": Quantizer(apply=_gptq, statistic=hessian),
     "lut": Quantizer(apply=_lut, statistic=hessian),
+    "salience": Quantizer(apply=_salience, statistic=hessian),
     "omniquant": Quantizer(apply=_learned),
     "efficientqat": Quantizer(apply=_learned),
     "splitquant": Quantizer(apply=_splitquant),
@@ -218,4 +226,4 @@ QUANTIZERS = {
 
 def uses_cpu(quantizer: str) -> bool:
     """Return whether a quantizer computes with numpy, whatever the default device."""
-    return quantizer == "lut" or (quantizer == "gptq" and not kernel_works())
+    return quantizer in OWN_LAYERS or (quantizer == "gptq" and not kernel_works())

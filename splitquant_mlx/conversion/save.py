@@ -8,7 +8,7 @@ from typing import Any
 
 from splitquant_mlx.conversion.plan import HEAD_FROM_EMBEDDING
 from splitquant_mlx.errors import CheckpointError, TargetError
-from splitquant_mlx.formats.manifest import MODEL_FILE, LayerRecord
+from splitquant_mlx.formats.manifest import MODEL_FILE, OWN_MODES, LayerRecord
 from splitquant_mlx.models.companions import companions
 from splitquant_mlx.models.config import to_json
 from splitquant_mlx.runtime.disk import sha256
@@ -48,7 +48,7 @@ def copy_companions(source: Path, directory: Path) -> None:
 
 
 def write_config(config: dict[str, Any], layers: list[LayerRecord], directory: Path) -> None:
-    """Write config.json, and the model file of split layers or lookup tables, where there are."""
+    """Write config.json, and the model file of layers that mlx has no form of."""
     config = {**config, **config_tables(layers)}
     config.pop("_name_or_path", None)
     if "model_file" in config:
@@ -58,7 +58,8 @@ def write_config(config: dict[str, Any], layers: list[LayerRecord], directory: P
 
 def model_code(layers: Sequence[LayerRecord]) -> bytes:
     """Return the model file of a checkpoint that needs one."""
-    name = "lut_file.py" if any(layer.mode == "lut" for layer in layers) else "model_file.py"
+    own = any(layer.mode in OWN_MODES for layer in layers)
+    name = "neighbour_file.py" if own else "model_file.py"
     return resources.files("splitquant_mlx.nn").joinpath(name).read_bytes()
 
 
@@ -66,10 +67,10 @@ def config_tables(layers: Sequence[LayerRecord]) -> dict[str, Any]:
     """Return the entries of config.json that say how layers are stored, those of TABLES.
 
     Plainly quantized layers are listed in mlx's `quantization` table, split layers in a
-    `splitquant` table of their own, as are layers of lookup tables.
+    `splitquant` table of their own, as are those of lookup tables and of mixed bits.
     """
     tables: dict[str, Any] = {}
-    plain = [layer for layer in layers if layer.action == "quantize" and layer.mode != "lut"]
+    plain = [layer for layer in layers if layer.action == "quantize" and not layer.needs_code]
     split = [layer for layer in layers if layer.action == "split"]
     if plain:
         settings = [_settings(layer) for layer in plain]
@@ -96,11 +97,12 @@ def config_tables(layers: Sequence[LayerRecord]) -> dict[str, Any]:
                 for layer in split
             }
         }
-    if lut := [layer for layer in layers if layer.mode == "lut"]:
-        tables["model_file"] = MODEL_FILE
-        tables["splitquant"] = {
-            "lut": {x.path: {"bits": x.bits, "outliers": x.outliers or 0} for x in lut}
-        }
+    for mode, setting in OWN_MODES.items():
+        if own := [layer for layer in layers if layer.mode == mode]:
+            tables["model_file"] = MODEL_FILE
+            tables["splitquant"] = {
+                mode: {x.path: {"bits": x.bits, setting: getattr(x, setting) or 0} for x in own}
+            }
     return tables
 
 

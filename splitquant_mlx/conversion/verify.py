@@ -27,11 +27,12 @@ from splitquant_mlx.models.source import Source
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.quantization.affine import Quantized
 from splitquant_mlx.quantization.lut import Lut
-from splitquant_mlx.recipe import LUT_BITS
+from splitquant_mlx.quantization.salience import Mixed
+from splitquant_mlx.recipe import OWN_LAYERS
 from splitquant_mlx.runtime.disk import sha256
 
 Headers = dict[str, TensorHeader]
-LEAVES = tuple(dict.fromkeys((*Quantized._fields, *Lut._fields)))
+LEAVES = tuple(dict.fromkeys((*Quantized._fields, *Lut._fields, *Mixed._fields)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +193,7 @@ def _shapes(layer: LayerRecord) -> dict[str, tuple[int, ...]]:
     if layer.action == "keep":
         fits = bool(rows)
     elif layer.mode == "lut":
-        fits = len(rows) == 1 and bits in LUT_BITS and width % 32 == 0
+        fits = len(rows) == 1 and bits in OWN_LAYERS["lut"] and width % 32 == 0
     else:
         fits = bool(rows and bits and group_size and width * clusters * bits % 32 == 0)
         fits = fits and width * clusters % group_size == 0

@@ -10,9 +10,10 @@ import numpy as np
 from splitquant_mlx.calibration.statistics import Mean
 from splitquant_mlx.conversion.plan import LayerPlan
 from splitquant_mlx.conversion.quantizers import BLOCK, QUANTIZERS
-from splitquant_mlx.nn.lut_file import lut_weight
+from splitquant_mlx.nn.neighbour_file import lut_weight, mixed_weight
 from splitquant_mlx.quantization.affine import Quantized, dequantize
 from splitquant_mlx.quantization.lut import Lut
+from splitquant_mlx.quantization.salience import Mixed
 
 SAMPLE = 1 << 18  # entries that the signal-to-noise ratio is taken over
 # bits of the exponent, all of which are set in NaN and infinite values alone
@@ -28,7 +29,7 @@ class Converted:
     """Result of converting a weight.
 
     Attributes:
-        tensors: what is stored, by leaf name: those of `Quantized` or `Lut`.
+        tensors: what is stored, by leaf name: those of `Quantized`, `Lut` or `Mixed`.
         cut_points: of a split weight, ascending.
         snr_db: 10 log10(sum w^2 / sum (w - w_hat)^2), dB, over a sample of evenly spaced rows
             where there are more than 2^18 entries; None without any error.
@@ -85,23 +86,23 @@ def require_finite(w: mx.array) -> None:
             raise ValueError("holds NaN or infinite values")
 
 
-def stored_weight(stored: Quantized | Lut, *, bits: int, group_size: int, mode: str) -> mx.array:
-    """Return the float32 weight (..., out, in) that stored tensors stand for."""
+def stored_rows(
+    stored: Quantized | Lut | Mixed, rows: slice, *, bits: int, group_size: int, mode: str
+) -> mx.array:
+    """Return rows of the float32 weight, of all experts together, that stored tensors stand for."""
+    if isinstance(stored, Mixed):
+        return mixed_weight(*stored)[rows]
+    own = (None if a is None else a.reshape(-1, a.shape[-1])[rows] for a in stored)
     if isinstance(stored, Lut):
-        return lut_weight(*stored).astype(mx.float32)
-    return dequantize(stored, bits=bits, group_size=group_size, mode=mode)
+        return lut_weight(*own).astype(mx.float32)  # type: ignore[arg-type]
+    settings = {"bits": bits, "group_size": group_size, "mode": mode}
+    return dequantize(Quantized(*own), **settings)  # type: ignore[arg-type]
 
 
-def _snr_db(w: mx.array, quantized: Quantized | Lut, layer: LayerPlan) -> float | None:
-    step = -(-w.size // SAMPLE)
-
-    def sample(array: mx.array | None) -> mx.array | None:
-        return None if array is None else array.reshape(-1, array.shape[-1])[::step]
-
-    rows = w.reshape(-1, w.shape[-1])[::step]
-    stored = type(quantized)(*(sample(array) for array in quantized))  # type: ignore[arg-type]
-    sizes = {"bits": layer.bits, "group_size": layer.group_size}
-    squares = row_squares(rows, stored_weight(stored, **sizes, mode=layer.mode))
+def _snr_db(w: mx.array, quantized: Quantized | Lut | Mixed, layer: LayerPlan) -> float | None:
+    rows = slice(None, None, -(-w.size // SAMPLE))
+    sizes = {"bits": layer.bits, "group_size": layer.group_size, "mode": layer.mode}
+    squares = row_squares(w.reshape(-1, w.shape[-1])[rows], stored_rows(quantized, rows, **sizes))
     signal, noise = (float(x.sum()) for x in squares)
     if not np.isfinite(noise):
         peak = mx.abs(w).max().item()

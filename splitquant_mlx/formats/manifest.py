@@ -11,8 +11,10 @@ from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.settings import NonNegativeInt, load_json, record
 
 FILE_NAME = "splitquant.json"
-# the code that a checkpoint carries for mlx-lm, see nn/model_file and nn/lut_file
+# the code that a checkpoint carries for mlx-lm, see nn/model_file and nn/neighbour_file
 MODEL_FILE = "splitquant_model.py"
+# of layers with code of their own, and what the code needs to know of them beside the bits
+OWN_MODES = {"lut": "outliers", "mixed": "group_size"}
 # what is shown of a layer must not control the terminal
 Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -31,7 +33,7 @@ class LayerRecord:
         bits_per_weight: stored bits over ORIGINAL entries.
         bits: bits per code; None when kept.
         group_size: inputs that share a scale; None when kept.
-        mode: mlx's quantization mode, or "lut"; None when kept.
+        mode: mlx's quantization mode, "lut" or "mixed"; None when kept.
         clusters: parts the layer is split into; None unless split.
         outliers: entries of each row that are kept beside a codebook; None without.
         cut_points: where k-means split the entries, ascending; empty unless split, and of a
@@ -62,7 +64,7 @@ class LayerRecord:
     @property
     def needs_code(self) -> bool:
         """Return whether stock mlx-lm needs the checkpoint's model file to run the layer."""
-        return self.action == "split" or self.mode == "lut"
+        return self.action == "split" or self.mode in OWN_MODES
 
 
 @record

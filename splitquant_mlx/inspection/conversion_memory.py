@@ -14,7 +14,7 @@ import mlx.core as mx
 from splitquant_mlx.calibration.blocks import LOGITS
 from splitquant_mlx.models.footprint import PROGRAM_BYTES
 from splitquant_mlx.quantization.gptq import block_entries
-from splitquant_mlx.recipe import SELF, Calibration, Recipe
+from splitquant_mlx.recipe import OWN_LAYERS, SELF, Calibration, Recipe
 
 BLOCK_NAME = re.compile(r"(?:layers|blk|blocks|h)\.(\d+)\.")
 KEYS_AND_VALUES = re.compile(r"(?:\b[kv]_proj|attn_[kv])\.weight$")
@@ -55,7 +55,7 @@ def _quantizing_bytes(method: str, entries: int, workers: int) -> float:
     """Return what the largest weight takes while it is quantized, by `gptq` in blocks of rows."""
     if method in LARGEST:
         return LARGEST[method] * entries
-    blocks = entries if method == "lut" else min(entries, workers * block_entries())
+    blocks = entries if method in OWN_LAYERS else min(entries, workers * block_entries())
     return WITH_HESSIAN * blocks + LARGEST["rtn"] * (entries - blocks)
 
 

@@ -8,8 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from splitquant_mlx.nn.lut_file import LUTLinear
 from splitquant_mlx.nn.model_file import QuantizedSplitLinear, QuantizedSplitSwitchLinear
+from splitquant_mlx.nn.neighbour_file import LUTLinear, MixedLinear
 from splitquant_mlx.quantization.affine import Quantized, dequantize
 
 
@@ -28,7 +28,7 @@ def dequantized(model: nn.Module) -> nn.Module:
     for path, module in model.named_modules():
         if isinstance(module, QuantizedSplitSwitchLinear):
             continue  # a stack stays as it is, as mlx-lm's own do
-        if isinstance(module, (QuantizedSplitLinear, nn.QuantizedLinear, LUTLinear)):
+        if isinstance(module, (QuantizedSplitLinear, nn.QuantizedLinear, LUTLinear, MixedLinear)):
             layer: nn.Module = nn.Linear(1, 1, bias=False)
             if "bias" in module:
                 layer.bias = module.bias
@@ -45,7 +45,7 @@ def dequantized(model: nn.Module) -> nn.Module:
 
 def dense_weight(module: nn.Module) -> mx.array:
     """Return the float32 weight (out, in) that a quantized layer stands for."""
-    if isinstance(module, LUTLinear):
+    if isinstance(module, (LUTLinear, MixedLinear)):
         return module.dense().astype(mx.float32)
     quantized = Quantized(module["weight"], module["scales"], module.get("biases"))
     settings = {"bits": module.bits, "group_size": module.group_size, "mode": module.mode}

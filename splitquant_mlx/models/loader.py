@@ -120,13 +120,13 @@ def _load_with_mlx_lm(
     """Load a model that holds quantized layers, or runs code of its own."""
     from mlx_lm.utils import load_model as mlx_lm_load_model
 
-    from splitquant_mlx.nn import lut_file, model_file
+    from splitquant_mlx.nn import model_file, neighbour_file
 
     options: dict[str, Any] = {"model_config": {}}
     foreign = config.get("model_file")
     if isinstance(config.get("splitquant"), dict) and foreign in (None, MODEL_FILE):
         options["model_config"]["model_file"] = None
-        code = lut_file if "lut" in config["splitquant"] else model_file
+        code = model_file if "layers" in config["splitquant"] else neighbour_file
         options["get_model_classes"] = lambda config: (code.Model, code.ModelArgs)
     elif foreign and not trust_remote_code:
         raise CheckpointError(

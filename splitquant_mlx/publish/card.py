@@ -135,7 +135,9 @@ METHODS = {
     "descent)",
     "lut": "every row of a linear layer has a codebook of its own, by exact k-means and codes that "
     "compensate each other's errors (SqueezeLLM, GANQ)",
-    "omniquant": "clipping strengths and channel scales are learned block by block (OmniQuant)",
+    "salience": "the salient inputs of every linear layer have one bit more and as many others one "
+    "less (SliM-LLM), rounded by GPTQ and coordinate descent",
+    "omniquant": "clipping strengths are learned block by block (OmniQuant)",
     "efficientqat": "weights, scales and biases are learned block by block (EfficientQAT)",
     "auto": "bits and group size are chosen for every layer from its predicted divergence, and "
     "each column's rounding error is compensated in later columns (GPTQ and coordinate descent)",

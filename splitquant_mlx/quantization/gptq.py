@@ -132,7 +132,7 @@ class Grid:
         columns: the weight (in, out) float32.
         h: damped Hessian (in, in) float32, of the same kind as `columns`.
         dtype: of the scales and biases that are stored.
-        bits: bits of a code.
+        bits: bits of a code; a list has those of each group.
         group_size: inputs that share scale and bias.
 
     Attributes:
@@ -142,10 +142,13 @@ class Grid:
         error: the weight less what the codes stand for, (in, out) float32.
     """
 
-    def __init__(self, columns: Any, h: Any, dtype: mx.Dtype, bits: int, group_size: int):
+    def __init__(
+        self, columns: Any, h: Any, dtype: mx.Dtype, bits: int | list[int], group_size: int
+    ):
         self._xp: Any = np if isinstance(columns, np.ndarray) else mx
-        self.dtype, self.bits, self.group_size = dtype, bits, group_size
-        self.top = 2**bits - 1
+        self.dtype, self.group_size = dtype, group_size
+        groups = len(columns) // group_size
+        self.bits = bits if isinstance(bits, list) else [bits] * groups
         self._stored = stored_as(dtype)
         self.h = h
         self.diagonal = self._xp.diagonal(self.h)
@@ -164,8 +167,8 @@ class Grid:
         return np.concatenate([np.array(codes * scale + bias) for codes, scale, bias in read])
 
     def packed(self) -> Quantized:
-        """Return the weight in mlx's layout."""
-        return pack_groups(self.codes, self.scales, self.biases, self.bits, self.dtype)
+        """Return the weight in mlx's layout, where all groups have the same bits."""
+        return pack_groups(self.codes, self.scales, self.biases, self.bits[0], self.dtype)
 
     def add(self, target: Any, feedback: Any) -> None:
         """Fit and round the next group, whose error is compensated in the groups after it.
@@ -176,9 +179,10 @@ class Grid:
         """
         own = self.slices()[len(self.codes)]
         importance = self.diagonal[own]
-        scale, bias = fit_group(target, importance, top=self.top, stored=self._stored)
+        top = 2 ** self.bits[len(self.codes)] - 1
+        scale, bias = fit_group(target, importance, top=top, stored=self._stored)
         columns = self.error[own]
-        codes, error = round_group(target, columns, feedback, scale, bias, self.top)
+        codes, error = round_group(target, columns, feedback, scale, bias, top)
         self.error[own] = error
         self.codes.append(codes)
         self.scales.append(scale)
@@ -192,8 +196,9 @@ class Grid:
             gradient = self.h[own] @ self.error
             values = self.codes[group] * scale + bias
             diagonal = self.diagonal[own][:, None]
+            top = 2 ** self.bits[group] - 1
             codes, moved = round_group(
-                values + gradient / diagonal, values, part / diagonal, scale, bias, self.top
+                values + gradient / diagonal, values, part / diagonal, scale, bias, top
             )
             self.codes[group] = codes
             self.error[own] += moved
@@ -226,7 +231,12 @@ class Grid:
 
 
 def compensated_grid(
-    columns: Any, h: Any, feedback: Any, dtype: mx.Dtype, bits: int, group_size: int
+    columns: Any,
+    h: Any,
+    feedback: Any,
+    dtype: mx.Dtype,
+    bits: int | list[int],
+    group_size: int,
 ) -> Grid:
     """Round `columns` (in, out) channel by channel, compensating the errors of those before.
 

@@ -51,7 +51,7 @@ def test_the_result_is_a_plain_mlx_model(converted, stories, method):
     assert abs(sizes[0] - sizes[1]) < 1000
 
 
-@pytest.mark.parametrize("method", ["lut", "omniquant", "efficientqat"])
+@pytest.mark.parametrize("method", ["lut", "salience", "omniquant", "efficientqat"])
 def test_time_and_size_are_estimated(stories, method):
     found = estimate(stories, Recipe(method=method, bits=3, group_size=32))
     assert found.seconds > 2 and found.stored_bytes < found.source_bytes

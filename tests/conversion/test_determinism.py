@@ -23,6 +23,7 @@ RECIPES = {
     "imatrix": Recipe(method="imatrix", calibration=TEXTS),
     "gptq": Recipe(method="gptq", calibration=TEXTS),
     "lut": Recipe(method="lut", calibration=TEXTS, outliers="1%"),
+    "salience": Recipe(method="salience", calibration=TEXTS),
     "omniquant": Recipe(method="omniquant", calibration=TEXTS),
     "efficientqat": Recipe(method="efficientqat", calibration=TEXTS),
     "auto": Recipe(method="auto", calibration=TEXTS),

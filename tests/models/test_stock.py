@@ -23,7 +23,7 @@ PROMPT = "Once upon a time"
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 TRUST = ", trust_remote_code=True"  # which older ones do without
 FLAGS = {"rtn": [], "imatrix": [], "gptq": [], "auto": [], "splitquant": ["--trust-remote-code"]}
-FLAGS["lut"] = FLAGS["splitquant"]
+FLAGS["lut"] = FLAGS["salience"] = FLAGS["splitquant"]
 
 
 MLX = f"mlx[cpu]=={version('mlx')}" if sys.platform == "linux" else f"mlx=={version('mlx')}"
@@ -68,7 +68,11 @@ def converted(stories, mixture, tmp_path_factory) -> dict[str, Path]:
     for method in FLAGS:
         own = {} if method in ("rtn", "splitquant") else {"calibration": calibration}
         # float32 scales take 1 bit a weight
-        target = {"auto": {"target_bpw": 6.0}, "lut": {"outliers": "1%"}}.get(method, {})
+        target = {
+            "auto": {"target_bpw": 6.0},
+            "lut": {"outliers": "1%"},
+            "salience": {"group_size": 32},
+        }.get(method, {})
         convert(source, home / method, recipe=Recipe(method=method, **own, **target))
         if method in ("auto", "splitquant"):
             convert(mixture, home / f"{method}, experts", recipe=Recipe(method=method, **own))
@@ -138,7 +142,7 @@ def test_other_programs_agree_with_mlx_lm(stock, older, vlm, converted, method, 
     for path in (path for name, path in converted.items() if name.startswith(method)):
         wanted = logits_of(stock, path, tmp_path, options=TRUST if FLAGS[method] else "")
         assert difference(logits_of(older, path, tmp_path), wanted) <= 1e-5
-        if method != "lut":
+        if method not in ("lut", "salience"):
             assert difference(logits_of(vlm, path, tmp_path, "mlx_vlm"), wanted) <= 1e-5
 
 

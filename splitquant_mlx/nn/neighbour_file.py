@@ -1,12 +1,13 @@
-"""Run a checkpoint of lookup tables: the one file that such a checkpoint carries with it.
+"""Run a checkpoint of lookup tables or of mixed bits: the one file that it carries with it.
 
 As `model_file` does for split layers: mlx-lm builds the model from this file when the user passes
 --trust-remote-code, so it imports nothing but mlx and mlx-lm.
 
-Each row of a layer has a codebook of 2^bits values. `LUTLinear` multiplies by what the codes stand
+Each row of a `LUTLinear` has a codebook of 2^bits values. It multiplies by what the codes stand
 for without making the weight: on a GPU a kernel reads the packed codes, looks each one up and adds
 its product (the idea of LUT-GEMM, Park et al., arXiv:2206.09557). Where there is no kernel, or the
-tokens are many, the weight is made by mlx's operations, and multiplied by.
+tokens are many, the weight is made by mlx's operations, and multiplied by. The inputs of a
+`MixedLinear` have codes of up to three numbers of bits, each of which is a quantized product.
 """
 
 import mlx.core as mx
@@ -173,29 +174,106 @@ def _kernel() -> object | None:
     return KERNELS["lut"]
 
 
-def replace_lut_layers(model: nn.Module, layers: dict[str, dict]) -> None:
-    """Put empty layers of lookup tables where `layers` (path -> bits, outliers) says.
+def mixed_parts(
+    weight: mx.array, scales: mx.array, biases: mx.array, widths: mx.array
+) -> list[tuple[mx.array, list[mx.array], dict[str, int]]]:
+    """Return for each number of bits its inputs, and what mlx multiplies them by, with settings."""
+    bits: list[int] = widths.tolist()  # type: ignore
+    out = 32 * weight.size // sum(bits)
+    group_size = out * len(bits) // scales.size
+    parts, word, group = [], 0, 0
+    for width in sorted(set(bits)):
+        inputs = [channel for channel, own in enumerate(bits) if own == width]
+        groups = out * len(inputs) // group_size
+        words = groups * group_size * width // 32
+        arrays = weight[word : word + words], *(a[group : group + groups] for a in (scales, biases))
+        settings = {"bits": width, "group_size": group_size}
+        parts.append((mx.array(inputs), [array.reshape(out, -1) for array in arrays], settings))
+        word, group = word + words, group + groups
+    return parts
+
+
+def mixed_weight(
+    weight: mx.array, scales: mx.array, biases: mx.array, widths: mx.array
+) -> mx.array:
+    """Return the float32 weight (out, in) that codes of several numbers of bits stand for."""
+    parts = mixed_parts(weight, scales.astype(mx.float32), biases.astype(mx.float32), widths)
+    columns = [mx.dequantize(*own, **settings) for _, own, settings in parts]  # type: ignore
+    order = mx.concatenate([inputs for inputs, _, _ in parts])
+    return mx.concatenate(columns, axis=1)[:, mx.argsort(order)]
+
+
+class MixedLinear(nn.Module):
+    """Apply a linear layer some of whose inputs have a bit more than others, and some one less.
+
+    Parameters are `weight` (out * in * bits / 32,) uint32, `scales` and `biases`
+    (out * in / group_size,), `widths` (in,) uint8, the bits of each input's codes, and, where it
+    has one, `bias` (out,). What inputs of equal bits have is together, those of the fewest first.
+
+    Args:
+        input_dims: in, a multiple of `group_size`.
+        output_dims: out.
+        bias: whether the layer has a bias.
+        bits: of a code, on average.
+        group_size: inputs of equal bits that share scale and bias.
+    """
+
+    def __init__(
+        self,
+        input_dims: int,
+        output_dims: int,
+        bias: bool = True,
+        *,
+        bits: int = 3,
+        group_size: int = 64,
+    ):
+        super().__init__()
+        entries = output_dims * input_dims
+        self.weight = mx.zeros((entries * bits // 32,), mx.uint32)
+        self.scales = mx.zeros((entries // group_size,))
+        self.biases = mx.zeros((entries // group_size,))
+        self.widths = mx.full((input_dims,), bits, mx.uint8)
+        if bias:
+            self.bias = mx.zeros((output_dims,))
+        self._parts: tuple = ()  # of what was stored when it was last called
+        self.freeze()
+
+    def dense(self) -> mx.array:
+        """Return the weight (out, in) that the layer stands for."""
+        return mixed_weight(*(self[leaf] for leaf in ("weight", "scales", "biases", "widths")))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map x (..., in) to (..., out) in the dtype of x."""
+        stored = [self[leaf] for leaf in ("weight", "scales", "biases", "widths")]
+        if not self._parts or any(a is not b for a, b in zip(stored, self._parts[0], strict=True)):
+            self._parts = stored, mixed_parts(*stored)
+        first, *others = [
+            mx.quantized_matmul(x[..., inputs], *own, **settings)
+            for inputs, own, settings in self._parts[1]
+        ]
+        y = sum(others, start=first).astype(x.dtype)
+        return y + self["bias"] if "bias" in self else y
+
+
+LAYERS = {"lut": LUTLinear, "mixed": MixedLinear}
+
+
+def replace_linear_layers(model: nn.Module, tables: dict[str, dict]) -> None:
+    """Put empty layers where `tables` (kind of `LAYERS` -> path -> its settings) says.
 
     Raises:
         ValueError: when a path is not that of a linear layer of the model.
     """
     modules = dict(model.named_modules())
     replaced = []
-    for path, settings in layers.items():
-        linear = modules.get(path)
-        if type(linear) is not nn.Linear:
-            raise ValueError(f"config.json has tables for {path!r}, which is no linear layer")
-        output_dims, input_dims = linear.weight.shape
-        replaced.append((path, LUTLinear(input_dims, output_dims, "bias" in linear, **settings)))
+    for kind, layers in tables.items():
+        for path, settings in layers.items():
+            linear = modules.get(path)
+            if type(linear) is not nn.Linear:
+                raise ValueError(f"config.json: {kind} has {path!r}, which is no linear layer")
+            dims = reversed(linear.weight.shape)
+            replaced.append((path, LAYERS[kind](*dims, "bias" in linear, **settings)))
     model.update_modules(tree_unflatten(replaced))
-
-
-class Undivided(nn.Module):
-    """Refuse to be divided among ranks, before mlx-lm's `shard` meets layers it does not know."""
-
-    def shard(self, group: mx.distributed.Group | None = None) -> None:
-        """Raise ValueError."""
-        raise ValueError("layers of lookup tables are not divided: use another method than lut")
 
 
 class ModelArgs:
@@ -211,11 +289,14 @@ class ModelArgs:
 
 
 def Model(args: ModelArgs) -> nn.Module:
-    """Build mlx-lm's own model of this architecture, with layers of lookup tables in place."""
+    """Build mlx-lm's own model of this architecture, with its layers in place."""
     from mlx_lm.utils import _get_classes
 
+    def shard(self: nn.Module, group: mx.distributed.Group | None = None) -> None:
+        raise ValueError("its layers are not divided: use another method than lut or salience")
+
     model_class, args_class = _get_classes(args.config)
-    model_class = type(model_class.__name__, (Undivided, model_class), {})
+    model_class = type(model_class.__name__, (model_class,), {"shard": shard})
     model = model_class(args_class.from_dict(args.config))
-    replace_lut_layers(model, args.config["splitquant"]["lut"])
+    replace_linear_layers(model, args.config["splitquant"])
     return model
