@@ -27,6 +27,7 @@ Reference = Any  # transformers' configuration of the language model
 Table = dict[str, Any]
 # code that needs the values of arrays
 EVALUATES = re.compile(r"\.item\(|\.tolist\(|mx\.eval\(")
+NO_VALUES = "eval an array during function transformations"  # mlx's words where they are asked for
 # sizes and parameters that are there or not show in the tensors' shapes and names; what is said of
 # rotary embeddings and windows is checked by measuring
 SHOWN = (
@@ -164,16 +165,22 @@ def check_function(path: Path, model: nn.Module, config: dict[str, Any]) -> list
 
 
 def _check_runs(path: Path, model: nn.Module, kind: str) -> None:
-    """Refuse settings that mlx-lm's code fails on; nothing is evaluated."""
+    """Refuse settings that mlx-lm's code fails on; nothing is evaluated.
+
+    Code that needs values, such as DBRX's choice of experts, is followed up to there.
+    """
     from mlx_lm.models.cache import make_prompt_cache
 
-    if EVALUATES.search(_source(model)):
-        return
+    def run(tokens: mx.array) -> mx.array:
+        return model(tokens, cache=make_prompt_cache(model))
+
     try:
-        model(mx.zeros((1, 2), mx.int32), cache=make_prompt_cache(model))
+        (mx.compile(run) if EVALUATES.search(_source(model)) else run)(mx.zeros((1, 2), mx.int32))
     except RuntimeError:
         return  # a kernel that another machine may have
     except Exception as exc:  # of mlx-lm's code, which meets what it does not expect
+        if NO_VALUES in str(exc):
+            return
         raise CheckpointError(
             f"{path}: mlx-lm's {kind} does not run with the settings of config.json: "
             f"{type(exc).__name__}: {one_line(exc)}"

@@ -30,6 +30,11 @@ RECURRENT = {
     "num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 64, "lru_width": 64,
     "attention_bias": False, "conv1d_width": 4, "logits_soft_cap": 30.0,
 }  # fmt: skip
+DBRX = {
+    "model_type": "dbrx", "vocab_size": 96, "d_model": 64, "n_heads": 4, "n_layers": 2,
+    "max_seq_len": 256, "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+    "ffn_config": {"ffn_hidden_size": 64, "moe_top_k": 2, "moe_num_experts": 4},
+}  # fmt: skip
 PHIMOE = {
     "model_type": "phimoe", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 96,
     "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 64,
@@ -114,6 +119,7 @@ def test_rotary_embeddings_that_are_no_usual_numbers_are_refused(tmp_path, key, 
         (DEEPSEEK, {"rope_interleave": False}, "rope_interleave False"),
         (PHIMOE, {"num_experts_per_tok": 1}, "takes two experts"),
         (MAMBA2, {"layer_norm_epsilon": 1e-2}, "an epsilon of their own"),
+        (DBRX, {"ffn_config": {**DBRX["ffn_config"], "moe_top_k": None}}, "dbrx does not run with"),
     ],
     ids=lambda value: value.get("model_type", "") if isinstance(value, dict) else "",
 )
