@@ -6,6 +6,7 @@ names it, and mlx-lm, which reads model*.safetensors, does not.
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,6 +14,18 @@ import mlx.core as mx
 HEAD_FILE = "head.safetensors"
 INDEX = "model.safetensors.index.json"
 COPIED = ("scales", "biases")
+
+
+def is_copy(name: str, file: str, names: Collection[str]) -> bool:
+    """Tell whether a tensor of `file` is one of the copies, and no part of a model.
+
+    Args:
+        name: of the tensor.
+        file: name of its file.
+        names: of all tensors of the checkpoint; a head that has a weight is a head of its own.
+    """
+    path, _, leaf = name.rpartition(".")
+    return file == HEAD_FILE and leaf in COPIED and f"{path}.weight" not in names
 
 
 def write_head(directory: Path, embedding: str, head: str) -> int:

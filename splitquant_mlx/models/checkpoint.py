@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from splitquant_mlx.errors import CheckpointError, one_line
-from splitquant_mlx.formats.head_file import HEAD_FILE
+from splitquant_mlx.formats.head_file import is_copy
 from splitquant_mlx.formats.safetensors import TensorHeader
 from splitquant_mlx.models.architecture import build_model, parameters
 from splitquant_mlx.models.config import check_config, read_config
@@ -78,7 +78,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"{path}: config.json asks to run {config['model_file']!r} from the checkpoint, which "
             "convert never does: use a model whose architecture mlx-lm has"
         )
-    headers = {n: h for n, h in read_headers(path).items() if h.file.name != HEAD_FILE}
+    stored = read_headers(path)
+    headers = {n: h for n, h in stored.items() if not is_copy(n, h.file.name, stored)}
     stamps = {header.file: stamp(header.file) for header in headers.values()}
     check_config(path, config, len(headers))
     fp8 = ("F8_E4M3",) if quantization_table(path, config) else ()

@@ -12,7 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from splitquant_mlx.errors import CheckpointError, one_line, some
-from splitquant_mlx.formats.head_file import HEAD_FILE, INDEX
+from splitquant_mlx.formats.head_file import HEAD_FILE, INDEX, is_copy
 from splitquant_mlx.formats.safetensors import TensorHeader, read_header
 from splitquant_mlx.models.config import refuse_special_file
 
@@ -88,7 +88,7 @@ def read_index(path: Path) -> dict[str, str]:
     if not weight_map:
         raise CheckpointError(f"{file} names no file: download it again")
     if not (path / HEAD_FILE).exists():
-        return {name: shard for name, shard in weight_map.items() if shard != HEAD_FILE}
+        return {n: shard for n, shard in weight_map.items() if not is_copy(n, shard, weight_map)}
     return weight_map
 
 

@@ -9,6 +9,7 @@ import tiny
 
 from splitquant_mlx import Recipe, convert, load
 from splitquant_mlx.conversion.verify import verify
+from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.head_file import HEAD_FILE, INDEX
 from splitquant_mlx.inspection.estimate import estimate
 from splitquant_mlx.models.checkpoint import open_checkpoint
@@ -91,6 +92,18 @@ def test_it_is_no_part_of_an_original(source, tmp_path):
     assert not any("lm_head" in name for name in again.weights)
     convert(out, tmp_path / "again", recipe=Recipe(method="rtn", bits=8))
     assert problems(tmp_path / "again", out) == []
+
+
+def test_a_head_of_its_own_in_a_file_of_that_name_is_used(source, tmp_path):
+    head = mx.random.normal((tiny.VOCAB, tiny.HIDDEN))
+    mx.save_safetensors(str(source / HEAD_FILE), {"lm_head.weight": head})
+    names = mx.load(str(source / "model.safetensors"))
+    weight_map = dict.fromkeys(names, "model.safetensors")
+    tiny.write_index(source, {**weight_map, "lm_head.weight": HEAD_FILE})
+    assert mx.array_equal(open_checkpoint(source).weights["lm_head.weight"], head)
+    (source / HEAD_FILE).unlink()
+    with pytest.raises(CheckpointError, match=HEAD_FILE):
+        open_checkpoint(source)
 
 
 @pytest.mark.parametrize(
