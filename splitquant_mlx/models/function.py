@@ -27,6 +27,7 @@ Reference = Any  # transformers' configuration of the language model
 Table = dict[str, Any]
 # code that needs the values of arrays
 EVALUATES = re.compile(r"\.item\(|\.tolist\(|mx\.eval\(")
+SEVERAL_EXPERTS = re.compile(r"(top_k|experts_per_tok) > 1")
 NO_VALUES = "eval an array during function transformations"  # mlx's words where they are asked for
 # sizes and parameters that are there or not show in the tensors' shapes and names; what is said of
 # rotary embeddings and windows is checked by measuring
@@ -160,6 +161,7 @@ def check_function(path: Path, model: nn.Module, config: dict[str, Any]) -> list
                 "would be wrong"
             )
         notes.append(f"mlx-lm's {kind} differs slightly from the original: {known.reason}")
+    _check_single_expert(path, model, reference)
     notes += _foreign_keys(path, config, text, _source(model))
     return notes + _unread_keys(path, model, settings, reference) + _windows(model, reference)
 
@@ -196,6 +198,17 @@ def _check_causal(path: Path, settings: Table) -> None:
                 f"{path}: config.json has {key} {settings[key]!r:.60}, but mlx-lm's models attend "
                 "to earlier tokens alone: its output would be wrong"
             )
+
+
+def _check_single_expert(path: Path, model: nn.Module, reference: Reference) -> None:
+    """Refuse one expert for each token where it counts 1 and mlx-lm leaves its probability."""
+    normalizes = all(getattr(reference, key, True) for key in ("norm_topk_prob", "route_norm"))
+    single = getattr(reference, "num_experts_per_tok", None) == 1
+    if single and normalizes and SEVERAL_EXPERTS.search(_source(model)):
+        raise CheckpointError(
+            f"{path}: config.json has num_experts_per_tok 1, but mlx-lm's {reference.model_type} "
+            "normalizes the weights of several experts alone: its output would be wrong"
+        )
 
 
 def _foreign_keys(path: Path, config: Table, text: Table, source: str) -> list[str]:

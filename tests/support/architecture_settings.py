@@ -6,7 +6,10 @@ Each was followed by transformers alone, without a word, before it was mended or
 from typing import Any
 
 SETTINGS: list[dict[str, Any]] = [
-    {"architecture": "phimoe", "name": "one expert", "settings": {"num_experts_per_tok": 1}},
+    *(
+        {"architecture": a, "name": "one expert", "settings": {"num_experts_per_tok": 1}}
+        for a in ("phimoe", "deepseek_v3", "glm4_moe", "nemotron_h", "qwen3_moe")
+    ),
     {
         "architecture": "gpt2",
         "name": "scaled by layer",
