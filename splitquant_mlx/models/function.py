@@ -18,7 +18,7 @@ import mlx.nn as nn
 
 from splitquant_mlx.errors import CheckpointError, one_line
 from splitquant_mlx.models.config import text_settings
-from splitquant_mlx.models.config_forms import rope_parameters
+from splitquant_mlx.models.config_forms import SYNONYMS, rope_parameters
 from splitquant_mlx.models.foreign_keys import foreign_keys
 from splitquant_mlx.models.reference import UNUSED, read_as_transformers, text_reference
 from splitquant_mlx.models.rotary import check_rotary
@@ -161,7 +161,7 @@ def check_function(path: Path, model: nn.Module, config: dict[str, Any]) -> list
                 "would be wrong"
             )
         notes.append(f"mlx-lm's {kind} differs slightly from the original: {known.reason}")
-    _check_single_expert(path, model, reference)
+    _check_chosen_experts(path, model, reference)
     notes += _foreign_keys(path, config, text, _source(model))
     return notes + _unread_keys(path, model, settings, reference) + _windows(model, reference)
 
@@ -200,11 +200,15 @@ def _check_causal(path: Path, settings: Table) -> None:
             )
 
 
-def _check_single_expert(path: Path, model: nn.Module, reference: Reference) -> None:
-    """Refuse one expert for each token where it counts 1 and mlx-lm leaves its probability."""
+def _check_chosen_experts(path: Path, model: nn.Module, reference: Reference) -> None:
+    """Refuse no expert for a token, and one that counts 1 where mlx-lm leaves its probability."""
+    chosen = getattr(reference, "num_experts_per_tok", None)
+    if chosen == 0 and any(getattr(reference, key, 0) for key in SYNONYMS[3]):
+        raise CheckpointError(
+            f"{path}: config.json has num_experts_per_tok 0, expected one of its experts at least"
+        )
     normalizes = all(getattr(reference, key, True) for key in ("norm_topk_prob", "route_norm"))
-    single = getattr(reference, "num_experts_per_tok", None) == 1
-    if single and normalizes and SEVERAL_EXPERTS.search(_source(model)):
+    if chosen == 1 and normalizes and SEVERAL_EXPERTS.search(_source(model)):
         raise CheckpointError(
             f"{path}: config.json has num_experts_per_tok 1, but mlx-lm's {reference.model_type} "
             "normalizes the weights of several experts alone: its output would be wrong"
