@@ -157,7 +157,11 @@ def _readable(directory: Path) -> Iterator[None]:
 
 
 def load_tokenizer(directory: Path, settings: dict[str, Any]) -> Any:
-    """Load the tokenizer of a checkpoint directory as mlx-lm's TokenizerWrapper."""
+    """Load the tokenizer of a checkpoint directory as mlx-lm's TokenizerWrapper.
+
+    Without a `trust_remote_code` in `settings`, transformers would ask on the terminal.
+    """
+    settings = {"trust_remote_code": False, **settings}
     from mlx_lm.utils import load_config
     from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
 

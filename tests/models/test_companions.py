@@ -96,3 +96,11 @@ def test_chat_is_not_recommended_without_a_tokenizer(tmp_path, capfd):
 def test_a_target_that_cannot_be_encoded_is_named_before_the_work(tmp_path, name):
     with pytest.raises(TargetError, match=r"cannot write '.*out\\(x00|ud[c8])"):
         convert(tmp_path / "nosuch", tmp_path / name)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_not_asked_about(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *asked: pytest.fail("convert asks to run code"))
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (model / "tokenizer_config.json").write_text(tiny.json.dumps(settings))
+    with pytest.warns(SplitQuantWarning, match="trust_remote_code"):
+        convert(model, tmp_path / "out", recipe=RTN)
