@@ -23,8 +23,14 @@ def marks_of(tokenizer: Any, *, tools: bool) -> dict[str, Marks]:
     if tokenizer.has_thinking:
         marks[NORMAL][tokenizer.think_start] = REASONING
         marks[REASONING][tokenizer.think_end] = NORMAL
+    # of formats that mark more than thoughts and calls; older versions of mlx-lm know none
+    for mark in getattr(tokenizer, "structural_markers", ()):
+        marks[NORMAL][mark] = NORMAL
+    for state, found in (getattr(tokenizer, "response_transitions", None) or {}).items():
+        marks.setdefault(state, {}).update((m, to) for m, to in found if tools or to != TOOL)
     if tools and tokenizer.has_tool_calling:
-        marks[NORMAL][tokenizer.tool_call_start] = TOOL
+        if not any(TOOL in found.values() for found in marks.values()):
+            marks[NORMAL][tokenizer.tool_call_start] = TOOL
         marks[REASONING][tokenizer.tool_call_start] = TOOL
         if tokenizer.tool_call_end:
             marks[TOOL][tokenizer.tool_call_end] = NORMAL
@@ -79,7 +85,8 @@ class Reader:
             said -= said if self._state == TOOL else _begun(self._held, self._marks[self._state])
         pieces.append((self._state, self._held[:said]))
         self._held = self._held[said:]
-        return [(state, text) for state, text in pieces if text]
+        told = (NORMAL, REASONING, TOOL)  # what else there is, is between messages
+        return [(state, text) for state, text in pieces if text and state in told]
 
 
 def _begun(text: str, marks: Marks) -> int:

@@ -1,10 +1,12 @@
 """Text is cut at stop strings and markers, however it comes."""
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitquant_mlx.inference.stops import NORMAL, REASONING, TOOL, Reader
+from splitquant_mlx.inference.stops import NORMAL, REASONING, TOOL, Reader, marks_of
 
 MARKS = {
     NORMAL: {"<think>": REASONING, "<call>": TOOL},
@@ -70,3 +72,22 @@ def test_thoughts_and_calls_are_told_apart(size):
 
 def test_a_call_that_is_cut_off_is_told_at_the_end():
     assert read(["<call>{", '"a'], (), MARKS)[0] == [(TOOL, '{"a')]
+
+
+@pytest.mark.parametrize("tools", [True, False])
+def test_a_format_of_several_messages(tools):
+    """As mlx_lm.chat_templates.muse_spark describes one."""
+    header = [("to=self|", REASONING), ("to=user|", NORMAL), ("<calls>", TOOL)]
+    ends = {REASONING: [("<eom>", "header")], NORMAL: [("<eom>", "header")]}
+    tokenizer = SimpleNamespace(
+        has_thinking=False,
+        structural_markers=("<start>",),
+        response_transitions={"header": header, **ends},
+        has_tool_calling=True,
+        tool_call_start="<calls>",
+        tool_call_end="</calls>",
+    )
+    text = "to=self|hm<eom>from=me to=user|<start>Yes.<eom><calls>{}</calls>"
+    said, _ = read(list(text), (), marks_of(tokenizer, tools=tools), "header")
+    call = [(TOOL, "{}")] if tools else []
+    assert said == [(REASONING, "hm"), (NORMAL, "Yes."), *call]
