@@ -1,6 +1,7 @@
 """OpenAI's /v1/responses by way of chat completions: text and function calls."""
 
 from collections.abc import AsyncIterator, Sequence
+from itertools import count
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -98,15 +99,7 @@ class Responses(Completions):
     async def chunks(
         self, request: ResponsesRequest, answers: Sequence[Answer]
     ) -> AsyncIterator[Chunk]:
-        """Yield the events of a stream, numbered."""
-        number = 0
-        async for event in self._events(request, answers):
-            yield {**event, "sequence_number": number}
-            number += 1
-
-    async def _events(
-        self, request: ResponsesRequest, answers: Sequence[Answer]
-    ) -> AsyncIterator[Chunk]:
+        """Yield the events of a stream."""
         head, output, said, finish = self.envelope(self.object), [], "", None
         asked = request.model_dump(exclude={"input", "stream", "background", "model"})
         nothing = {"error": None, "incomplete_details": None, "usage": None, "metadata": {}}
@@ -114,12 +107,15 @@ class Responses(Completions):
         response = {**head, **asked, **nothing, **created}
         message = _item("message", role="assistant", content=[])
 
-        def event(kind: str, at: Chunk, **rest: Any) -> Chunk:
-            place = {"output_index": output.index(at), "item_id": at["id"]}
-            return {"type": f"response.{kind}", **place, **rest}
+        numbers = count()
 
-        yield {"type": "response.created", "response": response}
-        yield {"type": "response.in_progress", "response": response}
+        def event(kind: str, at: Chunk | None = None, **rest: Any) -> Chunk:
+            place = {"output_index": output.index(at), "item_id": at["id"]} if at else {}
+            number = next(numbers)
+            return {"type": f"response.{kind}", "sequence_number": number, **place, **rest}
+
+        yield event("created", response=response)
+        yield event("in_progress", response=response)
         async for part in answers[0].parts():
             if part.kind == NORMAL and part.text:
                 if not said:
@@ -156,7 +152,7 @@ class Responses(Completions):
         status = "incomplete" if finish == "length" else "completed"
         why = {"reason": "max_output_tokens"} if finish == "length" else None
         end = {"status": status, "incomplete_details": why, "output": output, "usage": usage}
-        yield {"type": f"response.{status}", "response": {**response, **end}}
+        yield event(status, response={**response, **end})
 
 
 def _item(kind: str, **fields: Any) -> Chunk:

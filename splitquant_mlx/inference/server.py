@@ -175,23 +175,18 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         if len(self.connections) > CONNECTIONS:
             transport.abort()
-        self._before: Any = (None, 0)
-        self._watch()
+        self._watch(None)
 
-    def _watch(self) -> None:
-        self._timer = self.loop.call_later(self.timeout_keep_alive, self._look)
-
-    def _look(self) -> None:
+    def _watch(self, before: Any) -> None:
         """Cut the connection if the client is to do something, and nothing has changed."""
         cycle = self.cycle
         computing = cycle is not None and not (
             cycle.more_body or cycle.response_complete or self.flow.write_paused
         )
         now = (cycle, self.transport.get_write_buffer_size())
-        if now == self._before and not computing:
+        if now == before and not computing:
             self.transport.abort()
-        self._before = now
-        self._watch()
+        self._timer = self.loop.call_later(self.timeout_keep_alive, self._watch, now)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop watching."""
