@@ -169,13 +169,13 @@ class Engine:
         left = [uid for uid, job in self._jobs.items() if job.cancelled]
         news = [asdict(job.plan) for job in arrived], left, self.stopping
         plans, left, stop = gather(self.group, news)[0]
-        caches = self._generator.remove(left, return_prompt_caches=True)
+        caches = self._generator.remove(left, return_prompt_caches=True) if left else {}
         for uid in left:
             self._finish(uid, *caches.get(uid, (None, None)))
         for job in arrived or [Job(plan=Plan(**plan)) for plan in plans]:
             self._begin(job)
         for _ in range(1 if alone(self.group) else RANK_STEPS):
-            for r in self._generator.next()[1]:
+            for r in self._generator.next()[1] if self._jobs else []:
                 job = self._jobs[r.uid]
                 job.emit(_scored(r.token, r.logprobs, job.plan.top, r.finish_reason))
                 if r.finish_reason:
@@ -208,6 +208,8 @@ class Engine:
         processors = make_logits_processors(**{**plan.penalties, "logit_bias": bias})
         if plan.grammar is not None:
             processors.append(self.grammars.processor(plan.grammar))
+        # mlx-lm 0.31 gives one answer's processors to another where some have none
+        processors = processors or [lambda tokens, logits: logits]
         (uid,) = self._generator.insert(
             [plan.prompt[job.cached :]],
             [plan.max_tokens],
