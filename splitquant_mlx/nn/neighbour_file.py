@@ -186,11 +186,20 @@ def mixed_parts(
         inputs = [channel for channel, own in enumerate(bits) if own == width]
         groups = out * len(inputs) // group_size
         words = groups * group_size * width // 32
-        arrays = weight[word : word + words], *(a[group : group + groups] for a in (scales, biases))
-        settings = {"bits": width, "group_size": group_size}
+        codes = weight[word : word + words] if width > 1 else two_bits(weight[:words])
+        arrays = codes, *(array[group : group + groups] for array in (scales, biases))
+        settings = {"bits": max(width, 2), "group_size": group_size}
         parts.append((mx.array(inputs), [array.reshape(out, -1) for array in arrays], settings))
         word, group = word + words, group + groups
     return parts
+
+
+def two_bits(words: mx.array) -> mx.array:
+    """Return codes of one bit as codes of two, which every mlx multiplies by."""
+    words = mx.stack([words & 0xFFFF, words >> 16], axis=-1)
+    for shift, mask in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
+        words = (words | words << shift) & mask
+    return words
 
 
 def mixed_weight(

@@ -11,52 +11,103 @@ import pytest
 from splitquant_mlx import LUTLinear
 from splitquant_mlx.nn import neighbour_file
 from splitquant_mlx.nn.neighbour_file import MixedLinear
+from splitquant_mlx.quantization.affine import pack
 
-# the kernel's body as C++, lane after lane: the last one adds up, and writes
+# the kernel's source as C++: lane after lane runs up to the next exchange between the lanes that
+# share a row, and all begin again with what was exchanged so far
 SHIM = """
 #include <cstddef>
 #include <cstdint>
-#define DEVICE
-#define LANES 32
-#define SUM(value) (total = lane ? total + (value) : (value))
-using T = float;
+#define device
+#define __device__
+struct Place { int x, y; };
+struct Stop {};
+static Place thread_position_in_grid, blockIdx, blockDim, threadIdx;
+static float exchanges[8][32];
+static int this_lane, known, made;
+static float exchanged(float value, int step) {  // of the lane that differs by `step`; 0: of all
+    int now = made++;
+    if (now == known) {
+        exchanges[now][this_lane] = value;
+        throw Stop();
+    }
+    float found = step ? exchanges[now][this_lane ^ step] : 0;
+    for (int i = 0; !step && i < 32; i++) found += exchanges[now][i];
+    return found;
+}
+namespace metal { [[maybe_unused]] static float simd_sum(float v) { return exchanged(v, 0); } }
+[[maybe_unused]] static float __shfl_xor_sync(unsigned, float v, int step) {
+    return exchanged(v, step);
+}
+HEADER
+static void kernel(const T* x, const uint32_t* weight, const T* codebook, const T* outliers,
+                   const uint16_t* indices, T* y, int IN, int OUT, int BITS, int OUTLIERS) {
+    SOURCE
+}
 extern "C" void run(const T* x, const uint32_t* weight, const T* codebook, const T* outliers,
                     const uint16_t* indices, T* y, int IN, int OUT, int BITS, int OUTLIERS,
-                    int row, int token, int lane) {
-    static float total;
-    BODY
+                    int threads, int tokens, int block) {
+    for (int first = 0; first < threads * tokens; first += 32) {
+        bool stopped = true;
+        for (known = 0; stopped; known++) {
+            stopped = false;
+            for (this_lane = 0; this_lane < 32; this_lane++) {
+                int place = first % threads + this_lane, token = first / threads;
+                thread_position_in_grid = {place, token}, blockDim = {block, 1};
+                blockIdx = {place / block, token}, threadIdx = {place % block, 0}, made = 0;
+                try {
+                    kernel(x, weight, codebook, outliers, indices, y, IN, OUT, BITS, OUTLIERS);
+                } catch (Stop) {
+                    stopped = true;
+                }
+            }
+        }
+    }
 }
 """
+SOURCES = {
+    "metal": (neighbour_file.METAL_HEADER, neighbour_file.METAL),
+    "cuda": (neighbour_file.CUDA_HEADER, neighbour_file.CUDA),
+}
+TYPES = {"float": mx.float32, "_Float16": mx.float16}
 
 
-@pytest.fixture(scope="module")
-def kernel(tmp_path_factory):
-    """Return the kernel compiled for the CPU, to be called as mlx's kernels are.
+@pytest.fixture(
+    scope="module", params=[("metal", "float"), ("cuda", "float"), ("cuda", "_Float16")]
+)
+def kernel(request, tmp_path_factory):
+    """Return the kernel compiled for the CPU, to be called as mlx's kernels are, and its dtype.
 
-    Skips where there is no compiler.
+    Skips where there is no compiler, or one without the type.
     """
     if shutil.which("g++") is None:
         pytest.skip("no g++")
     directory = tmp_path_factory.mktemp("kernel")
-    (directory / "lut.cpp").write_text(SHIM.replace("BODY", neighbour_file.BODY))
-    command = ["g++", "-std=c++17", "-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-o", "lut.so"]
-    subprocess.run([*command, "lut.cpp"], cwd=directory, check=True)
+    language, kind = request.param
+    header, head = SOURCES[language]
+    source = SHIM.replace("SOURCE", head + neighbour_file.BODY)
+    source = source.replace("HEADER", f"using T = {kind};{header}")
+    (directory / "lut.cpp").write_text(source)
+    command = ["g++", "-std=c++17", "-O2", "-Wall", "-Werror", "-shared", "-fPIC"]
+    probe = [*command[:2], "-xc++", "-fsyntax-only", "-"]
+    if subprocess.run(probe, input=f"{kind} x;".encode(), capture_output=True).returncode:
+        pytest.skip(f"g++ knows no {kind}")
+    subprocess.run([*command, "-o", "lut.so", "lut.cpp"], cwd=directory, check=True)
     run = ctypes.CDLL(str(directory / "lut.so")).run
     calls = []
 
     def call(*, inputs, template, grid, threadgroup, output_shapes, output_dtypes):
-        assert output_dtypes == [mx.float32] and grid[0] % 32 == 0 == threadgroup[0] % 32
+        assert output_dtypes == [TYPES[kind]] and grid[0] % 32 == 0 == threadgroup[0] % 32
         sizes = [dict(template)[name] for name in ("IN", "OUT", "BITS", "OUTLIERS")]
         arrays = [np.ascontiguousarray(np.array(array)) for array in inputs]
-        y = np.full(output_shapes[0], np.nan, np.float32)
+        y = np.full(output_shapes[0], np.nan, np.array(inputs[0]).dtype)
         pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (*arrays, y)]
-        for token in range(grid[1]):
-            for thread in range(grid[0] + 32):  # threads of no row, too
-                run(*pointers, *sizes, thread // 32, token, thread % 32)
+        threads = -(-grid[0] // threadgroup[0]) * threadgroup[0]  # some of no row
+        run(*pointers, *sizes, threads, grid[1], threadgroup[0])
         calls.append(grid)
         return [mx.array(y)]
 
-    call.calls = calls
+    call.calls, call.dtype = calls, TYPES[kind]
     return call
 
 
@@ -91,14 +142,16 @@ def test_kernel_and_operations_compute_the_product(
     kernel, monkeypatch, inputs, outputs, bits, outliers
 ):
     layer = random_layer(inputs, outputs, bits, outliers, bias=outliers == 0)
+    layer.set_dtype(kernel.dtype)
     w = numpy_weight(layer, inputs)
-    x = mx.random.normal((2, 3, inputs), key=mx.random.key(bits))
+    x = mx.random.normal((1, 3, inputs), key=mx.random.key(bits)).astype(kernel.dtype)
     wanted = np.array(x, np.float64) @ w.T + (np.array(layer.bias) if "bias" in layer else 0)
-    np.testing.assert_array_equal(np.array(layer.dense()), w.astype(np.float32))
-    np.testing.assert_allclose(np.array(layer(x)), wanted, rtol=0, atol=1e-5 * abs(wanted).max())
+    limit = (1e-5 if kernel.dtype == mx.float32 else 2e-3) * abs(wanted).max()
+    np.testing.assert_allclose(np.array(layer.dense()), w, rtol=0, atol=limit)
+    np.testing.assert_allclose(np.array(layer(x)), wanted, rtol=0, atol=limit)
     calls = len(kernel.calls)
     monkeypatch.setattr(neighbour_file, "_kernel", lambda: kernel)
-    np.testing.assert_allclose(np.array(layer(x)), wanted, rtol=0, atol=1e-5 * abs(wanted).max())
+    np.testing.assert_allclose(np.array(layer(x)), wanted, rtol=0, atol=limit)
     assert len(kernel.calls) == calls + 1
     assert layer(mx.ones((9, inputs))).shape == (9, outputs) and len(kernel.calls) == calls + 1
     assert f"bits={bits}, outliers={outliers}" in repr(layer) and f"dims={inputs}" in repr(layer)
@@ -115,15 +168,16 @@ def test_output_has_the_dtype_of_the_input():
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
 def test_mixed_bits_compute_the_product(bits, group_size):
     rng = np.random.default_rng(bits)
-    w = mx.array(rng.standard_normal((24, 5 * group_size)).astype(np.float32))
     widths = rng.permutation(np.repeat([bits - 1, bits, bits, bits, bits + 1], group_size))
-    places = [np.flatnonzero(widths == width) for width in sorted(set(widths))]
-    found, dense = [], np.empty(w.shape, np.float32)
-    for width, own in zip(sorted(set(widths)), places, strict=True):
-        settings = {"bits": int(width), "group_size": group_size}
-        quantized = mx.quantize(w[:, mx.array(own)], **settings)
-        dense[:, own] = np.array(mx.dequantize(*quantized, **settings))
-        found.append([array.reshape(-1) for array in quantized])
+    found, dense = [], np.empty((24, len(widths)))
+    for width in (bits - 1, bits, bits + 1):
+        own = np.flatnonzero(widths == width)
+        codes = rng.integers(0, 2**width, (24, len(own)))
+        line = rng.standard_normal((2, 24, len(own) // group_size)).astype(np.float32)
+        scales, biases = np.repeat(line, group_size, axis=2)
+        dense[:, own] = scales * codes + biases
+        arrays = (pack(mx.array(codes), width), *map(mx.array, line))
+        found.append([array.reshape(-1) for array in arrays])
     layer = MixedLinear(5 * group_size, 24, bits=bits, group_size=group_size)
     stored = dict(
         zip(
@@ -137,7 +191,7 @@ def test_mixed_bits_compute_the_product(bits, group_size):
         k: v.shape for k, v in layer.parameters().items()
     }
     layer.update(stored)
-    np.testing.assert_array_equal(np.array(layer.dense()), dense)
+    np.testing.assert_allclose(np.array(layer.dense()), dense, rtol=1e-6, atol=1e-5)
     for shape in ((5 * group_size,), (1, 5 * group_size), (2, 9, 5 * group_size)):
         x = mx.random.normal(shape)
         wanted = np.array(x, np.float64) @ dense.T + np.array(stored["bias"])
