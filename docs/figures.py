@@ -124,7 +124,7 @@ def sizes_table(study: Path) -> str:
         for kl, variant in sorted(rows, reverse=True):
             cells = (
                 f"{bits:.1f}",
-                f"**{variant}**" if kl == min(rows)[0] else variant,
+                f"**{variant}**" if kl == min(rows)[0] and len(rows) > 1 else variant,
                 f"{kl:.3f}",
                 f"{kl / plain[0]:.2f}" if plain else "",
                 f"{found[variant]['kl'].values['top1_agreement']:.0%}",
@@ -258,6 +258,7 @@ def main() -> None:
     tables["sizes"] = sizes_table(DOCS / "results" / "sizes")
     tables["neighbours"] = sizes_table(DOCS / "results" / "neighbours-babyllama-tok105")
     tables["narrower"] = sizes_table(DOCS / "results" / "neighbours-stories260K")
+    tables["owned"] = sizes_table(DOCS / "results" / "neighbours-trained-llama")
     pages = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
     files = {page: page.read_text(encoding="utf-8") for page in pages}
     for page, name in product(pages, tables):
