@@ -172,7 +172,7 @@ def _layer_problem(layer: LayerRecord, found: Headers) -> str:
     """Tell what of a layer's record does not fit its tensors; "" when all does."""
     expected = _shapes(layer)
     if expected and found.keys() != expected.keys():
-        return f"it has {', '.join(found) or 'no tensor'}, wanted {', '.join(sorted(expected))}"
+        return f"expected {', '.join(sorted(expected))}, got {', '.join(found) or 'no tensor'}"
     shapes = {leaf: header.shape for leaf, header in found.items()}
     if shapes != expected or (layer.action != "keep" and found["weight"].dtype != "U32"):
         shown = ", ".join(f"{leaf} {list(shape)}" for leaf, shape in shapes.items())

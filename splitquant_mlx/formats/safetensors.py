@@ -72,8 +72,8 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     for start, stop, name in sorted(spans):
         if start != end:
             raise CheckpointError(
-                f"{path}: tensor {name!r} starts at byte {start} of the data, "
-                f"wanted {end}: {_AGAIN}"
+                f"{path}: tensor {name!r}: expected to start at byte {end} of the "
+                f"data, got {start}: {_AGAIN}"
             )
         end = stop
     if end != size - 8 - length:

@@ -93,5 +93,5 @@ def _check_types(path: Path, config: dict[str, Any], args_class: type) -> None:
         wanted = TYPES.get(getattr(field.type, "__name__", field.type))
         if wanted and isinstance(value, wanted[1]):
             raise CheckpointError(
-                f"{path}: config.json: {field.name} is {value!r:.80}, wanted {wanted[0]}"
+                f"{path}: config.json: {field.name}: expected {wanted[0]}, got {value!r:.80}"
             )

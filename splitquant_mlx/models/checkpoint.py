@@ -161,8 +161,8 @@ def _check_parameters(path: Path, model: nn.Module, weights: dict[str, mx.array]
     for name, array in weights.items():
         if array.shape != wanted[name].shape:
             raise CheckpointError(
-                f"{path}: tensor {name!r} has shape {list(array.shape)}, config.json wants "
-                f"{list(wanted[name].shape)}: one of the two is from another model"
+                f"{path}: tensor {name!r}: expected shape {list(wanted[name].shape)}, by "
+                f"config.json, got {list(array.shape)}: one of the two is from another model"
             )
         if not array.size:
             raise CheckpointError(
@@ -171,6 +171,7 @@ def _check_parameters(path: Path, model: nn.Module, weights: dict[str, mx.array]
         is_float = mx.issubdtype(wanted[name].dtype, mx.floating)
         if is_float and array.dtype not in FLOATS.values():
             raise CheckpointError(
-                f"{path}: tensor {name!r} has dtype {str(array.dtype).rpartition('.')[2]}, wanted "
-                f"one of {', '.join(FLOATS)}: this is a quantized or a damaged checkpoint"
+                f"{path}: tensor {name!r}: expected dtype {', '.join(FLOATS)}, got "
+                f"{str(array.dtype).rpartition('.')[2]}: this is a quantized or "
+                "a damaged checkpoint"
             )

@@ -59,7 +59,7 @@ def read_config(path: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"), object_hook=_decode_float)
     except FileNotFoundError as exc:
         raise CheckpointError(
-            f"{path} is not a model directory: it has no config.json (wanted: config.json, "
+            f"{path} is not a model directory: it has no config.json (expected: config.json, "
             "*.safetensors and tokenizer files)"
         ) from exc
     except OSError as exc:
@@ -67,7 +67,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as exc:
         raise CheckpointError(f"{file} is not valid JSON: {exc}") from exc
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise CheckpointError(f"{file}: wanted a table with a model_type, such as 'llama'")
+        raise CheckpointError(f"{file}: expected a table with a model_type, such as 'llama'")
     return config
 
 
@@ -108,7 +108,7 @@ def check_config(path: Path, config: dict[str, Any], tensors: int) -> None:
                 tables.append((key, value, depth + 1))
             elif expected := _expected(key, value, in_list=isinstance(table, list)):
                 raise CheckpointError(
-                    f"{path}: config.json: {key} is {value!r:.80}, wanted {expected}"
+                    f"{path}: config.json: {key}: expected {expected}, got {value!r:.80}"
                 )
             counted = COUNTS.fullmatch(key)
             if counted and isinstance(value, int):
@@ -127,7 +127,7 @@ def _expected(key: str, value: Any, *, in_list: bool) -> str:
         return "true or false"
     if key in SIZES and isinstance(value, (str, int, float)):
         if type(value) is not int or value < 0 or (key == "head_dim" and not value):
-            return "a whole number"
+            return f"a whole number, {1 if key == 'head_dim' else 0} or more"
     if isinstance(value, float) and not math.isfinite(value):
         return "" if in_list and math.isinf(value) else "a finite number"
     if is_number and NUMBERED.fullmatch(key) and value < 0:
@@ -165,8 +165,8 @@ def _check_files(path: Path) -> None:
             raise CheckpointError(f"{file} is not a file: download it again")
         if file.suffix in TEXTS and status.st_size > MAX_TEXT_BYTES:
             raise CheckpointError(
-                f"{file} has {status.st_size} bytes, wanted at most {MAX_TEXT_BYTES}: download it "
-                "again, or move it elsewhere if it is not the model's"
+                f"{file}: expected at most {MAX_TEXT_BYTES} bytes, got {status.st_size}: download "
+                "it again, or move it elsewhere if it is not the model's"
             )
 
 

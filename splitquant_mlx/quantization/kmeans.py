@@ -129,12 +129,12 @@ def _cluster(values: np.ndarray, k: int, small: int = SMALL, few: int = FEW) -> 
 
 def _flat(values: np.ndarray, k: int) -> np.ndarray:
     if not 2 <= k <= 8:
-        raise ValueError(f"k is {k}: wanted 2 to 8 clusters")
+        raise ValueError(f"k: expected 2 to 8 clusters, got {k}")
     if values.size == 0:
         raise ValueError(f"array of shape {values.shape} is empty: nothing to cluster")
     if values.dtype not in (np.float16, np.float32, np.uint16):
         raise ValueError(
-            f"dtype is {values.dtype}: wanted float16, float32 or uint16 (bits of bfloat16)"
+            f"dtype: expected float16, float32 or uint16 (bits of bfloat16), got {values.dtype}"
         )
     return np.ascontiguousarray(values).reshape(-1)
 

@@ -142,7 +142,10 @@ ALTERED = {
     "a layer's shape huge": (edit_layer(shape=[2**62] * 99), "do not fit split"),
     "a layer's shape empty": (edit_layer(shape=[]), "do not fit split"),
     "a layer's bits/weight": (edit_layer(bits_per_weight=4.5), "not the 4.5 bits/weight"),
-    "a layer said to be kept": (edit_layer(action="keep"), "it has weight, scales, biases, wanted"),
+    "a layer said to be kept": (
+        edit_layer(action="keep"),
+        "expected weight, got weight, scales, biases",
+    ),
     "a layer twice": (edit_layer("model.embed_tokens", path=PATH), "in the manifest twice"),
     "the config": (edit_config, "its splitquant is not that of the manifest"),
     "scales infinite": (

@@ -73,9 +73,9 @@ CONFIGS = {
         write("config.json", '{"model_type": "llama", "a": ' + "9" * 5_000 + "}"),
         "config.json is not valid JSON",
     ),
-    "list": (write("config.json", "[]"), "wanted a table with a model_type"),
-    "no model_type": (edit_config(model_type=...), "wanted a table with a model_type"),
-    "model_type a number": (edit_config(model_type=1), "wanted a table with a model_type"),
+    "list": (write("config.json", "[]"), "expected a table with a model_type"),
+    "no model_type": (edit_config(model_type=...), "expected a table with a model_type"),
+    "model_type a number": (edit_config(model_type=1), "expected a table with a model_type"),
     **{
         f"model_type {name!r}": (edit_config(model_type=name), "unknown architecture")
         for name in ("", "nosuch", "../x", "os", "llama.foo", "base", "cache", ".", "/tmp/evil")
@@ -83,18 +83,30 @@ CONFIGS = {
     "architectures of lists": (edit_config(architectures=[["x"]]), "architectures"),
     "architectures a number": (edit_config(architectures=3), "architectures"),
     "no hidden_size": (edit_config(hidden_size=...), "'hidden_size'"),
-    "hidden_size a string": (edit_config(hidden_size="64"), "hidden_size is '64'"),
-    "hidden_size negative": (edit_config(hidden_size=-64), "hidden_size is -64"),
-    "hidden_size true": (edit_config(hidden_size=True), "hidden_size is True"),
-    "hidden_size a fraction": (edit_config(hidden_size=64.5), "hidden_size is 64.5"),
+    "hidden_size a string": (
+        edit_config(hidden_size="64"),
+        "hidden_size: expected a whole number, 0 or more, got '64'",
+    ),
+    "hidden_size negative": (
+        edit_config(hidden_size=-64),
+        "hidden_size: expected a whole number, 0 or more, got -64",
+    ),
+    "hidden_size true": (edit_config(hidden_size=True), "0 or more, got True"),
+    "hidden_size a fraction": (
+        edit_config(hidden_size=64.5),
+        "hidden_size: expected a whole number, 0 or more, got 64.5",
+    ),
     "intermediate_size 0": (edit_config(intermediate_size=0), "intermediate_size 0"),
     "no heads": (edit_config(num_attention_heads=0), "num_attention_heads 0"),
     "negative heads": (
         edit_config(num_attention_heads=-4, num_key_value_heads=-2, head_dim=-16),
         "-4",
     ),
-    "rms_norm_eps a string": (edit_config(rms_norm_eps="1e-5"), "rms_norm_eps is '1e-5'"),
-    "rope_theta a string": (edit_config(rope_theta="x"), "rope_theta is 'x'"),
+    "rms_norm_eps a string": (
+        edit_config(rms_norm_eps="1e-5"),
+        "rms_norm_eps: expected a number, got '1e-5'",
+    ),
+    "rope_theta a string": (edit_config(rope_theta="x"), "rope_theta: expected a number, got 'x'"),
     "10**9 layers": (edit_config(num_hidden_layers=10**9), "num_hidden_layers 1000000000"),
     "10**9 layers, deeper": (
         edit_config(model_type="gemma3", text_config={"num_hidden_layers": 10**9}),
@@ -123,7 +135,7 @@ CONFIGS = {
         ),
         "moe_num_experts 1000000000",
     ),
-    "-1 layers": (edit_config(num_hidden_layers=-1), "num_hidden_layers is -1"),
+    "-1 layers": (edit_config(num_hidden_layers=-1), "expected a whole number, 0 or more, got -1"),
     "too many layers": (edit_config(num_hidden_layers=3), "tensors are missing: model.layers.2."),
     "too few layers": (
         edit_config(num_hidden_layers=1),
@@ -203,8 +215,11 @@ HEADERS = {
     "offsets of floats": (edit_entry(data_offsets=[0.0, 32768.0]), UP),
     "offsets, one only": (edit_entry(data_offsets=[0]), UP),
     "offsets reversed": (edit_entry(data_offsets=[32768, 0]), UP),
-    "offsets overlapping": (edit_entry(data_offsets=[0, 32768]), "starts at byte"),
-    "offsets beyond the file": (edit_entry(data_offsets=[10**12, 10**12 + 32768]), "starts at"),
+    "offsets overlapping": (edit_entry(data_offsets=[0, 32768]), "expected to start at byte"),
+    "offsets beyond the file": (
+        edit_entry(data_offsets=[10**12, 10**12 + 32768]),
+        "to start at byte",
+    ),
     "dtype unknown": (edit_entry(dtype="F31"), "unknown dtype F31"),
     "dtype null": (edit_entry(dtype=None), UP),
     "dtype a list": (edit_entry(dtype=["F32"]), UP),
@@ -213,21 +228,27 @@ HEADERS = {
         "dtype F8_E4M3, expected one of F16, BF16, F32",
     ),
     "dtype F8_E8M0": (edit_entry(dtype="F8_E8M0", shape=[128, 256]), "dtype F8_E8M0"),
-    "dtype F64 of another shape": (edit_entry(dtype="F64", shape=[64, 64]), "shape [64, 64]"),
-    "dtype I32": (edit_entry(dtype="I32"), "dtype int32, wanted one of F16, BF16, F32"),
+    "dtype F64 of another shape": (edit_entry(dtype="F64", shape=[64, 64]), "got [64, 64]"),
+    "dtype I32": (edit_entry(dtype="I32"), "expected dtype F16, BF16, F32, F64, got int32"),
     "dtype I32 of a norm": (
         edit_header(lambda header: header[NORM].update(dtype="I32")),
-        "dtype int32, wanted one of F16, BF16, F32",
+        "expected dtype F16, BF16, F32, F64, got int32",
     ),
     "dtype U8": (edit_entry(dtype="U8", shape=[128, 256]), UP),
 }
 
 
 TENSORS = {
-    "wider": (tensor(UP, mx.zeros((128, 96))), f"{UP!r} has shape [128, 96], config.json wants"),
-    "transposed": (tensor(UP, mx.zeros((64, 128))), "has shape [64, 128], config.json wants [128,"),
-    "flat": (tensor(UP, mx.zeros((128 * 64,))), "has shape [8192], config.json wants"),
-    "of no dimension": (tensor(NORM, mx.array(1.0)), f"{NORM!r} has shape []"),
+    "wider": (tensor(UP, mx.zeros((128, 96))), "by config.json, got [128, 96]"),
+    "transposed": (
+        tensor(UP, mx.zeros((64, 128))),
+        "expected shape [128, 64], by config.json, got [64, 128]",
+    ),
+    "flat": (tensor(UP, mx.zeros((128 * 64,))), "by config.json, got [8192]"),
+    "of no dimension": (
+        tensor(NORM, mx.array(1.0)),
+        f"{NORM!r}: expected shape [64], by config.json, got []",
+    ),
     "missing": (tensor(UP, None), f"tensors are missing: {UP}"),
     "extra": (tensor("extra.weight", mx.zeros((2, 2))), "have no place in this model: extra.w"),
     "extra of the format": (tensor("model.layers.0.mlp.up_proj.scales", mx.zeros(2)), "no place"),

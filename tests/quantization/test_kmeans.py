@@ -296,7 +296,7 @@ def test_bin_moments_are_exact():
 @pytest.mark.parametrize("k", [-1, 0, 1, 9])
 @pytest.mark.parametrize("find", [cluster, cluster_sklearn])
 def test_k_out_of_range(find, k):
-    with pytest.raises(ValueError, match=f"k is {k}: wanted 2 to 8"):
+    with pytest.raises(ValueError, match=f"k: expected 2 to 8 clusters, got {k}"):
         find(np.ones(4, np.float32), k)
 
 
@@ -305,7 +305,7 @@ def test_unusable_arrays(find):
     with pytest.raises(ValueError, match="empty"):
         find(np.ones((0, 4), np.float16))
     for dtype in ("float64", "int16", "uint8", ">f4"):
-        with pytest.raises(ValueError, match="wanted float16, float32 or uint16"):
+        with pytest.raises(ValueError, match="expected float16, float32 or uint16"):
             find(np.ones(4, dtype))
 
 
