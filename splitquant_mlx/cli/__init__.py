@@ -148,7 +148,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     if debug:
         shown = "".join(traceback.format_exception(cause))
         print(printable(hide_token(shown)), end="", file=sys.stderr)
-    print(f"{PROGRAM}: error: {prefix}{plain(hide_token(message))}", file=sys.stderr)
+    console.complain(f"{PROGRAM}: error: {prefix}{plain(hide_token(message))}")
     return 2
 
 
@@ -157,6 +157,6 @@ def _show_note(
 ) -> None:
     """Print our own warnings on one line, and those of other packages as Python does."""
     if issubclass(category, SplitQuantWarning):
-        print(f"{PROGRAM}: note: {plain(hide_token(str(message)))}", file=sys.stderr)
+        console.complain(f"{PROGRAM}: note: {plain(hide_token(str(message)))}")
     else:
         print(warnings.formatwarning(message, category, filename, lineno), end="", file=sys.stderr)

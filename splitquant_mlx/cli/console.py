@@ -33,7 +33,7 @@ def stderr() -> "Console":
     """Return rich's console on stderr."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, **styles())
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, **styles())
 
 
 def note(text: str) -> None:
@@ -41,20 +41,25 @@ def note(text: str) -> None:
     if is_quiet():
         return
     sys.stdout.flush()  # to keep their order where both go to one place
+    complain(text, style="dim")
+
+
+def complain(text: str, style: str = "") -> None:
+    """Print a line on stderr, broken between words on a terminal."""
     if sys.stderr.isatty():
-        stderr().print(text, style="dim", markup=False, soft_wrap=True)
+        stderr().print(text, style=style)
     else:
         print(text, file=sys.stderr, flush=True)
 
 
 def show(*items: Any) -> None:
-    """Print strings, as they are, and rich's tables on standard output."""
+    """Print strings and rich's tables on standard output; a terminal's lines end after a word."""
     from rich.console import Console
 
     if sys.stdout.isatty():
-        console = Console(highlight=False, markup=False, **styles())
+        console = Console(highlight=False, markup=False, emoji=False, **styles())
         for item in items:
-            console.print(item, soft_wrap=isinstance(item, str))
+            console.print(item)
         return
     for item in items:
         text = item
@@ -66,9 +71,9 @@ def show(*items: Any) -> None:
 
 
 def next_step(done: str, *command: object) -> None:
-    """Print what was done, and the command that goes on from there."""
-    words = shlex.join(str(word) for word in command)
-    show(f"{done} Next: splitquant-mlx {words}")
+    """Print what was done, and on a line that can be copied the command that goes on from there."""
+    show(done)
+    print(f"Next: splitquant-mlx {shlex.join(map(str, command))}")
 
 
 def new_table(title: str, *columns: str) -> "Table":

@@ -95,8 +95,11 @@ def _show_architectures(json_file: JsonFile) -> None:
     found = recorded()
     if console.write_json(json_file, dataclasses.asdict(found)):
         return
-    table = new_table("", "variant", "verdict", "difference", "8 bits", "remark")
-    for row in rows(found):
-        table.add_row(*map(plain, row))
+    table = new_table("", "variant", "verdict", "difference", "8 bits")
+    remarks = []
+    for *cells, remark in rows(found):
+        table.add_row(*map(plain, cells))
+        if remark:
+            remarks.append(plain(f"{cells[0]} ({cells[1]}): {remark}"))
     made_with = ", ".join(f"{name} {number}" for name, number in found.versions.items())
-    show(table, f"Compared with transformers; made with {made_with}.")
+    show(table, "", *remarks, "", f"Compared with transformers; made with {made_with}.")

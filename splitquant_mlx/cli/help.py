@@ -1,5 +1,7 @@
 """Show help in panels that fit 80 columns, with option names whole and an example at the end."""
 
+import re
+from difflib import get_close_matches
 from typing import Any
 
 import typer
@@ -24,12 +26,29 @@ ELSEWHERE = {
     **dict.fromkeys(("benchmark", "speed"), "bench"),
     **dict.fromkeys(("push", "share"), "upload"),
     **dict.fromkeys(("check", "test"), "verify"),
+    **dict.fromkeys(("completion", "completions"), "--install-completion"),
 }
 NAMES_COLUMNS = 30
 
 
 class Command(typer.core.TyperCommand):
     """A command whose help is `print_help`'s; its epilog is the example."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read a command line; what does not fit is answered with what was meant."""
+        try:
+            return super().parse_args(ctx, args)
+        except UsageError as exc:
+            if near := getattr(exc, "possibilities", None):
+                name = exc.option_name  # type: ignore[attr-defined]
+                near = get_close_matches(name, near, n=1, cutoff=0)[0]
+                raise UsageError(f"no such option {name}: did you mean {near}?", ctx) from exc
+            found = re.search(r"unexpected extra .*\((.*)\)$", exc.format_message())  # type: ignore[attr-defined]
+            if found and any("--mlx-path" in parameter.opts[:1] for parameter in self.params):
+                raise UsageError(
+                    f"what is {found[1]}? The directory to write is --mlx-path", ctx
+                ) from exc
+            raise
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help."""
@@ -47,7 +66,8 @@ class Group(typer.core.TyperGroup):
         try:
             return super().resolve_command(ctx, args)
         except UsageError as exc:
-            if (ours := ELSEWHERE.get(args[0])) in self.commands:
+            ours = ELSEWHERE.get(args[0], "")
+            if ours in self.commands or ours.startswith("--"):
                 exc.message = f"there is no command {args[0]!r}: it is {ours!r} here"  # type: ignore[attr-defined]
             raise
 

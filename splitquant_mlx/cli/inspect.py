@@ -87,7 +87,7 @@ def inspect(
         cuts = {}
         if cut_points:
             cuts = find_cut_points(directory, clusters=clusters, progress=Bars())
-    _report(name, found, cuts, json_file, each=layers or cut_points)
+    _report(name, found, cuts, json_file, each=layers)
 
 
 def _report(
@@ -102,7 +102,10 @@ def _report(
     if console.write_json(json_file, values):
         return
     _print(name, found)
-    _print_layers(found.layers, cuts, each=each)
+    if cuts:
+        _print_cuts(found.layers, cuts)
+    else:
+        _print_layers(found.layers, each=each)
 
 
 def _show_histogram(directory: Path, path: str, clusters: int | None, png: Path | None) -> None:
@@ -155,7 +158,23 @@ def _print(name: str, found: Any) -> None:
     )
 
 
-def _print_layers(layers: Any, cuts: dict[str, tuple[float, ...]], *, each: bool) -> None:
+def _print_cuts(layers: Any, cuts: dict[str, tuple[float, ...]]) -> None:
+    table = new_table("", "shape", "cut points")
+    for layer in layers:
+        points = ", ".join(f"{cut:.4g}" for cut in cuts.get(layer.path, ()))
+        table.add_row(_name(layer.path), _shape(layer), points)
+    show(table)
+
+
+def _name(path: str) -> str:
+    return console.plain(path.removeprefix("model.").removeprefix("layers.*."))
+
+
+def _shape(layer: Any) -> str:
+    return " x ".join(map(str, layer.shape))
+
+
+def _print_layers(layers: Any, *, each: bool) -> None:
     from splitquant_mlx.inspection.overview import kinds
 
     rows = [(layer.path, [layer]) for layer in layers] if each else kinds(layers)
@@ -163,8 +182,6 @@ def _print_layers(layers: Any, cuts: dict[str, tuple[float, ...]], *, each: bool
     columns = ["shape", "form", "bits/weight", "size", *(["SNR dB"] if with_noise else [])]
     table = new_table("", *([] if each else ["layers"]), *columns)
     table.padding = (0, 1, 0, 0)
-    if cuts:
-        table.add_column("cut points")
     for path, group in rows:
         first = group[0]
         form = {"keep": "not quantized", "quantize": "", "split": f"{first.clusters} x "}
@@ -178,17 +195,15 @@ def _print_layers(layers: Any, cuts: dict[str, tuple[float, ...]], *, each: bool
             text += f", {first.outliers} kept a row" if first.outliers else ""
         snr = [layer.snr_db for layer in group if layer.snr_db is not None]
         row = [
-            console.plain(path.removeprefix("model.").removeprefix("layers.*.")),
+            _name(path),
             *([] if each else [str(len(group))]),
-            " x ".join(str(n) for n in first.shape),
+            _shape(first),
             text,
             f"{first.bits_per_weight:.2f}",
             size(sum(layer.nbytes for layer in group)),
         ]
         if with_noise:
             row.append(f"{sorted(snr)[len(snr) // 2]:.1f}" if snr else "")
-        if cuts:
-            row.append(", ".join(f"{cut:.4g}" for cut in cuts.get(path, ())))
         table.add_row(*row)
     show(table)
 

@@ -42,15 +42,19 @@ def models(
     for title, found in (("Converted here", here), ("In the hub's cache", cached)):
         if not found:
             continue
-        table = new_table(title, "method", "bits/weight", "size", "written", "runs in")
-        table.columns[-1].justify = "left"
+        table = new_table(title, "method", "bits/\nweight", "size", "written", "LM Studio")
+        table.padding = (0, 1, 0, 0)
+        for column in table.columns:
+            column.no_wrap = True
         for model in found:
             bits = "" if model.bits_per_weight is None else f"{model.bits_per_weight:.2f}"
-            written = time.strftime("%Y-%m-%d", time.localtime(model.modified))
             form = model.method or "original"
-            runs = "here" if model.needs_code else model.runs_in
+            runs = "no" if model.needs_code else "yes"
+            written = _date(model.modified)
             table.add_row(plain(model.name), form, bits, size(model.nbytes), written, runs)
         show(table)
+    if here or cached:
+        show("All run here and in mlx-lm: with --trust-remote-code where LM Studio does not.")
 
 
 def cache(
@@ -83,6 +87,12 @@ def cache(
     from huggingface_hub import constants
 
     show(f"Models of the hub are in {constants.HF_HUB_CACHE}: see `hf cache ls`")
+
+
+def _date(modified: float) -> str:
+    """Return the day of a file's time, s; its year where that is long ago, as ls does."""
+    is_old = time.time() - modified > 300 * 86400
+    return time.strftime("%Y" if is_old else "%d %b", time.localtime(modified))
 
 
 def _values(models: Any) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Show what a conversion will do, and what it did."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -112,7 +113,7 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
     share = f", {size(kept)} of it not quantized" if kept else ""
     rows = [
         ("Layers", ", ".join(f"{actions[a]} {word}" for a, word in WORDS.items() if actions[a])),
-        ("Linear layers", f"{manifest.linear_bits_per_weight:.2f} bits/weight"),
+        _bits(manifest),
         ("Whole model", f"{manifest.bits_per_weight:.2f} bits/weight"),
         ("Size", f"{size(manifest.stored_bytes)}{share}; original {size(manifest.source_bytes)}"),
     ]
@@ -129,9 +130,20 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
         loss = f"{refined['before']:.4f} to {refined['after']:.4f} nats per token"
         rows.append(("Refined", f"KL divergence {loss}, on text that was not trained on"))
     seconds = manifest.seconds
-    stages = (f"{k} {v:.1f}" for k, v in seconds.items() if k != "total" and v >= 0.05)
-    rows.append(("Time", f"{seconds['total']:.1f} s (threads added up: {', '.join(stages)})"))
+    stages = ", ".join(f"{k} {v:.1f}" for k, v in seconds.items() if k != "total" and v >= 0.05)
+    parts = f" (threads added up: {stages})" if stages else ""
+    rows.append(("Time", f"{seconds['total']:.1f} s{parts}"))
     return rows
+
+
+def _bits(manifest: Manifest) -> tuple[str, str]:
+    """Return the bits/weight of the linear layers, or of all that a size was asked of."""
+    if manifest.recipe.get("method") != "auto":
+        return "Linear layers", f"{manifest.linear_bits_per_weight:.2f} bits/weight"
+    changed = [layer for layer in manifest.layers if layer.action != "keep"]
+    weights = sum(math.prod(layer.shape) for layer in changed)
+    stored = 8 * sum(layer.nbytes for layer in changed)
+    return "Quantized", f"{stored / max(weights, 1):.2f} bits/weight, embeddings among them"
 
 
 def _where_it_runs(manifest: Manifest, path: Path) -> list[str]:

@@ -1,16 +1,19 @@
 """Talk in the terminal: read messages and commands, stream the answers."""
 
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from splitquant_mlx.cli import interrupt
 from splitquant_mlx.cli.console import note, printable
 from splitquant_mlx.cli.reading import Reader, silent_keyboard
+from splitquant_mlx.cli.wrap import Wrapper
 from splitquant_mlx.errors import RecipeError, SplitQuantError
 from splitquant_mlx.inference.chat import Conversation, Decoder, load_messages, save_messages
 from splitquant_mlx.models.footprint import CONTEXT_TOKENS
@@ -21,12 +24,14 @@ HELP = """\
 /continue      go on with the last answer
 /reset         clear the conversation
 /save FILE     write the conversation; /load FILE reads it
-/set           show sampling; /set NAME VALUE changes temp, top_p, min_p, top_k, max_tokens, seed
+/set           show sampling; /set NAME VALUE changes it (seed, too)
 /stats         tokens and speed;  /context  how much of the context is used
 /exit          leave, as Ctrl-D does; Ctrl-C stops an answer
 \"\"\"            begins and ends a message of several lines
 A space before / says it to the model."""
+MARK = "model>"
 HINT = "/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves"
+OVERFLOW_TOKENS = 256  # of an answer where the context is full
 NUMBERS = {"temp": float, "top_p": float, "min_p": float, "top_k": int, "max_tokens": int}
 
 
@@ -85,7 +90,9 @@ class Talk:
                 elif command := self._commands.get(word):
                     command(rest.strip())
                 else:
-                    note(f"unknown command {printable(word)}: /help lists them")
+                    near = get_close_matches(word, self._commands, n=1)
+                    meant = f"did you mean {near[0]}? " if near else ""
+                    note(f"unknown command {printable(word)}: {meant}/help lists them")
             except SplitQuantError as exc:
                 if not self._interactive:
                     raise
@@ -96,40 +103,46 @@ class Talk:
 
     def _answer(self, begin: Callable[[Callable[[], bool]], Generator[Any, None, None]]) -> None:
         """Print the answer as it comes, then a line on its length and speed."""
-        limit = self._limit()
-        last, count = None, 0
+        last, count, shown = None, 0, printable
         if self._interactive:
             _mark()
+            wrap = Wrapper(shutil.get_terminal_size().columns, len(MARK) + 1)
+            shown = lambda text: wrap(printable(text))  # noqa: E731
         with _ctrl_c() as pressed, silent_keyboard(), suppress(KeyboardInterrupt):
-            stop = lambda: pressed() or (limit is not None and count >= limit)  # noqa: E731
+            stop = lambda: pressed() or self._is_full(count)  # noqa: E731
             with closing(begin(stop)) as answer:
                 for last in answer:
                     count += 1
-                    self._warn(last, count)
-                    print(printable(last.text), end="", flush=True)
+                    self._warn(count)
+                    print(shown(last.text), end="", flush=True)
         print()
         if last is None:
             note("no answer")
             return
         self._answered[0] += last.generation_tokens
         self._answered[1] += last.generation_tokens / (last.generation_tps or 1e9)
-        if last.finish_reason == "length" or (count == limit and not last.finish_reason):
-            reason = "--max-tokens" if last.finish_reason else "the context is full"
-            note(f"cut off at {count} tokens ({reason}): /continue goes on")
-        if self._interactive:
-            note(
-                f"{last.generation_tokens} tokens, {last.generation_tps:.1f} tokens-per-sec, "
-                f"{self._used()}"
-            )
+        if last.finish_reason == "length":
+            note(f"cut off at {count} tokens (--max-tokens): /continue goes on")
+        elif not last.finish_reason and self._is_full(count):
+            note(f"cut off at {count} tokens (the context is full): /reset clears it")
+        if self._interactive and count > 1:
+            note(f"{count} tokens, {last.generation_tps:.1f} tokens-per-sec, {self._used()}")
+        elif self._interactive:
+            note("nothing to add" if last.finish_reason == "stop" else self._used())
 
-    def _limit(self) -> int | None:
-        """Return how long an answer may be; at least something where the context is full."""
+    def _is_full(self, count: int) -> bool:
+        """Return whether an answer of `count` tokens must end for want of context.
+
+        Where the context was full before, it may have a few tokens all the same.
+        """
         if not self._fills_context:
-            return None
-        left = (self._context or 0) - self._conversation.tokens
-        return max(left, 256) if self._context else CONTEXT_TOKENS
+            return False
+        tokens, context = self._conversation.tokens, self._context
+        if context is None:
+            return count >= CONTEXT_TOKENS
+        return tokens >= context and (tokens - count < context or count >= OVERFLOW_TOKENS)
 
-    def _warn(self, response: Any, count: int) -> None:
+    def _warn(self, count: int) -> None:
         tokens = self._conversation.tokens
         if count == 1 and self._context and tokens > self._context:
             note(
@@ -174,7 +187,8 @@ class Talk:
             except ValueError as exc:
                 raise RecipeError(f"/set {name}: expected a number, got {value!r}") from exc
             self._decoder.decoding = replace(self._decoder.decoding, **{name: number})
-            self._fills_context = self._fills_context and name != "max_tokens"
+            if name == "max_tokens":
+                self._fills_context = number < 0
         elif name:
             raise RecipeError(f"/set: expected one of {', '.join([*NUMBERS, 'seed'])}, got {name}")
         values = (f"{name} {getattr(self._decoder.decoding, name):g}" for name in NUMBERS)
@@ -195,7 +209,7 @@ def _mark() -> None:
 
     from splitquant_mlx.cli.console import styles
 
-    Console(highlight=False, **styles()).print("model>", style="bold green", end=" ")
+    Console(highlight=False, **styles()).print(MARK, style="bold green", end=" ")
 
 
 @contextmanager

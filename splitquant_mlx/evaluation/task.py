@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from contextlib import ExitStack
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -210,9 +211,9 @@ def _harness(own: LazyModel, task: Task, group: Group | None, progress: Progress
     from splitquant_mlx.evaluation.harness import run_task
 
     if task.data or task.shots:
-        raise RecipeError(
-            f"task {task.name} is lm-eval's, which has its own data: leave out --data"
-        )
+        near = get_close_matches(task.name, (*ARC_TASKS, "perplexity", "kl"), n=1)
+        meant = f"did you mean {near[0]}? Task {task.name}" if near else f"task {task.name}"
+        raise RecipeError(f"{meant} is lm-eval's, which has its own data: leave out --data")
     found = run_task(
         own.model,
         own.tokenizer,

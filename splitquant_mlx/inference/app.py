@@ -31,16 +31,24 @@ def application(service: Service) -> Any:
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
+    async def index(request: Request) -> Response:
+        paths = [f"POST /v1{path}" for path in posts]
+        paths += ["GET /v1/models", "GET /health"]
+        said = f"splitquant-mlx serves {name} with OpenAI's API, whose base URL ends in /v1"
+        return JSONResponse({"message": said, "model": name, "paths": paths})
+
     async def refused(request: Request, exc: Any) -> Response:
         if isinstance(exc, HTTPException):  # Starlette's, of its routes
-            text = f"{request.method} {request.url.path}: {exc.detail.lower()}"
+            text = (
+                f"{request.method} {request.url.path}: {exc.detail.lower()} (GET / lists the paths)"
+            )
             response = refusal_response(Refusal(exc.status_code, text, code="unknown_url"))
             response.headers.update(exc.headers or {})
             return response
         return refusal_response(exc if isinstance(exc, Refusal) else failure())
 
     posts = {"/chat/completions": Chat, "/completions": Completions, "/responses": Responses}
-    routes = [Route("/health", health)]
+    routes = [Route("/health", health), Route("/", index), Route("/v1", index)]
     for prefix in ("/v1", ""):
         routes += [Route(prefix + path, models) for path in ("/models", "/models/{name:path}")]
         for path, endpoint in posts.items():

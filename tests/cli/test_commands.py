@@ -1,8 +1,10 @@
 """The commands convert, inspect and doctor, as a user runs them."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+from io import StringIO
 from typing import get_args
 
 import mlx.core as mx
@@ -10,6 +12,8 @@ import pytest
 import typer
 
 from splitquant_mlx import cli
+from splitquant_mlx.cli import console
+from splitquant_mlx.cli.summary import _rows
 from splitquant_mlx.formats.manifest import LayerRecord, load_manifest
 from splitquant_mlx.inspection.doctor import Check, self_check
 from splitquant_mlx.inspection.overview import kinds
@@ -125,6 +129,7 @@ def test_models_and_cache_are_listed_and_cleared(command, split_stories, tmp_pat
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     out = command("models", split_stories.parent)
     assert split_stories.name in out and "splitquant" in out
+    assert out.splitlines()[3].split()[-1] == "no"  # in LM Studio
     (tmp_path / "cache" / "reference").mkdir(parents=True)
     (tmp_path / "cache" / "reference" / "x").write_bytes(bytes(5_000))
     assert "5.0 kB" in command("cache")
@@ -172,6 +177,41 @@ def test_help_is_a_command_and_others_names_are_explained(command, capsys):
     assert "Did you mean 'convert'?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["completion"], "it is '--install-completion' here"),
+        (["convert", "a", "b"], "what is b? The directory to write is --mlx-path"),
+        (["convert", "--metod", "gptq"], "no such option --metod: did you mean --method? (see"),
+        (["bench", "sped"], "Did you mean 'speed'?"),
+        (["bench", "sped", "--help"], "Did you mean 'speed'?"),
+    ],
+)
+def test_what_was_meant_is_named(capsys, arguments, said):
+    assert cli.run(arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_task_that_is_misspelt_is_no_task_of_lm_eval(stories, text_file, capsys):
+    assert cli.run(["eval", str(stories), "--task", "perplexty", "--data", str(text_file)]) == 2
+    assert "did you mean perplexity?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_no_word_is_broken_on_a_terminal(stream, monkeypatch):
+    class Terminal(StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", "40")
+    screen = Terminal()
+    monkeypatch.setattr(sys, stream, screen)
+    words = ["in", "/a/directory", "of", ":cat:"] * 4
+    {"stdout": console.show, "stderr": console.complain}[stream](" ".join(words))
+    assert screen.getvalue().split() == words
+    assert max(map(len, screen.getvalue().splitlines())) <= 40
+
+
 def test_convert_takes_mlx_lm_flags(command, stories, tmp_path):
     flags = ["-q", "--q-bits", 8, "--q-group-size", 32, "--dtype", "float16"]
     command("convert", "--hf-path", stories, "--mlx-path", tmp_path / "out", *flags)
@@ -188,11 +228,13 @@ def test_options_go_before_the_recipe_file(command, stories, tmp_path):
 
 
 def test_inspect_lists_layers_of_a_converted_model(command, split_stories):
-    out = command("inspect", split_stories, "--cut-points")
+    out = command("inspect", split_stories, "--layers")
     row = next(line for line in out.splitlines() if "layers.0.self_attn.q_proj" in line)
     manifest = json.loads((split_stories / "splitquant.json").read_text())
     layer = next(x for x in manifest["layers"] if x["path"].endswith("0.self_attn.q_proj"))
     assert "3 x 4 bits g64" in row and "13.50" in row
+    out = command("inspect", split_stories, "--cut-points")
+    row = next(line for line in out.splitlines() if "layers.0.self_attn.q_proj" in line)
     assert all(f"{cut:.4g}" in row for cut in layer["cut_points"])
 
 
@@ -289,3 +331,16 @@ def test_version_and_module_form():
         [sys.executable, "-m", "splitquant_mlx", "--version"], capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stdout.startswith("splitquant-mlx 0.")
+
+
+def test_the_summary_of_auto_counts_what_its_target_counts(split_stories):
+    manifest = load_manifest(split_stories)
+    layer = manifest.layers[0]
+    layers = [
+        dataclasses.replace(layer, action="quantize", shape=(100, 64), nbytes=nbytes)
+        for nbytes in (3200, 4000)
+    ]
+    recipe, seconds = {**manifest.recipe, "method": "auto"}, {"total": 1.0, "read": 0.01}
+    rows = dict(_rows(dataclasses.replace(manifest, layers=layers, recipe=recipe, seconds=seconds)))
+    assert rows["Quantized"].startswith("4.50 bits/weight") and "Linear layers" not in rows
+    assert rows["Time"] == "1.0 s"

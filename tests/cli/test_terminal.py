@@ -5,9 +5,13 @@ import random
 import re
 import signal
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from terminal import CTRL_C, CTRL_D, ENTER, Terminal
+
+from splitquant_mlx.cli.talk import Talk
 
 PROGRAM = ["-m", "splitquant_mlx"]
 STORY = "Once upon a time"
@@ -61,7 +65,8 @@ def test_every_command_of_a_chat(chat, tmp_path):
     assert "expected one of temp" in ask(chat, "/set tmep 1")
     assert "cannot read" in ask(chat, "/load nowhere.json")
     assert "pirate" in ask(chat, "/system Talk like a pirate.")
-    assert "unknown command /what" in ask(chat, "/what")
+    assert "unknown command /what: /help" in ask(chat, "/what")
+    assert "did you mean /system?" in ask(chat, "/sytem")
     chat.type(f"/exit{ENTER}")
     assert chat.process.wait(timeout=LEAVES_WITHIN_S) == 0
     assert "+/stats" in (tmp_path / "chat_history").read_text()  # for the next session
@@ -84,6 +89,16 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(chat):
     chat.read_until("Ctrl-C again")
     chat.type(CTRL_C)
     assert chat.process.wait(timeout=LEAVES_WITHIN_S) == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "count", "full"),
+    [(500, 11, False), (500, 12, True), (512, 12, False), (600, 255, False), (600, 256, True)],
+)
+def test_an_answer_ends_where_the_context_is_full(before, count, full):
+    conversation: Any = SimpleNamespace(tokens=before + count)
+    talk = Talk(conversation, None, context=512, fills_context=True)  # type: ignore[arg-type]
+    assert talk._is_full(count) == full
 
 
 def test_ctrl_d_leaves(chat):

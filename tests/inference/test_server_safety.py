@@ -85,11 +85,18 @@ def test_paths_and_methods(server):
     assert server.head("HEAD", "/v1/models")[0] == server.head("HEAD", "/health/")[0] == 200
     assert server.ask("GET", "/v1/models?x=1")[0] == 200
     check_error(server.ask("POST", "/v1/embeddings", OK), 404, "/v1/embeddings")
-    for path in ("/", "/v1", "/v1/", "/v1/v1/models"):
-        check_error(server.ask("GET", path), 404)
+    for path in ("/v2", "/v1/v1/models"):
+        check_error(server.ask("GET", path), 404, "GET / lists the paths")
     for method in ("GET", "PUT", "DELETE", "BREW"):
         check_error(server.ask(method, CHAT), 405)
     assert "POST" in server.head("GET", CHAT)[1]["allow"]
+
+
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/"])
+def test_the_root_tells_what_is_served(server, path):
+    status, found = server.ask("GET", path)
+    assert status == 200 and "/v1" in found["message"]
+    assert "POST /v1/chat/completions" in found["paths"]
 
 
 def test_a_path_cannot_write_lines_of_the_log(server, caplog):

@@ -25,7 +25,7 @@ def test_what_is_recorded_is_same_warned_or_refused_with_a_reason():
 
 
 def test_doctor_lists_architectures(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setenv("COLUMNS", "80")
     result = CliRunner().invoke(app, ["doctor", "--architectures"])
     assert result.exit_code == 0
     assert "llama" in result.output and "longer than the window" in result.output

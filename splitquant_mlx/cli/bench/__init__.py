@@ -1,5 +1,7 @@
 """Offer `bench` and its commands."""
 
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -19,10 +21,15 @@ class Bench(Group):
     """The group in which `bench MODEL` is `bench speed MODEL`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put in the command that is left out."""
-        if args and args[0] not in (*self.commands, "help", "-h", "--help"):
+        """Put in the command that is left out, unless one was misspelt."""
+        name = args[0] if args else "help"
+        if name not in (*self.commands, "help", "-h", "--help") and not self._is_misspelt(name):
             args = ["speed", *args]
         return super().parse_args(ctx, args)
+
+    def _is_misspelt(self, name: str) -> bool:
+        near = get_close_matches(name, self.commands, cutoff=0.7)
+        return bool(near) and not Path(name).exists()
 
 
 bench = typer.Typer(no_args_is_help=True)
