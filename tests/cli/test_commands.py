@@ -336,10 +336,10 @@ def test_version_and_module_form():
 def test_the_summary_of_auto_counts_what_its_target_counts(split_stories):
     manifest = load_manifest(split_stories)
     layer = manifest.layers[0]
-    layers = [
+    layers = tuple(
         dataclasses.replace(layer, action="quantize", shape=(100, 64), nbytes=nbytes)
         for nbytes in (3200, 4000)
-    ]
+    )
     recipe, seconds = {**manifest.recipe, "method": "auto"}, {"total": 1.0, "read": 0.01}
     rows = dict(_rows(dataclasses.replace(manifest, layers=layers, recipe=recipe, seconds=seconds)))
     assert rows["Quantized"].startswith("4.50 bits/weight") and "Linear layers" not in rows
