@@ -1,18 +1,17 @@
 """Run the command line; the only place that prints errors and exits."""
 
 import os
+import signal
 import sys
 
 
 def main() -> None:
     """Run the command in sys.argv. Errors are one line on stderr and exit code 2."""
-    try:
-        from splitquant_mlx.cli import run
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where nohup ignores it
+        signal.signal(signal.SIGINT, _leave)
+    from splitquant_mlx.cli import run
 
-        code = run(sys.argv[1:])
-    except KeyboardInterrupt:  # before there was anything to go on from
-        print("Interrupted.", file=sys.stderr)
-        code = 130
+    code = run(sys.argv[1:])
     if code > 128:  # interrupted: wait for no thread and no device
         for stream in (sys.stdout, sys.stderr):
             try:
@@ -21,6 +20,15 @@ def main() -> None:
                 continue
         os._exit(code)
     sys.exit(code)
+
+
+def _leave(signum: int, frame: object) -> None:
+    """End the process before there is anything to go on from, or after all is done.
+
+    An exception would be lost where a module that is imported catches all of them.
+    """
+    os.write(2, b"Interrupted.\n")
+    os._exit(128 + signum)
 
 
 if __name__ == "__main__":

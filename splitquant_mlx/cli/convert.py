@@ -152,6 +152,7 @@ def _dry_run(source: Any, recipe: Recipe, target: Path, json_file: str | None) -
     from splitquant_mlx.models.directory import as_directory
 
     with as_directory(source, _bars(source, recipe)) as directory:
+        console.note("Timing small parts of the conversion ...")
         found = estimate(directory, recipe)
     if not console.write_json(json_file, _estimated(found)):
         print_estimate(found, recipe, target)

@@ -8,7 +8,8 @@ import typer
 
 from splitquant_mlx.cli import console, interrupt
 from splitquant_mlx.cli.console import new_table, plain, show
-from splitquant_mlx.cli.launched import join
+from splitquant_mlx.cli.launched import join, launched_rank
+from splitquant_mlx.cli.loading import check_room
 from splitquant_mlx.cli.options import (
     JsonFile,
     TrustedModel,
@@ -64,11 +65,15 @@ def evaluate(
     start(model.device)
     from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.evaluation.task import evaluate
+    from splitquant_mlx.models.source import resolve
     from splitquant_mlx.runtime.ranks import together
 
     group = join()
     with together(group):
         name = model.choose()
+        if not launched_rank():
+            source = resolve(name, revision=model.revision)
+            check_room(source.path, f"evaluating {name}")
 
     found = evaluate(
         name,

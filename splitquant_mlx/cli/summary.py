@@ -46,7 +46,7 @@ def print_estimate(found: "Estimate", recipe: "Recipe", target: Path) -> None:
             ("Layers", ", ".join(f"{done[a]} {word}" for a, word in WORDS.items() if done[a])),
             ("Size", f"{size(found.stored_bytes)}, the original {size(found.source_bytes)}{guess}"),
             ("Whole model", f"{found.bits_per_weight:.2f} bits/weight{guess}"),
-            ("Memory", f"about {found.memory_bytes / 1e9:.1f} GB"),
+            ("Memory", _memory(found.memory_bytes)),
             ("Time", _time(found.seconds, runs=recipe.runs_the_model)),
             ("Target", str(target)),
         )
@@ -163,6 +163,14 @@ def _where_it_runs(manifest: Manifest, path: Path) -> list[str]:
     return [
         f"Runs in mlx-lm and, moved or linked to {LM_STUDIO} (--lmstudio does that), in LM Studio."
     ]
+
+
+def _memory(needed_bytes: float) -> str:
+    """Say what is needed of the memory that is there."""
+    from splitquant_mlx.runtime.memory import free_bytes, memory_bytes
+
+    there = f"{free_bytes() / 1e9:.1f} of this machine's {memory_bytes() / 1e9:.1f} GB are free"
+    return f"about {needed_bytes / 1e9:.1f} GB ({there})"
 
 
 def _time(seconds: float, *, runs: bool) -> str:

@@ -61,6 +61,7 @@ def test_what_is_asked_for_decides_the_method(command, stories, options, method,
 
 def test_a_dry_run_tells_the_size_and_writes_nothing(command, stories, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    assert "GB are free)" in command("convert", stories, "-q", "--dry-run")
     told = json.loads(command("convert", stories, "-q", "--dry-run", "--json", "-"))
     assert list(tmp_path.iterdir()) == []
     command("convert", stories, "-q")
@@ -344,3 +345,9 @@ def test_the_summary_of_auto_counts_what_its_target_counts(split_stories):
     rows = dict(_rows(dataclasses.replace(manifest, layers=layers, recipe=recipe, seconds=seconds)))
     assert rows["Quantized"].startswith("4.50 bits/weight") and "Linear layers" not in rows
     assert rows["Time"] == "1.0 s"
+
+
+def test_eval_is_refused_where_memory_is_too_small(stories, text_file, monkeypatch, capsys):
+    monkeypatch.setattr("splitquant_mlx.runtime.memory.memory_bytes", lambda: 10_000_000)
+    assert cli.run(["eval", str(stories), "--data", str(text_file)]) == 2
+    assert f"evaluating {stories} needs about" in capsys.readouterr().err

@@ -39,6 +39,34 @@ def test_a_signal_ends_what_computes_for_long(numbers):
     assert err == "Interrupted. Run the same command to go on.\n"
 
 
+# an import that loses exceptions, as callbacks from C do
+IMPORTING = """
+import sys, time
+from splitquant_mlx.__main__ import main
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "splitquant_mlx.cli":
+            print("ready", flush=True)
+            try:
+                time.sleep(30)
+            except BaseException:
+                pass
+sys.meta_path.insert(0, Finder())
+sys.argv = ["splitquant-mlx", "--version"]
+main()
+"""
+
+
+def test_a_signal_ends_what_is_still_being_imported():
+    with subprocess.Popen(
+        [sys.executable, "-c", IMPORTING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=25)
+    assert (process.returncode, out, err) == (130, "", "Interrupted.\n")
+
+
 def test_a_pipe_gets_a_line_for_each_stage_and_minute(capsys, monkeypatch):
     monkeypatch.setattr(progress, "EVERY_S", 0.2)
     bars = progress.Bars(["Sampling text", "Quantizing"])

@@ -16,12 +16,24 @@ FEW = Calibration(num_samples=64, sequence_length=64)
 
 
 @on_cpu
-@pytest.mark.parametrize("method", ["gptq", "auto"])
-def test_it_is_what_a_conversion_takes(stories, tmp_path, monkeypatch, method):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "gptq"},
+        {"method": "auto"},
+        pytest.param({"method": "omniquant"}, marks=pytest.mark.slow),
+        pytest.param({"method": "efficientqat"}, marks=pytest.mark.slow),
+        pytest.param({"method": "gptq", "refine": True}, marks=pytest.mark.slow),
+        pytest.param({"method": "auto", "refine": True}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_it_is_what_a_conversion_takes(stories, tmp_path, monkeypatch, settings):
     """Within a factor of three: processor time, which other programs hardly lengthen."""
     monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("os.cpu_count", lambda: 1)
-    recipe = Recipe(method=method, group_size=None if method == "auto" else 32, calibration=FEW)
+    group = {} if settings["method"] == "auto" else {"group_size": 32}
+    recipe = Recipe(**settings, **group, calibration=FEW)
     expected = estimate(stories, recipe).seconds
     with threadpool_limits(1):
         started = time.process_time()
@@ -46,6 +58,13 @@ def test_more_work_takes_longer(stories, monkeypatch, less, more):
         for settings in (less, more)
     ]
     assert seconds[1] > seconds[0]
+
+
+def test_what_takes_long_is_timed_once(monkeypatch):
+    monkeypatch.setattr(conversion_time, "LONG_S", -1.0)
+    calls = []
+    conversion_time._timed(lambda: calls.append(1))
+    assert len(calls) == 1
 
 
 @on_cpu
