@@ -72,15 +72,15 @@ def print_forecast(found: "Forecast") -> None:
             kind,
             ", ".join(f"{option} ({count})" for option, count in sorted(chosen.items())),
             size(sum(found.nbytes[path] for path in paths)),
-            f"{loss:.4f}",
+            f"{loss:.2g}",
             f"{loss / whole:.0%}" if whole else "",
         )
     table.add_section()
     total = size(sum(found.nbytes.values()))
-    table.add_row("all", f"{found.bits_per_weight:.2f} bits/weight", total, f"{whole:.4f}", "100%")
-    table.add_row("whole checkpoint", "", size(found.total_bytes), f"{whole:.4f}", "")
+    table.add_row("all", f"{found.bits_per_weight:.2f} bits/weight", total, f"{whole:.2g}", "100%")
+    table.add_row("whole checkpoint", "", size(found.total_bytes), f"{whole:.2g}", "")
     if larger := found.next_size:
-        bits, loss = f"{larger.bits_per_weight:.2f} bits/weight", f"{larger.divergence:.4f}"
+        bits, loss = f"{larger.bits_per_weight:.2f} bits/weight", f"{larger.divergence:.2g}"
         table.add_row("next size up", bits, size(larger.total_bytes), loss, "")
     if found.explanation:
         show(f"Fits: {found.explanation}.")
