@@ -101,7 +101,8 @@ def run_demo(source: Source, directory: Path, progress: Progress | None = None) 
             tokens = model.tokenizer.encode(TEXT)
             reference = log_probabilities(model.model, tokens)
             results = [_original_result(original, _ask(model))]
-        for method, recipe in RECIPES.items():
+        for number, (method, recipe) in enumerate(RECIPES.items(), 1):
+            progress.note(f"{number} of {len(RECIPES)}, converting: {method}")
             path = directory / method.replace(" ", "-")
             # named by its source, not by the directory a GGUF file was unpacked to
             unpacked = Source(name=source.name, path=original, revision=source.revision)

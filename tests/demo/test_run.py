@@ -53,8 +53,8 @@ def test_demo_command_replaces_an_earlier_one_and_says_what_to_do_next(
     assert run(["demo", "--model", str(chat_model), "--json", str(file)]) == 0
     saved = tmp_path / "cache" / "demo" / "demo.json"
     assert json.loads(file.read_text()) == json.loads(saved.read_text())
-    shown = capsys.readouterr().out
-    assert "split 4-bit" in shown
+    shown, told = capsys.readouterr()
+    assert "split 4-bit" in shown and "2 of 3, converting: gptq 4-bit" in told
     path = tmp_path / "cache" / "demo" / "gptq-4-bit"
     assert shown.splitlines()[-1].endswith(f"Next: splitquant-mlx chat {path}")
     assert (path / "splitquant.json").is_file()
