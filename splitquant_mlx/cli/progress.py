@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from splitquant_mlx.cli import console
 from splitquant_mlx.progress import Advance, Silent
@@ -45,14 +46,18 @@ class Bars:
 @contextmanager
 def _bar(label: str, total: float | None) -> Iterator[Advance]:
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+    from rich.table import Column
     from rich.text import Text
+
+    whole = partial(Column, no_wrap=True)  # so that the bar is what gives way
 
     class Times(ProgressColumn):
         def render(self, task: Task) -> Text:
             return Text(_times(task.elapsed or 0.0, task.completed, task.total))
 
-    name, share = TextColumn("{task.description}"), TextColumn("{task.percentage:>3.0f}%")
-    columns = (name, BarColumn(bar_width=None), share, Times())
+    name = TextColumn("{task.description}", table_column=whole())
+    share = TextColumn("{task.percentage:>3.0f}%", table_column=whole())
+    columns = (name, BarColumn(bar_width=None), share, Times(table_column=whole()))
     with Progress(*columns, console=console.stderr(), transient=True, expand=True) as bars:
         bar = bars.add_task(label, total=total)
 

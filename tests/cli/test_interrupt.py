@@ -1,11 +1,14 @@
 """Signals that come while Python cannot react, and progress where there is no terminal."""
 
+import re
 import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from splitquant_mlx.cli import console, progress
 
@@ -78,6 +81,16 @@ def test_a_pipe_gets_a_line_for_each_stage_and_minute(capsys, monkeypatch):
     first, second, third, *_ = capsys.readouterr().err.splitlines()
     assert (first, second) == ("1 of 2, Sampling text", "2 of 2, Quantizing")
     assert third.startswith("2 of 2, Quantizing: 25%, 0:00 elapsed")
+
+
+def test_a_bar_stands_on_one_line(monkeypatch):
+    out = StringIO()
+    screen = Console(file=out, force_terminal=True, color_system=None, width=80)
+    monkeypatch.setattr(console, "stderr", lambda: screen)
+    monkeypatch.setattr(progress, "_times", lambda *_: "1:00:26 elapsed, 1:30:39 left")
+    with progress._bar("1 of 1, Splitting and quantizing", 4) as advance:
+        advance(1)
+    assert any(re.search(r"quantizing ━.* 25% .*left", line) for line in out.getvalue().split("\r"))
 
 
 def test_quiet_shows_nothing(capsys):
