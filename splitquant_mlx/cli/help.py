@@ -2,6 +2,7 @@
 
 import re
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any
 
 import typer
@@ -36,23 +37,33 @@ class Command(typer.core.TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read a command line; what does not fit is answered with what was meant."""
+        given = list(args)
         try:
             return super().parse_args(ctx, args)
         except UsageError as exc:
-            if near := getattr(exc, "possibilities", None):
-                name = exc.option_name  # type: ignore[attr-defined]
-                near = get_close_matches(name, near, n=1, cutoff=0)[0]
-                raise UsageError(f"no such option {name}: did you mean {near}?", ctx) from exc
-            found = re.search(r"unexpected extra .*\((.*)\)$", exc.format_message())  # type: ignore[attr-defined]
-            if found and any("--mlx-path" in parameter.opts[:1] for parameter in self.params):
-                raise UsageError(
-                    f"what is {found[1]}? The directory to write is --mlx-path", ctx
-                ) from exc
-            raise
+            raise UsageError(_explained(exc, given, self.params), ctx) from exc
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help."""
         print_help(self, ctx)
+
+
+def _explained(exc: Any, given: list[str], parameters: list[Any]) -> str:
+    """Return what was meant, or expected, where a command line does not fit."""
+    text = exc.format_message()
+    if near := getattr(exc, "possibilities", None):
+        meant = get_close_matches(exc.option_name, near, n=1, cutoff=0)[0]
+        return f"no such option {exc.option_name}: did you mean {meant}?"
+    extra = re.search(r"unexpected extra .*\((.*)\)$", text)
+    if extra and any("--mlx-path" in parameter.opts[:1] for parameter in parameters):
+        return f"what is {extra[1]}? The directory to write is --mlx-path"
+    if kind := re.search(r"Input should be a valid (integer|number)", text):
+        names = exc.param.opts
+        words = [piece for word in given for piece in word.split("=", 1)]
+        value = next((after for word, after in pairwise(words) if word in names), "")
+        expected = {"integer": "a whole number", "number": "a number"}[kind[1]]
+        return f"{names[0]}: expected {expected}, got {value!r}"
+    return text
 
 
 class Group(typer.core.TyperGroup):
