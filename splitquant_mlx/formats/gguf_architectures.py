@@ -16,6 +16,19 @@ EXPERTS = {
     "moe_intermediate_size": "expert_feed_forward_length",
 }
 LOCAL_EXPERTS = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+GROUPED_EXPERTS = {
+    "n_routed_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "n_shared_experts": "expert_shared_count",
+    "first_k_dense_replace": "leading_dense_block_count",
+}
+GROUPS = {
+    "n_group": ("expert_group_count", 1),
+    "topk_group": ("expert_group_used_count", 1),
+    "routed_scaling_factor": ("expert_weights_scale", 1.0),
+    "norm_topk_prob": ("expert_weights_norm", False),
+}
 WINDOW = {"sliding_window": "attention.sliding_window"}
 MULTIPLIERS = {
     "attention_multiplier": "attention.scale",
@@ -28,6 +41,10 @@ SOFTCAPS = {
 }
 
 
+LAYER_NORM = "attention.layer_norm_epsilon"
+GELU = {"hidden_act": "gelu_pytorch_tanh"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """How the models of one GGUF architecture are described in config.json.
@@ -35,7 +52,11 @@ class Architecture:
     Args:
         model_type: mlx-lm's name of the architecture.
         settings: keys of config.json, each with the metadata key that holds its number.
+        optional: the same with what it is where the file does not say.
         fixed: what every model of the architecture has, and no file says.
+        sigmoid: its router's scores are no softmax.
+        latent: keys and values are projected up from a few channels (MLA).
+        convolves: layers without key and value heads are short convolutions.
         interleaved: the converter reordered the rows of the query and key projections: llama.cpp
             rotates neighbouring channels, transformers channel i with channel i + head_dim / 2.
         biases: the settings that say which projections have biases.
@@ -46,7 +67,11 @@ class Architecture:
 
     model_type: str
     settings: Mapping[str, str] = field(default_factory=dict)
+    optional: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    sigmoid: bool = False
+    latent: bool = False
+    convolves: bool = False
     interleaved: bool = False
     biases: tuple[str, ...] = ("attention_bias", "mlp_bias")
     norm_offset: float = 0.0
@@ -56,6 +81,20 @@ class Architecture:
 
 def _gemma(model_type: str, **settings: Any) -> Architecture:
     return Architecture(model_type=model_type, norm_offset=1.0, wide_range=True, **settings)
+
+
+def _lfm2(model_type: str, settings: Mapping[str, str], **fixed: Any) -> Architecture:
+    return Architecture(
+        model_type=model_type,
+        settings={
+            **settings,
+            "norm_eps": "attention.layer_norm_rms_epsilon",
+            "conv_L_cache": "shortconv.l_cache",
+        },
+        fixed={"conv_bias": False, **fixed},
+        convolves=True,
+        biases=(),
+    )
 
 
 ARCHITECTURES = {
@@ -74,7 +113,7 @@ ARCHITECTURES = {
         settings=EXPERTS,
         fixed={"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
     ),
-    "gemma": _gemma("gemma"),
+    "gemma": _gemma("gemma", fixed=GELU),
     "gemma2": _gemma("gemma2", settings={**WINDOW, **SOFTCAPS}),
     "gemma3": _gemma("gemma3_text", settings=WINDOW, fixed={"sliding_window_pattern": 6}),
     "phi3": Architecture(model_type="phi3", partial_rotary=True),
@@ -92,7 +131,10 @@ ARCHITECTURES = {
         model_type="granitemoe", settings={**MULTIPLIERS, **LOCAL_EXPERTS}, interleaved=True
     ),
     "starcoder2": Architecture(
-        model_type="starcoder2", settings={"norm_epsilon": "attention.layer_norm_epsilon"}
+        model_type="starcoder2",
+        settings={"norm_epsilon": LAYER_NORM},
+        fixed=GELU,
+        biases=("use_bias",),
     ),
     "gpt-oss": Architecture(
         model_type="gpt_oss",
@@ -101,13 +143,13 @@ ARCHITECTURES = {
     "glm4": Architecture(model_type="glm4", partial_rotary=True),
     "command-r": Architecture(
         model_type="cohere",
-        settings={"layer_norm_eps": "attention.layer_norm_epsilon", "logit_scale": "logit_scale"},
+        settings={"layer_norm_eps": LAYER_NORM, "logit_scale": "logit_scale"},
     ),
     "cohere2": Architecture(
         model_type="cohere2",
         settings={
             **WINDOW,
-            "layer_norm_eps": "attention.layer_norm_epsilon",
+            "layer_norm_eps": LAYER_NORM,
             "logit_scale": "logit_scale",
         },
     ),
@@ -116,6 +158,56 @@ ARCHITECTURES = {
     ),
     "mistral3": Architecture(model_type="ministral3", interleaved=True),
     "ernie4_5": Architecture(model_type="ernie4_5", biases=("use_bias",)),
+    "glm4moe": Architecture(
+        model_type="glm4_moe",
+        settings=GROUPED_EXPERTS,
+        optional=GROUPS,
+        fixed={"rope_scaling": None},
+        partial_rotary=True,
+        sigmoid=True,
+        biases=("attention_bias", "use_qk_norm"),
+    ),
+    "deepseek2": Architecture(
+        model_type="deepseek_v3",
+        settings=GROUPED_EXPERTS,
+        optional=GROUPS,
+        fixed={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
+        sigmoid=True,
+        latent=True,
+        biases=("attention_bias",),
+    ),
+    "exaone4": Architecture(
+        model_type="exaone4",
+        fixed={"rope_scaling": None, "sliding_window": None, "sliding_window_pattern": None},
+        biases=(),
+    ),
+    "lfm2": _lfm2(
+        "lfm2",
+        {"block_dim": "embedding_length", "block_ff_dim": "feed_forward_length"},
+        block_auto_adjust_ff_dim=False,
+        block_multiple_of=256,
+        block_ffn_dim_multiplier=1.0,
+    ),
+    "lfm2moe": _lfm2(
+        "lfm2_moe",
+        {**EXPERTS, "num_dense_layers": "leading_dense_block_count"},
+        norm_topk_prob=True,
+        use_expert_bias=True,
+    ),
+    "stablelm": Architecture(
+        model_type="stablelm",
+        settings={"layer_norm_eps": LAYER_NORM},
+        optional={"use_parallel_residual": ("use_parallel_residual", True)},
+        partial_rotary=True,
+        biases=("use_qkv_bias",),
+    ),
+    "nemotron": Architecture(
+        model_type="nemotron",
+        settings={"norm_eps": LAYER_NORM},
+        fixed={"hidden_act": "relu2"},
+        norm_offset=1.0,
+        partial_rotary=True,
+    ),
 }
 
 

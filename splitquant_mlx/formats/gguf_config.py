@@ -25,6 +25,15 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"
+LATENT = {
+    "attention.key_length_mla",
+    "attention.value_length_mla",
+    "attention.kv_lora_rank",
+    "attention.q_lora_rank",
+    LOG_MULTIPLIER,
+}
+SIGMOID = 2  # llama.cpp's number of that gating function
 # Every key that is read, or that says nothing which the tensors and the architecture do not say.
 KNOWN = frozenset(
     "block_count context_length embedding_length feed_forward_length vocab_size "
@@ -34,7 +43,8 @@ KNOWN = frozenset(
     "rope.freq_base rope.freq_base_swa rope.scale_linear rope.scaling.type rope.scaling.factor "
     "rope.scaling.original_context_length rope.scaling.finetuned "
     "rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow "
-    "expert_count expert_used_count expert_feed_forward_length".split()
+    "expert_count expert_used_count expert_feed_forward_length expert_gating_func "
+    "expert_shared_feed_forward_length nextn_predict_layers".split()
 )
 
 
@@ -49,7 +59,8 @@ def model_config(gguf: Gguf, dtype: str) -> dict[str, Any]:
         CheckpointError: when a setting is missing, no number, or not supported.
     """
     metadata, architecture = gguf.metadata, architecture_of(gguf.metadata)
-    layers, tokens = _number(metadata, "block_count", int), metadata.get("tokenizer.ggml.tokens")
+    tokens, layers = metadata.get("tokenizer.ggml.tokens"), block_count(metadata)
+    layers -= _count(metadata, "nextn_predict_layers", layers - 1)
     embedding = gguf.tensors.get("token_embd.weight")
     if layers > len(gguf.tensors) or embedding is None or not isinstance(tokens, list):
         raise CheckpointError(
@@ -77,9 +88,9 @@ def model_config(gguf: Gguf, dtype: str) -> dict[str, Any]:
         "torch_dtype": dtype,
         **architecture.fixed,
     }
-    for key, name in architecture.settings.items():
-        kind = int if isinstance(metadata.get(_key(metadata, name)), int) else float
-        config[key] = _number(metadata, name, kind)
+    config |= {key: _setting(metadata, name) for key, name in architecture.settings.items()}
+    for key, (name, default) in architecture.optional.items():
+        config[key] = _setting(metadata, name, default)
     config |= _variant(gguf, config)
     config |= _windows(metadata, config)
     config |= _rope_scaling(gguf, config)
@@ -90,12 +101,27 @@ def model_config(gguf: Gguf, dtype: str) -> dict[str, Any]:
     return config | ({"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {})
 
 
+def block_count(metadata: dict[str, Any]) -> int:
+    """Return the number of a file's layers, those that predict further tokens among them."""
+    return _number(metadata, "block_count", int)
+
+
+def _count(metadata: dict[str, Any], name: str, most: int) -> int:
+    value = metadata.get(_key(metadata, name), 0)
+    if type(value) is not int or not 0 <= value <= most:
+        key = _key(metadata, name)
+        raise CheckpointError(f"{key}: expected 0 to {most}, got {value!r:.80}; {ELSEWHERE}")
+    return value
+
+
 def _note_unknown(metadata: dict[str, Any], architecture: Architecture) -> None:
     prefix = _key(metadata, "")
     names = {key.removeprefix(prefix) for key in metadata if key.startswith(prefix)}
     known = KNOWN.union(architecture.settings.values())
+    known |= {name for name, _ in architecture.optional.values()}
+    known |= LATENT if architecture.latent else set()
     if architecture.model_type == "ministral3":
-        known |= {"attention.temperature_scale", "rope.scaling.yarn_log_multiplier"}
+        known |= {"attention.temperature_scale", LOG_MULTIPLIER}
     # of Phi-3 it follows from the lengths; elsewhere 1 is what all files without it have
     if architecture.model_type == "phi3" or metadata.get(f"{prefix}{ATTENTION_FACTOR}") == 1:
         known |= {ATTENTION_FACTOR}
@@ -121,6 +147,14 @@ def _number(metadata: dict[str, Any], name: str, kind: type, default: Any = None
     return value if kind is int else float(str(np.float32(value)))
 
 
+def _setting(metadata: dict[str, Any], name: str, default: Any = None) -> Any:
+    """Return a number, none or more, or a switch."""
+    value = _collapsed(metadata.get(_key(metadata, name), default))
+    if isinstance(value, bool) or value == 0:
+        return value
+    return _number(metadata, name, int if isinstance(value, int) else float, default)
+
+
 def _collapsed(value: Any) -> Any:
     """Return the one number that all layers have, where there is one for each of them."""
     same = isinstance(value, list) and value and value.count(value[0]) == len(value)
@@ -136,6 +170,10 @@ def _epsilon(metadata: dict[str, Any]) -> float:
 
 def _attention(metadata: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
     heads = _number(metadata, "attention.head_count", int)
+    if architecture.latent:
+        return _latent_attention(metadata, heads)
+    if architecture.convolves:
+        return _attention_among_convolutions(metadata, heads)
     kv_heads = _number(metadata, "attention.head_count_kv", int, heads)
     hidden = _number(metadata, "embedding_length", int)
     head_dim = _number(metadata, "attention.key_length", int, max(1, hidden // heads))
@@ -158,8 +196,40 @@ def _attention(metadata: dict[str, Any], architecture: Architecture) -> dict[str
     return found
 
 
+def _latent_attention(metadata: dict[str, Any], heads: int) -> dict[str, Any]:
+    rotated = _number(metadata, "rope.dimension_count", int)
+    return {
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "kv_lora_rank": _number(metadata, "attention.kv_lora_rank", int),
+        "q_lora_rank": _setting(metadata, "attention.q_lora_rank", 0) or None,
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": max(0, _number(metadata, "attention.key_length_mla", int) - rotated),
+        "v_head_dim": _number(metadata, "attention.value_length_mla", int),
+    }
+
+
+def _attention_among_convolutions(metadata: dict[str, Any], heads: int) -> dict[str, Any]:
+    of_layers = metadata.get(_key(metadata, "attention.head_count_kv"))
+    if (
+        not isinstance(of_layers, list)
+        or len(of_layers) != block_count(metadata)
+        or any(type(n) is not int or not 0 <= n <= heads for n in of_layers)
+        or len({*of_layers} - {0}) != 1
+    ):
+        raise CheckpointError(
+            f"attention: expected key and value heads of each layer, got {of_layers!r:.80}; "
+            f"{ELSEWHERE}"
+        )
+    return {
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(of_layers),
+        "layer_types": ["full_attention" if n else "conv" for n in of_layers],
+    }
+
+
 def _biases(gguf: Gguf) -> dict[str, bool]:
-    """Tell which projections have biases, under all names that architectures have for it."""
+    """Tell which projections have biases or norms, under all names that there are for it."""
     biased = {name.split(".")[-2] for name in gguf.tensors if name.endswith(".bias")}
     attention = not biased.isdisjoint({"attn_q", "attn_k", "attn_v", "attn_output"})
     mlp = not biased.isdisjoint({"ffn_gate", "ffn_up", "ffn_down"})
@@ -168,6 +238,8 @@ def _biases(gguf: Gguf) -> dict[str, bool]:
         "attention_out_bias": "attn_output" in biased,
         "mlp_bias": mlp,
         "use_bias": attention or mlp,
+        "use_qkv_bias": attention,
+        "use_qk_norm": "blk.0.attn_q_norm.weight" in gguf.tensors,
     }
 
 
@@ -178,6 +250,12 @@ def _variant(gguf: Gguf, config: dict[str, Any]) -> dict[str, Any]:
     if name == "llama" and metadata.get("llama.expert_count"):
         experts = {key: _number(metadata, of, int) for key, of in LOCAL_EXPERTS.items()}
         return {"model_type": "mixtral", **experts}
+    gating = metadata.get(_key(metadata, "expert_gating_func"), 1)
+    if architecture_of(metadata).sigmoid and gating != SIGMOID:
+        raise CheckpointError(
+            f"{name}.expert_gating_func: expected {SIGMOID} (sigmoid), got {gating!r:.80}, as of "
+            f"DeepSeek V2; {ELSEWHERE}"
+        )
     if name == "olmo2" and metadata.get("olmo2.attention.sliding_window"):
         return {"model_type": "olmo3"}
     if name in ("gemma2", "gemma3"):
@@ -194,7 +272,7 @@ def _variant(gguf: Gguf, config: dict[str, Any]) -> dict[str, Any]:
 
 def _windows(metadata: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """Return the attention window, and in which layers it is where the file says so."""
-    if _key(metadata, "attention.sliding_window") not in metadata:
+    if not metadata.get(_key(metadata, "attention.sliding_window")):  # 0 is none, in Phi-4
         return {}
     found: dict[str, Any] = {"sliding_window": _number(metadata, "attention.sliding_window", int)}
     layers = config["num_hidden_layers"]
@@ -204,6 +282,8 @@ def _windows(metadata: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
     if isinstance(pattern, list) and len(pattern) == layers:
         words = ("full_attention", "sliding_attention")
         found["layer_types"] = [words[bool(windowed)] for windowed in pattern]
+        if config["model_type"] == "exaone4":
+            found["sliding_window_pattern"] = "".join("GL"[bool(of)] for of in pattern)
     return found
 
 
@@ -241,12 +321,15 @@ def _yarn(metadata: dict[str, Any], config: dict[str, Any], factor: float) -> di
             scaling[name] = _number(metadata, f"rope.scaling.yarn_{name}", float)
     if config["model_type"] == "gpt_oss":
         scaling["truncate"] = False
+    if config["model_type"] == "deepseek_v3":
+        mscale = 10 * _number(metadata, LOG_MULTIPLIER, float, 0.1)
+        scaling |= {"mscale": mscale, "mscale_all_dim": mscale}
     if config["model_type"] != "ministral3":
         return {"rope_scaling": scaling}
     scaling |= {
         "rope_theta": config["rope_theta"],
         "mscale": 1.0,
-        "mscale_all_dim": _number(metadata, "rope.scaling.yarn_log_multiplier", float),
+        "mscale_all_dim": _number(metadata, LOG_MULTIPLIER, float),
         "llama_4_scaling_beta": _number(metadata, "attention.temperature_scale", float),
     }
     return {"rope_parameters": scaling}

@@ -16,15 +16,21 @@ import numpy as np
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.gguf import Gguf, TensorInfo, open_gguf, read_tensor
 from splitquant_mlx.formats.gguf_architectures import Architecture, architecture_of
-from splitquant_mlx.formats.gguf_config import ROPE_TENSORS, model_config
+from splitquant_mlx.formats.gguf_config import ROPE_TENSORS, block_count, model_config
 from splitquant_mlx.formats.gguf_tokenizer import ELSEWHERE, write_tokenizer
 from splitquant_mlx.formats.model_card import write_source_card
 from splitquant_mlx.formats.shard_writer import ShardWriter
 from splitquant_mlx.models.checkpoint import build_model, check_config, parameters
 from splitquant_mlx.progress import Progress, Silent
 
-# mlx-lm's name of a stack of experts, which llama.cpp's table knows as a layer's experts
-EXPERTS = re.compile(r"\.\w+\.switch_mlp\.")
+# mlx-lm's names, and those of the same in the gguf package's table
+RENAMED = (
+    (re.compile(r"\.\w+\.switch_mlp\."), ".mlp.experts."),
+    (re.compile(r"\.e_score_correction_bias$"), ".e_score_correction.bias"),
+    (re.compile(r"\.expert_bias$"), ".expert_bias.bias"),
+    (re.compile(r"\.embed_q\."), ".k_b_proj."),
+    (re.compile(r"\.unembed_out\."), ".v_b_proj."),
+)
 QUERY_OR_KEY = re.compile(r"\.self_attn\.([qk])_proj\.")
 # what the README of a hub repo calls it: GGUF name
 CARD = {
@@ -108,7 +114,10 @@ def _targets(gguf: Gguf, config: dict[str, Any]) -> dict[str, _Target]:
         if not (config["tie_word_embeddings"] and name == "lm_head.weight")
     }
     missing = sorted(targets.keys() - gguf.tensors.keys())
-    extra = sorted(gguf.tensors.keys() - targets.keys() - set(ROPE_TENSORS))
+    layers = range(config["num_hidden_layers"], block_count(gguf.metadata))
+    further = tuple(f"blk.{number}." for number in layers)  # of heads for further tokens
+    unused = gguf.tensors.keys() - targets.keys() - {*ROPE_TENSORS}
+    extra = sorted(name for name in unused if not name.startswith(further))
     if missing or extra:
         raise CheckpointError(
             f"tensors missing from a {config['model_type']} model: {missing!r:.200}, unknown: "
@@ -132,7 +141,9 @@ def _gguf_names(architecture: str, layers: int) -> Any:
     table = get_tensor_name_map(number, layers)
 
     def name_of(parameter: str) -> str:
-        known = EXPERTS.sub(".mlp.experts.", parameter)
+        known = parameter
+        for pattern, name in RENAMED:
+            known = pattern.sub(name, known)
         found = table.get_name(known, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise CheckpointError(

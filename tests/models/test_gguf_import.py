@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitquant_mlx.errors import CheckpointError, SourceError, SplitQuantWarning
-from splitquant_mlx.formats.gguf import open_gguf, read_tensor
+from splitquant_mlx.formats.gguf import Gguf, TensorInfo, open_gguf, read_tensor
+from splitquant_mlx.formats.gguf_config import model_config
 from splitquant_mlx.formats.model_card import read_source_card
 from splitquant_mlx.inspection.overview import describe, describe_gguf
 from splitquant_mlx.models.gguf_import import import_gguf
@@ -69,7 +70,7 @@ def write_gguf(path, weights, config, kind="F32", *, metadata=None, tensors=None
     for name, value in weights.items():
         if name in drop:
             continue
-        ((old, rows),) = gguf_models.tensors("llama", {name: value}, config).items()
+        ((old, rows),) = gguf_models.tensors({name: value}, config).items()
         fits = rows.shape[-1] % block_size == 0
         used = number if fits else gguf.GGMLQuantizationType.F16
         used = gguf.GGMLQuantizationType.F32 if rows.ndim == 1 else used
@@ -317,7 +318,7 @@ def test_the_layers_with_a_window_are_those_of_the_file(small, tmp_path, pattern
 
 def test_parts_are_imported_as_one_file(small, tmp_path):
     weights, config = small
-    stored = gguf_models.tensors("llama", weights, config)
+    stored = gguf_models.tensors(weights, config)
     entries = {f"llama.{key}": value for key, value in gguf_models.settings(config).items()}
     names = list(stored)
     for number, part in enumerate((names[:7], names[7:])):
@@ -474,3 +475,63 @@ def test_real_model_answers_through_its_chat_template(tmp_path, smollm2):
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)
     assert "Paris" in generate(model, tokenizer, prompt, max_tokens=16)
+
+
+def described(architecture, **metadata):
+    """Return the config.json of a file of four layers, without its weights."""
+    found = gguf_models.settings({**CONFIG, "num_hidden_layers": 4}) | metadata
+    found = {f"{architecture}.{key}": value for key, value in found.items()}
+    found |= {"general.architecture": architecture, **gguf_models.words(VOCAB)}
+    tensors = {
+        f"blk.{n}.attn_norm.weight": TensorInfo("", (HIDDEN,), "F32", 0, 0) for n in range(4)
+    }
+    tensors["token_embd.weight"] = TensorInfo("", (VOCAB, HIDDEN), "F32", 0, 0)
+    return model_config(Gguf(None, found, tensors, ()), "float32")
+
+
+def test_what_files_leave_out_is_known():
+    assert (
+        described("gemma")["hidden_act"]
+        == described("starcoder2", **{"attention.layer_norm_epsilon": 1e-5})["hidden_act"]
+        == "gelu_pytorch_tanh"
+    )
+    assert "sliding_window" not in described("phi3", **{"attention.sliding_window": 0})  # Phi-4
+    heads = {"attention.head_count_kv": [0, 4, 0, 4], "shortconv.l_cache": 3}
+    types = ["conv", "full_attention"] * 2
+    assert described("lfm2", **heads)["layer_types"] == types
+    windows = {"attention.sliding_window": 8}
+    windows["attention.sliding_window_pattern"] = [True, True, True, False]
+    assert described("exaone4", **windows)["sliding_window_pattern"] == "LLLG"
+
+
+GROUPED = {
+    "expert_count": 4,
+    "expert_used_count": 2,
+    "expert_feed_forward_length": 32,
+    "expert_shared_count": 1,
+    "leading_dense_block_count": 0,
+    "expert_gating_func": 2,
+}
+
+
+def test_layers_that_predict_further_tokens_are_not_counted():
+    found = described("glm4moe", **GROUPED, nextn_predict_layers=1)
+    assert found["num_hidden_layers"] == 3 and found["first_k_dense_replace"] == 0
+    assert (found["n_group"], found["norm_topk_prob"]) == (1, False)
+
+
+@pytest.mark.parametrize(
+    "architecture, metadata, message",
+    [
+        ("glm4moe", {**GROUPED, "expert_gating_func": 1}, "expected 2 .sigmoid., got 1"),
+        ("deepseek2", {**GROUPED, "rope.dimension_count": 16}, "kv_lora_rank: expected"),
+        ("lfm2", {"shortconv.l_cache": 3}, "heads of each layer, got 4"),
+        ("lfm2", {"attention.head_count_kv": [0, 4, "4", 0]}, "heads of each layer, got"),
+        ("glm4moe", {**GROUPED, "nextn_predict_layers": 4}, "expected 0 to 3, got 4"),
+        ("glm4moe", {**GROUPED, "nextn_predict_layers": "1"}, "expected 0 to 3, got '1'"),
+        ("qwen3next", {}, "architecture: expected one of llama, .* take the model from"),
+    ],
+)
+def test_files_of_other_models_of_an_architecture_are_refused(architecture, metadata, message):
+    with pytest.raises(CheckpointError, match=message):
+        described(architecture, **metadata)

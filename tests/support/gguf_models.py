@@ -1,13 +1,10 @@
-"""Write tiny models as GGUF files, the weights changed as llama.cpp's converters change them."""
+"""Write tiny models as GGUF files, a Llama's weights changed as llama.cpp's converter does."""
 
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-
-# converters reorder the rows of these models' query and key projections
-INTERLEAVED = ("llama", "smollm3", "granite", "mistral3")
 
 
 def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
@@ -59,31 +56,18 @@ def settings(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def tensors(
-    architecture: str, weights: dict[str, np.ndarray], config: dict[str, Any]
-) -> dict[str, np.ndarray]:
-    """Return `weights` (names of the hub) under llama.cpp's names, changed as its converters do."""
-    names = gguf.get_tensor_name_map(
-        next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture),
-        config["num_hidden_layers"],
-    )
+def tensors(weights: dict[str, np.ndarray], config: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Return the weights of a Llama (names of the hub) as llama.cpp's converter writes them."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     found = {}
     for name, value in weights.items():
-        if name.endswith("experts.gate_up_proj"):  # (experts, 2 inner, hidden)
-            layer = name.split(".")[2]
-            gate, up = np.split(value, 2, axis=1)
-            found[f"blk.{layer}.ffn_gate_exps.weight"] = gate
-            found[f"blk.{layer}.ffn_up_exps.weight"] = up
-            continue
         projection = name.split(".")[-2]
-        if architecture in INTERLEAVED and projection in heads:
+        if projection in heads:
             value = interleave(value, heads[projection])
-        if architecture.startswith("gemma") and name.endswith("norm.weight"):
-            value = value + 1
         old = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert old is not None, name
-        found[old if old.endswith((".weight", ".bias")) else f"{old}.weight"] = value
+        found[old] = value
     return found
 
 

