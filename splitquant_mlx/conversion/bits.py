@@ -130,11 +130,10 @@ def _step(
 def _next_size(
     chosen: Step, sizes: Sizes, divergence: Mapping[str, Mapping[Option, float]]
 ) -> Step | None:
-    """Return what `STEP` bits/weight more would give."""
-    if chosen.total_bytes >= sizes.most_bytes:
-        return None
+    """Return what `STEP` bits/weight more would give; None where that is nothing."""
     larger = sizes.of_bits(chosen.bits_per_weight + STEP) - sizes.rest_bytes
-    return _step(allocate(divergence, sizes.layers, larger), sizes, divergence)
+    found = _step(allocate(divergence, sizes.layers, larger), sizes, divergence)
+    return found if found.divergence < chosen.divergence else None
 
 
 def _sensitivities(

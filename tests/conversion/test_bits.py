@@ -83,6 +83,18 @@ def test_files_take_what_was_asked_for(
     assert {layer.bits for layer in routers} == ({8} if architecture == "qwen3_moe" else set())
 
 
+def test_there_is_no_larger_size_than_the_best(tmp_path, cache, monkeypatch):
+    def predict(model, tokens, options, **settings):  # groups of 64 are the best ones
+        return {
+            path: {o: abs(o[1] - 64) + 4.0 ** -o[0] for o in own} for path, own in options.items()
+        }
+
+    monkeypatch.setattr("splitquant_mlx.conversion.bits.predict_divergence", predict)
+    source = tiny.write_checkpoint(tmp_path / "source", "llama")
+    found = choose_bits(LazyModel(source, progress=Silent()), auto(target_size="1TB"), Silent())
+    assert found.next_size is None
+
+
 def test_what_a_machine_has_room_for(stories):
     checkpoint = open_checkpoint(stories)
 
