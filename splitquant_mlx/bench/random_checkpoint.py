@@ -162,10 +162,12 @@ def write_random_checkpoint(
         raise RecipeError(f"{directory} exists already: give a new directory") from exc
     config = json.dumps(shape.config(dtype), indent=2)
     (directory / "config.json").write_text(config + "\n", encoding="utf-8")
-    from tokenizers import Tokenizer, models
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {"<unk>": 0} | {f"token{i}": i for i in range(1, shape.vocab_size)}
-    Tokenizer(models.WordLevel(vocabulary, "<unk>")).save(str(directory / "tokenizer.json"))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    tokenizer.save(str(directory / "tokenizer.json"))
     settings = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"})
     (directory / "tokenizer_config.json").write_text(settings + "\n", encoding="utf-8")
     tensors = shape.tensors()

@@ -39,6 +39,7 @@ from splitquant_mlx.calibration.predictions import Predictions, kl_divergence
 from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.models.dense import for_scoring
+from splitquant_mlx.models.expert_products import expert_products
 from splitquant_mlx.progress import Advance, Progress
 from splitquant_mlx.recipe import Calibration
 
@@ -46,6 +47,7 @@ BATCH_TEXTS = 4
 HELD_OUT = 16  # one text in so many
 TEXTS_PER_SAMPLE = 4  # for each one that layers are calibrated on
 LEARNING_RATE = 2e-3
+WIDE = 1 << 24  # weights that are dense at a time
 SAVE_S = 30.0  # between two saves of what was trained
 
 
@@ -197,7 +199,10 @@ class TrainableLinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return x (..., in) times the weight's transpose, and the layer's bias, if it has one."""
-        y = self._product(x, self._packed, *self.trained())
+        rows = max(1, WIDE // x.shape[-1])
+        starts = list(range(rows, len(self._packed), rows))
+        pieces = (mx.split(array, starts) for array in (self._packed, *self.trained()))
+        y = mx.concatenate([self._product(x, *own) for own in zip(*pieces, strict=True)], axis=-1)
         return y if self._bias is None else y + self._bias
 
 
@@ -206,11 +211,13 @@ class TrainableSwitchLinear(TrainableLinear):
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """Map x (..., 1, in) to (..., 1, out) by the experts `indices` (...)."""
-        rows = mx.broadcast_to(x, (*indices.shape, 1, x.shape[-1])).reshape(-1, x.shape[-1])
-        order = mx.argsort(indices.reshape(-1))
-        experts = indices.reshape(-1)[order]
-        y = self._product(rows[order], self._packed, *self.trained(), experts)
-        y = y[mx.argsort(order)].reshape(*indices.shape, 1, -1)
+        stacks = (mx.split(array, len(array)) for array in (self._packed, *self.trained()))
+        experts = list(zip(*stacks, strict=True))
+
+        def multiply(rows: mx.array, expert: int) -> mx.array:
+            return self._product(rows, *(array[0] for array in experts[expert]))
+
+        y = expert_products(x, indices, multiply)
         return y if self._bias is None else y + mx.expand_dims(self._bias[indices], -2)
 
 
@@ -218,7 +225,7 @@ class TrainableSwitchLinear(TrainableLinear):
 def _product(group_size: int, bits: int) -> Any:
     """Return x, packed codes, scales, biases -> product, with gradients for all but the codes.
 
-    The weight is made anew for the gradients, so that no more than one layer's is in memory.
+    The weight is made anew for the gradients, so that no more than one piece's is in memory.
     mlx's own quantized product is slow on the CPU.
     """
 
@@ -226,45 +233,23 @@ def _product(group_size: int, bits: int) -> Any:
         return mx.dequantize(packed, scales, biases, group_size, bits)
 
     @mx.custom_function
-    def product(
-        x: mx.array, packed: mx.array, scales: mx.array, biases: mx.array, *experts: mx.array
-    ) -> mx.array:
-        return _times(x, dense(packed, scales, biases).swapaxes(-1, -2), *experts)
+    def product(x: mx.array, packed: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+        return x @ dense(packed, scales, biases).T
 
     @product.vjp
     def gradients(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
-        x, packed, scales, biases, *experts = primals
-        of_weight = _outer(cotangent, x, len(scales), *experts)
-        of_weight = of_weight.reshape(*scales.shape, group_size)
+        x, packed, scales, biases = primals
+        rows, back = (array.reshape(-1, array.shape[-1]) for array in (x, cotangent))
+        of_weight = (back.T @ rows).reshape(*scales.shape, group_size)
         codes = dense(packed, mx.ones_like(scales), mx.zeros_like(biases))
         return (
-            _times(cotangent, dense(packed, scales, biases), *experts),
+            cotangent @ dense(packed, scales, biases),
             mx.zeros_like(packed),
             (of_weight * codes.reshape(of_weight.shape)).sum(-1),
             of_weight.sum(-1),
-            *map(mx.zeros_like, experts),
         )
 
     return product
-
-
-def _times(x: mx.array, w: mx.array, experts: mx.array | None = None) -> mx.array:
-    """Return x @ w; with `experts` (n,), ascending, each row of x (n, in) by the w of its own."""
-    if experts is None:
-        return x @ w
-    return mx.gather_mm(x[:, None], w, rhs_indices=experts, sorted_indices=True)[:, 0]
-
-
-def _outer(
-    left: mx.array, right: mx.array, stacked: int, experts: mx.array | None = None
-) -> mx.array:
-    """Return left^T @ right over all rows; with `experts` (n,), ascending, one for each of them."""
-    left, right = (x.reshape(-1, x.shape[-1]) for x in (left, right))
-    if experts is None:
-        return left.T @ right
-    ends = (experts[None] <= mx.arange(stacked)[:, None]).sum(-1)
-    starts = mx.concatenate([mx.zeros_like(ends[:1]), ends[:-1]])
-    return mx.segmented_mm(left.T, right, mx.stack([starts, ends], axis=-1).astype(mx.uint32))
 
 
 def _make_trainable(model: nn.Module) -> dict[str, TrainableLinear]:

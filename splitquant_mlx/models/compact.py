@@ -11,18 +11,28 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from splitquant_mlx.models.expert_products import expert_products, product
+
 BITS = 8
 GROUP_SIZE = 64
-SLICE = 1 << 24  # weights that are wide at a time
+SLICE = 1 << 20  # weights that are wide at a time, so that they stay in a core's cache
 
 
 def compact(model: nn.Module) -> nn.Module:
-    """Replace, in place, the layers of a lazily loaded model by 8-bit ones, one after the other."""
+    """Replace, in place, the layers of a lazily loaded model by 8-bit ones, one after the other.
+
+    What of it was widened already is in memory wide while it is coded.
+    """
+    from splitquant_mlx.models.narrow_experts import keep_experts_narrow, widen
+
+    on_cpu = mx.default_device() == mx.cpu
+    if on_cpu:
+        keep_experts_narrow(model)
     replaced: list[tuple[str, nn.Module]] = []
     for path, module in model.named_modules():
         if not hasattr(module, "to_quantized") or module["weight"].ndim < 2:
             continue
-        if mx.default_device() == mx.cpu:
+        if on_cpu:
             layer: nn.Module = _CompactEmbedding(module) if _is_table(module) else _Compact(module)
         elif module["weight"].shape[-1] % GROUP_SIZE == 0:
             layer = module.to_quantized(group_size=GROUP_SIZE, bits=BITS)
@@ -32,6 +42,8 @@ def compact(model: nn.Module) -> nn.Module:
         replaced.append((path, layer))
         module.pop("weight")  # read for this layer alone
     model.update_modules(tree_unflatten(replaced))
+    if on_cpu:
+        widen(model, experts=True)
     mx.eval(model.parameters())
     return model
 
@@ -58,17 +70,15 @@ class _Compact(nn.Module):
         if self.codes.ndim == 2:
             y = self._product(x)
             return y if "bias" not in self._layer else y + self._layer["bias"]
-        times: Any = getattr(self._layer, "times", None)
-        if times is not None:  # which widens one expert at a time
+        with_bias: Any = getattr(self._layer, "with_bias", None)
+        if with_bias is not None:  # of a stack of experts
             indices = args[0] if args else kwargs["indices"]
-            return times(x, indices, self._expert)
+            y = expert_products(x, indices, lambda rows, e: product(rows, self.codes[e]))
+            return with_bias(y * self.scales[indices].swapaxes(-1, -2), indices)
         self._layer.weight = self.codes.astype(mx.float32) * self.scales
         y = self._layer(x, *args, **kwargs)
         self._layer.pop("weight")
         return y
-
-    def _expert(self, number: int) -> mx.array:
-        return self.codes[number].astype(mx.float32) * self.scales[number]
 
     def _product(self, x: mx.array) -> mx.array:
         rows = max(1, SLICE // self.codes.shape[1])

@@ -23,7 +23,11 @@ def for_scoring(model: nn.Module) -> nn.Module:
 
 
 def dequantized(model: nn.Module) -> nn.Module:
-    """Replace, in place, every quantized linear layer and embedding by its dense float32 form."""
+    """Replace, in place, every quantized linear layer by its dense float32 form.
+
+    An embedding, too, but where the model has a head: of that only some rows are looked up.
+    """
+    untied = any(path.rpartition(".")[2] == "lm_head" for path, _ in model.named_modules())
     dense: list[tuple[str, nn.Module]] = []
     for path, module in model.named_modules():
         if isinstance(module, QuantizedSplitSwitchLinear):
@@ -32,7 +36,7 @@ def dequantized(model: nn.Module) -> nn.Module:
             layer: nn.Module = nn.Linear(1, 1, bias=False)
             if "bias" in module:
                 layer.bias = module.bias
-        elif isinstance(module, nn.QuantizedEmbedding):
+        elif isinstance(module, nn.QuantizedEmbedding) and not untied:
             layer = nn.Embedding(1, 1)
         else:
             continue

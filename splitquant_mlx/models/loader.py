@@ -14,7 +14,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map_with_path
 
 from splitquant_mlx.errors import CheckpointError, one_line
 from splitquant_mlx.formats.manifest import MODEL_FILE
@@ -83,10 +82,12 @@ def load_model(
     group: Group | None = None,
     pipeline: bool = False,
     dequantize: bool = False,
+    narrow: bool = False,
 ) -> nn.Module:
     """Load the model of a checkpoint directory, see `load`.
 
-    With `dequantize` its layers are floats, and on the CPU experts are widened one at a time.
+    With `dequantize` its layers are floats, and on the CPU experts are widened one at a time. With
+    `narrow` nothing is widened.
     """
     config = read_config(directory)
     headers = read_headers(directory)
@@ -106,8 +107,10 @@ def load_model(
         check_alike(group, f"model at {directory}", digest)
         divide(model, config, group, pipeline=pipeline, path=directory)
     with _readable(directory):
-        if mx.default_device() == mx.cpu:
-            _widen(model, experts=not dequantize)
+        if mx.default_device() == mx.cpu and not narrow:
+            from splitquant_mlx.models.narrow_experts import widen
+
+            widen(model, experts=not dequantize)
         if not lazy:
             mx.eval(model.parameters())
         settle_random_state()
@@ -202,16 +205,3 @@ def _check_keys(directory: Path) -> None:
             json.loads(text, object_pairs_hook=check)
         except (OSError, ValueError, RecursionError):
             continue  # transformers says what is wrong, or does without
-
-
-def _widen(model: nn.Module, *, experts: bool) -> None:
-    """Make 16-bit parameters float32, lazily; without `experts` their stacks stay as they are."""
-    from splitquant_mlx.models.narrow_experts import keep_experts_narrow
-
-    narrow = set() if experts else keep_experts_narrow(model)
-
-    def widened(name: str, array: mx.array) -> mx.array:
-        wide = array.dtype in (mx.float16, mx.bfloat16) and name not in narrow
-        return array.astype(mx.float32) if wide else array
-
-    model.update(tree_map_with_path(widened, model.parameters()))

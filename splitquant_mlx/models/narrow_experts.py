@@ -4,14 +4,12 @@ On the CPU mlx's 16-bit products are slow, and a block's experts in float32 may 
 else in memory: 2.4 GB of Qwen3-30B-A3B's, where the experts that are being multiplied by are a few.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_map_with_path, tree_unflatten
 from mlx_lm.models.switch_layers import SwitchLinear
+
+from splitquant_mlx.models.expert_products import expert_products, product
 
 
 class NarrowSwitchLinear(SwitchLinear):
@@ -29,11 +27,11 @@ class NarrowSwitchLinear(SwitchLinear):
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """Map x (..., 1, in) to (..., 1, out) by the experts `indices` (...)."""
-        return self.times(x, indices, lambda expert: self.weight[expert])
+        y = expert_products(x, indices, lambda rows, expert: product(rows, self.weight[expert]))
+        return self.with_bias(y, indices)
 
-    def times(self, x: mx.array, indices: mx.array, weight: Callable[[int], mx.array]) -> mx.array:
-        """Do as the layer does, with other weights; see `expert_products`."""
-        y = expert_products(x, indices, weight)
+    def with_bias(self, y: mx.array, indices: mx.array) -> mx.array:
+        """Return products (..., 1, out) of the experts `indices` (...) and their biases."""
         return y + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else y
 
 
@@ -45,35 +43,12 @@ def keep_experts_narrow(model: nn.Module) -> set[str]:
     return {f"{path}.weight" for path in stacks}
 
 
-def expert_products(x: mx.array, indices: mx.array, weight: Callable[[int], mx.array]) -> mx.array:
-    """Return x (..., 1, in) times the weights of the experts `indices` (...): (..., 1, out).
+def widen(model: nn.Module, *, experts: bool) -> None:
+    """Make 16-bit parameters float32, lazily; without `experts` their stacks stay as they are."""
+    narrow = set() if experts else keep_experts_narrow(model)
 
-    Args:
-        x: the inputs, which may have axes of 1 where `indices` has more.
-        indices: the experts, which are looked at.
-        weight: returns the weight (out, in) of an expert, of any float type; results are float32.
-    """
-    routes = np.array(indices).reshape(-1)
-    order = np.argsort(routes, kind="stable")
-    experts, starts = np.unique(routes[order], return_index=True)
-    rows = mx.broadcast_to(x, (*indices.shape, 1, x.shape[-1])).reshape(-1, x.shape[-1])
-    parts: Any = mx.split(rows[mx.array(order)].astype(mx.float32), starts[1:].tolist())
-    found: list[Any] = [
-        _product(part, weight(int(e))) for part, e in zip(parts, experts, strict=True)
-    ]
-    y = mx.concatenate(found)[mx.array(np.argsort(order))]
-    return y.reshape(*indices.shape, 1, -1)
+    def widened(name: str, array: mx.array) -> mx.array:
+        wide = array.dtype in (mx.float16, mx.bfloat16) and name not in narrow
+        return array.astype(mx.float32) if wide else array
 
-
-@mx.custom_function
-def _product(rows: mx.array, w: mx.array) -> mx.array:
-    return rows @ w.astype(mx.float32).T
-
-
-@_product.vjp
-def _gradient(
-    primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
-) -> tuple[mx.array, mx.array]:
-    """Widen the weight anew, so that it is not kept until the gradient is asked for."""
-    _, w = primals
-    return cotangent @ w.astype(mx.float32), mx.zeros_like(w)
+    model.update(tree_map_with_path(widened, model.parameters()))

@@ -40,6 +40,29 @@ def tensors(directory):
     return found
 
 
+def test_a_wide_layer_is_dense_in_pieces_alone(monkeypatch):
+    quantized = nn.QuantizedLinear.from_linear(nn.Linear(64, 100), 32, 4)
+    x = mx.random.normal((3, 64))
+
+    def gradients(layer):
+        return nn.value_and_grad(layer, lambda layer: mx.square(layer(x)).sum())(layer)[1]
+
+    whole = gradients(TrainableLinear(quantized))
+    monkeypatch.setattr(refine, "WIDE", 64 * 24)
+    layer, pieces = TrainableLinear(quantized), []
+    product = layer._product
+
+    def noted(x, *arrays):
+        pieces.append(len(arrays[0]))
+        return product(x, *arrays)
+
+    layer._product = noted
+    found = gradients(layer)
+    assert pieces == [24, 24, 24, 24, 4]
+    for name in "uv":
+        np.testing.assert_allclose(found[name], whole[name], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("bias", [False, True])
 def test_gradients_are_those_of_the_plain_formula(bits, bias):

@@ -1,11 +1,15 @@
 """Experts that are widened one at a time compute what a stack of mlx-lm's does."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU
 
+from splitquant_mlx.bench.random_checkpoint import SHAPES, write_random_checkpoint
 from splitquant_mlx.models.compact import compact
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.models.narrow_experts import NarrowSwitchLinear, keep_experts_narrow
@@ -41,3 +45,18 @@ def test_a_model_that_is_calibrated_keeps_its_experts_in_16_bits(tmp_path):
     np.testing.assert_allclose(model(tokens), wanted, atol=1e-4)
     off = np.abs(np.array(compact(model)(tokens) - wanted)).max(-1)[0] / np.abs(wanted).max()
     assert 0 < np.median(off) < 0.05  # of single tokens, which may change their expert, more
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="a GPU's copy is mlx's own")
+def test_what_is_coded_is_never_wide_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("splitquant_mlx.models.compact.SLICE", 1 << 10)
+    source = tmp_path / "source"
+    write_random_checkpoint(source, replace(SHAPES["tiny"], vocab_size=20000))
+    stored = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    copy = compact(load_model(source, lazy=True, dequantize=True, narrow=True))
+    assert mx.get_peak_memory() - before < 2 * stored
+    mx.eval(copy(mx.array([[3]])))  # whose head is widened in slices
+    assert mx.get_peak_memory() - before < 2 * stored
+    assert {array.dtype for _, array in tree_flatten(copy.parameters())} <= {mx.float32, mx.int8}
