@@ -101,7 +101,8 @@ def convert(
         staged(target, overwrite=overwrite, source=source.path) as staging,
         _opened(source, staging, progress) as (original, checkpoint),
     ):
-        if problem := tokenizer_problem(original.path):
+        # a calibration, which needs one, is refused without
+        if recipe.calibration is None and (problem := tokenizer_problem(original.path)):
             note = "the result will hold the weights alone, which chat and eval do not run"
             warnings.warn(f"{problem}: {note}", SplitQuantWarning, stacklevel=2)
         job = Job(original, checkpoint, staging, progress, max_shard_bytes)

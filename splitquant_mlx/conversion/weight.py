@@ -86,6 +86,22 @@ def require_finite(w: mx.array) -> None:
             raise ValueError("holds NaN or infinite values")
 
 
+def _require_in_range(
+    w: mx.array, quantized: Quantized | Lut | Mixed, bits: int, noise: float
+) -> None:
+    """Raise ValueError where scale * code or a bias is more than their type holds, or NaN.
+
+    `noise` of a sample of rows is infinite or NaN where those are.
+    """
+    fits = math.isfinite(noise)
+    if isinstance(quantized, Quantized) and quantized.biases is not None:
+        largest = mx.finfo(quantized.scales.dtype).max
+        steps, ends = (mx.abs(x).max().item() for x in (quantized.scales, quantized.biases))
+        fits = fits and steps * (2**bits - 1) <= largest and ends <= largest  # type: ignore[operator]
+    if not fits:
+        raise ValueError(f"holds values up to {mx.abs(w).max().item()}, too large to quantize")
+
+
 def stored_rows(
     stored: Quantized | Lut | Mixed, rows: slice, *, bits: int, group_size: int, mode: str
 ) -> mx.array:
@@ -104,9 +120,7 @@ def _snr_db(w: mx.array, quantized: Quantized | Lut | Mixed, layer: LayerPlan) -
     sizes = {"bits": layer.bits, "group_size": layer.group_size, "mode": layer.mode}
     squares = row_squares(w.reshape(-1, w.shape[-1])[rows], stored_rows(quantized, rows, **sizes))
     signal, noise = (float(x.sum()) for x in squares)
-    if not np.isfinite(noise):
-        peak = mx.abs(w).max().item()
-        raise ValueError(f"holds values up to {peak}, too large to quantize")
+    _require_in_range(w, quantized, layer.bits, noise)
     return decibels(signal, noise) if signal and noise else None
 
 

@@ -30,7 +30,7 @@ import mlx.core as mx
 import numpy as np
 
 from splitquant_mlx.quantization.affine import Quantized, concatenate, pack_groups
-from splitquant_mlx.quantization.group_fit import fit_group, stored_as
+from splitquant_mlx.quantization.group_fit import fit_group, stored_as, vanishes
 from splitquant_mlx.quantization.rounding import kernel_works, round_group
 
 # twelve layers of SmolLM2-135M, calibrated on 18,000 tokens of its own: the divergence predicted on
@@ -219,7 +219,7 @@ class Grid:
         new_bias = self._stored(bias + (qq * g1 - q1 * gq) / determinant)
         ds, db = new_scale - scale, new_bias - bias
         gain = 2 * (ds * gq + db * g1) - (ds * ds * qq + 2 * ds * db * q1 + db * db * one)
-        better = (gain > 0) & (new_scale != 0)
+        better = (gain > 0) & ~vanishes(new_scale)
         self.scales[group] = where(better, new_scale, scale)
         self.biases[group] = where(better, new_bias, bias)
         self.error[own] -= where(better, codes * ds + db, 0.0)

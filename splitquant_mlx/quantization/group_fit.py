@@ -14,12 +14,15 @@ import numpy as np
 
 SHRINKS = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 REFITS = 6
+LEAST_SCALE = 1e-30
 
 
 def fit_group(
     columns: Any, importance: Any, *, top: int, stored: Callable[[Any], Any]
 ) -> tuple[Any, Any]:
-    """Return the scale, not 0, and bias of each row, (out,) float32, of values that `stored` has.
+    """Return the scale and bias of each row, (out,) float32, of values that `stored` has.
+
+    A scale that `vanishes` is 1.
 
     Args:
         columns: weights (group_size, out) float32, of numpy or mlx.
@@ -45,7 +48,7 @@ def fit_group(
         kept = tuple(xp.where(better, *pair) for pair in zip(new, kept, strict=True))
         line = group.line(scale, codes)
     _, scale, bias = kept
-    return xp.where(scale == 0, 1.0, scale).astype(scale.dtype), bias
+    return xp.where(vanishes(scale), 1.0, scale).astype(scale.dtype), bias
 
 
 def stored_as(dtype: mx.Dtype) -> Callable[[Any], Any]:
@@ -61,9 +64,14 @@ def stored_as(dtype: mx.Dtype) -> Callable[[Any], Any]:
 def nearest_codes(w: Any, scale: Any, bias: Any, top: int) -> Any:
     """Return the codes nearest to weights, float32, of numpy or mlx; shapes broadcast."""
     xp: Any = np if isinstance(w, np.ndarray) else mx
-    inverse = 1 / xp.where(scale == 0, 1.0, scale)
+    inverse = 1 / xp.where(vanishes(scale), 1.0, scale)
     nearest = xp.round((w - bias) * inverse)
     return xp.minimum(xp.maximum(nearest, 0.0), float(top))
+
+
+def vanishes(scale: Any) -> Any:
+    """Return where a scale is none: 0, or so small that one over it is near the end of float32."""
+    return abs(scale) < LEAST_SCALE
 
 
 class _Line(NamedTuple):

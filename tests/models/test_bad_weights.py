@@ -11,6 +11,8 @@ import tiny
 from damage import BIAS, EMBED, NORM, UP, tensor
 
 from splitquant_mlx import Recipe, convert, load
+from splitquant_mlx.conversion.plan import LayerPlan
+from splitquant_mlx.conversion.weight import SAMPLE, convert_weight
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -98,6 +100,19 @@ def test_unusual_weights_are_valid(tmp_path, case, dtype, settings):
 def test_weight_too_large_for_mlx_to_quantize_is_named(refusal, tmp_path):
     tiny.write_checkpoint(tmp_path / "source", replace={UP: VALID["3e38"]})
     assert repr(UP) in refusal(None, "--method", "rtn", late=True)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_one_row_too_large_of_a_large_weight_is_noticed(dtype):
+    """Of a large weight, only some rows are compared with what was made of them."""
+    w = mx.zeros((SAMPLE // 32, 64), dtype)
+    w[1, :2] = mx.array([3e38, -3e38])
+    layer = LayerPlan(
+        path=UP, kind="linear", action="quantize", shape=w.shape, quantizer="rtn", bits=4,
+        group_size=64,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="too large to quantize"):
+        convert_weight(w, layer)
 
 
 def test_model_of_zeros_runs(tmp_path):

@@ -175,6 +175,18 @@ def test_degenerate_inputs(spoil):
     assert error.max() < 3
 
 
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("bits", [2, 8])
+def test_weights_that_have_all_but_vanished(bits, dtype):
+    """As those of an expert that was never chosen, after long weight decay."""
+    w, hessian = problem(11)
+    w[: len(w) // 2] *= 1e-39
+    hessian[:, 20:] = hessian[20:] = 0
+    quantized = gptq_quantize(mx.array(w).astype(dtype), hessian.astype(np.float32), bits=bits)
+    w_hat = np.array(dequantize(quantized, bits=bits))
+    assert np.isfinite(w_hat).all() and np.abs(w_hat[: len(w) // 2]).max() < 1e-30
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
 @pytest.mark.parametrize("size", [1e2, 1e6])
 def test_groups_of_equal_weights_under_large_inputs(size, dtype):

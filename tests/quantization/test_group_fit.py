@@ -47,7 +47,7 @@ def test_mlx_and_numpy_agree():
     assert sums[1] == pytest.approx(sums[0], rel=1e-3)
 
 
-@pytest.mark.parametrize("value", [0.0, 0.7, -1e-7])
+@pytest.mark.parametrize("value", [0.0, 0.7, -1e-7, 1e-40])
 def test_weights_that_are_all_alike(value):
     columns = np.full((32, 3), value, np.float32)
     scale, bias = fit_group(columns, np.ones(32, np.float32), top=15, stored=half)
