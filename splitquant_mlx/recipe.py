@@ -292,9 +292,9 @@ class Recipe:
         return from_mapping(cls, values)
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: str | Path) -> Recipe:
     """Read a TOML recipe. Raises RecipeError naming the file when it is missing or wrong."""
-    values = read_toml(path)
+    values = read_toml(Path(path))
     if "variants" in values:
         raise RecipeError(f"{path} is a study, not a recipe: splitquant-mlx run {path}")
     try:

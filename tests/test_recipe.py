@@ -168,7 +168,7 @@ def test_sizes_are_read_as_they_are_written(text, nbytes):
 
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(RecipeError, match="No such file"):
-        load_recipe(tmp_path / "none.toml")
+        load_recipe(str(tmp_path / "none.toml"))
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.toml")), ids=lambda file: file.stem)

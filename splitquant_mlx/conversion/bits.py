@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib.metadata import version
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -67,10 +68,16 @@ class Forecast:
 
 
 def forecast(
-    model: str, recipe: Recipe, *, revision: str | None = None, progress: Progress | None = None
+    model: str | Path,
+    recipe: Recipe,
+    *,
+    revision: str | None = None,
+    progress: Progress | None = None,
 ) -> Forecast:
     """Choose for a repo id, directory or .gguf file; see `choose_bits`."""
-    progress = progress or Silent()
+    if recipe.method != "auto":
+        raise RecipeError(f"method: expected 'auto', which chooses bits, got {recipe.method!r}")
+    model, progress = str(model), progress or Silent()
     with open_model(model, revision=revision, trust_remote_code=False, progress=progress) as opened:
         return choose_bits(opened, recipe, progress)
 

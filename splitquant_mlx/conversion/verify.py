@@ -23,7 +23,7 @@ from splitquant_mlx.models.directory import as_directory
 from splitquant_mlx.models.left_out import same_bytes
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.models.shards import read_headers
-from splitquant_mlx.models.source import Source
+from splitquant_mlx.models.source import Source, resolve
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.quantization.affine import Quantized
 from splitquant_mlx.quantization.lut import Lut
@@ -51,13 +51,17 @@ class Check:
 
 
 def verify(
-    directory: Path, *, source: Source | None = None, progress: Progress | None = None
+    directory: str | Path,
+    *,
+    source: str | Path | Source | None = None,
+    progress: Progress | None = None,
 ) -> list[Check]:
     """Check a checkpoint that `convert` wrote.
 
     Args:
         directory: of the checkpoint.
-        source: the model it was made from, to compare the weights with.
+        source: the model it was made from, to compare the weights with: hub repo id, directory,
+            .gguf file, or a source already resolved.
         progress: progress reporter.
 
     Returns:
@@ -66,7 +70,7 @@ def verify(
     Raises:
         SplitQuantError: when there is no manifest, or the source cannot be read.
     """
-    progress = progress or Silent()
+    directory, progress = Path(directory), progress or Silent()
     manifest = load_manifest(directory)
     if manifest is None:
         raise CheckpointError(
@@ -79,6 +83,7 @@ def verify(
         _check("forward pass", "finite logits", lambda: _forward(directory, progress)),
     ]
     if source is not None:
+        source = source if isinstance(source, Source) else resolve(str(source))
         with as_directory(source, progress) as original:
             detail = f"every weight against {source.name}"
             checks.append(

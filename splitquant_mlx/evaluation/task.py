@@ -28,10 +28,10 @@ from splitquant_mlx.runtime.ranks import Group, alone, check_alike, deal, togeth
 
 
 def evaluate(
-    model: str,
+    model: str | Path,
     task: Task,
     *,
-    reference: str | None = None,
+    reference: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     group: Group | None = None,
@@ -58,7 +58,8 @@ def evaluate(
     Raises:
         SplitQuantError: when model, data or settings cannot be had or used.
     """
-    progress = progress or Silent()
+    progress, model = progress or Silent(), str(model)
+    reference = None if reference is None else str(reference)
     _check_reference(task, reference)
     options: Any = {"trust_remote_code": trust_remote_code, "progress": progress}
     with together(group), ExitStack() as stack:

@@ -115,13 +115,13 @@ class Manifest:
         (directory / FILE_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def load_manifest(directory: Path) -> Manifest | None:
+def load_manifest(directory: str | Path) -> Manifest | None:
     """Read a manifest; None where the directory has none.
 
     Raises:
         CheckpointError: when it cannot be read.
     """
-    file = directory / FILE_NAME
+    file = Path(directory) / FILE_NAME
     if not file.exists():
         return None
     try:

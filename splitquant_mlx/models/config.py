@@ -96,6 +96,13 @@ def check_config(path: Path, config: dict[str, Any], tensors: int) -> None:
         raise CheckpointError(f"{path}: config.json: text_config is no table")
     if text and not isinstance(text.get("model_type"), (str, type(None))):
         raise CheckpointError(f"{path}: config.json: the model_type of text_config is no name")
+    for key in ("torch_dtype", "dtype"):
+        for value in (table.get(key) for table in (config, text or {})):
+            if not isinstance(value, (str, type(None))):
+                raise CheckpointError(
+                    f"{path}: config.json: {key}: expected a name such as 'bfloat16', got "
+                    f"{value!r:.60}"
+                )
     tables: list[tuple[str, Any, int]] = [("", config, 0)]
     while tables:
         name, table, depth = tables.pop()

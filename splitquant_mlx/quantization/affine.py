@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.errors import RecipeError, one_line
+from splitquant_mlx.recipe import BITS, GROUP_SIZES, MODES
 
 EPS = 1e-7
+GRANULARITIES = ("group", "channel", "tensor")
 
 
 class Quantized(NamedTuple):
@@ -58,8 +60,10 @@ def quantize(
         mode: mlx's quantization mode; all but "affine" at granularity "group" only.
 
     Raises:
-        RecipeError: when the last axis is not a multiple of `group_size`.
+        RecipeError: when a setting has another value, does not fit the others, or the last axis is
+            not a multiple of `group_size`; when `w` is no float weight of two axes or more.
     """
+    _check(w, bits, group_size, granularity, mode)
     if w.shape[-1] % group_size:
         raise RecipeError(
             f"group_size {group_size} does not divide the width {w.shape[-1]} of a weight of "
@@ -78,6 +82,24 @@ def quantize(
         mx.contiguous(mx.broadcast_to(scale, groups)).astype(w.dtype),
         mx.contiguous(mx.broadcast_to(bias, groups)).astype(w.dtype),
     )
+
+
+def _check(w: mx.array, bits: int, group_size: int, granularity: str, mode: str) -> None:
+    """Raise RecipeError for what mlx, or the formula here, would not take or not notice."""
+    usual = mode == "affine"
+    for name, value, allowed in (
+        ("mode", mode, tuple(MODES)),
+        ("granularity", granularity, GRANULARITIES if usual else GRANULARITIES[:1]),
+        ("bits", bits, BITS if usual else (MODES.get(mode, (0, 0))[1],)),
+        ("group_size", group_size, GROUP_SIZES if usual else (MODES.get(mode, (0, 0))[0],)),
+    ):
+        if value not in allowed:
+            choices = ", ".join(map(repr, allowed))
+            raise RecipeError(f"{name}: expected one of {choices}, got {value!r:.40}")
+    if w.ndim < 2 or not mx.issubdtype(w.dtype, mx.floating):
+        raise RecipeError(
+            f"expected a float weight of two axes or more, got {w.dtype} of shape {tuple(w.shape)}"
+        )
 
 
 def quantize_parts(
@@ -175,13 +197,19 @@ def _zero_at_code_0(quantized: Quantized, bits: int) -> Quantized:
 def dequantize(
     quantized: Quantized, *, bits: int = 4, group_size: int = 64, mode: str = "affine"
 ) -> mx.array:
-    """Return the weight (..., out, in) that the codes stand for, in float32."""
+    """Return the weight (..., out, in) that the codes stand for, in float32.
+
+    Raises:
+        RecipeError: when the settings are not those that `quantized` was made with.
+    """
     weight, scales, biases = quantized
-    if mode == "affine":
-        assert biases is not None
+    if mode == "affine" and biases is not None:
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-        return mx.dequantize(weight, scales, biases, group_size, bits)
-    return mx.dequantize(weight, scales, None, group_size, bits, mode).astype(mx.float32)
+    try:
+        w = mx.dequantize(weight, scales, biases, group_size, bits, mode)
+    except ValueError as exc:
+        raise RecipeError(f"bits, group_size and mode do not fit: {one_line(exc)}") from exc
+    return w.astype(mx.float32)
 
 
 def pack(codes: mx.array, bits: int) -> mx.array:

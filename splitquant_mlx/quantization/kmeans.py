@@ -23,6 +23,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.quantization import histogram
 from splitquant_mlx.quantization.histogram import Runs
 
@@ -67,7 +68,8 @@ def cluster(values: np.ndarray, k: int = 3) -> Clustering:
         k: clusters, 2 to 8.
 
     Raises:
-        ValueError: empty array, unsupported dtype, k out of range, or NaN or infinite entries.
+        RecipeError: k out of range.
+        ValueError: empty array, unsupported dtype, or NaN or infinite entries.
     """
     return _cluster(values, k)
 
@@ -85,7 +87,7 @@ def cluster_sklearn(values: np.ndarray, k: int = 3, n_init: int = 10) -> Cluster
         n_init: starts, of which the best is kept.
 
     Raises:
-        ValueError: as for `cluster`.
+        RecipeError, ValueError: as for `cluster`.
     """
     from sklearn.cluster import KMeans
 
@@ -128,8 +130,8 @@ def _cluster(values: np.ndarray, k: int, small: int = SMALL, few: int = FEW) -> 
 
 
 def _flat(values: np.ndarray, k: int) -> np.ndarray:
-    if not 2 <= k <= 8:
-        raise ValueError(f"k: expected 2 to 8 clusters, got {k}")
+    if k not in range(2, 9):
+        raise RecipeError(f"clusters: expected 2 to 8, got {k!r:.40}")
     if values.size == 0:
         raise ValueError(f"array of shape {values.shape} is empty: nothing to cluster")
     if values.dtype not in (np.float16, np.float32, np.uint16):

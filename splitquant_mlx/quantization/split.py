@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import mlx.core as mx
 
+from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.quantization.host import host_values
 from splitquant_mlx.quantization.kmeans import Clustering, cluster, cluster_sklearn
 
@@ -20,8 +21,11 @@ def cluster_weight(w: mx.array, clusters: int = 3, kmeans: str = "exact") -> Clu
     """Cluster all entries of `w` (any shape; float16, bfloat16 or float32) into `clusters` groups.
 
     Raises:
-        ValueError: when `w` holds NaN or infinite values, is empty, or `clusters` is not 2 to 8.
+        RecipeError: when `clusters` is not 2 to 8, or `kmeans` neither "exact" nor "sklearn".
+        ValueError: when `w` holds NaN or infinite values, is empty, or of another type.
     """
+    if kmeans not in ("exact", "sklearn"):
+        raise RecipeError(f"kmeans: expected 'exact' or 'sklearn', got {kmeans!r:.40}")
     values = host_values(w)
     if kmeans == "sklearn":
         return cluster_sklearn(values, clusters, n_init=1)  # scikit-learn's own default
@@ -35,7 +39,7 @@ def split(w: mx.array, clusters: int = 3, kmeans: str = "exact") -> list[mx.arra
     last parts zero.
 
     Raises:
-        ValueError: when `w` holds NaN or infinite values, is empty, or `clusters` is not 2 to 8.
+        RecipeError, ValueError: as `cluster_weight` does.
     """
     return parts_of(w, cluster_weight(w, clusters, kmeans), clusters)
 

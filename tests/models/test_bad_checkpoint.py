@@ -81,6 +81,7 @@ CONFIGS = {
         for name in ("", "nosuch", "../x", "os", "llama.foo", "base", "cache", ".", "/tmp/evil")
     },
     "architectures of lists": (edit_config(architectures=[["x"]]), "architectures"),
+    "a list of types": (edit_config(torch_dtype=["float16"]), "torch_dtype: expected a name"),
     "architectures a number": (edit_config(architectures=3), "architectures"),
     "no hidden_size": (edit_config(hidden_size=...), "'hidden_size'"),
     "hidden_size a string": (

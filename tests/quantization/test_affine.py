@@ -132,3 +132,34 @@ def test_width_that_no_group_divides_is_refused():
         quantize(mx.zeros((8, 172)))
     with pytest.raises(RecipeError, match="172"):
         quantize_parts([mx.zeros((8, 172))] * 3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bits": 7},
+        {"bits": 7, "granularity": "channel"},
+        {"bits": 1},
+        {"group_size": 0},
+        {"group_size": 16},
+        {"granularity": "row"},
+        {"mode": "int4"},
+        {"granularity": "tensor", "mode": "mxfp4", "group_size": 32},
+        {"bits": 8, "mode": "mxfp4", "group_size": 32},
+    ],
+)
+def test_settings_are_checked(settings):
+    with pytest.raises(RecipeError, match=next(iter(settings))):
+        quantize(mx.zeros((8, 128)), **settings)
+
+
+@pytest.mark.parametrize("w", [mx.zeros(64), mx.zeros((2, 64), mx.int32)])
+def test_what_is_no_weight_is_refused(w):
+    with pytest.raises(RecipeError, match="float weight of two axes"):
+        quantize(w)
+
+
+@pytest.mark.parametrize("settings", [{"bits": 3}, {"group_size": 32}, {"mode": "mxfp4"}])
+def test_settings_of_another_weight_are_refused(settings):
+    with pytest.raises(RecipeError, match="do not fit"):
+        dequantize(quantize(mx.zeros((8, 128))), **settings)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.quantization import histogram
 from splitquant_mlx.quantization.kmeans import Clustering, _cluster, cluster, cluster_sklearn
 
@@ -296,7 +297,7 @@ def test_bin_moments_are_exact():
 @pytest.mark.parametrize("k", [-1, 0, 1, 9])
 @pytest.mark.parametrize("find", [cluster, cluster_sklearn])
 def test_k_out_of_range(find, k):
-    with pytest.raises(ValueError, match=f"k: expected 2 to 8 clusters, got {k}"):
+    with pytest.raises(RecipeError, match=f"clusters: expected 2 to 8, got {k}"):
         find(np.ones(4, np.float32), k)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from splitquant_mlx import cluster_weight, split
+from splitquant_mlx import RecipeError, cluster_weight, split
 
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
@@ -70,7 +70,7 @@ def test_nan_and_infinity_are_refused(bad):
         split(mx.array([1.0, bad, 2.0]))
 
 
-@pytest.mark.parametrize("k", [0, 1, 9])
-def test_number_of_parts_is_checked(k):
-    with pytest.raises(ValueError):
-        split(mx.array([1.0, 2.0, 3.0]), k)
+@pytest.mark.parametrize("settings", [{"clusters": 1}, {"clusters": 2.5}, {"kmeans": "fast"}])
+def test_settings_are_checked(settings):
+    with pytest.raises(RecipeError, match=next(iter(settings))):
+        split(mx.array([1.0, 2.0, 3.0]), **settings)
