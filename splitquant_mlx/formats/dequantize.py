@@ -42,7 +42,7 @@ def dequantized(
     method, layout = str(table.get("quant_method")), table.get("format")
     rotated = bool(table.get("transform_config"))  # by matrices that mlx-lm does not multiply by
     unpack = LAYOUTS.get(layout) if method == "compressed-tensors" else METHODS.get(method)
-    if unpack is None or rotated or (unpack is _fp8 and not fp8):
+    if unpack is None or rotated or (layout and unpack is _fp8 and not fp8):
         layout = f" ({layout}{', rotated' if rotated else ''})" if layout else ""
         raise CheckpointError(
             f"it is quantized with {method}{layout}, which cannot be undone here: fetch the model "
