@@ -9,7 +9,10 @@ import numpy as np
 
 from splitquant_mlx.calibration.self_text import BATCH_TEXTS, beginnings, sample_tokens
 from splitquant_mlx.data.text import cut_windows, encode, load_text
+from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.models.compact import compact
+from splitquant_mlx.models.config import read_config
+from splitquant_mlx.models.footprint import context_limit
 from splitquant_mlx.models.lazy import LazyModel
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.progress import Progress
@@ -26,9 +29,16 @@ def calibration_tokens(
     what else it depends on, so that it writes it once.
 
     Raises:
-        SplitQuantError: when the text file or the model cannot be read, or the text is too short.
+        SplitQuantError: when the text file or the model cannot be read, the text is too short, or
+            the texts are to be longer than the model was made for.
     """
     texts, length = calibration.num_samples, calibration.sequence_length
+    limit = context_limit(read_config(opened.path))
+    if limit is not None and length > limit:
+        raise RecipeError(
+            f"sequence_length: expected at most {limit}, what the model was made for "
+            f"(max_position_embeddings), got {length}"
+        )
     if calibration.text != SELF:
         text = load_text(Path(calibration.text))
         # evenly over the file, which may begin with a table of contents

@@ -104,8 +104,10 @@ def _study(name: str, values: dict[str, Any]) -> Study:
     variants: dict[str, Recipe | str] = {}
     for table in listed:
         variant = table.get("name") if isinstance(table, dict) else None
-        if not isinstance(variant, str) or not variant:
-            raise RecipeError(f"variants: expected a table with a name, got {table!r:.80}")
+        if not isinstance(variant, str) or not variant.strip() or not variant.isprintable():
+            raise RecipeError(
+                f"variants: expected a table with a name, one printable line, got {table!r:.80}"
+            )
         if slug(variant) in {ORIGINAL, *map(slug, variants)}:
             raise RecipeError(f"variant {variant!r}: the name is taken")
         try:

@@ -207,6 +207,12 @@ def test_text_is_written_once(stories, tmp_path, monkeypatch):
         calibration_tokens(LazyModel(stories), settings, Silent())
 
 
+def test_texts_longer_than_the_model_was_made_for_are_refused(stories):
+    settings = Calibration(num_samples=2, sequence_length=513)
+    with pytest.raises(RecipeError, match="sequence_length: expected at most 512"):
+        calibration_tokens(LazyModel(stories), settings, Silent())
+
+
 def test_an_interrupted_text_is_gone_on_with(stories, tmp_path, monkeypatch):
     model, tokenizer = load(stories)
     prompts = beginnings(tokenizer, 5, np.random.default_rng(1))

@@ -50,6 +50,7 @@ def test_variants_share_the_recipe_and_may_differ_from_it(written):
         (('model = "some/model"', "model = 3"), "model: expected a string, got 3"),
         (('model = "some/model"', ""), "model: expected a value, got none"),
         (('name = "plain"', ""), "variants: expected a table with a name"),
+        (('name = "plain"', 'name = "a\\nb"'), "a name, one printable line"),
         (('name = "fine"', 'name = "Plain!"'), "the name is taken"),
         (('name = "fine"', 'name = "original"'), "the name is taken"),
         (('method = "rtn"', 'method = "best"'), "variant 'plain': method: expected 'splitquant'"),
