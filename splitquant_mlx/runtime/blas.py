@@ -1,7 +1,11 @@
-"""Give mlx a fast matrix product on Linux CPUs.
+"""Give mlx a fast matrix product and fast memory on Linux CPUs.
 
 mlx's Linux wheel is linked to the reference BLAS. OpenBLAS exports the same functions: loaded
 first and globally, it answers mlx's calls (measured: 280 against 5 GFLOP/s in float32).
+
+On a CPU mlx takes the memory of each array from malloc, which by default returns large arrays to
+the system at once and has the next one's pages cleared again: a seventh of the processor time of
+sampling.
 """
 
 import ctypes
@@ -15,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 LIBRARIES = ("libopenblas.so.0", "libopenblas.so")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 ADVICE = "install OpenBLAS (Debian, Ubuntu: apt install libopenblas0) for much faster CPU runs"
 
 
@@ -29,6 +34,7 @@ def preload() -> bool | None:
     """
     if sys.platform != "linux":
         return None
+    _keep_freed_memory()
     _bind_torch()
     for load in (*map(_loader, LIBRARIES), _load_from_wheel):
         try:
@@ -37,6 +43,14 @@ def preload() -> bool | None:
             continue
         return True
     return False
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc keep what is freed for the next array, where it is glibc's."""
+    with suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _bind_torch() -> None:

@@ -1,4 +1,4 @@
-"""OpenBLAS is there after pip install alone, and computes mlx's products."""
+"""OpenBLAS is there after pip install alone, and computes mlx's products; memory is kept."""
 
 import platform
 import subprocess
@@ -33,6 +33,28 @@ def test_a_machine_without_any_is_told_so(monkeypatch):
     monkeypatch.setattr(blas, "LIBRARIES", ())
     monkeypatch.setattr(blas, "_package_files", lambda package, pattern: iter(()))
     assert blas.preload.__wrapped__() is (False if sys.platform == "linux" else None)
+
+
+MEMORY = """
+import resource
+from splitquant_mlx.runtime import blas
+blas.preload()
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+pages = (1 << 26) // resource.getpagesize()
+for _ in range(10):
+    mx.eval(mx.ones(1 << 24))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    mx.eval(mx.ones(1 << 24))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / (10 * pages))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc of another system")
+def test_the_memory_of_freed_arrays_is_used_again():
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    assert float(done.stdout) < 0.1, done.stderr
 
 
 @pytest.mark.slow  # torch is in few environments
