@@ -288,7 +288,7 @@ def _windows(metadata: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
 
 
 def _rope_scaling(gguf: Gguf, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the rope_scaling of config.json; empty for plain rotary embeddings."""
+    """Return the rope_scaling of config.json; empty where its absence means plain embeddings."""
     metadata = gguf.metadata
     if ROPE_TENSORS[1] in gguf.tensors:
         return _long_rope(gguf)
@@ -296,13 +296,14 @@ def _rope_scaling(gguf: Gguf, config: dict[str, Any]) -> dict[str, Any]:
     kind = metadata.get(_key(metadata, "rope.scaling.type"), "linear" if legacy else "none")
     if ROPE_TENSORS[0] in gguf.tensors and kind == "none":
         return _llama3_scaling(gguf, config)
+    kinds = ("yarn",) if config["model_type"] == "ministral3" else ("none", "linear", "yarn")
+    if kind not in kinds or ROPE_TENSORS[0] in gguf.tensors:
+        key, expected = _key(metadata, "rope.scaling.type"), " or ".join(kinds)
+        raise CheckpointError(f"{key}: expected {expected}, got {kind!r:.80}; {ELSEWHERE}")
+    if kind == "none" and config["model_type"] == "gpt_oss":  # whose default is YaRN
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": config["rope_theta"]}}
     if kind == "none":
         return {}
-    if kind not in ("linear", "yarn") or ROPE_TENSORS[0] in gguf.tensors:
-        key = _key(metadata, "rope.scaling.type")
-        raise CheckpointError(
-            f"{key}: expected none, linear or yarn, got {kind!r:.80}; {ELSEWHERE}"
-        )
     factor = _number(metadata, "rope.scaling.factor", float, legacy)
     if kind == "linear":
         return {"rope_scaling": {"rope_type": kind, "factor": factor}}

@@ -504,6 +504,13 @@ def test_what_files_leave_out_is_known():
     assert described("exaone4", **windows)["sliding_window_pattern"] == "LLLG"
 
 
+def test_a_gpt_oss_without_scaling_has_plain_rotary_embeddings():
+    # transformers takes YaRN where config.json has no rope_parameters
+    experts = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32}
+    config = described("gpt-oss", **experts, **{"attention.sliding_window": 8})
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+
+
 GROUPED = {
     "expert_count": 4,
     "expert_used_count": 2,
@@ -529,6 +536,8 @@ def test_layers_that_predict_further_tokens_are_not_counted():
         ("lfm2", {"attention.head_count_kv": [0, 4, "4", 0]}, "heads of each layer, got"),
         ("glm4moe", {**GROUPED, "nextn_predict_layers": 4}, "expected 0 to 3, got 4"),
         ("glm4moe", {**GROUPED, "nextn_predict_layers": "1"}, "expected 0 to 3, got '1'"),
+        ("mistral3", {}, "scaling.type: expected yarn, got 'none'"),
+        ("mistral3", {"rope.scaling.type": "linear"}, "scaling.type: expected yarn, got 'linear'"),
         ("qwen3next", {}, "architecture: expected one of llama, .* take the model from"),
     ],
 )
