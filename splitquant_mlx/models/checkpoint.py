@@ -21,7 +21,7 @@ from splitquant_mlx.models.architecture import build_model, parameters
 from splitquant_mlx.models.config import check_config, read_config
 from splitquant_mlx.models.config_forms import normalize
 from splitquant_mlx.models.expert_stacks import separate_experts
-from splitquant_mlx.models.folded import fold_multipliers
+from splitquant_mlx.models.folded import fold_multipliers, raise_corrections
 from splitquant_mlx.models.function import check_function
 from splitquant_mlx.models.left_out import check_left_out, left_out, settle_head
 from splitquant_mlx.models.quantized import quantization_table, unpacked, without_quantization
@@ -94,6 +94,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     stored, notes = unpacked(path, quantized, headers, _load_lazily(headers))
     kind = config["model_type"]
     tensors = fold_multipliers(path, separate_experts(rename(stored, kind), kind), config)
+    tensors = raise_corrections(tensors, config)
     model, weights = fit_names(path, tensors, lambda: build_model(path, config))
     notes = [*notes, *check_function(path, model, config)]
     _check_parameters(path, model, weights)

@@ -1,15 +1,19 @@
 """What mlx-lm's model computes is what config.json asks for, or the checkpoint is refused."""
 
+import json
+
 import mlx.core as mx
+import numpy as np
 import pytest
 import tiny
+from mlx_lm.models.deepseek_v3 import group_expert_select
 
 from splitquant_mlx import Recipe, convert
 from splitquant_mlx.errors import CheckpointError
-from splitquant_mlx.models.architecture import build_model
+from splitquant_mlx.models.architecture import build_model, parameters
 from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.config_forms import normalize
-from splitquant_mlx.models.folded import fold_multipliers
+from splitquant_mlx.models.folded import fold_multipliers, raise_corrections
 from splitquant_mlx.models.function import check_function
 from splitquant_mlx.models.loader import load_model
 
@@ -258,3 +262,45 @@ def test_factors_that_mlx_lm_leaves_out_are_in_the_weights(tmp_path):
         found = fold_multipliers(tmp_path, tensors, {**config, "tie_word_embeddings": tied})
         assert found["model.norm.weight"].mean().item() == mean
         assert found["model.layers.0.norm.weight"].mean().item() == 1
+
+
+GROUPS = {"n_group": 4, "topk_group": 2}
+CORRECTION = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+@pytest.mark.parametrize("key", ["n_group", "num_expert_group"])
+def test_no_expert_of_a_group_left_out_is_chosen(key):
+    random = np.random.default_rng(0)
+    gates, correction = random.normal(size=(50, 16)), random.uniform(-2, -0.5, 16)
+    scores = 1 / (1 + np.exp(-gates)) + correction
+    groups = scores.reshape(50, 4, 4)
+    sums = np.sort(groups, axis=-1)[..., -2:].sum(-1)
+    is_kept = sums >= np.sort(sums)[:, 2:3]
+    wanted = np.where(is_kept[..., None], groups, -np.inf).reshape(50, 16).argsort()[:, -4:]
+
+    def chosen(config):
+        tensors = {CORRECTION: mx.array(correction).astype(mx.float32), "norm.weight": mx.array([])}
+        found = raise_corrections(tensors, config)
+        found = group_expert_select(mx.array(gates), found[CORRECTION], 4, 4, 2, 1.0, True)[0]
+        return np.sort(np.array(found), axis=-1)
+
+    assert not np.array_equal(chosen({key: 1}), np.sort(wanted))  # mlx-lm's choice
+    np.testing.assert_array_equal(chosen({key: 4}), np.sort(wanted))
+
+
+def test_corrections_below_0_are_raised_in_what_is_loaded_and_converted(tmp_path):
+    config = {**DEEPSEEK, **GROUPS, "n_routed_experts": 8, "first_k_dense_replace": 1}
+    source = tiny.write_checkpoint(tmp_path / "source", vocab_size=config["vocab_size"])
+    (source / "config.json").write_text(json.dumps(config))
+    model = build_model(source, normalize(source, config))
+    stored = mx.arange(-5, 3).astype(mx.bfloat16) / 8
+    tiny.write_weights(source, {**parameters(model), CORRECTION: stored})
+    raised = mx.arange(8) / 8
+    assert mx.array_equal(parameters(load_model(source))[CORRECTION], raised)
+    convert(source, tmp_path / "out", recipe=Recipe(method="rtn", group_size=32))
+    file = tmp_path / "out" / "model.safetensors"
+    tensors, metadata = mx.load(str(file), return_metadata=True)
+    assert mx.array_equal(tensors[CORRECTION], raised)
+    mx.eval(tensors)
+    mx.save_safetensors(str(file), {**tensors, CORRECTION: stored}, metadata)  # by another program
+    assert mx.array_equal(parameters(load_model(tmp_path / "out"))[CORRECTION], raised)

@@ -103,6 +103,13 @@ CASES = {
     "granitemoe": ("GraniteMoe", {**MULTIPLIERS, **LOCAL_EXPERTS}),
     "starcoder2": ("Starcoder2", {}),
     "gpt-oss": ("GptOss", {**LOCAL_EXPERTS, **WINDOWS, "head_dim": 32, "rope_parameters": YARN}),
+    "gpt-oss, plain": (
+        "GptOss",
+        {
+            **{**LOCAL_EXPERTS, **WINDOWS, "head_dim": 32},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
     "glm4": ("Glm4", {"head_dim": 16, "partial_rotary_factor": 0.5}),
     "glm4moe": (
         "Glm4Moe",
@@ -161,8 +168,8 @@ def reference(name):
             else:
                 value.copy_(torch.randn_like(value) * 0.3)
         for key, value in model.named_buffers():
-            if key.endswith("bias"):  # corrections of routers' scores, which stay positive
-                value.copy_(torch.rand_like(value) * 0.3)
+            if key.endswith("bias"):  # corrections of routers' scores
+                value.copy_(torch.rand_like(value) - 1.2)
     return model
 
 
