@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Iterable
 from contextlib import ExitStack
 from difflib import get_close_matches
 from pathlib import Path
@@ -69,9 +70,8 @@ def evaluate(
             other = stack.enter_context(open_model(reference, revision=None, **options))
         for opened in [] if alone(group) else filter(None, (own, other)):
             check_alike(group, f"model at {opened.path}", opened.hash)
-        task = dataclasses.replace(
-            task, context_length=_window(task, [x for x in (own, other) if x])
-        )
+        length = window_length(task.context_length, filter(None, (own, other)))
+        task = dataclasses.replace(task, context_length=length)
         found = _measure(own, other, task, group, progress)
         model_hash = own.hash
     settings = {name: value for name, value in dataclasses.asdict(task).items() if name != "name"}
@@ -111,18 +111,26 @@ def _measure(
     return _harness(own, task, group, progress)
 
 
-def _window(task: Task, models: list[LazyModel]) -> int:
-    """Return the tokens per window. Raises RecipeError for more than a model was made for."""
-    limits = (context_limit(read_config(opened.path)) for opened in models)
+def window_length(asked: int | None, models: Iterable[LazyModel]) -> int:
+    """Return the tokens per window of text that `models` are measured in.
+
+    Args:
+        asked: what the user wants; None for 512, or what the models were made for where it is less.
+        models: those to be measured.
+
+    Raises:
+        RecipeError: when more is asked for than a model was made for.
+    """
+    limits = [context_limit(read_config(opened.path)) for opened in models]
     limit = min((tokens for tokens in limits if tokens is not None), default=None)
-    if task.context_length is None:
+    if asked is None:
         return min(CONTEXT_LENGTH, limit or CONTEXT_LENGTH)
-    if limit is not None and task.context_length > limit:
+    if limit is not None and asked > limit:
         raise RecipeError(
-            f"--context-length: expected at most {limit}, what the model was made for "
-            f"(max_position_embeddings), got {task.context_length}"
+            f"context_length: expected at most {limit}, what the model was made for "
+            f"(max_position_embeddings), got {asked}"
         )
-    return task.context_length
+    return asked
 
 
 def _answer(

@@ -30,6 +30,7 @@ from splitquant_mlx.evaluation.arc import Exam, evaluate_arc
 from splitquant_mlx.evaluation.divergence import Divergence, measure_both
 from splitquant_mlx.evaluation.perplexity import Perplexity, measure_perplexity
 from splitquant_mlx.evaluation.reference import open_reference
+from splitquant_mlx.evaluation.task import window_length
 from splitquant_mlx.formats.manifest import load_manifest
 from splitquant_mlx.models.directory import as_directory
 from splitquant_mlx.models.lazy import LazyModel
@@ -360,8 +361,8 @@ class _Runner:
         if text is None:
             return None
         tokens = encode(self.reference.tokenizer, text[: 16 * measure.text_tokens])
-        limit = max(1, measure.text_tokens // measure.context_length)
-        cut = cut_windows(tokens, measure.context_length, limit)
+        length = window_length(measure.context_length, [self.reference])
+        cut = cut_windows(tokens, length, max(1, measure.text_tokens // length))
         return _Windows(cut, {"text": text_hash(text), "windows": list(cut.shape)})
 
 

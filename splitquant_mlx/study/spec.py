@@ -39,7 +39,8 @@ class Measure:
         num_shots: answered questions before each, for "loglikelihood".
         questions: number of questions per set; 0 is all.
         text_tokens: tokens for perplexity and KL divergence; 0 measures neither.
-        context_length: tokens per window, for the two.
+        context_length: tokens per window, for the two; by default 512, or what the model was made
+            for where that is less.
         prompt_tokens: prompt of the timing; 0 measures no speed.
         generation_tokens: generated tokens of the timing.
         trials: counted rounds of the timing.
@@ -50,7 +51,7 @@ class Measure:
     num_shots: NonNegativeInt = 0
     questions: NonNegativeInt = 0
     text_tokens: NonNegativeInt = 8192
-    context_length: Annotated[int, Field(ge=2)] = 512
+    context_length: Annotated[int | None, Field(ge=2)] = None
     prompt_tokens: NonNegativeInt = 512
     generation_tokens: NonNegativeInt = 128
     trials: PositiveInt = 3

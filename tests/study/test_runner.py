@@ -330,3 +330,10 @@ def test_a_bad_data_file_stops_the_study(study, tmp_path, capsys):
     assert "bad.jsonl, line 1" in capsys.readouterr().err
     assert run([*arguments, "--data", "arc_hard=x"]) == 2
     assert "--data: expected NAME=FILE" in capsys.readouterr().err
+
+
+def test_windows_are_no_longer_than_the_model_was_made_for(study, files, tmp_path, capsys):
+    """The context of the model is 512; half of a window of 1,024 would tell nothing."""
+    file = study(**{"context_length = 128": "context_length = 1024"})
+    assert run(["run", str(file), "--output-dir", str(tmp_path / "out"), *options(files)]) == 2
+    assert "context_length: expected at most 512" in capsys.readouterr().err
