@@ -78,7 +78,8 @@ def check(found, log_p, log_q):
     kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
     assert found.positions == len(kl)
     assert found.kl_mean == pytest.approx(kl.mean(), rel=TOLERANCE)
-    assert found.kl_median == pytest.approx(np.median(kl), rel=TOLERANCE)
+    # one position's, of float32 log-probabilities
+    assert found.kl_median == pytest.approx(np.median(kl), rel=TOLERANCE, abs=1e-7)
     assert found.kl_p99 == pytest.approx(np.percentile(kl, 99), rel=TOLERANCE)
     error = kl.std(ddof=1) / len(kl) ** 0.5
     assert found.standard_error == pytest.approx(error, rel=TOLERANCE)
