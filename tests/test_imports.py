@@ -5,8 +5,11 @@ import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from splitquant_mlx.conversion.save import model_code
 
 PACKAGE = Path(__file__).resolve().parents[1] / "splitquant_mlx"
 # what every package may import: those before it
@@ -71,16 +74,16 @@ def test_files_stay_small():
     assert not too_long
 
 
-@pytest.mark.parametrize("name", ["model_file", "neighbour_file"])
-def test_a_model_file_needs_only_mlx_and_the_program_that_runs_it(name):
-    tree = ast.parse((PACKAGE / "nn" / f"{name}.py").read_text())
+@pytest.mark.parametrize("mode", ["affine", "lut"])
+def test_a_model_file_needs_only_mlx_and_the_program_that_runs_it(mode):
+    tree = ast.parse(model_code([SimpleNamespace(mode=mode)]))
     roots = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             roots |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             roots.add((node.module or "").split(".")[0])
-    assert {"mlx", "mlx_lm"} <= roots <= {"typing", "mlx", "mlx_lm", "mlx_vlm"}
+    assert {"mlx", "mlx_lm"} <= roots <= {"collections", "typing", "mlx", "mlx_lm", "mlx_vlm"}
 
 
 def test_the_package_lists_what_it_offers_without_importing_mlx():

@@ -157,7 +157,7 @@ def _where_it_runs(manifest: Manifest, path: Path) -> list[str]:
         ]
     if any(layer.needs_code for layer in manifest.layers):
         return [
-            "Runs here, and in mlx-lm with --trust-remote-code; not in LM Studio.",
+            "Runs here, in mlx-lm with --trust-remote-code and in mlx-vlm; not in LM Studio.",
             "For LM Studio: --method auto.",
         ]
     return [

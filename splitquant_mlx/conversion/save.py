@@ -18,6 +18,7 @@ DIFFERING = {
     "internlm3": "turns rotary embeddings twice as far, but for a linear scaling",
     "lfm2_moe": "weights experts by a softmax, where the original takes sigmoids",
 }
+BUILD_IMPORT = b"from splitquant_mlx.nn.build_model import build_model\n"  # of the model files
 TABLES = ("quantization", "quantization_config", "splitquant", "model_file")
 
 
@@ -57,10 +58,11 @@ def write_config(config: dict[str, Any], layers: list[LayerRecord], directory: P
 
 
 def model_code(layers: Sequence[LayerRecord]) -> bytes:
-    """Return the model file of a checkpoint that needs one."""
+    """Return the model file of a checkpoint that needs one: layers, and what builds the model."""
     own = any(layer.mode in OWN_MODES for layer in layers)
-    name = "neighbour_file.py" if own else "model_file.py"
-    return resources.files("splitquant_mlx.nn").joinpath(name).read_bytes()
+    home = resources.files("splitquant_mlx.nn")
+    code = home.joinpath("neighbour_file.py" if own else "model_file.py").read_bytes()
+    return code.replace(BUILD_IMPORT, home.joinpath("build_model.py").read_bytes())
 
 
 def config_tables(layers: Sequence[LayerRecord]) -> dict[str, Any]:

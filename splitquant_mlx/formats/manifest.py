@@ -11,7 +11,7 @@ from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.settings import NonNegativeInt, load_json, record
 
 FILE_NAME = "splitquant.json"
-# the code that a checkpoint carries for mlx-lm, see nn/model_file and nn/neighbour_file
+# the code that a checkpoint carries for mlx-lm and mlx-vlm, see nn/model_file and nn/neighbour_file
 MODEL_FILE = "splitquant_model.py"
 # of layers with code of their own, and what the code needs to know of them beside the bits
 OWN_MODES = {"lut": "outliers", "mixed": "group_size"}

@@ -40,8 +40,7 @@ def runs_in(layers: Sequence[LayerRecord]) -> str:
     """Return the programs that run a model with these layers."""
     if not any(layer.needs_code for layer in layers):
         return "mlx-lm, LM Studio"
-    is_split = any(layer.action == "split" for layer in layers)
-    return "here, mlx-lm --trust-remote-code" + (", mlx-vlm" if is_split else "")
+    return "here, mlx-lm --trust-remote-code, mlx-vlm"
 
 
 def converted_in(directory: Path) -> list[LocalModel]:

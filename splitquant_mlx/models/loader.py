@@ -125,13 +125,14 @@ def _load_with_mlx_lm(
     from mlx_lm.utils import load_model as mlx_lm_load_model
 
     from splitquant_mlx.nn import model_file, neighbour_file
+    from splitquant_mlx.nn.build_model import ModelArgs
 
     options: dict[str, Any] = {"model_config": {}}
     foreign = config.get("model_file")
     if isinstance(config.get("splitquant"), dict) and foreign in (None, MODEL_FILE):
         options["model_config"]["model_file"] = None
         code = model_file if "layers" in config["splitquant"] else neighbour_file
-        options["get_model_classes"] = lambda config: (code.Model, code.ModelArgs)
+        options["get_model_classes"] = lambda config: (code.Model, ModelArgs)
     elif foreign and not trust_remote_code:
         raise CheckpointError(
             f"{directory} wants to run its own code, {foreign!r}: read it, and pass "

@@ -1,22 +1,23 @@
 """Run a SplitQuant checkpoint: the one file that such a checkpoint carries with it.
 
 mlx-lm builds a model from a checkpoint's own Python file when config.json names one as
-`model_file` and the user passes --trust-remote-code; this file is copied there, so it imports
-nothing but mlx and mlx-lm. splitquant-mlx itself builds the model from its own, installed, copy.
-mlx-vlm does the same, without a flag, with classes of its own: it asks the file for `ModelConfig`,
-and whatever else it asks for is answered by its own module of the architecture.
+`model_file` and the user passes --trust-remote-code, and so does mlx-vlm, without a flag; this
+file is copied there, with `build_model` in it, so it imports nothing but mlx. splitquant-mlx
+itself builds the model from its own, installed, copy.
 
 A split layer holds the codes of its k parts side by side along the input axis, which makes it a
 quantized linear layer of k * in inputs. Fed with k copies of x it returns the sum over the parts,
 accumulated in float32, in one kernel call: y = sum_c x @ dequantize(part_c).T + bias.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers.distributed import shard_inplace
 from mlx.utils import tree_unflatten
+
+from splitquant_mlx.nn.build_model import build_model
 
 
 class QuantizedSplitLinear(nn.Module):
@@ -117,28 +118,15 @@ class QuantizedSplitSwitchLinear(QuantizedSplitLinear):
         return y + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else y
 
 
-def replace_split_layers(model: nn.Module, layers: dict[str, dict]) -> None:
-    """Put empty split layers where `layers` (path -> clusters, group_size, bits) says.
-
-    The layers may be those of a part `language_model`, as in mlx-vlm's models.
-
-    Raises:
-        ValueError: when a path is not that of a linear layer of the model.
-    """
-    modules = dict(model.named_modules())
-    replaced = []
-    for name, settings in layers.items():
-        path = name if name in modules else f"language_model.{name}"
-        linear = modules.get(path)
-        is_stack = type(linear).__name__ == "SwitchLinear"  # mlx-lm's, or mlx-vlm's own
-        if linear is None or not (is_stack or type(linear) is nn.Linear):
-            raise ValueError(f"config.json splits {name!r}, which is no linear layer of this model")
-        *experts, output_dims, input_dims = linear.weight.shape
-        sizes = (*experts, input_dims, output_dims, "bias" in linear)
-        kind: type = QuantizedSplitSwitchLinear if is_stack else QuantizedSplitLinear
-        layer = kind(*sizes, **settings)
-        replaced.append((path, layer))
-    model.update_modules(tree_unflatten(replaced))
+def split_layer(_: str, linear: nn.Module | None, settings: dict) -> QuantizedSplitLinear | None:
+    """Return an empty split layer in the place of `linear`; None where that is no linear layer."""
+    is_stack = type(linear).__name__ == "SwitchLinear"  # mlx-lm's, or mlx-vlm's own
+    if linear is None or not (is_stack or type(linear) is nn.Linear):
+        return None
+    *experts, output_dims, input_dims = linear["weight"].shape
+    sizes = (*experts, input_dims, output_dims, "bias" in linear)
+    kind: type = QuantizedSplitSwitchLinear if is_stack else QuantizedSplitLinear
+    return kind(*sizes, **settings)
 
 
 class Sharded(nn.Module):
@@ -175,57 +163,6 @@ class Sharded(nn.Module):
         self.update_modules(tree_unflatten([(path, layer) for path, layer, _ in whole]))
 
 
-class ModelArgs:
-    """Carry config.json to `Model`."""
-
-    def __init__(self, config: dict):
-        self.config = config
-
-    @classmethod
-    def from_dict(cls, config: dict) -> "ModelArgs":
-        """Wrap `config` whole."""
-        return cls(config)
-
-
-class ModelConfig:
-    """Stand in for the configuration class of mlx-vlm's module of the architecture.
-
-    Attributes:
-        module: that module, once a config was read.
-    """
-
-    module: ClassVar[Any] = None
-
-    @classmethod
-    def from_dict(cls, config: dict) -> Any:
-        """Return that module's own configuration, with the split layers noted on it."""
-        from mlx_vlm.utils import get_model_and_args  # pyright: ignore[reportMissingImports]
-
-        plain = {key: value for key, value in config.items() if key != "model_file"}
-        cls.module, _ = get_model_and_args(plain)
-        found = cls.module.ModelConfig.from_dict(plain)
-        found.splitquant = config["splitquant"]
-        return found
-
-
-def __getattr__(name: str) -> Any:
-    """Answer mlx-vlm for the module of the architecture: `TextConfig`, `VisionModel`, ..."""
-    if name.startswith("_") or ModelConfig.module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(ModelConfig.module, name)
-
-
 def Model(args: Any) -> nn.Module:
-    """Build mlx-lm's own model of this architecture, or mlx-vlm's, with split layers in place."""
-    if not isinstance(args, ModelArgs):
-        model = ModelConfig.module.Model(args)
-        replace_split_layers(model, args.splitquant["layers"])
-        return model
-    from mlx_lm.utils import _get_classes
-
-    model_class, args_class = _get_classes(args.config)
-    if hasattr(model_class, "shard"):
-        model_class = type(model_class.__name__, (Sharded, model_class), {})
-    model = model_class(args_class.from_dict(args.config))
-    replace_split_layers(model, args.config["splitquant"]["layers"])
-    return model
+    """Build the model of the program that runs this, with split layers in place."""
+    return build_model(args, split_layer, Sharded)

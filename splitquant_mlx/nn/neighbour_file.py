@@ -1,7 +1,7 @@
 """Run a checkpoint of lookup tables or of mixed bits: the one file that it carries with it.
 
-As `model_file` does for split layers: mlx-lm builds the model from this file when the user passes
---trust-remote-code, so it imports nothing but mlx and mlx-lm.
+As `model_file` does for split layers: mlx-lm and mlx-vlm build the model from this file, so it
+imports nothing but mlx.
 
 Each row of a `LUTLinear` has a codebook of 2^bits values. It multiplies by what the codes stand
 for without making the weight: on a GPU a kernel reads the packed codes, looks each one up and adds
@@ -10,9 +10,12 @@ tokens are many, the weight is made by mlx's operations, and multiplied by. The 
 `MixedLinear` have codes of up to three numbers of bits, each of which is a quantized product.
 """
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+
+from splitquant_mlx.nn.build_model import build_model
 
 MOST_TOKENS = 8  # that the kernel takes: each reads all codes again
 LANES = 32  # threads that share a row
@@ -267,45 +270,21 @@ class MixedLinear(nn.Module):
 LAYERS = {"lut": LUTLinear, "mixed": MixedLinear}
 
 
-def replace_linear_layers(model: nn.Module, tables: dict[str, dict]) -> None:
-    """Put empty layers where `tables` (kind of `LAYERS` -> path -> its settings) says.
-
-    Raises:
-        ValueError: when a path is not that of a linear layer of the model.
-    """
-    modules = dict(model.named_modules())
-    replaced = []
-    for kind, layers in tables.items():
-        for path, settings in layers.items():
-            linear = modules.get(path)
-            if type(linear) is not nn.Linear:
-                raise ValueError(f"config.json: {kind} has {path!r}, which is no linear layer")
-            dims = reversed(linear.weight.shape)
-            replaced.append((path, LAYERS[kind](*dims, "bias" in linear, **settings)))
-    model.update_modules(tree_unflatten(replaced))
+def own_layer(kind: str, linear: nn.Module | None, settings: dict) -> nn.Module | None:
+    """Return an empty layer of `LAYERS` in the place of `linear`; None where that is not linear."""
+    if linear is None or type(linear) is not nn.Linear:
+        return None
+    return LAYERS[kind](*reversed(linear.weight.shape), "bias" in linear, **settings)
 
 
-class ModelArgs:
-    """Carry config.json to `Model`."""
+class Undivided(nn.Module):
+    """Refuse what mlx-lm's `shard` would do."""
 
-    def __init__(self, config: dict):
-        self.config = config
-
-    @classmethod
-    def from_dict(cls, config: dict) -> "ModelArgs":
-        """Wrap `config` whole."""
-        return cls(config)
-
-
-def Model(args: ModelArgs) -> nn.Module:
-    """Build mlx-lm's own model of this architecture, with its layers in place."""
-    from mlx_lm.utils import _get_classes
-
-    def shard(self: nn.Module, group: mx.distributed.Group | None = None) -> None:
+    def shard(self, group: mx.distributed.Group | None = None) -> None:
+        """Raise ValueError."""
         raise ValueError("its layers are not divided: use another method than lut or salience")
 
-    model_class, args_class = _get_classes(args.config)
-    model_class = type(model_class.__name__, (model_class,), {"shard": shard})
-    model = model_class(args_class.from_dict(args.config))
-    replace_linear_layers(model, args.config["splitquant"])
-    return model
+
+def Model(args: Any) -> nn.Module:
+    """Build the model of the program that runs this, with its layers in place."""
+    return build_model(args, own_layer, Undivided)

@@ -142,13 +142,12 @@ def test_other_programs_agree_with_mlx_lm(stock, older, vlm, converted, method, 
     for path in (path for name, path in converted.items() if name.startswith(method)):
         wanted = logits_of(stock, path, tmp_path, options=TRUST if FLAGS[method] else "")
         assert difference(logits_of(older, path, tmp_path), wanted) <= 1e-5
-        if method not in ("lut", "salience"):
-            assert difference(logits_of(vlm, path, tmp_path, "mlx_vlm"), wanted) <= 1e-5
+        assert difference(logits_of(vlm, path, tmp_path, "mlx_vlm"), wanted) <= 1e-5
 
 
-@pytest.mark.parametrize("method", ["auto", "splitquant"])
-def test_mlx_vlm_generates_our_text(vlm, converted, method, tmp_path):
-    path = converted[f"{method}, experts"]
+@pytest.mark.parametrize("name", ["auto, experts", "splitquant, experts", "lut", "salience"])
+def test_mlx_vlm_generates_our_text(vlm, converted, name, tmp_path):
+    path = converted[name]
     options = ["--model", path, "--prompt", PROMPT, "--max-tokens", "20", "--temperature", "0"]
     out = run(vlm, "-m", "mlx_vlm", "generate", *options, home=tmp_path)
     assert out.strip() == our_text(path, 20).strip()
