@@ -12,7 +12,6 @@ import mlx.nn as nn
 from splitquant_mlx.calibration.blocks import is_expert_stack
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.formats.head_file import COPIED
-from splitquant_mlx.formats.manifest import OWN_MODES
 from splitquant_mlx.models.architecture import parameters
 from splitquant_mlx.nn.split_layers import scale_dtype
 from splitquant_mlx.quantization.lut import index_dtype
@@ -175,11 +174,10 @@ def make_plan(recipe: Recipe, model: nn.Module, config: Mapping[str, Any]) -> Pl
 
 
 def _with_head(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
-    """Plan copies for a head where the embedding is quantized, and no layer needs other code."""
-    own_code = any(layer.action == "split" or layer.mode in OWN_MODES for layer in layers.values())
+    """Plan copies for a head where the embedding is quantized."""
     return {
         path: replace(layer, head=path.replace("model.embed_tokens", "lm_head"))
-        if layer.kind == "embedding" and layer.action == "quantize" and not own_code
+        if layer.kind == "embedding" and layer.action == "quantize"
         else layer
         for path, layer in layers.items()
     }

@@ -39,6 +39,8 @@ def problems(out, source=None):
         {"method": "rtn", "mode": "mxfp4"},
         {"method": "rtn", "refine": True, "calibration": Calibration(num_samples=2)},
         {"method": "auto", "target_bpw": 6.0, "calibration": Calibration(num_samples=2)},
+        {"method": "splitquant", "embeddings": "quantize"},
+        {"method": "lut", "calibration": Calibration(num_samples=2)},
     ],
 )
 def test_scales_and_biases_of_the_embedding_are_those_of_the_head_too(source, tmp_path, settings):
@@ -110,7 +112,7 @@ def test_a_head_of_its_own_in_a_file_of_that_name_is_used(source, tmp_path):
     ("architecture", "settings"),
     [
         ("gemma3_text", {"exclude": ("*embed_tokens",), "method": "rtn"}),
-        ("gemma3_text", {"method": "splitquant", "embeddings": "quantize"}),
+        ("gemma3_text", {"method": "splitquant"}),
         ("qwen3", {"method": "rtn"}),
     ],
 )

@@ -153,13 +153,23 @@ def test_mlx_vlm_generates_our_text(vlm, converted, name, tmp_path):
     assert out.strip() == our_text(path, 20).strip()
 
 
-@pytest.mark.parametrize("settings", [{}, {"embedding_bits": 8}, {"exclude": ("*embed_tokens",)}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "rtn"},
+        {"method": "rtn", "embedding_bits": 8},
+        {"method": "rtn", "exclude": ("*embed_tokens",)},
+        {"method": "splitquant", "embeddings": "quantize"},
+        {"method": "lut", "calibration": Calibration(num_samples=2)},
+    ],
+)
 def test_mlx_vlm_runs_gemma_3(stock, vlm, settings, tmp_path):
     """Its head is tied to a quantized embedding: see `formats.head_file`."""
     source = tiny.write_checkpoint(tmp_path / "source", "gemma3_text")
-    manifest = convert(source, tmp_path / "out", recipe=Recipe(method="rtn", **settings))
+    manifest = convert(source, tmp_path / "out", recipe=Recipe(**settings))
     assert manifest.warnings == ()
-    wanted = logits_of(stock, tmp_path / "out", tmp_path)
+    trust = TRUST if FLAGS[settings["method"]] else ""
+    wanted = logits_of(stock, tmp_path / "out", tmp_path, options=trust)
     found = logits_of(vlm, tmp_path / "out", tmp_path, "mlx_vlm")
     assert difference(found, wanted) <= 1e-5
 
