@@ -24,6 +24,7 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 TRUST = ", trust_remote_code=True"  # which older ones do without
 FLAGS = {"rtn": [], "imatrix": [], "gptq": [], "auto": [], "splitquant": ["--trust-remote-code"]}
 FLAGS["lut"] = FLAGS["salience"] = FLAGS["splitquant"]
+EXPERTS = ("auto", "splitquant", "lut", "salience")  # methods that convert a mixture, too
 
 
 MLX = f"mlx[cpu]=={version('mlx')}" if sys.platform == "linux" else f"mlx=={version('mlx')}"
@@ -74,8 +75,10 @@ def converted(stories, mixture, tmp_path_factory) -> dict[str, Path]:
             "salience": {"group_size": 32},
         }.get(method, {})
         convert(source, home / method, recipe=Recipe(method=method, **own, **target))
-        if method in ("auto", "splitquant"):
-            convert(mixture, home / f"{method}, experts", recipe=Recipe(method=method, **own))
+        if method in EXPERTS:
+            target.pop("target_bpw", None)
+            recipe = Recipe(method=method, **own, **target)
+            convert(mixture, home / f"{method}, experts", recipe=recipe)
     return {path.name: path for path in home.iterdir() if path != source}
 
 
@@ -145,9 +148,9 @@ def test_other_programs_agree_with_mlx_lm(stock, older, vlm, converted, method, 
         assert difference(logits_of(vlm, path, tmp_path, "mlx_vlm"), wanted) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["auto, experts", "splitquant, experts", "lut", "salience"])
-def test_mlx_vlm_generates_our_text(vlm, converted, name, tmp_path):
-    path = converted[name]
+@pytest.mark.parametrize("method", EXPERTS)
+def test_mlx_vlm_generates_our_text(vlm, converted, method, tmp_path):
+    path = converted[f"{method}, experts"]
     options = ["--model", path, "--prompt", PROMPT, "--max-tokens", "20", "--temperature", "0"]
     out = run(vlm, "-m", "mlx_vlm", "generate", *options, home=tmp_path)
     assert out.strip() == our_text(path, 20).strip()
