@@ -12,7 +12,7 @@ from splitquant_mlx import TargetError, convert
     ("options", "wanted"),
     [
         (["--bits", "7"], "--bits: expected 2, 3, 4, 5, 6 or 8, got 7"),
-        (["--bits", "four"], "Invalid value for '--bits' / '--q-bits'"),
+        (["--bits", "four"], "--bits: expected a whole number, got 'four'"),
         (["--group-size", "48"], "--group-size: expected 16, 32, 64 or 128, got 48"),
         (["--group-size", "128"], "group size 128 divides the width of no layer"),
         (["--clusters", "1"], "--clusters: expected at least 2, got 1"),

@@ -85,8 +85,8 @@ def refusal(capsys, *arguments: str) -> str:
     [
         (["--model", "./missing"], "no such path: './missing'"),
         (["--port", "70000"], "--port: expected at most 65535, got 70000"),
-        (["--hots", "x"], "No such option: --hots"),
-        (["--temp", "warm"], "'--temp': "),
+        (["--hots", "x"], "no such option --hots: did you mean --host?"),
+        (["--temp", "warm"], "--temp: expected a number, got 'warm'"),
         (["--api-key", ""], "--api-key: expected printable characters"),
         (["--api-key", "a\n"], "--api-key: expected printable characters"),
         (["--max-concurrent", "0"], "--max-concurrent: expected greater than 0, got 0"),
