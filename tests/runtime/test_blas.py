@@ -35,6 +35,28 @@ def test_a_machine_without_any_is_told_so(monkeypatch):
     assert blas.preload.__wrapped__() is (False if sys.platform == "linux" else None)
 
 
+IDLE = """
+import time
+from splitquant_mlx.runtime import blas
+blas.preload()
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+x = mx.ones((256, 256))
+mx.eval(x @ x)
+before = time.process_time()
+for _ in range(40):
+    mx.eval(x @ x)
+    time.sleep(0.02)
+print(time.process_time() - before)
+"""
+
+
+def test_threads_of_openblas_sleep_between_products():
+    """By default they are busy for the 20 ms that lie between them."""
+    done = subprocess.run([sys.executable, "-c", IDLE], capture_output=True, text=True)
+    assert float(done.stdout) < 0.6, done.stderr  # 0.3, and 0.8 by default
+
+
 MEMORY = """
 import resource
 from splitquant_mlx.runtime import blas
