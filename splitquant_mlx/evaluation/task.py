@@ -18,7 +18,7 @@ from splitquant_mlx.evaluation.divergence import measure_divergence
 from splitquant_mlx.evaluation.paired import compare
 from splitquant_mlx.evaluation.perplexity import measure_perplexity
 from splitquant_mlx.evaluation.reference import open_reference
-from splitquant_mlx.evaluation.settings import ARC_TASKS, CONTEXT_LENGTH, Task
+from splitquant_mlx.evaluation.settings import ARC_TASKS, CONTEXT_LENGTH, TASKS, Task
 from splitquant_mlx.models.config import read_config
 from splitquant_mlx.models.footprint import context_limit
 from splitquant_mlx.models.lazy import LazyModel, open_model
@@ -220,7 +220,7 @@ def _harness(own: LazyModel, task: Task, group: Group | None, progress: Progress
     from splitquant_mlx.evaluation.harness import run_task
 
     if task.data or task.shots:
-        near = get_close_matches(task.name, (*ARC_TASKS, "perplexity", "kl"), n=1)
+        near = get_close_matches(task.name, TASKS, n=1)
         meant = f"did you mean {near[0]}? Task {task.name}" if near else f"task {task.name}"
         raise RecipeError(f"{meant} is lm-eval's, which has its own data: leave out --data")
     found = run_task(
