@@ -43,6 +43,9 @@ from splitquant_mlx.quantization.split import cluster_weight, parts_of
 from splitquant_mlx.quantization.split_cpu import code_split
 from splitquant_mlx.recipe import OWN_LAYERS
 
+Stored = Quantized | Lut | Mixed
+# names of their tensors, each once
+LEAVES = tuple(dict.fromkeys((*Quantized._fields, *Lut._fields, *Mixed._fields)))
 BLOCK = 1 << 19  # entries
 LARGE = 1 << 24  # entries that one core is not left alone with
 HELPER = "helper"  # begins the names of the threads that share a large weight
@@ -57,7 +60,7 @@ class Outcome(NamedTuple):
         cluster_s: time of the clustering, s.
     """
 
-    quantized: Quantized | Lut | Mixed
+    quantized: Stored
     cut_points: tuple[float, ...] = ()
     cluster_s: float = 0.0
 

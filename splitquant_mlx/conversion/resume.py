@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from splitquant_mlx.conversion.plan import LayerPlan
+from splitquant_mlx.conversion.quantizers import LEAVES
 from splitquant_mlx.errors import TargetError
 from splitquant_mlx.formats.manifest import LayerRecord
 from splitquant_mlx.formats.shard_writer import ShardWriter, UnfinishedShard
-from splitquant_mlx.quantization.affine import Quantized
-from splitquant_mlx.quantization.lut import Lut
-from splitquant_mlx.quantization.salience import Mixed
 from splitquant_mlx.runtime.journal import Journal
 from splitquant_mlx.settings import load_json, record
 
@@ -101,8 +99,7 @@ class ConversionState:
         """Return whether all tensors made of parameter `name`, the weight of `layer`, are there."""
         if layer is None:
             return name not in self._writer.missing
-        leaves = (*Quantized._fields, *Lut._fields, *Mixed._fields)
-        names = {f"{layer.path}.{leaf}" for leaf in leaves}
+        names = {f"{layer.path}.{leaf}" for leaf in LEAVES}
         return layer.path in self.records and not names & self._writer.missing
 
     def seconds_since(self, started: float) -> dict[str, float]:

@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from splitquant_mlx.conversion.original import compare
 from splitquant_mlx.conversion.plan import LayerPlan
+from splitquant_mlx.conversion.quantizers import LEAVES
 from splitquant_mlx.conversion.save import TABLES, config_tables
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.head_file import COPIED
@@ -25,14 +26,10 @@ from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.models.source import Source, resolve
 from splitquant_mlx.progress import Progress, Silent
-from splitquant_mlx.quantization.affine import Quantized
-from splitquant_mlx.quantization.lut import Lut
-from splitquant_mlx.quantization.salience import Mixed
 from splitquant_mlx.recipe import OWN_LAYERS
 from splitquant_mlx.runtime.disk import sha256
 
 Headers = dict[str, TensorHeader]
-LEAVES = tuple(dict.fromkeys((*Quantized._fields, *Lut._fields, *Mixed._fields)))
 
 
 @dataclass(frozen=True, kw_only=True)

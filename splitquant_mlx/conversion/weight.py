@@ -9,7 +9,7 @@ import numpy as np
 
 from splitquant_mlx.calibration.statistics import Mean
 from splitquant_mlx.conversion.plan import LayerPlan
-from splitquant_mlx.conversion.quantizers import BLOCK, QUANTIZERS
+from splitquant_mlx.conversion.quantizers import BLOCK, QUANTIZERS, Stored
 from splitquant_mlx.nn.neighbour_file import lut_weight, mixed_weight
 from splitquant_mlx.quantization.affine import Quantized, dequantize
 from splitquant_mlx.quantization.lut import Lut
@@ -86,9 +86,7 @@ def require_finite(w: mx.array) -> None:
             raise ValueError("holds NaN or infinite values")
 
 
-def _require_in_range(
-    w: mx.array, quantized: Quantized | Lut | Mixed, bits: int, noise: float
-) -> None:
+def _require_in_range(w: mx.array, quantized: Stored, bits: int, noise: float) -> None:
     """Raise ValueError where scale * code or a bias is more than their type holds, or NaN.
 
     `noise` of a sample of rows is infinite or NaN where those are.
@@ -102,12 +100,10 @@ def _require_in_range(
         raise ValueError(f"holds values up to {mx.abs(w).max().item()}, too large to quantize")
 
 
-def stored_rows(
-    stored: Quantized | Lut | Mixed, rows: slice, *, bits: int, group_size: int, mode: str
-) -> mx.array:
+def stored_rows(stored: Stored, rows: slice, *, bits: int, group_size: int, mode: str) -> mx.array:
     """Return rows of the float32 weight, of all experts together, that stored tensors stand for."""
     if isinstance(stored, Mixed):
-        return mixed_weight(*stored)[rows]
+        return mixed_weight(*stored, rows)
     own = (None if a is None else a.reshape(-1, a.shape[-1])[rows] for a in stored)
     if isinstance(stored, Lut):
         return lut_weight(*own).astype(mx.float32)  # type: ignore[arg-type]
@@ -115,7 +111,7 @@ def stored_rows(
     return dequantize(Quantized(*own), **settings)  # type: ignore[arg-type]
 
 
-def _snr_db(w: mx.array, quantized: Quantized | Lut | Mixed, layer: LayerPlan) -> float | None:
+def _snr_db(w: mx.array, quantized: Stored, layer: LayerPlan) -> float | None:
     rows = slice(None, None, -(-w.size // SAMPLE))
     sizes = {"bits": layer.bits, "group_size": layer.group_size, "mode": layer.mode}
     squares = row_squares(w.reshape(-1, w.shape[-1])[rows], stored_rows(quantized, rows, **sizes))

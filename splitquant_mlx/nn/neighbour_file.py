@@ -18,6 +18,7 @@ import mlx.nn as nn
 from splitquant_mlx.nn.build_model import build_model
 
 MOST_TOKENS = 8  # that the kernel takes: each reads all codes again
+ALL = slice(None)
 LANES = 32  # threads that share a row
 
 # for one row and one token; 8 codes are `BITS` bytes
@@ -206,11 +207,11 @@ def two_bits(words: mx.array) -> mx.array:
 
 
 def mixed_weight(
-    weight: mx.array, scales: mx.array, biases: mx.array, widths: mx.array
+    weight: mx.array, scales: mx.array, biases: mx.array, widths: mx.array, rows: slice = ALL
 ) -> mx.array:
-    """Return the float32 weight (out, in) that codes of several numbers of bits stand for."""
+    """Return rows of the float32 weight (out, in) that codes of different bits stand for."""
     parts = mixed_parts(weight, scales.astype(mx.float32), biases.astype(mx.float32), widths)
-    columns = [mx.dequantize(*own, **settings) for _, own, settings in parts]  # type: ignore
+    columns = [mx.dequantize(*(a[rows] for a in own), **settings) for _, own, settings in parts]  # type: ignore
     order = mx.concatenate([inputs for inputs, _, _ in parts])
     return mx.concatenate(columns, axis=1)[:, mx.argsort(order)]
 
