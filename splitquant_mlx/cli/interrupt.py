@@ -21,7 +21,7 @@ GRACE_S = 1.5
 RANKS_GRACE_S = 3.0  # for what they still have to tell one another
 RESUMED = "Run the same command to go on."
 
-_state = {"hint": "", "last": int(signal.SIGINT), "own": 0, "wakeup": -1, "server": False}
+_state = {"hint": "", "last": int(signal.SIGINT), "server": False}
 
 
 def resumes(hint: str = RESUMED) -> None:
@@ -51,15 +51,9 @@ def serves() -> None:
 
 @contextmanager
 def handled(signals: int = 1_000_000) -> Iterator[None]:
-    """Let a block handle that many signals itself; the next one ends the process at once."""
-    _state["own"] = signals
-    # an event loop, such as that of a prompt, takes the descriptor away
-    before = signal.set_wakeup_fd(_state["wakeup"], warn_on_full_buffer=False)
-    try:
+    """Let a block handle that many signals itself; the next one ends the process."""
+    with _told(signals):
         yield
-    finally:
-        _state["own"] = 0
-        signal.set_wakeup_fd(before)
 
 
 @contextmanager
@@ -68,28 +62,40 @@ def watched() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _state.update(hint="", own=0, last=int(signal.SIGINT), server=False)
+    _state.update(hint="", last=int(signal.SIGINT), server=False)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():
         if handler != signal.SIG_IGN:  # as nohup makes it
             signal.signal(number, _interrupt)
+    try:
+        with _told(0):
+            yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _told(handles: int) -> Iterator[None]:
+    """Tell a thread of each signal that comes in the block, which handles so many itself.
+
+    Each block has a pipe of its own, so that a signal counts for the block that it came in,
+    however late the thread hears of it.
+    """
     heard, told = os.pipe()
     os.set_blocking(told, False)
-    _state["wakeup"] = told
-    descriptor = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
-    thread = threading.Thread(target=_watch, args=(heard,), daemon=True)
+    # an event loop, such as that of a prompt, takes the descriptor away while it runs
+    before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_watch, args=(heard, handles), daemon=True)
     thread.start()
     try:
         yield
     finally:
-        signal.set_wakeup_fd(descriptor)
-        _state["wakeup"] = -1
+        signal.set_wakeup_fd(before)
         os.write(told, b"\0")  # ends the thread
         thread.join()
         os.close(told)
         os.close(heard)
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
@@ -97,13 +103,13 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _watch(heard: int) -> None:
+def _watch(heard: int, handles: int) -> None:
     while number := os.read(heard, 1)[0]:
         if signal.getsignal(number) == signal.SIG_IGN:
             continue
         _state["last"] = number
-        if _state["own"]:
-            _state["own"] -= 1
+        if handles:
+            handles -= 1
             continue
         grace_s = RANKS_GRACE_S if any(name in os.environ for name in RANKS) else GRACE_S
         if select.select([heard], [], [], grace_s)[0] and not os.read(heard, 1)[0]:

@@ -42,6 +42,34 @@ def test_a_signal_ends_what_computes_for_long(numbers):
     assert err == "Interrupted. Run the same command to go on.\n"
 
 
+# the thread hears of the signal when the block has ended: it has not run before
+HANDLED = """
+import os, signal, time
+from splitquant_mlx.cli import interrupt
+with interrupt.watched():
+    for _ in range(3):
+        came = []
+        signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+        with interrupt.handled(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert came == [signal.SIGINT]
+    time.sleep(2 * interrupt.GRACE_S)
+    print("goes on")
+    with interrupt.handled(1):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(30)
+"""
+
+
+def test_a_block_handles_its_own_signals_and_no_more():
+    ended = subprocess.run(
+        [sys.executable, "-c", HANDLED], capture_output=True, text=True, timeout=25
+    )
+    assert ended.stdout == "goes on\n"
+    assert (ended.returncode, ended.stderr) == (130, "Interrupted.\n")
+
+
 # an import that loses exceptions, as callbacks from C do
 IMPORTING = """
 import sys, time
