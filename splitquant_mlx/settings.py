@@ -89,6 +89,7 @@ def explain(exc: ValidationError, kind: Any = None) -> str:
     if problem["type"] == "value_error":  # raised by this package, which says what it got
         reason = message.removeprefix("Value error, ")
         return f"{where:.80}: {reason}" if path else reason
+    message = re.sub(r", unable to parse .*", "", message)
     expected = re.sub(r"^Input should be (a valid |an instance of )?", "expected ", message)
     for theirs, ours in WORDS.items():
         expected = expected.replace(theirs, ours)

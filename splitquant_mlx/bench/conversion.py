@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from splitquant_mlx.bench.programs import OURS, Run, check_trials, run_program
+from splitquant_mlx.bench.programs import OURS, Run, run_program
 from splitquant_mlx.formats.manifest import load_manifest
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.runtime.environment import made_with
@@ -45,7 +45,6 @@ def bench_convert(
     Raises:
         SplitQuantError: when a program fails.
     """
-    check_trials(trials)
     target = scratch / "bench-convert"
     ours = [*OURS, "convert", "--model", str(model), "--mlx-path", str(target)]
     theirs = [sys.executable, "-m", "mlx_lm", "convert", "--hf-path", str(model), "-q"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from splitquant_mlx.bench.conversion import run_conversion
-from splitquant_mlx.bench.programs import OURS, check_trials
+from splitquant_mlx.bench.programs import OURS
 from splitquant_mlx.bench.random_checkpoint import SHAPES, Shape, write_random_checkpoint
 from splitquant_mlx.progress import Advance, Progress, Silent
 from splitquant_mlx.runtime.environment import made_with
@@ -43,7 +43,6 @@ def bench_memory(
         RecipeError: when there is nothing to measure.
         SplitQuantError: when a conversion fails.
     """
-    check_trials(trials)
     progress = progress or Silent()
     shapes = [SHAPES["tiny"], *(replace(shape, num_hidden_layers=depth) for depth in layers)]
     found = []

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from splitquant_mlx.bench import launch
-from splitquant_mlx.errors import RecipeError, SplitQuantError
+from splitquant_mlx.errors import SplitQuantError
 
 OURS = (sys.executable, "-m", "splitquant_mlx")
 
@@ -73,9 +73,3 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
         "min": min(values),
         "max": max(values),
     }
-
-
-def check_trials(trials: int) -> None:
-    """Refuse to measure nothing. Raises RecipeError."""
-    if trials < 1:
-        raise RecipeError(f"--trials: expected 1 or more, got {trials}")

@@ -1,7 +1,6 @@
 """Write checkpoints of well-known shapes with random weights, to time and measure on."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,11 +10,12 @@ from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.formats.shard_writer import MAX_SHARD_BYTES, ShardWriter
 from splitquant_mlx.models.architecture import build_model, parameters
 from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.settings import NonNegativeInt, PositiveInt, settings
 
 STANDARD_DEVIATION = 0.02
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Shape:
     """Sizes of a Llama model, or with experts of a Qwen3 mixture, named as in config.json.
 
@@ -25,22 +25,18 @@ class Shape:
         RecipeError: when a size is below 1, or the heads do not divide what they share.
     """
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    vocab_size: int = 128256
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt
+    vocab_size: PositiveInt = 128256
     tie_word_embeddings: bool = False
-    num_experts: int = 0
-    num_experts_per_tok: int = 0
+    num_experts: NonNegativeInt = 0
+    num_experts_per_tok: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         """Refuse sizes that no such model has."""
-        may_be_zero = ("tie_word_embeddings", "num_experts", "num_experts_per_tok")
-        for name, value in vars(self).items():
-            if name not in may_be_zero and value < 1:
-                raise RecipeError(f"{name}: expected 1 or more, got {value}")
         # rotary position embeddings turn pairs of a head's entries
         if self.hidden_size % (2 * self.num_attention_heads):
             raise RecipeError(

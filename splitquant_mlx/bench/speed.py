@@ -12,14 +12,15 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from splitquant_mlx.bench.programs import OURS, check_trials, run_program, spread
-from splitquant_mlx.errors import RecipeError, SplitQuantError
+from splitquant_mlx.bench.programs import OURS, run_program, spread
+from splitquant_mlx.bench.workload import Workload
+from splitquant_mlx.errors import SplitQuantError
 from splitquant_mlx.models.source import Source, resolve
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.runtime.environment import made_with
@@ -27,31 +28,6 @@ from splitquant_mlx.runtime.environment import made_with
 WARM_UP_TOKENS = 4
 RATES = ("prompt_tps", "generation_tps")
 COSTS = ("import_s", "load_s", "first_token_s", "peak_bytes")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """Say how much is generated in one trial.
-
-    Attributes:
-        prompt_tokens: random tokens to prefill, of each prompt.
-        generation_tokens: to decode, of each answer.
-        batch_size: prompts decoded together.
-
-    Raises:
-        RecipeError: when one is below 1.
-    """
-
-    prompt_tokens: int = 512
-    generation_tokens: int = 128
-    batch_size: int = 1
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value < 1:
-                raise RecipeError(
-                    f"--{name.replace('_', '-')}: expected a whole number above 0, got {value}"
-                )
 
 
 def bench_speed(
@@ -81,7 +57,6 @@ def bench_speed(
     Raises:
         SplitQuantError: when a model cannot be had, or a trial fails.
     """
-    check_trials(trials)
     workload = workload or Workload()
     sources = [resolve(model) for model in models]
     found: list[list[dict[str, Any]]] = [[] for _ in sources]

@@ -2,11 +2,13 @@
 
 import re
 from difflib import get_close_matches
-from itertools import pairwise
 from typing import Any
 
 import typer
 import typer.core
+from pydantic import ValidationError
+
+from splitquant_mlx.settings import explain
 
 # click's UsageError, which typer brings along under a name of its own in some versions
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -37,18 +39,17 @@ class Command(typer.core.TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read a command line; what does not fit is answered with what was meant."""
-        given = list(args)
         try:
             return super().parse_args(ctx, args)
         except UsageError as exc:
-            raise UsageError(_explained(exc, given, self.params), ctx) from exc
+            raise UsageError(_explained(exc, self.params), ctx) from exc
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help."""
         print_help(self, ctx)
 
 
-def _explained(exc: Any, given: list[str], parameters: list[Any]) -> str:
+def _explained(exc: Any, parameters: list[Any]) -> str:
     """Return what was meant, or expected, where a command line does not fit."""
     text = exc.format_message()
     if near := getattr(exc, "possibilities", None):
@@ -57,12 +58,10 @@ def _explained(exc: Any, given: list[str], parameters: list[Any]) -> str:
     extra = re.search(r"unexpected extra .*\((.*)\)$", text)
     if extra and any("--mlx-path" in parameter.opts[:1] for parameter in parameters):
         return f"what is {extra[1]}? The directory to write is --mlx-path"
-    if kind := re.search(r"Input should be a valid (integer|number)", text):
-        names = exc.param.opts
-        words = [piece for word in given for piece in word.split("=", 1)]
-        value = next((after for word, after in pairwise(words) if word in names), "")
-        expected = {"integer": "a whole number", "number": "a number"}[kind[1]]
-        return f"{names[0]}: expected {expected}, got {value!r}"
+    if isinstance(exc.__cause__, ValidationError):
+        reason = re.sub(r"^(content|\d+): ", "", explain(exc.__cause__))
+        reason = re.sub(r"^('.*') is not one of (.*)\.$", r"expected one of \2, got \1", reason)
+        return f"{exc.param.opts[0]}: {reason}"
     return text
 
 

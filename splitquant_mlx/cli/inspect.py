@@ -46,7 +46,10 @@ CutPoints = Annotated[
 Clusters = Annotated[
     int,
     typer.Option(
-        help="Parts to cluster an unconverted model's layers into.", rich_help_panel=WEIGHTS
+        min=2,
+        max=8,
+        help="Parts to cluster an unconverted model's layers into.",
+        rich_help_panel=WEIGHTS,
     ),
 ]
 
@@ -64,8 +67,6 @@ def inspect(
     """Show what a model is, and its layers; or one layer's histogram."""
     if png is not None and layer is None:
         raise RecipeError("--png shows one layer: say which with --layer")
-    if not 2 <= clusters <= 8:
-        raise RecipeError(f"--clusters: expected 2 to 8, got {clusters}")
     name = model.choose()
     console.check_json(json_file)
     start(model.device)

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.settings import settings
+from splitquant_mlx.settings import PositiveInt, settings
 
 ARC_TASKS = ("arc_challenge", "arc_easy")
 TASKS = (*ARC_TASKS, "perplexity", "kl")
@@ -36,13 +36,11 @@ class Task:
     num_shots: int | None = None
     data: Path | None = None
     shots: Path | None = None
-    limit: int | None = None
+    limit: PositiveInt | None = None
     context_length: int | None = None
     stride: int | None = None
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise RecipeError(f"limit: expected 1 or more, got {self.limit}")
         if "," in self.name:
             raise RecipeError(f"task {self.name!r}: one task at a time")
         meant = ALIASES.get(self.name, ())

@@ -4,17 +4,22 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.settings import NonNegativeInt, settings
 
 # A KV cache of limited size never drops the first tokens, on which models lean; as in mlx-lm.
 KEPT_TOKENS = 4
+KVBits = Literal[2, 3, 4, 5, 6, 8]
+KVGroupSize = Literal[32, 64, 128]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Decoding:
     """Settings of sampling and of the KV cache; names and meanings are mlx-lm's.
 
@@ -33,37 +38,21 @@ class Decoding:
         RecipeError: when a setting is out of range or does not fit the others.
     """
 
-    max_tokens: int = 256
-    temp: float = 0.0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    top_k: int = 0
-    max_kv_size: int | None = None
-    kv_bits: int | None = None
-    kv_group_size: int = 64
-    quantized_kv_start: int = 5000
+    max_tokens: Annotated[int, Field(ge=-1)] = 256
+    temp: Annotated[float, Field(ge=0)] = 0.0
+    top_p: Share = 1.0
+    min_p: Share = 0.0
+    top_k: NonNegativeInt = 0
+    max_kv_size: Annotated[int, Field(gt=KEPT_TOKENS)] | None = None
+    kv_bits: KVBits | None = None
+    kv_group_size: KVGroupSize = 64
+    quantized_kv_start: NonNegativeInt = 5000
 
     def __post_init__(self) -> None:
-        """Refuse what mlx-lm would ignore, or stumble over in the middle of an answer."""
-        kv_size = self.max_kv_size
-        for name, right, expected in (
-            ("max_tokens", self.max_tokens > 0 or self.max_tokens == -1, "1 or more, or -1"),
-            ("temp", self.temp >= 0, "0 or more"),
-            ("top_p", 0 <= self.top_p <= 1, "0 to 1"),
-            ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("max_kv_size", kv_size is None or kv_size > KEPT_TOKENS, "5 or more"),
-            ("kv_bits", self.kv_bits in (None, 2, 3, 4, 5, 6, 8), "2, 3, 4, 5, 6 or 8"),
-            ("kv_group_size", self.kv_group_size in (32, 64, 128), "32, 64 or 128"),
-            ("quantized_kv_start", self.quantized_kv_start >= 0, "0 or more"),
-        ):
-            if not right:
-                option = "--" + name.replace("_", "-")
-                raise RecipeError(f"{option}: expected {expected}, got {getattr(self, name)}")
-        if self.kv_bits is not None and kv_size is not None:
-            raise RecipeError(
-                "--kv-bits and --max-kv-size: mlx-lm cannot quantize a limited KV cache: give one"
-            )
+        if self.max_tokens == 0:
+            raise RecipeError("max_tokens: expected 1 or more, or -1, got 0")
+        if self.kv_bits is not None and self.max_kv_size is not None:
+            raise RecipeError("kv_bits: mlx-lm quantizes no KV cache that max_kv_size limits")
 
     def options(self, group: Any = None) -> dict[str, Any]:
         """Return the keyword arguments for mlx-lm's `generate`, all but `prompt_cache`.

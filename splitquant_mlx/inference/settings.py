@@ -5,11 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from splitquant_mlx.inference.decoding import KVBits, KVGroupSize
 from splitquant_mlx.settings import settings
 
 ABOVE_0, UP_TO_1, LIST = Field(gt=0), Field(ge=0, le=1), Field(strict=False)
-KVBits = Literal[2, 3, 4, 5, 6, 8]
-KVGroup = Literal[32, 64, 128]
 Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 Names = tuple[str, ...]
 
@@ -50,7 +49,7 @@ class ServeSettings:
     prompt_cache_size: Annotated[int, "KV caches of earlier prompts that are kept.", ABOVE_0] = 10
     prompt_cache_bytes: Annotated[int | None, "Most bytes of the KV caches kept.", ABOVE_0] = None
     kv_bits: Annotated[KVBits | None, "Bits of a quantized KV cache; no batches."] = None
-    kv_group_size: Annotated[KVGroup, "Group size of a quantized KV cache."] = 64
+    kv_group_size: Annotated[KVGroupSize, "Group size of a quantized KV cache."] = 64
     quantized_kv_start: Annotated[int, "Token where the KV cache begins to be quantized."] = 5000
     pipeline: Annotated[bool, "Divide the layers among the ranks, not each layer."] = False
     log_level: Annotated[Level, "DEBUG, INFO (each request), WARNING, ERROR or CRITICAL."] = "INFO"

@@ -37,7 +37,7 @@ def test_shapes_have_the_parameters_of_their_names():
     ("sizes", "named"),
     [
         ({"hidden_size": 132}, "hidden_size: expected a multiple of 8"),
-        ({"intermediate_size": 0}, "intermediate_size: expected 1 or more, got 0"),
+        ({"intermediate_size": 0}, "intermediate_size: expected at least 1, got 0"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of the 4"),
     ],
 )
@@ -63,9 +63,9 @@ def test_command_writes_the_sizes_asked_for(tmp_path):
     ("arguments", "named"),
     [
         (["gpt-2"], "expected one of tiny, deep, llama-3.2-1b"),
-        (["tiny", "--layers", "0"], "num_hidden_layers: expected 1 or more, got 0"),
-        (["tiny", "--shard-size", "0"], "--shard-size: expected a size above 0 MB, got 0"),
-        (["tiny", "--dtype", "int8"], "--dtype: expected one of float16"),
+        (["tiny", "--layers", "0"], "num_hidden_layers: expected at least 1, got 0"),
+        (["tiny", "--shard-size", "0"], "--shard-size: expected at least 0.001, got"),
+        (["tiny", "--dtype", "int8"], "--dtype: expected one of 'float16'"),
     ],
 )
 def test_command_refuses_before_it_writes(tmp_path, capsys, arguments, named):

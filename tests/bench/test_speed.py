@@ -97,6 +97,5 @@ def test_what_is_missing_is_asked_for(capsys):
 
 @pytest.mark.parametrize("name", ["prompt_tokens", "generation_tokens", "batch_size"])
 def test_empty_workload_is_refused(name):
-    option = name.replace("_", "-")
-    with pytest.raises(RecipeError, match=f"--{option}: expected a whole number above 0, got 0"):
+    with pytest.raises(RecipeError, match=f"{name}: expected at least 1, got 0"):
         Workload(**{name: 0})

@@ -12,7 +12,7 @@ from splitquant_mlx import TargetError, convert
     ("options", "wanted"),
     [
         (["--bits", "7"], "--bits: expected 2, 3, 4, 5, 6 or 8, got 7"),
-        (["--bits", "four"], "--bits: expected a whole number, got 'four'"),
+        (["--bits", "four"], "--bits: expected an integer, got 'four'"),
         (["--group-size", "48"], "--group-size: expected 16, 32, 64 or 128, got 48"),
         (["--group-size", "128"], "group size 128 divides the width of no layer"),
         (["--clusters", "1"], "--clusters: expected at least 2, got 1"),
@@ -36,7 +36,7 @@ from splitquant_mlx import TargetError, convert
         (["--exclude", "*.norm"], "exclude pattern '*.norm' matches no layer of this model"),
         (["--exclude", "*"], "include and exclude leave no layer to convert"),
         (["--revision", "main"], "is a local path: a revision (main) is for hub repos only"),
-        (["--device", "tpu"], "--device: expected cpu or gpu, got 'tpu'"),
+        (["--device", "tpu"], "--device: expected one of 'cpu', 'gpu', got 'tpu'"),
         (["--nosuch"], "No such option: --nosuch"),
         (["--recipe", "/nosuch.toml"], "cannot read /nosuch.toml: No such file or directory"),
     ],

@@ -184,7 +184,7 @@ def test_help_is_a_command_and_others_names_are_explained(command, capsys):
         (["completion"], "it is '--install-completion' here"),
         (["convert", "a", "b"], "what is b? The directory to write is --mlx-path"),
         (["convert", "--metod", "gptq"], "no such option --metod: did you mean --method? (see"),
-        (["convert", "a", "--bits", "4bit"], "--bits: expected a whole number, got '4bit'"),
+        (["convert", "a", "--bits", "4bit"], "--bits: expected an integer, got '4bit'"),
         (["convert", "a", "--target-bpw=x"], "--target-bpw: expected a number, got 'x'"),
         (["generate", "a", "--tmep", "1"], "no such option --tmep: did you mean --temp?"),
         (["bench", "sped"], "Did you mean 'speed'?"),
@@ -327,7 +327,7 @@ def test_self_check_sees_a_wrong_kernel(monkeypatch):
 def test_unknown_device_is_refused(capsys, name, stories):
     options = [] if name == "doctor" else ["--model", str(stories)]
     assert cli.run([name, *options, "--device", "tpu"]) == 2
-    assert "--device: expected cpu or gpu, got 'tpu'" in capsys.readouterr().err
+    assert "--device: expected one of 'cpu', 'gpu', got 'tpu'" in capsys.readouterr().err
 
 
 def test_version_and_module_form():

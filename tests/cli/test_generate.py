@@ -133,12 +133,12 @@ def test_a_limited_kv_cache_changes_nothing_while_it_is_not_full(split_stories, 
     ("options", "message"),
     [
         (["--max-tokens", "0"], "--max-tokens: expected 1 or more, or -1, got 0"),
-        (["--temp", "-1"], "--temp: expected 0 or more, got -1.0"),
+        (["--temp", "-1"], "--temp: expected at least 0, got -1.0"),
         (["--temp", "1", "--top-k", "9999"], "cannot run this model with these settings"),
         (["--chat-template-config", "{"], "is not JSON"),
         (["--chat-template-config", "[]"], "expected a JSON object"),
         (["--revision", "main"], "a revision (main) is for hub repos only"),
-        (["--device", "tpu"], "expected cpu or gpu, got 'tpu'"),
+        (["--device", "tpu"], "expected one of 'cpu', 'gpu', got 'tpu'"),
     ],
 )
 def test_refusals_are_one_line(split_stories, capsys, options, message):

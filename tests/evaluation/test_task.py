@@ -58,7 +58,7 @@ def test_perplexity_and_divergence(evaluated, stories, split_stories, text_file)
     [
         (("--task", "kl"), "name it (--reference)"),
         (("--task", "perplexity", "--reference", "x"), "takes no --reference"),
-        (("--task", "arc_easy", "--limit", "0"), "limit: expected 1 or more"),
+        (("--task", "arc_easy", "--limit", "0"), "limit: expected at least 1"),
         (("--task", "arc_easy", "--data", "missing.jsonl"), "missing.jsonl"),
         (("--task", "arc_easy", "--protocol", "guess"), "guess"),
     ],

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from splitquant_mlx.cli.console import check_json, new_table, plain, show, size, write_json
-from splitquant_mlx.cli.options import JsonFile, ModelOption, Original, one_original, start
+from splitquant_mlx.cli.options import Device, JsonFile, ModelOption, Original, one_original, start
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.recipe import DTYPES, Recipe, load_recipe
+from splitquant_mlx.recipe import DTYPES, DType, Recipe, load_recipe
 
 if TYPE_CHECKING:
     from splitquant_mlx.bench.random_checkpoint import Shape
@@ -31,8 +31,8 @@ def make_checkpoint(
     intermediate_size: Annotated[
         int | None, typer.Option(help="Another width between the layers of an MLP.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "bfloat16",
-    shard_size: Annotated[float, typer.Option(help="Largest file, MB.")] = 5000,
+    dtype: Annotated[DType, typer.Option(help="float16, bfloat16 or float32.")] = "bfloat16",
+    shard_size: Annotated[float, typer.Option(min=0.001, help="Largest file, MB.")] = 5000,
 ) -> None:
     """Write a checkpoint of a well-known shape with random weights."""
     start(None)
@@ -46,9 +46,6 @@ def make_checkpoint(
     }
     given = {name: value for name, value in sizes.items() if value is not None}
     chosen = dataclasses.replace(_named_shape(shape), **given)
-    _check_dtype(dtype)
-    if not shard_size > 0:
-        raise RecipeError(f"--shard-size: expected a size above 0 MB, got {shard_size:g}")
     max_shard_bytes = int(shard_size * 1e6)
     write_random_checkpoint(
         directory, chosen, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=Bars()
@@ -58,7 +55,7 @@ def make_checkpoint(
 def convert(
     model: Original = None,
     model_option: ModelOption = None,
-    trials: Annotated[int, typer.Option(help="Counted rounds, after one that is not.")] = 3,
+    trials: Annotated[int, typer.Option(min=1, help="Counted rounds, after one that is not.")] = 3,
     sklearn: Annotated[
         bool,
         typer.Option("--sklearn", help="Time scikit-learn's k-means too: 0.5 s a million weights."),
@@ -107,20 +104,15 @@ def convert(
 
 def kmeans(
     dtype: Annotated[list[str], typer.Option(help="Of the matrix; repeatable.")] = list(DTYPES),  # noqa: B006
-    clusters: Annotated[list[int], typer.Option(help="2 to 8; repeatable.")] = [3],  # noqa: B006
-    side: Annotated[int, typer.Option(help="Of the square matrix.")] = 4096,
-    trials: Annotated[int, typer.Option(help="Counted runs; of scikit-learn 3.")] = 5,
+    clusters: Annotated[list[int], typer.Option(min=2, max=8, help="2 to 8; repeatable.")] = [3],  # noqa: B006
+    side: Annotated[int, typer.Option(min=16, help="Of the square matrix.")] = 4096,
+    trials: Annotated[int, typer.Option(min=1, help="Counted runs; of scikit-learn 3.")] = 5,
     json_file: JsonFile = None,
 ) -> None:
     """Time the exact k-means against scikit-learn's on one matrix."""
     check_json(json_file)
-    for name in dtype:
-        _check_dtype(name)
-    for k in clusters:
-        if not 2 <= k <= 8:
-            raise RecipeError(f"--clusters: expected 2 to 8, got {k}")
-    if side < 16 or trials < 1:
-        raise RecipeError(f"--side, --trials: expected 16 and 1 or more, got {side} and {trials}")
+    if unknown := next((name for name in dtype if name not in DTYPES), None):
+        raise RecipeError(f"--dtype: expected one of {', '.join(DTYPES)}, got {unknown!r}")
     start(None)
 
     from splitquant_mlx.bench.clustering import bench_all_kmeans
@@ -142,21 +134,14 @@ def kmeans(
     show(table)
 
 
-def _check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise RecipeError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-
-
 def memory(
     shape: Annotated[str, typer.Option(help="Of the model, as for make-checkpoint.")] = "deep",
-    layers: Annotated[list[int], typer.Option(help="A depth; repeatable.")] = [16, 32, 64],  # noqa: B006
-    trials: Annotated[int, typer.Option(help="Conversions of each depth.")] = 3,
+    layers: Annotated[list[int], typer.Option(min=1, help="A depth; repeatable.")] = [16, 32, 64],  # noqa: B006
+    trials: Annotated[int, typer.Option(min=1, help="Conversions of each depth.")] = 3,
     json_file: JsonFile = None,
 ) -> None:
     """Measure the peak memory of conversions of random models of several depths."""
     check_json(json_file)
-    if min(layers) < 1:
-        raise RecipeError(f"--layers: expected 1 or more, got {min(layers)}")
     start(None)
 
     from splitquant_mlx.bench.memory import bench_memory
@@ -187,7 +172,7 @@ def calibrated(
     model: Original = None,
     model_option: ModelOption = None,
     recipe: Annotated[Path | None, typer.Option(help="A calibrated recipe; gptq without.")] = None,
-    device: Annotated[str | None, typer.Option(metavar="cpu|gpu", help="Where to compute.")] = None,
+    device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
     """Time a calibrated conversion against the products of matrices that it needs."""

@@ -1,11 +1,11 @@
 """Offer `bench speed`, and the process of a single trial that it starts."""
 
 import json
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
+from splitquant_mlx.bench.workload import Workload
 from splitquant_mlx.cli.console import check_json, new_table, plain, show, size, write_json
 from splitquant_mlx.cli.options import (
     Device,
@@ -15,25 +15,21 @@ from splitquant_mlx.cli.options import (
     choose_model,
     start,
 )
-from splitquant_mlx.cli.settings import options_of
+from splitquant_mlx.cli.settings import Given, settings_options
+
+workload_options = settings_options(
+    Workload,
+    "workload",
+    flags={
+        "prompt_tokens": ("--prompt-tokens", "-p"),
+        "generation_tokens": ("--generation-tokens", "-g"),
+        "batch_size": ("--batch-size", "-b"),
+    },
+    with_defaults=True,
+)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tokens:
-    """The options of a workload."""
-
-    prompt_tokens: Annotated[
-        int, typer.Option("--prompt-tokens", "-p", help="Length of the random prompt.")
-    ] = 512
-    generation_tokens: Annotated[
-        int, typer.Option("--generation-tokens", "-g", help="Length of the answer.")
-    ] = 128
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", "-b", help="Prompts answered together.")
-    ] = 1
-
-
-@options_of(Tokens, "tokens")
+@workload_options
 def speed(
     model: ModelArgument = None,
     model_option: ModelOption = None,
@@ -41,9 +37,9 @@ def speed(
         list[str] | None, typer.Option(help="Another model, run in turns; repeatable.")
     ] = None,
     *,
-    tokens: Tokens,
+    workload: Given,
     trials: Annotated[
-        int, typer.Option("--trials", "-n", help="Counted rounds, after one that is not.")
+        int, typer.Option("--trials", "-n", min=1, help="Counted rounds, after one that is not.")
     ] = 5,
     device: Device = None,
     json_file: JsonFile = None,
@@ -52,26 +48,27 @@ def speed(
 
     Prefill and decoding are measured as in mlx_lm.benchmark, every trial in a fresh process.
     """
+    chosen = Workload(**workload)
     model = choose_model(model, model_option)
     check_json(json_file)
     start(device)
-    from splitquant_mlx.bench.speed import Workload, bench_speed
+    from splitquant_mlx.bench.speed import bench_speed
     from splitquant_mlx.cli.progress import Bars
 
-    models, workload = [model, *(against or ())], Workload(**vars(tokens))
-    found = bench_speed(models, workload, trials=trials, device=device, progress=Bars())
+    models = [model, *(against or ())]
+    found = bench_speed(models, chosen, trials=trials, device=device, progress=Bars())
     if write_json(json_file, found):
         return
     _print(found)
 
 
-@options_of(Tokens, "tokens")
-def trial(model: Annotated[str, typer.Option()], tokens: Tokens, device: Device = None) -> None:
+@workload_options
+def trial(model: Annotated[str, typer.Option()], device: Device = None, *, workload: Given) -> None:
     """Run one trial in this process; `bench --model` reads the JSON it prints."""
     start(device)
-    from splitquant_mlx.bench.speed import Workload, run_trial
+    from splitquant_mlx.bench.speed import run_trial
 
-    print(json.dumps(run_trial(model, Workload(**vars(tokens)))))
+    print(json.dumps(run_trial(model, Workload(**workload))))
 
 
 def _print(found: dict[str, Any]) -> None:
