@@ -103,6 +103,7 @@ def test_published_approach_is_timed_when_asked_for(tiny, tmp_path, monkeypatch)
             return Run(started=0, seconds=2, peak_bytes=1, output=""), {}
         assert cli.run(command[3:]) == 0
         manifest = load_manifest(target)
+        assert manifest
         shutil.rmtree(target)
         did[manifest.recipe["method"], manifest.recipe["kmeans"]] = manifest.seconds
         return Run(started=0, seconds=8, peak_bytes=1, output=""), manifest.seconds

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import shutil
+from typing import Any
 
 import pytest
 
@@ -41,7 +42,8 @@ def reference(split_stories):
 
     # Older releases of mlx-lm run a checkpoint's code unasked.
     options = inspect.signature(mlx_lm.load).parameters.keys() & {"trust_remote_code"}
-    model, tokenizer = mlx_lm.load(str(split_stories), **dict.fromkeys(options, True))
+    trusted: Any = dict.fromkeys(options, True)
+    model, tokenizer, *_ = mlx_lm.load(str(split_stories), **trusted)
 
     def answer(prompt, special_tokens=True, max_tokens=30, **options):
         tokens = tokenizer.encode(prompt, add_special_tokens=special_tokens)

@@ -145,7 +145,7 @@ def loaded(split_stories):
 
 def tokens(loaded, prompt, decoding=None, decoder=None):
     """Return the tokens a decoder, by default a fresh one, says after `prompt`; and the last."""
-    decoder = decoder or Decoder(*loaded, decoding or Decoding(max_tokens=24))
+    decoder = decoder or Decoder(*loaded, decoding=decoding or Decoding(max_tokens=24))
     responses = list(decoder(prompt, lambda: False))
     return [response.token for response in responses], responses[-1]
 
@@ -155,7 +155,7 @@ def test_the_reused_kv_cache_changes_nothing(loaded, monkeypatch, trimmable):
     from mlx_lm.models.cache import KVCache
 
     monkeypatch.setattr(KVCache, "is_trimmable", lambda self: trimmable)
-    decoder = Decoder(*loaded, Decoding(max_tokens=24))
+    decoder = Decoder(*loaded, decoding=Decoding(max_tokens=24))
     first = loaded[1].encode(STORY + " there was a dog")
     answer, _ = tokens(loaded, first, decoder=decoder)
     extended = first + answer + loaded[1].encode("\nThe dog")
@@ -196,7 +196,7 @@ def test_an_empty_prompt_is_refused():
 
 
 def test_a_full_rotating_cache_is_extended_or_built_anew(loaded):
-    decoder = Decoder(*loaded, Decoding(max_tokens=24, max_kv_size=16))
+    decoder = Decoder(*loaded, decoding=Decoding(max_tokens=24, max_kv_size=16))
     first = loaded[1].encode(STORY + " there was a dog and a cat and a big red ball")
     assert len(first) > 16
     answer, _ = tokens(loaded, first, decoder=decoder)
@@ -209,7 +209,7 @@ def test_a_full_rotating_cache_is_extended_or_built_anew(loaded):
 
 
 def test_the_cache_is_right_after_a_stop(loaded):
-    decoder = Decoder(*loaded, Decoding(max_tokens=24))
+    decoder = Decoder(*loaded, decoding=Decoding(max_tokens=24))
     prompt = loaded[1].encode(STORY)
     heard = []
     for response in decoder(prompt, lambda: len(heard) == 3):
@@ -229,7 +229,7 @@ def test_a_long_prompt_can_be_stopped(loaded, monkeypatch):
     module = sys.modules["mlx_lm.generate"]
     in_chunks = partial(module.stream_generate, prefill_step_size=16)
     monkeypatch.setattr(module, "stream_generate", in_chunks)
-    decoder = Decoder(*loaded, Decoding(max_tokens=24))
+    decoder = Decoder(*loaded, decoding=Decoding(max_tokens=24))
     prompt = loaded[1].encode(STORY) * 10
     calls = iter([False, False, True])
     assert list(decoder(prompt, lambda: next(calls))) == []
@@ -242,7 +242,7 @@ def test_an_interrupted_computation_leaves_no_cache(loaded):
     def interrupt():
         raise KeyboardInterrupt
 
-    decoder = Decoder(*loaded, Decoding(max_tokens=24))
+    decoder = Decoder(*loaded, decoding=Decoding(max_tokens=24))
     prompt = loaded[1].encode(STORY)
     expected, _ = tokens(loaded, prompt, decoder=decoder)
     with pytest.raises(KeyboardInterrupt):
@@ -254,7 +254,7 @@ def test_an_interrupted_computation_leaves_no_cache(loaded):
 def test_settings_the_model_cannot_take_are_named(loaded):
     with pytest.raises(RecipeError, match=r"cannot run this model with these settings: .*top_k"):
         tokens(loaded, [1], Decoding(temp=1, top_k=100_000))
-    assert 0 <= mx.random.uniform().item() < 1, "the random state is of no use any more"
+    assert 0 <= float(mx.random.uniform()) < 1, "the random state is of no use any more"
 
 
 def test_piped_lines_are_answered(split_stories, loaded):
