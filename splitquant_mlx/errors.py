@@ -5,6 +5,7 @@ do, on one line. The command line prints it and exits with 2; the library only r
 """
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class SplitQuantError(Exception):
@@ -25,6 +26,11 @@ def some(names: Iterable[str], most: int = 3) -> str:
     listed = sorted(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more
+
+
+def meant(word: str, known: Iterable[str]) -> str | None:
+    """Return the known word that `word` looks like a misspelling of."""
+    return next(iter(get_close_matches(word, list(known), n=1, cutoff=0.7)), None)
 
 
 class SourceError(SplitQuantError):

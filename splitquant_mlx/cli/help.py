@@ -1,7 +1,6 @@
 """Show help in panels that fit 80 columns, with option names whole and an example at the end."""
 
 import re
-from difflib import get_close_matches
 from typing import Any
 
 import typer
@@ -53,8 +52,7 @@ def _explained(exc: Any, parameters: list[Any]) -> str:
     """Return what was meant, or expected, where a command line does not fit."""
     text = exc.format_message()
     if near := getattr(exc, "possibilities", None):
-        meant = get_close_matches(exc.option_name, near, n=1, cutoff=0)[0]
-        return f"no such option {exc.option_name}: did you mean {meant}?"
+        return f"no such option {exc.option_name}: did you mean {near[0]}?"
     extra = re.search(r"unexpected extra .*\((.*)\)$", text)
     if extra and any("--mlx-path" in parameter.opts[:1] for parameter in parameters):
         return f"what is {extra[1]}? The directory to write is --mlx-path"

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from splitquant_mlx.cli import interrupt
 from splitquant_mlx.cli.console import note, printable
 from splitquant_mlx.cli.reading import Reader, silent_keyboard
 from splitquant_mlx.cli.wrap import Wrapper
-from splitquant_mlx.errors import RecipeError, SplitQuantError
+from splitquant_mlx.errors import RecipeError, SplitQuantError, meant
 from splitquant_mlx.inference.chat import Conversation, Decoder, load_messages, save_messages
 from splitquant_mlx.models.footprint import CONTEXT_TOKENS
 
@@ -90,9 +89,9 @@ class Talk:
                 elif command := self._commands.get(word):
                     command(rest.strip())
                 else:
-                    near = get_close_matches(word, self._commands, n=1)
-                    meant = f"did you mean {near[0]}? " if near else ""
-                    note(f"unknown command {printable(word)}: {meant}/help lists them")
+                    near = meant(word, self._commands)
+                    hint = f"did you mean {near}? " if near else ""
+                    note(f"unknown command {printable(word)}: {hint}/help lists them")
             except SplitQuantError as exc:
                 if not self._interactive:
                     raise

@@ -1,15 +1,14 @@
 """Settings of an evaluation: one field per option of `eval`."""
 
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
-from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.errors import RecipeError, meant
 from splitquant_mlx.settings import PositiveInt, settings
 
 ARC_TASKS = ("arc_challenge", "arc_easy")
 TASKS = (*ARC_TASKS, "perplexity", "kl")
-ALIASES = {"ppl": ("perplexity",), "arc": ARC_TASKS}
+ALIASES = {"ppl": "perplexity", "arc": " or ".join(ARC_TASKS)}
 CONTEXT_LENGTH = 512  # where the model has no shorter one
 
 
@@ -43,8 +42,8 @@ class Task:
     def __post_init__(self) -> None:
         if "," in self.name:
             raise RecipeError(f"task {self.name!r}: one task at a time")
-        meant = ALIASES.get(self.name, ())
-        if not meant and self.name not in TASKS and not find_spec("lm_eval"):
-            meant = tuple(get_close_matches(self.name, TASKS, n=2, cutoff=0.8))
-        if meant:
-            raise RecipeError(f"unknown task {self.name!r}: did you mean {' or '.join(meant)}?")
+        near = ALIASES.get(self.name)
+        if self.name not in TASKS and not find_spec("lm_eval"):
+            near = near or meant(self.name, TASKS)
+        if near:
+            raise RecipeError(f"unknown task {self.name!r}: did you mean {near}?")

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 from collections.abc import Iterable
 from contextlib import ExitStack
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import mlx.core as mx
 
 from splitquant_mlx.data.questions import Question, fetch_questions, load_questions
 from splitquant_mlx.data.text import cut_windows, encode, fetch_wikitext, load_text, text_hash
-from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.errors import RecipeError, meant
 from splitquant_mlx.evaluation.arc import ArcResult, Exam, evaluate_arc
 from splitquant_mlx.evaluation.divergence import measure_divergence
 from splitquant_mlx.evaluation.paired import compare
@@ -220,9 +219,11 @@ def _harness(own: LazyModel, task: Task, group: Group | None, progress: Progress
     from splitquant_mlx.evaluation.harness import run_task
 
     if task.data or task.shots:
-        near = get_close_matches(task.name, TASKS, n=1)
-        meant = f"did you mean {near[0]}? Task {task.name}" if near else f"task {task.name}"
-        raise RecipeError(f"{meant} is lm-eval's, which has its own data: leave out --data")
+        near = meant(task.name, TASKS)
+        hint = f"did you mean {near}? " if near else ""
+        raise RecipeError(
+            f"{hint}Task {task.name} is lm-eval's, which has its own data: leave out --data"
+        )
     found = run_task(
         own.model,
         own.tokenizer,

@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
-from splitquant_mlx.errors import SplitQuantError
+from splitquant_mlx.errors import SplitQuantError, meant
 from splitquant_mlx.formats.manifest import FILE_NAME, LayerRecord, Manifest, load_manifest
 
 
@@ -79,7 +78,7 @@ def in_hub_cache() -> list[LocalModel]:
 def closest(name: str, directory: Path) -> str | None:
     """Return the model in `directory` that `name` looks like a misspelling of."""
     names = [path.name for path in _directories(directory) if (path / "config.json").is_file()]
-    return next(iter(get_close_matches(name, names, n=1, cutoff=0.75)), None)
+    return meant(name, names)
 
 
 def _directories(directory: Path) -> Iterator[Path]:

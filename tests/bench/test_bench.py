@@ -123,7 +123,7 @@ def test_program_that_fails_is_named(tmp_path):
 
 @pytest.mark.parametrize("command", [["convert"], []])
 def test_no_trials_are_refused(tiny, capsys, command):
-    assert cli.run(["bench", *command, "--model", str(tiny), "--trials", "0"]) == 2
+    assert cli.run(["bench", *command, "--trials", "0", "--model", str(tiny)]) == 2
     assert "--trials: expected at least 1, got '0'" in capsys.readouterr().err
 
 

@@ -1,6 +1,5 @@
 """Offer `bench` and its commands."""
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from splitquant_mlx.cli.bench.conversion import (
 )
 from splitquant_mlx.cli.bench.speed import speed, trial
 from splitquant_mlx.cli.help import Command, Group
+from splitquant_mlx.errors import meant
 
 
 class Bench(Group):
@@ -23,13 +23,11 @@ class Bench(Group):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put in the command that is left out, unless one was misspelt."""
         name = args[0] if args else "help"
-        if name not in (*self.commands, "help", "-h", "--help") and not self._is_misspelt(name):
+        known = (*self.commands, "help", "-h", "--help")
+        is_misspelt = name[:1] != "-" and meant(name, self.commands) and not Path(name).exists()
+        if name not in known and not is_misspelt:
             args = ["speed", *args]
         return super().parse_args(ctx, args)
-
-    def _is_misspelt(self, name: str) -> bool:
-        near = get_close_matches(name, self.commands, cutoff=0.7)
-        return bool(near) and not Path(name).exists()
 
 
 bench = typer.Typer(no_args_is_help=True)
