@@ -10,6 +10,7 @@ import tiny
 
 from splitquant_mlx import Recipe, convert
 from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.formats.dequantize import dequantized
 from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.loader import load_model
 
@@ -68,7 +69,7 @@ def write(directory, quantization, pack, config=CONFIG):
 
 
 def stored(array):
-    names = {"float32": "F32", "float16": "F16", "int32": "I32", "uint32": "U32", "uint8": "U8"}
+    names = {"float32": "F32", "float16": "F16", "int32": "I32", "uint8": "U8", "int8": "I8"}
     return names[array.dtype.name], array.shape, np.ascontiguousarray(array).tobytes()
 
 
@@ -103,18 +104,42 @@ def fp8_block_by_layout(w):  # compressed-tensors
     return {"weight": tensors["weight"], "weight_scale": tensors["weight_scale_inv"]}, values
 
 
+def int8(w):  # compressed-tensors, with zero points
+    scale = RANDOM.uniform(1e-3, 2e-3, (len(w), 1)).astype(np.float32)
+    codes, zero = RANDOM.integers(-128, 128, w.shape), RANDOM.integers(-128, 128, (len(w), 1))
+    return {
+        "weight": stored(codes.astype(np.int8)),
+        "weight_scale": stored(scale),
+        "weight_zero_point": stored(zero.astype(np.int8)),
+    }, ((codes - zero) * scale).astype(np.float32)
+
+
 def mxfp8(w):
     exponents = RANDOM.integers(115, 120, (w.shape[0], w.shape[1] // 32)).astype(np.uint8)
     codes, values = as_fp8(w, (2.0 ** (exponents - 127.0)).repeat(32, 1))
     return {"weight": codes, "weight_scale": stored(exponents)}, values
 
 
-def nvfp4(w):
-    codes = RANDOM.integers(0, 16, w.shape)
-    scales = RANDOM.integers(50, 60, (len(w), w.shape[1] // 16))
-    packed = (codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8)
+def fp4(*shape):
+    """Return random bytes of two codes of 4 bits, the first in the lower half, and their values."""
+    codes = RANDOM.integers(0, 16, shape)
     magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])[codes & 7]
-    values = magnitudes * np.where(codes & 8, -1, 1) * E4M3[scales].repeat(16, 1) / 3
+    packed = (codes[..., ::2] | codes[..., 1::2] << 4).astype(np.uint8)
+    return packed, magnitudes * np.where(codes & 8, -1, 1)
+
+
+def mxfp4(w):
+    packed, values = fp4(*w.shape)
+    exponents = RANDOM.integers(115, 120, (len(w), w.shape[1] // 32)).astype(np.uint8)
+    values = values * (2.0 ** (exponents - 127.0)).repeat(32, 1)
+    tensors = {"weight_packed": stored(packed), "weight_scale": stored(exponents)}
+    return tensors, values.astype(np.float32)
+
+
+def nvfp4(w):
+    packed, values = fp4(*w.shape)
+    scales = RANDOM.integers(50, 60, (len(w), w.shape[1] // 16))
+    values = values * E4M3[scales].repeat(16, 1) / 3
     return {
         "weight_packed": stored(packed),
         "weight_scale": ("F8_E4M3", scales.shape, scales.astype(np.uint8).tobytes()),
@@ -123,20 +148,26 @@ def nvfp4(w):
 
 
 def pack(codes, bits):
-    """Pack codes along the last axis into 32-bit words, lowest bits first."""
+    """Pack codes along the last axis into 32-bit words, lowest bits first; zeros fill the last."""
     count = 32 // bits
+    codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % count)])
     words = codes.astype(np.uint32).reshape(*codes.shape[:-1], -1, count)
     shifted = words << (np.arange(count, dtype=np.uint32) * bits)
     return shifted.sum(-1).astype(np.uint32).view(np.int32)
 
 
-def random_codes(w, bits, group):
-    """Return codes and zero points (in, out) and (groups, out), scales, and their values."""
+def random_codes(w, bits, size, order=None):
+    """Return codes and zero points (in, out) and (groups, out), scales, and their values.
+
+    `order` tells the group of each input; without it they follow each other.
+    """
     out, inputs = w.shape
+    groups = -(-inputs // size)
+    order = np.arange(inputs) // size if order is None else order
     codes = RANDOM.integers(0, 2**bits, (inputs, out))
-    zeros = RANDOM.integers(1, 2**bits, (inputs // group, out))
-    scales = RANDOM.uniform(0.01, 0.02, (inputs // group, out)).astype(np.float16)
-    values = (codes - zeros.repeat(group, 0)) * scales.astype(np.float32).repeat(group, 0)
+    zeros = RANDOM.integers(0, 2**bits, (groups, out))
+    scales = RANDOM.uniform(0.01, 0.02, (groups, out)).astype(np.float16)
+    values = (codes - zeros[order]) * scales.astype(np.float32)[order]
     return codes, zeros, scales, values.T.astype(np.float32)
 
 
@@ -150,15 +181,25 @@ def awq(w):
     return {"qweight": words(codes), "qzeros": words(zeros), "scales": stored(scales)}, values
 
 
-def gptq(w):
-    codes, zeros, scales, values = random_codes(w, 4, 32)
+def gptq(w, bits=4, size=32, stored_less=1, ordered=False):
+    order = np.arange(w.shape[1]) // size
+    order = RANDOM.permutation(order) if ordered else order
+    codes, zeros, scales, values = random_codes(w, bits, size, order)
     tensors = {
-        "qweight": stored(np.ascontiguousarray(pack(codes.T, 4).T)),
-        "qzeros": stored(pack(zeros - 1, 4)),
+        "qweight": stored(np.ascontiguousarray(pack(codes.T, bits).T)),
+        "qzeros": stored(pack((zeros - stored_less) % 2**bits, bits)),
         "scales": stored(scales),
-        "g_idx": stored((np.arange(w.shape[1]) // 32).astype(np.int32)),
+        "g_idx": stored(order.astype(np.int32)),
     }
     return tensors, values
+
+
+def gptq_2(w):
+    return gptq(w, bits=2, stored_less=0, ordered=True)
+
+
+def gptq_8(w):
+    return gptq(w, bits=8, size=w.shape[1])
 
 
 def integers(w):  # compressed-tensors, pack-quantized
@@ -173,15 +214,14 @@ def integers(w):  # compressed-tensors, pack-quantized
 
 
 def ordered_integers(w):  # with zero points, and columns grouped in the order of their importance
-    codes, zeros, scales, _ = random_codes(w, 4, 32)
-    group = RANDOM.permutation(np.arange(w.shape[1]) // 32)
-    values = ((codes - zeros[group]) * scales.astype(np.float32)[group]).T
+    order = RANDOM.permutation(np.arange(w.shape[1]) // 32)
+    codes, zeros, scales, values = random_codes(w, 4, 32, order)
     return {
         "weight_packed": stored(pack(codes.T, 4)),
         "weight_scale": stored(scales.T),
         "weight_zero_point": stored(np.ascontiguousarray(pack(zeros, 4).T)),
-        "weight_g_idx": stored(group.astype(np.int32)),
-    }, values.astype(np.float32)
+        "weight_g_idx": stored(order.astype(np.int32)),
+    }, values
 
 
 def compressed(layout, **weights):
@@ -193,16 +233,32 @@ CASES = {
     "fp8, one scale": ({"quant_method": "fp8", "weight_block_size": None}, fp8_tensor),
     "fp8 in blocks": ({"quant_method": "fp8", "weight_block_size": [48, 48]}, fp8_block),
     "fp8 by row": (compressed("float-quantized"), fp8_channel),
+    "int8": (compressed("int-quantized", num_bits=8, symmetric=False), int8),
     "fp8 in blocks, compressed": (
         compressed("float-quantized", block_structure=[48, 48]),
         fp8_block_by_layout,
     ),
     "mxfp8": (compressed("mxfp8-quantized", group_size=32), mxfp8),
+    "mxfp4": (compressed("mxfp4-pack-quantized", num_bits=4), mxfp4),
     "nvfp4": (compressed("nvfp4-pack-quantized", num_bits=4), nvfp4),
-    "integers": (compressed("pack-quantized", num_bits=4), integers),
-    "integers in another order": (compressed("pack-quantized", num_bits=4), ordered_integers),
+    "integers": (compressed("pack-quantized", num_bits=4, group_size=32), integers),
+    "integers in another order": (
+        compressed("pack-quantized", num_bits=4, group_size=32, symmetric=False, actorder="group"),
+        ordered_integers,
+    ),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}, awq),
     "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 32}, gptq),
+    "gptq of 2 bits, ordered": (
+        {
+            "quant_method": "gptq",
+            "bits": 2,
+            "group_size": 32,
+            "desc_act": True,
+            "format": "gptq_v2",
+        },
+        gptq_2,
+    ),
+    "gptq of 8 bits, by row": ({"quant_method": "gptq", "bits": 8, "group_size": -1}, gptq_8),
 }
 
 
@@ -216,6 +272,73 @@ def test_weights_are_those_that_the_packed_ones_stand_for(name, tmp_path):
     assert checkpoint.weights.keys() == expected.keys()
     for key, value in expected.items():
         np.testing.assert_allclose(np.array(checkpoint.weights[key]), value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["gptq", "integers in another order"])
+def test_widths_that_fill_no_words(name):
+    quantization, packing = CASES[name]
+    tensors, expected = packing(np.zeros((50, 107), np.float32))
+    names = {"I32": mx.int32, "F16": mx.float16}
+    arrays = {
+        f"a.{leaf}": mx.array(np.frombuffer(content, np.uint8)).view(names[dtype]).reshape(shape)
+        for leaf, (dtype, shape, content) in tensors.items()
+    }
+    if "weight_packed" in tensors:
+        arrays["a.weight_shape"] = mx.array([50, 107])
+    found = dequantized(arrays, quantization, set(), mx.float32)
+    assert found.keys() == {"a.weight"}
+    np.testing.assert_allclose(np.array(found["a.weight"]), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_experts_of_gpt_oss_are_laid_out_as_in_16_bits():
+    packed, values = fp4(4, 6, 64)
+    exponents = RANDOM.integers(0, 250, (4, 6, 2)).astype(np.uint8)
+    tensors = {
+        "experts.down_proj_blocks": mx.array(packed.reshape(4, 6, 2, 16)),
+        "experts.down_proj_scales": mx.array(exponents),
+        "experts.down_proj_bias": mx.zeros((4, 6)),
+    }
+    found = dequantized(tensors, {"quant_method": "mxfp4"}, set(), mx.bfloat16)
+    assert found.keys() == {"experts.down_proj", "experts.down_proj_bias"}
+    expected = values * (2.0 ** (exponents - 127.0)).repeat(32, -1)
+    w = np.array(found["experts.down_proj"].astype(mx.float32))  # (experts, in, out)
+    np.testing.assert_array_equal(w, expected.swapaxes(1, 2).astype(np.float32))
+
+
+def damages(tensors, quantization):
+    """Yield what may be wrong with the tensors of a layer, and the tensors."""
+    optional = {"weight_shape"} if quantization.get("desc_act") else {"weight_shape", "g_idx"}
+    for leaf, (dtype, shape, content) in tensors.items():
+        if leaf == "activation_scale":
+            continue
+        if leaf not in optional:
+            yield f"{leaf} is missing", {k: v for k, v in tensors.items() if k != leaf}
+        if len(set(shape)) > 1:
+            yield f"{leaf} is swapped", {**tensors, leaf: (dtype, shape[::-1], content)}
+        if max(shape, default=0) > 1:
+            more = content + content[: len(content) // shape[0]]
+            yield f"{leaf} is longer", {**tensors, leaf: (dtype, (shape[0] + 1, *shape[1:]), more)}
+        if dtype in ("I32", "F32"):
+            other = {"I32": "F32", "F32": "I32"}[dtype]
+            yield f"{leaf} is {other}", {**tensors, leaf: (other, shape, content)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_damaged_tensors_are_refused(name, tmp_path):
+    quantization, packing = CASES[name]
+    whole, _ = packing(np.ones((64, 128), np.float32))
+    for number, (kind, _) in enumerate(damages(whole, quantization)):
+
+        def damaged(w, kind=kind):
+            tensors, values = packing(w)
+            found = dict(damages(tensors, quantization))[kind] if w.shape == (64, 128) else tensors
+            return found, values
+
+        write(tmp_path / f"{number}", quantization, damaged)
+        with pytest.raises(CheckpointError) as caught:
+            open_checkpoint(tmp_path / f"{number}")
+            pytest.fail(kind)
+        assert "down_proj" in str(caught.value) and "\n" not in str(caught.value), kind
 
 
 @pytest.mark.parametrize("name", ["fp8 in blocks", "gptq"])
@@ -258,11 +381,12 @@ def test_a_method_that_cannot_be_undone_says_what_to_fetch(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        compressed("int-quantized", num_bits=8),
         compressed("pack-quantized", num_bits=3),
         compressed("float-quantized"),  # in blocks of a size that it does not tell
         {**compressed("float-quantized", block_structure=[48, 48]), "transform_config": {"R1": 1}},
         {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+        {"quant_method": "gptq", "bits": 3, "format": "gptq"},
+        {"quant_method": "awq", "bits": 4, "format": "gemv"},
         {"quant_method": "hqq"},
     ],
     ids=lambda settings: " ".join(map(str, settings.values()))[:40],
