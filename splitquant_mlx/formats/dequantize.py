@@ -47,8 +47,8 @@ def dequantized(
     if unpack is None or rotated:
         layout = f" ({layout}{', rotated' if rotated else ''})" if layout else ""
         raise CheckpointError(
-            f"it is quantized with {method}{layout}, which cannot be undone here: fetch the model "
-            "it was made from (base_model in its README), which is in 16 bits"
+            f"it is quantized with {method}{layout}: fetch the model it was made from (base_model "
+            "in its README), which is in 16 bits"
         )
     found = unpack(tensors, table, fp8, dtype)
     if found.keys() == tensors.keys() and not fp8:
