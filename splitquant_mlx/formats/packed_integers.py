@@ -76,7 +76,7 @@ def packed_integers(
 
     def weight(path: str) -> mx.array:
         shape = tensors.get(f"{path}.weight_shape")
-        inputs = None if shape is None else int(shape[-1].item())
+        inputs = None if shape is None else int(shape[-1].item())  # type: ignore[arg-type]
         q = _codes(tensors[f"{path}.weight_packed"], bits, inputs)
         scales = part(tensors, f"{path}.weight_scale")
         scales = scales if scales.ndim == 2 else scales.reshape(-1, 1)

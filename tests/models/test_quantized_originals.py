@@ -1,6 +1,7 @@
 """Quantized originals are dequantized: the same weights as written here by numpy, or a message."""
 
 import json
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -81,7 +82,10 @@ def as_fp8(w, scale):
 
 def fp8_tensor(w):  # Ministral: one scale
     codes, values = as_fp8(w, scale := np.float32(np.abs(w).max() / 448))
-    scales = {"weight_scale_inv": stored(np.array(scale)), "activation_scale": stored(scale[None])}
+    scales = {
+        "weight_scale_inv": stored(np.array(scale)),
+        "activation_scale": stored(scale.reshape(1)),
+    }
     return {"weight": codes, **scales}, values
 
 
@@ -348,7 +352,8 @@ def test_it_converts_and_runs(name, tmp_path):
     ids = mx.array([[3, 4, 5]])
     original, converted = load_model(tmp_path / "m")(ids), load_model(tmp_path / "out")(ids)
     assert mx.abs(original - converted).max() < 0.5 * mx.abs(original).max()
-    assert isinstance(load_model(tmp_path / "m").layers[0].mlp.up_proj, nn.Linear)
+    layers: Any = load_model(tmp_path / "m").layers
+    assert isinstance(layers[0].mlp.up_proj, nn.Linear)
 
 
 @pytest.mark.parametrize("mode", [{"bits": 4, "group_size": 32}, {"mode": "mxfp4", "bits": 4}])
@@ -357,7 +362,8 @@ def test_an_mlx_checkpoint_is_dequantized_and_its_own_settings_followed(mode, tm
     mode = {"group_size": 32, **mode}
     model = load_model(tmp_path / "m")
     nn.quantize(model, **mode)
-    own = model.layers[0].mlp.down_proj
+    layers: Any = model.layers
+    own = layers[0].mlp.down_proj
     expected = mx.dequantize(
         own.weight, own.scales, own.get("biases"), **{"mode": "affine", **mode}
     )
