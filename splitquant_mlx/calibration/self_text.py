@@ -9,17 +9,15 @@ other text.
 
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.progress import Progress
-from splitquant_mlx.runtime.disk import write_atomic
 
 OPENINGS = (
     "The history of", "In mathematics,", "def ", "#include <", "Chapter 1\n\n", "Question: ",
@@ -41,7 +39,7 @@ def sample_tokens(
     length: int,
     seed: int,
     progress: Progress,
-    unfinished: Path | None = None,
+    unfinished: Unfinished | None = None,
 ) -> np.ndarray:
     """Return tokens (texts, length) int32 that `model` wrote, `BATCH_TEXTS` side by side.
 
@@ -51,8 +49,7 @@ def sample_tokens(
         length: tokens of each, its beginning among them.
         seed: of the sampling.
         progress: progress reporter.
-        unfinished: file to save what is written to, every `SAVE_S` seconds. What an interrupted
-            call left there is gone on with; it is removed at the end.
+        unfinished: where an interrupted call left off, this one goes on; it is emptied at the end.
     """
     tokens = np.zeros((len(prompts), length), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -71,10 +68,11 @@ def sample_tokens(
             for position in _continue(model, tokens[own], given[own], first + 1, [seed, batch]):
                 advance(1)
                 if unfinished and time.monotonic() - saved_s > SAVE_S:
-                    _save(unfinished, tokens, batch * (length - 1) + position)
+                    steps_done = mx.array(batch * (length - 1) + position)
+                    unfinished.keep("tokens", [steps_done, mx.array(tokens)])
                     saved_s = time.monotonic()
     if unfinished:
-        unfinished.unlink(missing_ok=True)
+        unfinished.remove()
     return tokens
 
 
@@ -133,19 +131,13 @@ def _draw(logits: mx.array, seed: list[int]) -> np.ndarray:
     return drawn
 
 
-def _save(file: Path, tokens: np.ndarray, done: int) -> None:
-    with suppress(OSError):  # a disk that is full costs time, not the text
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, np.array([done, *tokens.flat], "<i4").tobytes())
-
-
-def _restore(file: Path | None, tokens: np.ndarray) -> int:
-    """Set `tokens` to what was saved, if anything fitting was; returns the steps done."""
-    with suppress(OSError, ValueError):
-        if file and len(found := np.frombuffer(file.read_bytes(), "<i4")) == tokens.size + 1:
-            tokens[...] = found[1:].reshape(tokens.shape)
-            return int(found[0])
-    return 0
+def _restore(unfinished: Unfinished | None, tokens: np.ndarray) -> int:
+    """Set `tokens` to what was kept, if anything was; returns the steps done."""
+    kept = unfinished.arrays("tokens") if unfinished else None
+    if kept is None:
+        return 0
+    steps_done, tokens[...] = map(np.array, kept)
+    return int(steps_done)
 
 
 def beginnings(tokenizer: Any, texts: int, rng: np.random.Generator) -> list[list[int]]:

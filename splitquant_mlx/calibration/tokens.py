@@ -8,11 +8,11 @@ import mlx.core as mx
 import numpy as np
 
 from splitquant_mlx.calibration.self_text import BATCH_TEXTS, beginnings, sample_tokens
+from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.data.text import cut_windows, encode, load_text
-from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.models.compact import compact
 from splitquant_mlx.models.config import read_config
-from splitquant_mlx.models.footprint import context_limit
+from splitquant_mlx.models.footprint import check_context, context_limit
 from splitquant_mlx.models.lazy import LazyModel
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.progress import Progress
@@ -33,12 +33,7 @@ def calibration_tokens(
             the texts are to be longer than the model was made for.
     """
     texts, length = calibration.num_samples, calibration.sequence_length
-    limit = context_limit(read_config(opened.path))
-    if limit is not None and length > limit:
-        raise RecipeError(
-            f"sequence_length: expected at most {limit}, what the model was made for "
-            f"(max_position_embeddings), got {length}"
-        )
+    check_context("sequence_length", length, context_limit(read_config(opened.path)))
     if calibration.text != SELF:
         text = load_text(Path(calibration.text))
         # evenly over the file, which may begin with a table of contents
@@ -51,7 +46,7 @@ def calibration_tokens(
 
     def sample() -> np.ndarray:
         model = compact(load_model(opened.path, lazy=True, dequantize=True, narrow=True))
-        unfinished = cache_directory() / f"calibration/{key}.unfinished"
+        unfinished = Unfinished(cache_directory() / f"calibration/{key}.unfinished")
         settings = {"length": length, "seed": seed, "progress": progress}
         return sample_tokens(model, prompts, **settings, unfinished=unfinished)
 

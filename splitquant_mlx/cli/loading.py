@@ -43,8 +43,7 @@ def load_model(
         MemoryTooSmallError: when this machine has too little.
         SplitQuantError: when the model cannot be found or used.
     """
-    from splitquant_mlx.models.checkpoint import read_config
-    from splitquant_mlx.models.footprint import context_limit, weight_bytes
+    from splitquant_mlx.models.footprint import context_length, weight_bytes
     from splitquant_mlx.models.loader import load
     from splitquant_mlx.models.source import resolve
     from splitquant_mlx.runtime.ranks import alone
@@ -61,14 +60,13 @@ def load_model(
         group=group,
         pipeline=pipeline,
     )
-    config = read_config(source.path) if source.path.is_dir() else vars(model.args)
     return Loaded(
         name=name,
         path=source.path,
         nbytes=nbytes,
         model=model,
         tokenizer=tokenizer,
-        context=context_limit(config),
+        context=context_length(model),
     )
 
 

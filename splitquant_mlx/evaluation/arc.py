@@ -22,8 +22,9 @@ import numpy as np
 
 from splitquant_mlx.data.questions import Question
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.evaluation.loglikelihood import Pair, context_length, score
+from splitquant_mlx.evaluation.loglikelihood import Pair, score
 from splitquant_mlx.evaluation.protocols import draw_shots, encode_question
+from splitquant_mlx.models.footprint import context_length
 from splitquant_mlx.progress import Advance, Progress, Silent
 from splitquant_mlx.runtime.journal import Journal
 from splitquant_mlx.runtime.ranks import Group, alone, gather

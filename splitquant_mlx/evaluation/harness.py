@@ -14,11 +14,11 @@ from splitquant_mlx.errors import RecipeError, one_line
 from splitquant_mlx.evaluation.loglikelihood import (
     Pair,
     Score,
-    context_length,
     fit,
     score,
 )
 from splitquant_mlx.evaluation.protocols import TEMPLATE_OPTIONS
+from splitquant_mlx.models.footprint import context_length
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.runtime.ranks import Group, collect, deal, gather
 

@@ -123,12 +123,6 @@ def fit(context: Sequence[int], continuation: Sequence[int], length: int | None)
     return context[len(context) + len(continuation) - length - 1 :], continuation
 
 
-def context_length(model: nn.Module) -> int | None:
-    """Return how many tokens a model reads at most by its config; None if that does not say."""
-    length = getattr(getattr(model, "args", None), "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
-
-
 def _common_prefix(groups: list[Choice]) -> int:
     """Return how many tokens all contexts begin with, leaving one or more of each."""
     contexts = [context for context, _ in groups]

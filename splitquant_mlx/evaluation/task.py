@@ -19,7 +19,7 @@ from splitquant_mlx.evaluation.perplexity import measure_perplexity
 from splitquant_mlx.evaluation.reference import open_reference
 from splitquant_mlx.evaluation.settings import ARC_TASKS, CONTEXT_LENGTH, TASKS, Task
 from splitquant_mlx.models.config import read_config
-from splitquant_mlx.models.footprint import context_limit
+from splitquant_mlx.models.footprint import check_context, context_limit
 from splitquant_mlx.models.lazy import LazyModel, open_model
 from splitquant_mlx.progress import Progress, Silent
 from splitquant_mlx.runtime.cache import cache_directory
@@ -124,11 +124,7 @@ def window_length(asked: int | None, models: Iterable[LazyModel]) -> int:
     limit = min((tokens for tokens in limits if tokens is not None), default=None)
     if asked is None:
         return min(CONTEXT_LENGTH, limit or CONTEXT_LENGTH)
-    if limit is not None and asked > limit:
-        raise RecipeError(
-            f"context_length: expected at most {limit}, what the model was made for "
-            f"(max_position_embeddings), got {asked}"
-        )
+    check_context("context_length", asked, limit)
     return asked
 
 

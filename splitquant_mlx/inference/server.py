@@ -24,6 +24,7 @@ from splitquant_mlx.inference.app import application
 from splitquant_mlx.inference.engine import Engine
 from splitquant_mlx.inference.protocol import ENDS, Refusal
 from splitquant_mlx.inference.settings import ServeSettings
+from splitquant_mlx.models.footprint import context_length
 from splitquant_mlx.models.loader import load
 from splitquant_mlx.models.source import Source, resolve
 from splitquant_mlx.runtime.compatibility import NAMES, check_names
@@ -105,8 +106,7 @@ def load_service(source: Source, settings: ServeSettings, trusted: bool, group: 
         if words.get_vocab() != tokenizer.get_vocab():
             raise RecipeError(f"--draft-model {settings.draft_model}: expected the model's tokens")
     engine = Engine(model, tokenizer, settings, group=group, draft_model=draft)
-    context = getattr(getattr(model, "args", None), "max_position_embeddings", None)
-    return Service(engine, model_names(source, settings), context or CONTEXT)
+    return Service(engine, model_names(source, settings), context_length(model) or CONTEXT)
 
 
 def model_names(source: Source, settings: ServeSettings) -> list[str]:

@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.models.checkpoint import read_config, read_headers
 from splitquant_mlx.models.config import text_settings
 from splitquant_mlx.runtime.memory import check_memory
@@ -82,6 +83,20 @@ def context_limit(config: Mapping[str, Any]) -> int | None:
             if type(limit := table.get(key)) is int and limit > 0:
                 return limit
     return None
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Return how many tokens a loaded model was made for; None where its settings do not say."""
+    return context_limit(getattr(getattr(model, "args", None), "__dict__", {}))
+
+
+def check_context(name: str, asked: int, limit: int | None) -> None:
+    """Raise RecipeError when setting `name` asks for more tokens than a model was made for."""
+    if limit is not None and asked > limit:
+        raise RecipeError(
+            f"{name}: expected at most {limit}, what the model was made for "
+            f"(max_position_embeddings), got {asked}"
+        )
 
 
 def context_bytes(model: nn.Module, tokens: int) -> float:

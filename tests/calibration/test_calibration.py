@@ -1,13 +1,14 @@
 """Calibration: text a model writes, statistics of its layers' inputs, sensitivities."""
 
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 import tiny
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 from scipy.stats import chisquare
 from tokenizers import processors
 
@@ -50,8 +51,9 @@ class Recorder(nn.Module):
         return self.layer(x)
 
 
-def input_means(model, tokens, paths, statistic):
-    blocks = iterate_blocks(lambda: model, tokens, dict.fromkeys(paths, statistic))
+def input_means(model, tokens, paths, statistic: Any):
+    wanted: dict[str, Any] = dict.fromkeys(paths, statistic)
+    blocks = iterate_blocks(lambda: model, tokens, wanted)
     return {path: mean for block in blocks for path, mean in block.means.items()}
 
 
@@ -89,7 +91,7 @@ def test_statistics_are_those_of_a_plain_run(tmp_path, architecture):
 def test_experts_have_statistics_of_the_tokens_routed_to_them(tmp_path, architecture, texts):
     tokens = TOKENS if texts == 3 else TOKENS[:1, :4]
     source = tiny.write_checkpoint(tmp_path / "source", architecture)
-    model = load(source)[0]
+    model: Any = load(source)[0]
     block = model.layers[0]
     mlp = block.block_sparse_moe if architecture == "mixtral" else block.mlp
     paths = [path for path, module in model.named_modules() if module is mlp.switch_mlp.up_proj]
@@ -139,7 +141,8 @@ def test_a_tied_head_comes_after_the_blocks(tmp_path):
     )
     assert [block.prefix for block in blocks] == ["model.layers.0.", "model.layers.1.", ""]
     assert [list(block.means) for block in blocks] == [[], [up], [head]]
-    hidden = load(source)[0].model(mx.array(TOKENS)).reshape(-1, tiny.HIDDEN)
+    model: Any = load(source)[0]
+    hidden = model.model(mx.array(TOKENS)).reshape(-1, tiny.HIDDEN)
     wanted = np.array(hidden.T @ hidden) / TOKENS.size
     np.testing.assert_allclose(np.array(blocks[-1].means[head]), wanted, atol=1e-4 * wanted.max())
 
@@ -169,7 +172,7 @@ def test_text_is_seeded_and_begins_in_three_ways(stories):
     # what the model writes is far likelier under it than chance
     log_p = log_probabilities(model, first[0].tolist())
     chosen = mx.take_along_axis(log_p[:-1], mx.array(first[0, 1:, None]), axis=-1)
-    assert chosen.mean().item() > -4
+    assert float(chosen.mean()) > -4
 
 
 def test_texts_begin_as_the_tokenizer_has_them_begin(stories):
@@ -216,7 +219,8 @@ def test_texts_longer_than_the_model_was_made_for_are_refused(stories):
 def test_an_interrupted_text_is_gone_on_with(stories, tmp_path, monkeypatch):
     model, tokenizer = load(stories)
     prompts = beginnings(tokenizer, 5, np.random.default_rng(1))
-    settings = {"length": 30, "seed": 1, "progress": Silent(), "unfinished": tmp_path / "text"}
+    settings: Any = {"length": 30, "seed": 1, "progress": Silent()}
+    settings["unfinished"] = Unfinished(tmp_path / "text")
     monkeypatch.setattr(self_text, "BATCH_TEXTS", 2)
     monkeypatch.setattr(self_text, "SAVE_S", 0.0)
     whole = sample_tokens(model, prompts, **settings)
@@ -252,8 +256,10 @@ def test_the_copy_that_samples_predicts_nearly_the_same(tmp_path, architecture):
     original, copy = load(source)[0], compact(load(source, lazy=True)[0])
     wanted, found = (m(mx.array(TOKENS)) for m in (original, copy))
     assert 0 < mx.abs(wanted - found).max() < 0.05 * mx.abs(wanted).max()
-    stored = sum(array.nbytes for _, array in tree_flatten(copy.parameters()))
-    assert stored < 0.4 * sum(array.nbytes for _, array in tree_flatten(original.parameters()))
+    stored, whole = (
+        sum(array.nbytes for array in parameters(m).values()) for m in (copy, original)
+    )
+    assert stored < 0.4 * whole
 
 
 def test_text_from_a_file_is_taken_evenly(stories, tmp_path):
@@ -313,7 +319,7 @@ def test_an_embedding_counts_by_the_rows_that_are_looked_up(tmp_path):
 
     def predict(scale):
         def changed():
-            model = load_model(directory)
+            model: Any = load_model(directory)
             table = model.model.embed_tokens
             table.weight = mx.concatenate([table.weight[:32], scale * table.weight[32:]])
             return model
@@ -344,7 +350,7 @@ def test_sensitivities_go_on_where_they_were_interrupted(stories, tmp_path):
 
         @contextmanager
         def task(self, label, total=None):
-            def advance(amount=1):
+            def advance(amount, note=""):
                 steps.append(amount)
                 if sum(steps) >= self.after:
                     raise KeyboardInterrupt

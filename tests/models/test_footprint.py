@@ -4,9 +4,13 @@ import pytest
 import tiny
 
 from splitquant_mlx.models.architecture import build_model
-from splitquant_mlx.models.footprint import context_bytes
+from splitquant_mlx.models.footprint import context_bytes, context_length
 
 KEYS_AND_VALUES = 2 * 2 * tiny.KV_HEADS * tiny.HEAD_DIM  # bytes of a layer for a token
+GPT2 = {
+    **{"model_type": "gpt2", "n_ctx": 64, "n_positions": 64, "n_embd": 32, "n_head": 4},
+    **{"n_layer": 1, "layer_norm_epsilon": 1e-5, "vocab_size": 128, "num_key_value_heads": 4},
+}
 LATENT = {
     "kv_lora_rank": 32,
     "qk_rope_head_dim": 8,
@@ -31,3 +35,15 @@ LATENT = {
 )
 def test_bytes_of_a_context(tmp_path, config, bytes_for_100):
     assert context_bytes(build_model(tmp_path, config), 100) == bytes_for_100
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        (tiny.make_config("llama"), 256),
+        (GPT2, 64),
+    ],
+    ids=["llama", "gpt2"],
+)
+def test_context_length_is_said_under_the_names_of_each_architecture(tmp_path, config, tokens):
+    assert context_length(build_model(tmp_path, config)) == tokens
