@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 from splitquant_mlx.cli.launched import RANKS
+from splitquant_mlx.cli.signals import ENDING, handling
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_S = 1.5
 RANKS_GRACE_S = 3.0  # for what they still have to tell one another
 RESUMED = "Run the same command to go on."
@@ -63,16 +63,8 @@ def watched() -> Iterator[None]:
         yield
         return
     _state.update(hint="", last=int(signal.SIGINT), server=False)
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # as nohup makes it
-            signal.signal(number, _interrupt)
-    try:
-        with _told(0):
-            yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with handling(_interrupt, *ENDING), _told(0):
+        yield
 
 
 @contextmanager

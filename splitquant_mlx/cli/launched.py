@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+from splitquant_mlx.cli.signals import ENDING, handling
 from splitquant_mlx.errors import RankError
 
 RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 IDLE_S = 5.0  # without any work, once another rank is gone
 
 
@@ -43,15 +43,8 @@ def join() -> Any:
     from splitquant_mlx.runtime import ranks as distributed
 
     before = _sockets()
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in handlers.items():
-        if handler != signal.SIG_IGN:  # as nohup makes it
-            signal.signal(number, signal.SIG_DFL)
-    try:
+    with handling(signal.SIG_DFL, *ENDING):
         group = distributed.join()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     if not distributed.alone(group):
         _end_with_the_others(_sockets() - before)
     elif launched_rank():

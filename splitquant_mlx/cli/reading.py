@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from splitquant_mlx.cli.console import note
+from splitquant_mlx.cli.signals import handling
 from splitquant_mlx.runtime.cache import cache_directory
 
 LEAVE = "Ctrl-C again, Ctrl-D or /exit leaves"
@@ -111,9 +112,5 @@ def _terminal_restored() -> Iterator[None]:
         signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)
 
-    handlers = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
+    with handling(end, signal.SIGTERM, signal.SIGHUP):
         yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

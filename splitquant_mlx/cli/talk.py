@@ -12,6 +12,7 @@ from typing import Any
 from splitquant_mlx.cli import interrupt
 from splitquant_mlx.cli.console import note, printable
 from splitquant_mlx.cli.reading import Reader, silent_keyboard
+from splitquant_mlx.cli.signals import handling
 from splitquant_mlx.cli.wrap import Wrapper
 from splitquant_mlx.errors import RecipeError, SplitQuantError, meant
 from splitquant_mlx.inference.chat import Conversation, Decoder, load_messages, save_messages
@@ -225,9 +226,5 @@ def _ctrl_c() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         pressed = True
 
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        with interrupt.handled(2):
-            yield lambda: pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with handling(press, signal.SIGINT), interrupt.handled(2):
+        yield lambda: pressed
