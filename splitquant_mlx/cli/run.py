@@ -10,8 +10,9 @@ from splitquant_mlx.cli import console, interrupt
 from splitquant_mlx.cli.options import Device, JsonFile, start
 from splitquant_mlx.cli.report import report
 from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.evaluation.settings import ARC_TASKS
 
-DATA = ("arc_challenge", "arc_easy", "text")
+DATA = (*ARC_TASKS, "text")
 
 
 def run(

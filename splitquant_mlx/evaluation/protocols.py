@@ -14,13 +14,13 @@ sentence, and whether a letter has a space before it there depends on the model.
 import random
 from collections.abc import Iterable, Sequence
 from string import ascii_uppercase
-from typing import Any
+from typing import Any, get_args
 
 from splitquant_mlx.data.questions import Question
 from splitquant_mlx.errors import CheckpointError, RecipeError, one_line
 from splitquant_mlx.evaluation.loglikelihood import Pair, fit
+from splitquant_mlx.evaluation.settings import Protocol
 
-PROTOCOLS = ("loglikelihood", "letter")
 MAX_SHOTS = 25
 SHOT_SEED = 1234  # of lm-evaluation-harness
 INSTRUCTION = "Read the question and say which of the options answers it best."
@@ -87,7 +87,7 @@ def encode_question(
         text = (_chat if templated else _plain)(tokenizer, question, examples)
         continuations = ascii_uppercase[: len(question.choices)]
     else:
-        raise RecipeError(f"protocol: expected {' or '.join(PROTOCOLS)}, got {protocol!r}")
+        raise RecipeError(f"protocol: expected {' or '.join(get_args(Protocol))}, got {protocol!r}")
 
     def encode(text: str) -> list[int]:
         # a template writes the special tokens itself

@@ -2,11 +2,14 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal, get_args
 
 from splitquant_mlx.errors import RecipeError, meant
 from splitquant_mlx.settings import PositiveInt, settings
 
-ARC_TASKS = ("arc_challenge", "arc_easy")
+ArcTask = Literal["arc_challenge", "arc_easy"]
+Protocol = Literal["loglikelihood", "letter"]
+ARC_TASKS: tuple[str, ...] = get_args(ArcTask)
 TASKS = (*ARC_TASKS, "perplexity", "kl")
 ALIASES = {"ppl": "perplexity", "arc": " or ".join(ARC_TASKS)}
 CONTEXT_LENGTH = 512  # where the model has no shorter one
@@ -31,7 +34,7 @@ class Task:
     """
 
     name: str = "perplexity"
-    protocol: str = "loglikelihood"
+    protocol: Protocol = "loglikelihood"
     num_shots: int | None = None
     data: Path | None = None
     shots: Path | None = None

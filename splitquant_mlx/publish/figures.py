@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+from splitquant_mlx.data.questions import ARC, FOLDERS
 from splitquant_mlx.errors import one_line
 from splitquant_mlx.publish.measurements import Measurement
 from splitquant_mlx.report.numbers import MISSING, percent, perplexity, plus_minus, significant
@@ -13,7 +14,6 @@ from splitquant_mlx.study.schema import PARTS
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-ARC = {"arc_challenge": "ARC-Challenge", "arc_easy": "ARC-Easy"}
 ASKED = {
     "loglikelihood": "as lm-evaluation-harness asks it",
     "letter": "options lettered, through the chat template",
@@ -21,10 +21,10 @@ ASKED = {
 METRICS = {
     "kl": ("kl_mean", "top1_agreement"),
     "perplexity": ("perplexity",),
-    **dict.fromkeys(ARC, ("accuracy", "accuracy_norm")),
+    **dict.fromkeys(FOLDERS, ("accuracy", "accuracy_norm")),
 }
 # the hub's type and name of a data set
-DATA = {task: ("allenai/ai2_arc", name) for task, name in ARC.items()}
+DATA = {task: (ARC, name) for task, name in FOLDERS.items()}
 TEXT, WIKITEXT = ("text", "text"), ("wikitext", "WikiText-2")
 PACKAGES = ("splitquant-mlx", "mlx", "mlx-lm")
 Values = Mapping[str, Any]
@@ -85,7 +85,7 @@ def _rows(measured: Measurement) -> Iterator[tuple[str, str, str, str]]:
         for key, ending in (("accuracy", ""), ("accuracy_norm", ", by length")):
             if _of(values, key) is not None:
                 found = [_accuracy(each, key) for each in (values, other)]
-                what = f"{ARC[task]}{', letters' if protocol == 'letter' else ending}, %"
+                what = f"{FOLDERS[task]}{', letters' if protocol == 'letter' else ending}, %"
                 yield what, found[0], _compared(found[1], named), setting
     else:
         limit = settings.get("limit")

@@ -8,11 +8,12 @@ checkpoint that another program made of the same model.
 import dataclasses
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 
 from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.evaluation.settings import ArcTask, Protocol
 from splitquant_mlx.recipe import Recipe, read_toml
 from splitquant_mlx.settings import (
     NonNegativeInt,
@@ -25,8 +26,6 @@ from splitquant_mlx.settings import (
 from splitquant_mlx.study.results import Paper
 
 ORIGINAL, FOREIGN = "original", "foreign"  # methods of models that were not converted here
-Protocol = Literal["loglikelihood", "letter"]
-ArcTask = Literal["arc_challenge", "arc_easy"]
 
 
 @settings
