@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.formats.gguf_joined import DELTA_NET, FUSED_QKV, LATENT, MAMBA, Joined
 from splitquant_mlx.formats.gguf_tokenizer import ELSEWHERE
 
 EXPERTS = {
@@ -56,12 +57,13 @@ class Architecture:
         fixed: what every model of the architecture has, and no file says.
         sigmoid: its router's scores are no softmax.
         latent: keys and values are projected up from a few channels (MLA).
-        convolves: layers without key and value heads are short convolutions.
+        layer_types: what layers are called that have key and value heads, and those without.
         interleaved: the converter reordered the rows of the query and key projections: llama.cpp
             rotates neighbouring channels, transformers channel i with channel i + head_dim / 2.
         biases: the settings that say which projections have biases.
         norm_offset: what the converter added to the weights of norms.
         partial_rotary: only a part of a head's channels may be rotated.
+        joined: parameters that the converter changed, by their names after "model.layers.N.".
         wide_range: activations outgrow float16.
     """
 
@@ -71,11 +73,12 @@ class Architecture:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     sigmoid: bool = False
     latent: bool = False
-    convolves: bool = False
+    layer_types: tuple[str, str] | None = None
     interleaved: bool = False
     biases: tuple[str, ...] = ("attention_bias", "mlp_bias")
     norm_offset: float = 0.0
     partial_rotary: bool = False
+    joined: Mapping[str, Joined] = field(default_factory=dict)
     wide_range: bool = False
 
 
@@ -92,7 +95,7 @@ def _lfm2(model_type: str, settings: Mapping[str, str], **fixed: Any) -> Archite
             "conv_L_cache": "shortconv.l_cache",
         },
         fixed={"conv_bias": False, **fixed},
-        convolves=True,
+        layer_types=("full_attention", "conv"),
         biases=(),
     )
 
@@ -129,6 +132,25 @@ ARCHITECTURES = {
     "granite": Architecture(model_type="granite", settings=MULTIPLIERS, interleaved=True),
     "granitemoe": Architecture(
         model_type="granitemoe", settings={**MULTIPLIERS, **LOCAL_EXPERTS}, interleaved=True
+    ),
+    "granitehybrid": Architecture(
+        model_type="granitemoehybrid",
+        settings={
+            **MULTIPLIERS,
+            "shared_intermediate_size": "expert_shared_feed_forward_length",
+            "mamba_n_heads": "ssm.time_step_rank",
+            "mamba_d_state": "ssm.state_size",
+            "mamba_d_conv": "ssm.conv_kernel",
+            "mamba_n_groups": "ssm.group_count",
+        },
+        fixed={
+            "position_embedding_type": "nope",
+            "mamba_proj_bias": False,
+            "mamba_conv_bias": True,
+        },
+        interleaved=True,
+        layer_types=("attention", "mamba"),
+        joined=MAMBA,
     ),
     "starcoder2": Architecture(
         model_type="starcoder2",
@@ -174,6 +196,7 @@ ARCHITECTURES = {
         fixed={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1},
         sigmoid=True,
         latent=True,
+        joined=LATENT,
         biases=("attention_bias",),
     ),
     "exaone4": Architecture(
@@ -200,6 +223,30 @@ ARCHITECTURES = {
         optional={"use_parallel_residual": ("use_parallel_residual", True)},
         partial_rotary=True,
         biases=("use_qkv_bias",),
+    ),
+    "phi2": Architecture(
+        model_type="phi",
+        settings={"layer_norm_eps": LAYER_NORM},
+        fixed={"hidden_act": "gelu_new"},
+        partial_rotary=True,
+        joined=FUSED_QKV,
+        biases=(),
+    ),
+    "qwen3next": Architecture(
+        model_type="qwen3_next",
+        settings={
+            **EXPERTS,
+            "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
+            "linear_num_value_heads": "ssm.time_step_rank",
+            "linear_num_key_heads": "ssm.group_count",
+            "linear_key_head_dim": "ssm.state_size",
+            "linear_conv_kernel_dim": "ssm.conv_kernel",
+        },
+        optional={"full_attention_interval": ("full_attention_interval", 4)},
+        fixed={"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
+        partial_rotary=True,
+        joined=DELTA_NET,
+        biases=("attention_bias",),
     ),
     "nemotron": Architecture(
         model_type="nemotron",

@@ -33,7 +33,9 @@ LATENT = {
     "attention.q_lora_rank",
     LOG_MULTIPLIER,
 }
-SIGMOID = 2  # llama.cpp's number of that gating function
+SOFTMAX, SIGMOID = 1, 2  # llama.cpp's numbers of these gating functions
+# of DeepSeek 2 and 3 by their number of experts; files of before autumn 2025 leave it out
+DEEPSEEK_GROUPS = {160: (8, 3), 256: (8, 4)}
 # Every key that is read, or that says nothing which the tensors and the architecture do not say.
 KNOWN = frozenset(
     "block_count context_length embedding_length feed_forward_length vocab_size "
@@ -44,7 +46,7 @@ KNOWN = frozenset(
     "rope.scaling.original_context_length rope.scaling.finetuned "
     "rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow "
     "expert_count expert_used_count expert_feed_forward_length expert_gating_func "
-    "expert_shared_feed_forward_length nextn_predict_layers".split()
+    "expert_shared_feed_forward_length nextn_predict_layers ssm.inner_size".split()
 )
 
 
@@ -172,8 +174,8 @@ def _attention(metadata: dict[str, Any], architecture: Architecture) -> dict[str
     heads = _number(metadata, "attention.head_count", int)
     if architecture.latent:
         return _latent_attention(metadata, heads)
-    if architecture.convolves:
-        return _attention_among_convolutions(metadata, heads)
+    if architecture.layer_types:
+        return _attention_in_some_layers(metadata, heads, architecture.layer_types)
     kv_heads = _number(metadata, "attention.head_count_kv", int, heads)
     hidden = _number(metadata, "embedding_length", int)
     head_dim = _number(metadata, "attention.key_length", int, max(1, hidden // heads))
@@ -198,18 +200,22 @@ def _attention(metadata: dict[str, Any], architecture: Architecture) -> dict[str
 
 def _latent_attention(metadata: dict[str, Any], heads: int) -> dict[str, Any]:
     rotated = _number(metadata, "rope.dimension_count", int)
+    # older files know no other lengths
+    mla = "_mla" if _key(metadata, "attention.key_length_mla") in metadata else ""
     return {
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
         "kv_lora_rank": _number(metadata, "attention.kv_lora_rank", int),
         "q_lora_rank": _setting(metadata, "attention.q_lora_rank", 0) or None,
         "qk_rope_head_dim": rotated,
-        "qk_nope_head_dim": max(0, _number(metadata, "attention.key_length_mla", int) - rotated),
-        "v_head_dim": _number(metadata, "attention.value_length_mla", int),
+        "qk_nope_head_dim": max(0, _number(metadata, f"attention.key_length{mla}", int) - rotated),
+        "v_head_dim": _number(metadata, f"attention.value_length{mla}", int),
     }
 
 
-def _attention_among_convolutions(metadata: dict[str, Any], heads: int) -> dict[str, Any]:
+def _attention_in_some_layers(
+    metadata: dict[str, Any], heads: int, names: tuple[str, str]
+) -> dict[str, Any]:
     of_layers = metadata.get(_key(metadata, "attention.head_count_kv"))
     if (
         not isinstance(of_layers, list)
@@ -224,7 +230,7 @@ def _attention_among_convolutions(metadata: dict[str, Any], heads: int) -> dict[
     return {
         "num_attention_heads": heads,
         "num_key_value_heads": max(of_layers),
-        "layer_types": ["full_attention" if n else "conv" for n in of_layers],
+        "layer_types": [names[n == 0] for n in of_layers],
     }
 
 
@@ -251,10 +257,17 @@ def _variant(gguf: Gguf, config: dict[str, Any]) -> dict[str, Any]:
         experts = {key: _number(metadata, of, int) for key, of in LOCAL_EXPERTS.items()}
         return {"model_type": "mixtral", **experts}
     gating = metadata.get(_key(metadata, "expert_gating_func"), 1)
+    if name == "deepseek2" and gating in (SOFTMAX, SIGMOID):
+        return _deepseek(metadata, config, softmax=gating == SOFTMAX)
+    if name == "qwen3next":
+        values = _number(metadata, "ssm.inner_size", int)
+        return {"linear_value_head_dim": values // config["linear_num_value_heads"]}
+    if name == "granitehybrid":
+        return _granite_hybrid(metadata, config)
     if architecture_of(metadata).sigmoid and gating != SIGMOID:
         raise CheckpointError(
-            f"{name}.expert_gating_func: expected {SIGMOID} (sigmoid), got {gating!r:.80}, as of "
-            f"DeepSeek V2; {ELSEWHERE}"
+            f"{name}.expert_gating_func: expected {SIGMOID} (sigmoid), got {gating!r:.80}; "
+            f"{ELSEWHERE}"
         )
     if name == "olmo2" and metadata.get("olmo2.attention.sliding_window"):
         return {"model_type": "olmo3"}
@@ -268,6 +281,31 @@ def _variant(gguf: Gguf, config: dict[str, Any]) -> dict[str, Any]:
             of_gemma3["rope_theta"] = 1e6
         return {"query_pre_attn_scalar": scalar, **of_gemma3}
     return {}
+
+
+def _deepseek(metadata: dict[str, Any], config: dict[str, Any], softmax: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if _key(metadata, "expert_group_count") not in metadata:
+        groups = DEEPSEEK_GROUPS.get(config["n_routed_experts"], (1, 1))
+        found = dict(zip(("n_group", "topk_group"), groups, strict=True))
+    if softmax:
+        grouped = (config | found)["n_group"] > 1
+        method = "group_limited_greedy" if grouped else "greedy"
+        found |= {"model_type": "deepseek_v2", "scoring_func": "softmax", "topk_method": method}
+    return found
+
+
+def _granite_hybrid(metadata: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    if metadata.get("granitehybrid.rope.scaling.finetuned"):
+        raise CheckpointError(f"expected Granite without rotary embeddings, got Bamba; {ELSEWHERE}")
+    inner = _number(metadata, "ssm.inner_size", int)
+    found = {
+        "mamba_d_head": inner // config["mamba_n_heads"],
+        "mamba_expand": inner // config["hidden_size"],
+    }
+    if metadata.get("granitehybrid.expert_count"):
+        return found | {key: _number(metadata, of, int) for key, of in LOCAL_EXPERTS.items()}
+    return found | {"num_local_experts": 0, "intermediate_size": config["shared_intermediate_size"]}
 
 
 def _windows(metadata: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -322,7 +360,7 @@ def _yarn(metadata: dict[str, Any], config: dict[str, Any], factor: float) -> di
             scaling[name] = _number(metadata, f"rope.scaling.yarn_{name}", float)
     if config["model_type"] == "gpt_oss":
         scaling["truncate"] = False
-    if config["model_type"] == "deepseek_v3":
+    if config["model_type"] in ("deepseek_v2", "deepseek_v3"):
         mscale = 10 * _number(metadata, LOG_MULTIPLIER, float, 0.1)
         scaling |= {"mscale": mscale, "mscale_all_dim": mscale}
     if config["model_type"] != "ministral3":

@@ -76,6 +76,11 @@ LARGE_EPSILON = Difference(
         getattr(c, name, 0) > 1e-4 for name in ("rms_norm_eps", "layer_norm_epsilon")
     ),
 )
+GROUPED_NORM = Difference(
+    reason="it normalizes what leaves a mixer as a whole, not in its groups",
+    wrong=True,
+    applies=lambda c: max(getattr(c, name, 1) for name in ("n_groups", "mamba_n_groups")) > 1,
+)
 # found by tests/support/architectures.py, explained by the source of both
 DIFFERENCES = {
     "falcon_h1": (
@@ -93,6 +98,7 @@ DIFFERENCES = {
     "glm4_moe_lite": (LARGE_EPSILON,),
     "gpt_bigcode": (Difference(reason="it computes GELU exactly, not by the tanh formula"),),
     "gpt_neox": (Difference(reason="it computes GELU by the tanh formula, not exactly"),),
+    "granitemoehybrid": (GROUPED_NORM,),
     "jamba": (
         Difference(
             reason="it normalizes the weights of the chosen experts",
@@ -101,7 +107,7 @@ DIFFERENCES = {
         ),
     ),
     "llama4_text": (LARGE_EPSILON,),
-    "mamba2": (LARGE_EPSILON,),
+    "mamba2": (LARGE_EPSILON, GROUPED_NORM),
     "nemotron_h": (
         LARGE_EPSILON,
         Difference(

@@ -6,7 +6,9 @@ all checked before the first byte is written, and one tensor at a time is in mem
 """
 
 import json
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +30,11 @@ RENAMED = (
     (re.compile(r"\.\w+\.switch_mlp\."), ".mlp.experts."),
     (re.compile(r"\.e_score_correction_bias$"), ".e_score_correction.bias"),
     (re.compile(r"\.expert_bias$"), ".expert_bias.bias"),
+    (re.compile(r"\.dt_bias$"), ".dt_proj.bias"),
     (re.compile(r"\.embed_q\."), ".k_b_proj."),
     (re.compile(r"\.unembed_out\."), ".v_b_proj."),
 )
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 QUERY_OR_KEY = re.compile(r"\.self_attn\.([qk])_proj\.")
 # what the README of a hub repo calls it: GGUF name
 CARD = {
@@ -43,10 +47,12 @@ CARD = {
 
 
 class _Target(NamedTuple):
-    """The parameter that a tensor becomes."""
+    """A parameter, and the tensors that it is made of; by `join` unless it is one of them."""
 
     name: str
     shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    join: Callable[..., mx.array] | None = None
 
 
 def import_gguf(path: Path, directory: Path, progress: Progress | None = None) -> None:
@@ -82,11 +88,21 @@ def gguf_parameters(gguf: Gguf) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         _, config, targets = _described(gguf)
     except CheckpointError as exc:
         raise CheckpointError(f"{gguf.path}: {exc}") from exc
-    return config, {target.name: gguf.tensors[name] for name, target in targets.items()}
+    return config, {target.name: _info(gguf, target) for target in targets}
 
 
-def _described(gguf: Gguf) -> tuple[mx.Dtype, dict[str, Any], dict[str, _Target]]:
-    """Return the dtype to store, config.json's content, and what each tensor becomes."""
+def _info(gguf: Gguf, target: _Target) -> TensorInfo:
+    """Return the tensor that a parameter is; of several, or a part of one, its share of bytes."""
+    infos = [gguf.tensors[name] for name in target.sources]
+    if target.join is None:
+        return infos[0]
+    share = math.prod(target.shape) / sum(math.prod(info.shape) for info in infos)
+    nbytes = round(share * sum(info.nbytes for info in infos))
+    return infos[0]._replace(shape=target.shape, nbytes=nbytes)
+
+
+def _described(gguf: Gguf) -> tuple[mx.Dtype, dict[str, Any], list[_Target]]:
+    """Return the dtype to store, config.json's content, and what each parameter is made of."""
     dtype = _dtype(gguf, architecture_of(gguf.metadata))
     config = model_config(gguf, str(dtype).removeprefix("mlx.core."))
     return dtype, config, _targets(gguf, config)
@@ -99,8 +115,8 @@ def _dtype(gguf: Gguf, architecture: Architecture) -> mx.Dtype:
     return mx.bfloat16 if architecture.wide_range or types <= {"F32", "BF16"} else mx.float16
 
 
-def _targets(gguf: Gguf, config: dict[str, Any]) -> dict[str, _Target]:
-    """Return what each tensor becomes, by its GGUF name.
+def _targets(gguf: Gguf, config: dict[str, Any]) -> list[_Target]:
+    """Return what each parameter is made of.
 
     Raises:
         CheckpointError: when tensors are missing, unknown, or of another shape than the model's.
@@ -108,29 +124,48 @@ def _targets(gguf: Gguf, config: dict[str, Any]) -> dict[str, _Target]:
     check_config(Path("metadata"), config, len(gguf.tensors))
     model = build_model(Path("metadata"), config)
     name_of = _gguf_names(gguf.metadata["general.architecture"], config["num_hidden_layers"])
-    targets = {
-        name_of(name): _Target(name, tuple(array.shape))
-        for name, array in parameters(model).items()
-        if not (config["tie_word_embeddings"] and name == "lm_head.weight")
-    }
-    missing = sorted(targets.keys() - gguf.tensors.keys())
+    joined = architecture_of(gguf.metadata).joined
+    targets = []
+    for name, array in parameters(model).items():
+        if config["tie_word_embeddings"] and name == "lm_head.weight":
+            continue
+        layer = LAYER.match(name)
+        sources, join = joined.get(layer[2] if layer else "", ((), None))
+        sources = tuple(f"blk.{layer[1]}.{source}" for source in sources) if layer else ()
+        if not sources or not gguf.tensors.keys() >= {*sources}:
+            sources, join = (name_of(name),), None
+        targets.append(_Target(name, tuple(array.shape), sources, join))
+    used = {source for target in targets for source in target.sources}
+    missing = sorted(used - gguf.tensors.keys())
     layers = range(config["num_hidden_layers"], block_count(gguf.metadata))
     further = tuple(f"blk.{number}." for number in layers)  # of heads for further tokens
-    unused = gguf.tensors.keys() - targets.keys() - {*ROPE_TENSORS}
+    unused = gguf.tensors.keys() - used - {*ROPE_TENSORS}
     extra = sorted(name for name in unused if not name.startswith(further))
     if missing or extra:
         raise CheckpointError(
             f"tensors missing from a {config['model_type']} model: {missing!r:.200}, unknown: "
             f"{extra!r:.200}; the file is incomplete or of another architecture"
         )
-    for name, target in targets.items():
-        shape = gguf.tensors[name].shape
-        if _without_ones(shape) != _without_ones(target.shape):
+    for target in targets:
+        shapes = [gguf.tensors[source].shape for source in target.sources]
+        if _without_ones(_shape(target, config, shapes)) != _without_ones(target.shape):
             raise CheckpointError(
-                f"tensor {name!r}: expected shape {target.shape} from the metadata, got {shape}; "
-                "the file is corrupt"
+                f"tensor {target.sources[0]!r}: expected shape {target.shape} of {target.name} "
+                f"from the metadata, got {', '.join(map(str, shapes))}; the file is corrupt"
             )
     return targets
+
+
+def _shape(
+    target: _Target, config: dict[str, Any], shapes: list[tuple[int, ...]]
+) -> tuple[int, ...]:
+    """Return the shape that tensors of `shapes` are joined to; nothing is computed."""
+    if target.join is None:
+        return shapes[0]
+    try:
+        return target.join(config, *map(mx.zeros, shapes)).shape
+    except (ArithmeticError, ValueError, IndexError):
+        return (0,)
 
 
 def _gguf_names(architecture: str, layers: int) -> Any:
@@ -161,7 +196,7 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _write_tensors(
     gguf: Gguf,
-    targets: dict[str, _Target],
+    targets: list[_Target],
     config: dict[str, Any],
     dtype: mx.Dtype,
     directory: Path,
@@ -169,23 +204,28 @@ def _write_tensors(
 ) -> None:
     architecture = architecture_of(gguf.metadata)
     heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
-    total = sum(gguf.tensors[name].nbytes for name in targets)
+    total = sum(_info(gguf, target).nbytes for target in targets)
     stored_as = np.float16 if dtype == mx.float16 else np.float32
     with (
-        ShardWriter(directory, [target.name for target in targets.values()]) as writer,
+        ShardWriter(directory, [target.name for target in targets]) as writer,
         progress.task("Unpacking", total) as advance,
     ):
-        for name, target in targets.items():
-            values = read_tensor(gguf, name, stored_as)
+        for target in targets:
+            if target.join is None:
+                values = read_tensor(gguf, target.sources[0], stored_as)
+            else:
+                parts = [mx.array(read_tensor(gguf, source)) for source in target.sources]
+                values = np.array(target.join(config, *parts)).astype(stored_as)
             projection = QUERY_OR_KEY.search(target.name)
             if architecture.interleaved and projection:
                 values = _half_split(values, heads[projection[1]])
             if architecture.norm_offset and target.name.endswith("norm.weight"):
                 values = values - np.array(architecture.norm_offset, stored_as)
             if not np.isfinite(values).all():
+                name = target.sources[0]
                 raise CheckpointError(f"tensor {name!r}: values not finite as {dtype}; {ELSEWHERE}")
             writer.add(target.name, mx.array(values.reshape(target.shape), dtype))
-            advance(gguf.tensors[name].nbytes)
+            advance(_info(gguf, target).nbytes)
         writer.close()
 
 

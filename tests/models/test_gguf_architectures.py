@@ -58,9 +58,32 @@ MULTIPLIERS = {
     "attention_multiplier": 0.0625,
     "logits_scaling": 8.0,
 }
+MAMBA = {
+    **MULTIPLIERS,
+    "layer_types": ["mamba", "attention", "mamba", "mamba"],
+    "shared_intermediate_size": 48,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "position_embedding_type": "nope",
+    "tie_word_embeddings": True,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 YARN |= {"rope_theta": 10000.0}
 WINDOWS = {"sliding_window": 8}
+QWEN3_NEXT = {
+    **EXPERTS,
+    "head_dim": 32,
+    "partial_rotary_factor": 0.25,
+    "shared_expert_intermediate_size": 48,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "norm_topk_prob": True,
+}
 CONVOLUTIONS = {
     "layer_types": ["conv", "full_attention", "conv", "full_attention"],
     "conv_L_cache": 3,
@@ -101,6 +124,11 @@ CASES = {
     "smollm3": ("SmolLM3", {}),
     "granite": ("Granite", MULTIPLIERS),
     "granitemoe": ("GraniteMoe", {**MULTIPLIERS, **LOCAL_EXPERTS}),
+    "granitehybrid": ("GraniteMoeHybrid", {**MAMBA, **LOCAL_EXPERTS}),
+    "granitehybrid, dense": (
+        "GraniteMoeHybrid",
+        {**MAMBA, "num_local_experts": 0, "shared_intermediate_size": 96},
+    ),
     "starcoder2": ("Starcoder2", {}),
     "gpt-oss": ("GptOss", {**LOCAL_EXPERTS, **WINDOWS, "head_dim": 32, "rope_parameters": YARN}),
     "gpt-oss, plain": (
@@ -133,6 +161,37 @@ CASES = {
             "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
         },
     ),
+    "deepseek 2": (
+        "DeepseekV2",
+        {
+            **LATENT,
+            "scoring_func": "softmax",
+            "norm_topk_prob": False,
+            "q_lora_rank": 24,
+            "topk_method": "group_limited_greedy",
+            "n_group": 2,
+            "topk_group": 1,
+            "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+    ),
+    "deepseek 2 lite": (
+        "DeepseekV2",
+        {
+            **LATENT,
+            "scoring_func": "softmax",
+            "norm_topk_prob": False,
+            "q_lora_rank": None,
+            "topk_method": "greedy",
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+    ),
+    "phi2": (
+        "Phi",
+        {"partial_rotary_factor": 0.5, "num_key_value_heads": 4, "intermediate_size": 256},
+    ),
+    "qwen3next": ("Qwen3Next", QWEN3_NEXT),
     "exaone4": ("Exaone4", {**WINDOWS, "head_dim": 16, "sliding_window_pattern": 4}),
     "exaone4, no windows": (
         "Exaone4",
@@ -173,6 +232,15 @@ def reference(name):
     return model
 
 
+def save(model, directory):
+    """Write a model; the layers of Granite under the names that the published models have."""
+    model.save_pretrained(directory)
+    if model.config.model_type == "granitemoehybrid":
+        config = (directory / "config.json").read_text()
+        config = config.replace("linear_attention", "mamba").replace("full_attention", "attention")
+        (directory / "config.json").write_text(config)
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
     """Return a directory of all cases' files, and of transformers' logits for them."""
@@ -182,7 +250,7 @@ def files(tmp_path_factory) -> Path:
     subprocess.run([*install, convert_to_gguf.PACKAGE], check=True)
     for name in CASES:
         model = reference(name)
-        model.save_pretrained(home / name)
+        save(model, home / name)
         tiny.write_tokenizer(home / name, VOCAB)
         with torch.no_grad():
             np.save(home / f"{name}.npy", model(torch.tensor(tokens())).logits.numpy())

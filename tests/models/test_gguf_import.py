@@ -527,9 +527,44 @@ def test_layers_that_predict_further_tokens_are_not_counted():
     assert (found["n_group"], found["norm_topk_prob"]) == (1, False)
 
 
+HYBRID = {
+    "attention.head_count_kv": [0, 4, 0, 0],
+    "attention.scale": 0.1,
+    "embedding_scale": 12.0,
+    "residual_scale": 0.2,
+    "logit_scale": 8.0,
+    "expert_shared_feed_forward_length": 48,
+    "ssm.time_step_rank": 8,
+    "ssm.state_size": 16,
+    "ssm.conv_kernel": 4,
+    "ssm.group_count": 1,
+    "ssm.inner_size": 128,
+}
+LATENT = {
+    "rope.dimension_count": 16,
+    "attention.kv_lora_rank": 32,
+    "attention.key_length": 48,
+    "attention.value_length": 24,
+}
+
+
+def test_old_files_of_deepseek_leave_out_groups_of_experts_and_sizes_of_heads():
+    found = described("deepseek2", **GROUPED, **LATENT)
+    assert (found["model_type"], found["n_group"], found["topk_group"]) == ("deepseek_v3", 1, 1)
+    assert (found["qk_nope_head_dim"], found["v_head_dim"]) == (32, 24)
+    found = described("deepseek2", **GROUPED | LATENT | {"expert_count": 256})
+    assert (found["n_group"], found["topk_group"]) == (8, 4)
+    second = {key: value for key, value in GROUPED.items() if key != "expert_gating_func"}
+    found = described("deepseek2", **second | LATENT | {"expert_count": 160})
+    assert (found["model_type"], found["n_group"], found["topk_group"]) == ("deepseek_v2", 8, 3)
+    assert found["topk_method"] == "group_limited_greedy"
+
+
 @pytest.mark.parametrize(
     "architecture, metadata, message",
     [
+        ("granitehybrid", {**HYBRID, "rope.scaling.finetuned": True}, "got Bamba"),
+        ("deepseek2", {**GROUPED, **LATENT, "expert_gating_func": 3}, "expected 2 .*, got 3"),
         ("glm4moe", {**GROUPED, "expert_gating_func": 1}, "expected 2 .sigmoid., got 1"),
         ("deepseek2", {**GROUPED, "rope.dimension_count": 16}, "kv_lora_rank: expected"),
         ("lfm2", {"shortconv.l_cache": 3}, "heads of each layer, got 4"),
@@ -538,7 +573,7 @@ def test_layers_that_predict_further_tokens_are_not_counted():
         ("glm4moe", {**GROUPED, "nextn_predict_layers": "1"}, "expected 0 to 3, got '1'"),
         ("mistral3", {}, "scaling.type: expected yarn, got 'none'"),
         ("mistral3", {"rope.scaling.type": "linear"}, "scaling.type: expected yarn, got 'linear'"),
-        ("qwen3next", {}, "architecture: expected one of llama, .* take the model from"),
+        ("ernie4_5-moe", {}, "architecture: expected one of llama, .* take the model from"),
     ],
 )
 def test_files_of_other_models_of_an_architecture_are_refused(architecture, metadata, message):

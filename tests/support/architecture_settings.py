@@ -62,6 +62,12 @@ SETTINGS: list[dict[str, Any]] = [
         {"architecture": a, "name": "large epsilon", "settings": {"rms_norm_eps": 0.1}}
         for a in ("llama", "qwen3", "gemma3_text", "deepseek_v3", "glm4_moe_lite", "llama4")
     ),
+    {"architecture": "mamba2", "name": "groups", "settings": {"n_groups": 2}},
+    {"architecture": "nemotron_h", "name": "groups", "settings": {"n_groups": 2}},
+    *(
+        {"architecture": a, "name": "groups", "settings": {"mamba_n_groups": 2}}
+        for a in ("granitemoehybrid", "falcon_h1")
+    ),
     {
         "architecture": "mamba2",
         "name": "large epsilon",

@@ -29,7 +29,7 @@ def main(package: str, directory: str) -> None:
     for path in sorted(path for path in Path(directory).iterdir() if path.is_dir()):
         settings = ModelBase.load_hparams(path, False)
         model = get_model_class(get_model_architecture(settings, ModelType.TEXT))
-        model.set_vocab = set_vocab
+        model.set_vocab, model.no_mtp = set_vocab, True
         with torch.inference_mode():
             file = path.with_name(f"{path.name}.gguf")
             model(path, gguf.LlamaFileType.ALL_F32, file).write()

@@ -1,0 +1,72 @@
+"""Parameters that llama.cpp's converters take apart, fuse or compute anew, and the way back.
+
+Each is made from tensors of the same layer, by a function of config.json's content and of them.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+
+class Joined(NamedTuple):
+    """How a parameter is made: from which tensors (names after "blk.N."), and by what."""
+
+    sources: tuple[str, ...]
+    join: Callable[..., mx.array]
+
+
+Config = Mapping[str, Any]
+
+
+def _kv_b(config: Config, k: mx.array, v: mx.array) -> mx.array:
+    """Join k (heads, rank, nope) and v (heads, value, rank) to (heads (nope + value), rank)."""
+    return mx.concatenate([k.swapaxes(1, 2), v], axis=1).reshape(-1, v.shape[-1])
+
+
+def _of_heads(config: Config, kv_b: mx.array) -> tuple[mx.array, mx.array]:
+    heads = kv_b.reshape(config["num_attention_heads"], -1, kv_b.shape[-1])
+    k, v = mx.split(heads, [config["qk_nope_head_dim"]], axis=1)
+    return k.swapaxes(1, 2), v
+
+
+def _a_log(config: Config, a: mx.array) -> mx.array:
+    return mx.log(-a).flatten()
+
+
+def _qkvz(config: Config, qkv: mx.array, z: mx.array) -> mx.array:
+    """Put the rows of each key head together: its query, key, values and gates."""
+    keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    parts = [*mx.split(qkv, [keys, 2 * keys]), z]
+    of_heads = [w.reshape(config["linear_num_key_heads"], -1, w.shape[-1]) for w in parts]
+    return mx.concatenate(of_heads, axis=1).reshape(-1, z.shape[-1])
+
+
+def _third(number: int) -> Callable[..., mx.array]:
+    return lambda config, qkv: mx.split(qkv, 3)[number]
+
+
+# of DeepSeek 2, whose file may hold what the model has or what DeepSeek 3 has, and the reverse
+LATENT = {
+    "self_attn.kv_b_proj.weight": Joined(("attn_k_b.weight", "attn_v_b.weight"), _kv_b),
+    "self_attn.embed_q.weight": Joined(("attn_kv_b.weight",), lambda c, w: _of_heads(c, w)[0]),
+    "self_attn.unembed_out.weight": Joined(("attn_kv_b.weight",), lambda c, w: _of_heads(c, w)[1]),
+}
+FUSED_QKV = {
+    f"self_attn.{name}_proj.{leaf}": Joined((f"attn_qkv.{leaf}",), _third(number))
+    for number, name in enumerate("qkv")
+    for leaf in ("weight", "bias")
+}
+DELTA_NET = {
+    "linear_attn.A_log": Joined(("ssm_a",), _a_log),
+    "linear_attn.in_proj_qkvz.weight": Joined(("attn_qkv.weight", "attn_gate.weight"), _qkvz),
+}
+MAMBA = {
+    "mamba.A_log": Joined(("ssm_a",), _a_log),
+    "mamba.D": Joined(("ssm_d",), lambda config, d: d.flatten()),
+    "mamba.norm.weight": Joined(("ssm_norm.weight",), lambda config, w: w.flatten()),
+    "shared_mlp.input_linear.weight": Joined(
+        ("ffn_gate_shexp.weight", "ffn_up_shexp.weight"),
+        lambda config, gate, up: mx.concatenate([gate, up]),
+    ),
+}
