@@ -1,6 +1,7 @@
 """What mlx-lm's model computes is what config.json asks for, or the checkpoint is refused."""
 
 import json
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -188,7 +189,7 @@ def test_other_words_for_what_transformers_reads_are_no_settings_of_mlx_lm_alone
 
 def test_what_could_not_be_compared_is_said(tmp_path):
     """Code that comes with a checkpoint may read settings in another way than transformers."""
-    code = {"auto_map": {"AutoConfig": "configuration.Config"}}
+    code: Any = {"auto_map": {"AutoConfig": "configuration.Config"}}
     source = tiny.write_checkpoint(tmp_path / "source", rms_norm_eps=1, **code)
     (warning,) = open_checkpoint(source).warnings
     assert "transformers does not read this config.json" in warning and "rms_norm_eps" in warning
@@ -300,7 +301,8 @@ def test_corrections_below_0_are_raised_in_what_is_loaded_and_converted(tmp_path
     assert mx.array_equal(parameters(load_model(source))[CORRECTION], raised)
     convert(source, tmp_path / "out", recipe=Recipe(method="rtn", group_size=32))
     file = tmp_path / "out" / "model.safetensors"
-    tensors, metadata = mx.load(str(file), return_metadata=True)
+    loaded: Any = mx.load(str(file), return_metadata=True)
+    tensors, metadata = loaded
     assert mx.array_equal(tensors[CORRECTION], raised)
     mx.eval(tensors)
     mx.save_safetensors(str(file), {**tensors, CORRECTION: stored}, metadata)  # by another program

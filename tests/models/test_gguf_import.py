@@ -2,6 +2,8 @@
 
 import json
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
 
 import gguf
 import gguf_models
@@ -91,7 +93,7 @@ def imported(path, directory):
     import_gguf(path, directory)
     weights = {}
     for shard in directory.glob("*.safetensors"):
-        weights |= mx.load(str(shard))
+        weights |= dict(mx.load(str(shard)))  # type: ignore[arg-type]
     return weights, json.loads((directory / "config.json").read_text())
 
 
@@ -204,7 +206,8 @@ def test_llama3_rope_factors_become_rope_scaling(small, tmp_path, factor):
     }
     from mlx_lm.utils import load_model
 
-    rope = load_model(tmp_path / "hf")[0].layers[0].self_attn.rope
+    layers: Any = load_model(tmp_path / "hf")[0].layers
+    rope = layers[0].self_attn.rope
     plain = 500000.0 ** (np.arange(0, 8, 2) / 8)
     np.testing.assert_allclose(np.array(rope._freqs), plain * factors, rtol=1e-4)
 
@@ -391,7 +394,8 @@ def test_values_that_float16_cannot_hold_are_refused(small, tmp_path, value):
 
 def test_infinite_scales_of_a_quantized_tensor_are_refused(small, tmp_path):
     path = tmp_path / "a.gguf"
-    write_gguf(path, *small, "Q4_0")
+    weights, config = small
+    write_gguf(path, weights, config, "Q4_0")
     tensor = open_gguf(path).tensors["blk.1.attn_v.weight"]
     content = bytearray(path.read_bytes())
     content[tensor.offset : tensor.offset + 2] = np.float16("inf").tobytes()
@@ -413,11 +417,12 @@ def test_progress_reaches_the_announced_total(small, tmp_path):
     class Recorder:
         @contextmanager
         def task(self, label, total=None):
-            seen.append(-total)
+            seen.append(-(total or 0))
             yield seen.append
 
     (tmp_path / "hf").mkdir()
-    import_gguf(tmp_path / "a.gguf", tmp_path / "hf", Recorder())
+    recorder: Any = Recorder()
+    import_gguf(tmp_path / "a.gguf", tmp_path / "hf", recorder)
     assert len(seen) == 21 and sum(seen) == 0
 
 
@@ -486,7 +491,7 @@ def described(architecture, **metadata):
         f"blk.{n}.attn_norm.weight": TensorInfo("", (HIDDEN,), "F32", 0, 0) for n in range(4)
     }
     tensors["token_embd.weight"] = TensorInfo("", (VOCAB, HIDDEN), "F32", 0, 0)
-    return model_config(Gguf(None, found, tensors, ()), "float32")
+    return model_config(Gguf(Path(), found, tensors, ()), "float32")
 
 
 def test_what_files_leave_out_is_known():
@@ -499,7 +504,7 @@ def test_what_files_leave_out_is_known():
     heads = {"attention.head_count_kv": [0, 4, 0, 4], "shortconv.l_cache": 3}
     types = ["conv", "full_attention"] * 2
     assert described("lfm2", **heads)["layer_types"] == types
-    windows = {"attention.sliding_window": 8}
+    windows: Any = {"attention.sliding_window": 8}
     windows["attention.sliding_window_pattern"] = [True, True, True, False]
     assert described("exaone4", **windows)["sliding_window_pattern"] == "LLLG"
 

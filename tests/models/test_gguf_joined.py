@@ -1,5 +1,8 @@
 """Parameters that files hold in parts, fused or otherwise come back, in every form of the files."""
 
+from pathlib import Path
+from typing import Any
+
 import gguf_models
 import mlx.core as mx
 import numpy as np
@@ -53,7 +56,7 @@ def model(kind, settings):
     """Return random parameters of mlx-lm's model, and its settings."""
     config = {"model_type": kind, **SETTINGS, **settings, "tie_word_embeddings": False}
     random = np.random.default_rng(0)
-    arrays = parameters(build_model("", config))
+    arrays = parameters(build_model(Path(), config))
     return {n: random.normal(size=a.shape).astype(np.float32) for n, a in arrays.items()}, config
 
 
@@ -74,7 +77,7 @@ def check(path, weights):
     directory = path.with_suffix("")
     directory.mkdir()
     import_gguf(path, directory)
-    found = mx.load(str(directory / "model.safetensors"))
+    found: Any = mx.load(str(directory / "model.safetensors"))
     assert found.keys() == weights.keys()
     for name, value in weights.items():
         np.testing.assert_allclose(np.array(found[name]), value, rtol=1e-6, err_msg=name)

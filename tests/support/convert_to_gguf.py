@@ -5,6 +5,7 @@ second it makes a file `a.gguf` beside it. The package brings a `gguf` package o
 """
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,23 @@ def main(package: str, directory: str) -> None:
     """Convert to float32."""
     sys.path.insert(0, package)
     import gguf
-    import torch
+    import torch  # type: ignore[import-not-found]
 
     for name in ("MARKOV_W1", "MARKOV_W2", "CONF_PROJ"):  # which its own gguf lacks
         setattr(gguf.MODEL_TENSOR, f"DSPARK_{name}", None)
-    from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
     from gguf_models import add_value, words
+
+    conversion: Any = import_module("conversion")
 
     def set_vocab(self: Any) -> None:
         for key, value in words(self.hparams["vocab_size"]).items():
             add_value(self.gguf_writer, key, value)
 
     for path in sorted(path for path in Path(directory).iterdir() if path.is_dir()):
-        settings = ModelBase.load_hparams(path, False)
-        model = get_model_class(get_model_architecture(settings, ModelType.TEXT))
+        settings = conversion.ModelBase.load_hparams(path, False)
+        model = conversion.get_model_class(
+            conversion.get_model_architecture(settings, conversion.ModelType.TEXT)
+        )
         model.set_vocab, model.no_mtp = set_vocab, True
         with torch.inference_mode():
             file = path.with_name(f"{path.name}.gguf")
