@@ -18,7 +18,9 @@ import numpy as np
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.gguf import Gguf, TensorInfo, open_gguf, read_tensor
 from splitquant_mlx.formats.gguf_architectures import Architecture, architecture_of
-from splitquant_mlx.formats.gguf_config import ROPE_TENSORS, block_count, model_config
+from splitquant_mlx.formats.gguf_config import model_config
+from splitquant_mlx.formats.gguf_rope import ROPE_TENSORS
+from splitquant_mlx.formats.gguf_settings import block_count
 from splitquant_mlx.formats.gguf_tokenizer import ELSEWHERE, write_tokenizer
 from splitquant_mlx.formats.model_card import write_source_card
 from splitquant_mlx.formats.shard_writer import ShardWriter
