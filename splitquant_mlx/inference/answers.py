@@ -58,7 +58,7 @@ class Answer(Job):
 
     def __post_init__(self) -> None:
         self.completion_tokens = self._calls = 0
-        self._length = self.reader.position = len(self.echo)
+        self.reader.position = len(self.echo)
         self._untold: list[Placed] = []  # tokens that came since the last part
         self._events: asyncio.Queue[Any] = asyncio.Queue()
 
@@ -105,12 +105,11 @@ class Answer(Job):
             return [], finish
         self.completion_tokens += 1
         if finish != "stop":  # the token of the end has no text
-            self._untold.append((scored, self._length))
+            self._untold.append((scored, self.reader.position))
             self.detokenizer.add_token(token)
         if finish:
             self.detokenizer.finalize()
         text = self.detokenizer.last_segment
-        self._length += len(text)
         pieces = self.reader.feed(text, last=finish is not None)
         if not self.reader.stopped:
             return pieces, finish
@@ -186,15 +185,12 @@ class Service:
             state = getattr(tokenizer, "response_initial_state", None) or NORMAL
             state = REASONING if thinks else state
 
-        def parse(said: str) -> Any:
-            return json.loads(said) if forced else tokenizer.tool_parser(said, tools)
-
         return Answer(
             plan=self._plan(request, prompt, top=top, grammar=grammar),
             reader=Reader(request.stop, marks, state),
             detokenizer=tokenizer.detokenizer,
             texts=self.texts,
-            parse=parse,
+            parse=json.loads if forced else lambda said: tokenizer.tool_parser(said, tools),
             parallel=request.parallel_tool_calls,
         )
 

@@ -73,7 +73,7 @@ def text_of(content: Any) -> Any:
 class Strict(BaseModel):
     """A request, or a part of one, without unknown fields."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(strict=True, extra="forbid")
 
 
 class Function(Strict):
@@ -145,10 +145,7 @@ One = Annotated[int, Field(ge=1, le=1)]
 Tokens = Annotated[int, Field(ge=-1)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
-
-
-def _stops(given: Any) -> Any:
-    return [given] if isinstance(given, str) else given
+Listed = BeforeValidator(lambda given: [given] if isinstance(given, str) else given)
 
 
 def _prompts(given: Any) -> Any:
@@ -176,7 +173,7 @@ class Request(Strict):
     frequency_context_size: Context = 20
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = {}
     seed: int | None = None
-    stop: Annotated[list[Stop], Field(max_length=16), BeforeValidator(_stops)] = []
+    stop: Annotated[list[Stop], Field(max_length=16), Listed] = []
 
 
 class CompletionRequest(Request):
