@@ -1,6 +1,6 @@
 """Describe progress without showing it: the library reports, the command line draws.
 
-Library functions take a `Progress` and default to `Silent`, so nothing prints unless asked.
+Library functions take a `Progress` and default to `SILENT`, so nothing prints unless asked.
 """
 
 from collections.abc import Iterator
@@ -38,3 +38,6 @@ class Silent:
 
     def note(self, text: str) -> None:
         """Drop a line."""
+
+
+SILENT = Silent()  # what library functions report to, unless told otherwise

@@ -26,7 +26,7 @@ import numpy as np
 from splitquant_mlx.calibration.blocks import is_expert_stack, start_pass, tapped
 from splitquant_mlx.conversion.pipeline import convert
 from splitquant_mlx.models.loader import load_model
-from splitquant_mlx.progress import Advance, Progress, Silent
+from splitquant_mlx.progress import SILENT, Advance, Progress
 from splitquant_mlx.recipe import Calibration, Recipe
 from splitquant_mlx.runtime.environment import made_with
 
@@ -61,7 +61,7 @@ def bench_calibrated(
     scratch: Path,
     *,
     recipe: Recipe | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Convert `model` in this process, from a cold cache of this package's.
 
@@ -81,7 +81,7 @@ def bench_calibrated(
     """
     recipe = recipe or Recipe(method="gptq")
     work = count_operations(model, recipe.calibration or Calibration())
-    stages = Stages(progress or Silent())
+    stages = Stages(progress)
     before = product_rate()
     with TemporaryDirectory(dir=scratch, prefix=".bench-") as room, _cache_in(Path(room)):
         started = time.perf_counter()

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.quantization.split import cluster_weight
 from splitquant_mlx.runtime.environment import made_with
 
@@ -72,7 +72,7 @@ def bench_all_kmeans(
     *,
     side: int = 4096,
     trials: int = 5,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Run `bench_kmeans` for every pair of a dtype and a number of clusters.
 
@@ -80,7 +80,7 @@ def bench_all_kmeans(
         JSON values: "runs", one `bench_kmeans` each, and the environment.
     """
     pairs = [(dtype, k) for dtype in dtypes for k in clusters]
-    with (progress or Silent()).task("Clustering", len(pairs)) as advance:
+    with progress.task("Clustering", len(pairs)) as advance:
         runs = []
         for dtype, k in pairs:
             runs.append(bench_kmeans(side=side, trials=trials, dtype=dtype, clusters=k))

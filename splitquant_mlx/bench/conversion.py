@@ -13,7 +13,7 @@ from typing import Any
 
 from splitquant_mlx.bench.programs import OURS, Run, run_program
 from splitquant_mlx.formats.manifest import load_manifest
-from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.runtime.environment import made_with
 
 YARDSTICK = "mlx_lm.convert -q"
@@ -26,7 +26,7 @@ def bench_convert(
     *,
     trials: int = 3,
     sklearn: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Convert `model` in turns with each program.
 
@@ -57,7 +57,7 @@ def bench_convert(
         commands[PUBLISHED] = [*ours, "--kmeans", "sklearn"]
     runs: dict[str, list[Run]] = {name: [] for name in commands}
     stages: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
-    with (progress or Silent()).task("Converting", (trials + 1) * len(commands)) as advance:
+    with progress.task("Converting", (trials + 1) * len(commands)) as advance:
         for round_number in range(trials + 1):
             for name, command in commands.items():
                 run, seconds = run_conversion(command, target)

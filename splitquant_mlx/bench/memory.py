@@ -10,7 +10,7 @@ from typing import Any
 from splitquant_mlx.bench.conversion import run_conversion
 from splitquant_mlx.bench.programs import OURS
 from splitquant_mlx.bench.random_checkpoint import SHAPES, Shape, write_random_checkpoint
-from splitquant_mlx.progress import Advance, Progress, Silent
+from splitquant_mlx.progress import SILENT, Advance, Progress
 from splitquant_mlx.runtime.environment import made_with
 
 
@@ -20,7 +20,7 @@ def bench_memory(
     scratch: Path,
     *,
     trials: int = 3,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Convert random checkpoints of one shape and several depths, with the default recipe.
 
@@ -43,7 +43,6 @@ def bench_memory(
         RecipeError: when there is nothing to measure.
         SplitQuantError: when a conversion fails.
     """
-    progress = progress or Silent()
     shapes = [SHAPES["tiny"], *(replace(shape, num_hidden_layers=depth) for depth in layers)]
     found = []
     with progress.task("Converting", trials * len(shapes)) as advance:

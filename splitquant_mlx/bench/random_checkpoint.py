@@ -9,7 +9,7 @@ import numpy as np
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.formats.shard_writer import MAX_SHARD_BYTES, ShardWriter
 from splitquant_mlx.models.architecture import build_model, parameters
-from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.settings import NonNegativeInt, PositiveInt, settings
 
 STANDARD_DEVIATION = 0.02
@@ -138,7 +138,7 @@ def write_random_checkpoint(
     *,
     dtype: str = "bfloat16",
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> None:
     """Write a checkpoint: normal weights of std 0.02, norms of 1, a tokenizer of as many tokens.
 
@@ -170,7 +170,7 @@ def write_random_checkpoint(
     stored = getattr(mx, dtype)
     rng = np.random.default_rng(0)
     with (
-        (progress or Silent()).task("Writing random weights", len(tensors)) as advance,
+        progress.task("Writing random weights", len(tensors)) as advance,
         ShardWriter(directory, list(tensors), max_shard_bytes) as writer,
     ):
         for name, size in tensors.items():

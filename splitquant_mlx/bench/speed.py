@@ -22,7 +22,7 @@ from splitquant_mlx.bench.programs import OURS, run_program, spread
 from splitquant_mlx.bench.workload import Workload
 from splitquant_mlx.errors import SplitQuantError
 from splitquant_mlx.models.source import Source, resolve
-from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.runtime.environment import made_with
 
 WARM_UP_TOKENS = 4
@@ -36,7 +36,7 @@ def bench_speed(
     *,
     trials: int = 5,
     device: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Run models in turns; compare the first with each of the others.
 
@@ -60,7 +60,7 @@ def bench_speed(
     workload = workload or Workload()
     sources = [resolve(model) for model in models]
     found: list[list[dict[str, Any]]] = [[] for _ in sources]
-    with (progress or Silent()).task("Running", (trials + 1) * len(sources)) as advance:
+    with progress.task("Running", (trials + 1) * len(sources)) as advance:
         for round_number in range(trials + 1):
             for source, results in zip(sources, found, strict=True):
                 if round_number:

@@ -19,7 +19,7 @@ from splitquant_mlx.formats.shard_writer import MAX_SHARD_BYTES
 from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.lazy import LazyModel, open_model
 from splitquant_mlx.models.loader import load_model
-from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.quantization.allocate import allocate
 from splitquant_mlx.recipe import Calibration, Recipe
 from splitquant_mlx.runtime.cache import cache_directory, kept
@@ -72,12 +72,12 @@ def forecast(
     recipe: Recipe,
     *,
     revision: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Forecast:
     """Choose for a repo id, directory or .gguf file; see `choose_bits`."""
     if recipe.method != "auto":
         raise RecipeError(f"method: expected 'auto', which chooses bits, got {recipe.method!r}")
-    model, progress = str(model), progress or Silent()
+    model = str(model)
     with open_model(model, revision=revision, trust_remote_code=False, progress=progress) as opened:
         return choose_bits(opened, recipe, progress)
 

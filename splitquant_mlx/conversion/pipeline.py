@@ -52,7 +52,7 @@ from splitquant_mlx.models.directory import as_directory
 from splitquant_mlx.models.lazy import LazyModel
 from splitquant_mlx.models.loader import load_model, tokenizer_problem
 from splitquant_mlx.models.source import Source, resolve
-from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.recipe import LEARNED, Calibration, Recipe
 from splitquant_mlx.runtime.environment import versions
 
@@ -64,7 +64,7 @@ def convert(
     recipe: Recipe | None = None,
     revision: str | None = None,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     on_forecast: Callable[[Forecast], None] | None = None,
 ) -> Manifest:
@@ -92,7 +92,7 @@ def convert(
         SplitQuantError: when the source is not found or not usable, the recipe does not fit it, or
             the target cannot be written. Nothing is left behind.
     """
-    recipe, progress, target = recipe or Recipe(), progress or Silent(), Path(mlx_path)
+    recipe, target = recipe or Recipe(), Path(mlx_path)
     started = time.perf_counter()
     sweep(target)
     check_target(target, overwrite=overwrite)

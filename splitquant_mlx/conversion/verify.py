@@ -25,7 +25,7 @@ from splitquant_mlx.models.left_out import same_bytes
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.models.source import Source, resolve
-from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.recipe import OWN_LAYERS
 from splitquant_mlx.runtime.disk import sha256
 
@@ -51,7 +51,7 @@ def verify(
     directory: str | Path,
     *,
     source: str | Path | Source | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> list[Check]:
     """Check a checkpoint that `convert` wrote.
 
@@ -67,7 +67,7 @@ def verify(
     Raises:
         SplitQuantError: when there is no manifest, or the source cannot be read.
     """
-    directory, progress = Path(directory), progress or Silent()
+    directory = Path(directory)
     manifest = load_manifest(directory)
     if manifest is None:
         raise CheckpointError(

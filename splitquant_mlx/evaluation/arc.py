@@ -25,7 +25,7 @@ from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluation.loglikelihood import Pair, score
 from splitquant_mlx.evaluation.protocols import draw_shots, encode_question
 from splitquant_mlx.models.footprint import context_length
-from splitquant_mlx.progress import Advance, Progress, Silent
+from splitquant_mlx.progress import SILENT, Advance, Progress
 from splitquant_mlx.runtime.journal import Journal
 from splitquant_mlx.runtime.ranks import Group, alone, gather
 
@@ -89,7 +89,7 @@ def evaluate_arc(
     journal: Path | None = None,
     model_hash: str | None = None,
     group: Group | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> ArcResult:
     """Have a model answer questions, after none or some solved examples.
 
@@ -115,7 +115,6 @@ def evaluate_arc(
         raise RecipeError(
             "journal: expected the model_hash too, to tell one model's from another's"
         )
-    progress = progress or Silent()
     drawn = draw_shots(exam.shots, exam.num_shots, questions)
     length = context_length(model)
     prompts: dict[str, list[Pair]] = {}

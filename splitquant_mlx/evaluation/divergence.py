@@ -16,7 +16,7 @@ from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluation.perplexity import Perplexity, perplexity_of
 from splitquant_mlx.evaluation.reference import Reference
 from splitquant_mlx.evaluation.scoring import log_probabilities_of, log_probability_blocks
-from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.runtime.ranks import Group, collect
 
 RESAMPLES = 2000
@@ -53,7 +53,7 @@ def measure_divergence(
     reference: Reference,
     *,
     group: Group | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Divergence:
     """Compare a model with a reference over all next-token predictions of its windows.
 
@@ -73,7 +73,7 @@ def measure_divergence(
 
 
 def measure_both(
-    model: nn.Module, reference: Reference, *, progress: Progress | None = None
+    model: nn.Module, reference: Reference, *, progress: Progress = SILENT
 ) -> tuple[Divergence, Perplexity]:
     """Measure divergence and perplexity of the same windows in one run of the model.
 
@@ -86,7 +86,7 @@ def measure_both(
 
 
 def _run(
-    model: nn.Module, reference: Reference, progress: Progress | None
+    model: nn.Module, reference: Reference, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return each position's divergence, agreement and -ln q of the next token, as the windows.
 
@@ -95,7 +95,7 @@ def _run(
     windows = reference.windows
     following = mx.array(np.roll(windows, -1, axis=1).reshape(-1, 1))
     nll: list[np.ndarray] = []
-    with (progress or Silent()).task("Measuring divergence", windows.size) as advance:
+    with progress.task("Measuring divergence", windows.size) as advance:
 
         def blocks() -> Iterator[mx.array]:
             start = 0

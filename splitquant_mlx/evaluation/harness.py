@@ -19,7 +19,7 @@ from splitquant_mlx.evaluation.loglikelihood import (
 )
 from splitquant_mlx.evaluation.protocols import TEMPLATE_OPTIONS
 from splitquant_mlx.models.footprint import context_length
-from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.runtime.ranks import Group, collect, deal, gather
 
 try:
@@ -49,13 +49,13 @@ class SplitQuantLM(TemplateLM):
         tokenizer: Any,
         *,
         group: Group | None = None,
-        progress: Progress | None = None,
+        progress: Progress = SILENT,
     ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
         self.group = group
-        self.progress = progress or Silent()
+        self.progress = progress
         self.max_length = context_length(model) or DEFAULT_LENGTH
 
     @property
@@ -191,7 +191,7 @@ def run_task(
     limit: int | None = None,
     chat_template: bool = False,
     group: Group | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Run a task of lm-evaluation-harness and return what its `simple_evaluate` does.
 
@@ -209,7 +209,7 @@ def run_task(
         RecipeError: when there is no such task, its data cannot be loaded, or it does not fit the
             model.
     """
-    with (progress or Silent()).task("Reading lm-eval's tasks"):  # thousands of files
+    with progress.task("Reading lm-eval's tasks"):  # thousands of files
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.tasks import TaskManager
 

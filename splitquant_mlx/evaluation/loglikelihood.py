@@ -24,7 +24,7 @@ import numpy as np
 
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluation.scoring import block_rows, token_array
-from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.runtime.ranks import Group, deal
 
 BATCH_TOKENS = 4096
@@ -55,7 +55,7 @@ def score(
     *,
     batch_tokens: int = BATCH_TOKENS,
     group: Group | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Iterator[tuple[int, Score]]:
     """Yield the index and the score of each (context, continuation), the longest contexts first.
 
@@ -92,7 +92,7 @@ def score(
     }
     _, vocabulary = token_array(model, sorted(used))
     runner = _Runner(model, vocabulary, batch_tokens)
-    with (progress or Silent()).task("Scoring", len(pairs)) as advance:
+    with progress.task("Scoring", len(pairs)) as advance:
         prefix = _common_prefix(groups) if runner.shares else 0
         opening = runner.extend(runner.empty(), [0], [groups[0][0][:prefix]])
         for batch in deal(group, list(_batches(groups, batch_tokens))):

@@ -19,7 +19,7 @@ import numpy as np
 
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluation.scoring import block_rows, logit_blocks, token_array
-from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.runtime.ranks import Group, collect, deal
 
 
@@ -54,7 +54,7 @@ def measure_perplexity(
     context_length: int = 512,
     stride: int | None = None,
     group: Group | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Perplexity:
     """Measure the perplexity of `tokens`; the windows of a batch are as many as memory allows.
 
@@ -79,7 +79,7 @@ def measure_perplexity(
     batches = deal(group, list(_batches(windows, batch_size)))
     total = sum(len(starts) * (length - first) for starts, length, first in batches)
     values: list[list[float]] = []
-    with (progress or Silent()).task("Measuring perplexity", total) as advance:
+    with progress.task("Measuring perplexity", total) as advance:
         for starts, length, first in batches:
             texts = np.stack([array[start : start + length] for start in starts])
             values.append([])

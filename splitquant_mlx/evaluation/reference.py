@@ -25,7 +25,7 @@ import numpy as np
 
 from splitquant_mlx.errors import SourceError
 from splitquant_mlx.evaluation.scoring import block_rows, log_probability_blocks, token_array
-from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.runtime.cache import cache_directory
 
 LIMIT_BYTES = 4_000_000_000
@@ -64,7 +64,7 @@ def open_reference(
     load: Callable[[], nn.Module],
     directory: Path | None = None,
     limit_bytes: int = LIMIT_BYTES,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Reference:
     """Find the predictions of a reference model in the cache, else compute and cache them.
 
@@ -94,7 +94,7 @@ def open_reference(
             return Reference(windows=windows, file=None, load=load)
         try:
             _make_room(home, limit_bytes - 4 * windows.size * vocabulary, keep=file)
-            _write(file, model, windows, vocabulary, progress or Silent())
+            _write(file, model, windows, vocabulary, progress)
         except OSError:  # a full or read-only disk costs time, not the result
             return Reference(windows=windows, file=None, load=load)
     with suppress(OSError):

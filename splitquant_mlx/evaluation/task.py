@@ -21,7 +21,7 @@ from splitquant_mlx.evaluation.settings import ARC_TASKS, CONTEXT_LENGTH, TASKS,
 from splitquant_mlx.models.config import read_config
 from splitquant_mlx.models.footprint import check_context, context_limit
 from splitquant_mlx.models.lazy import LazyModel, open_model
-from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.runtime.cache import cache_directory
 from splitquant_mlx.runtime.environment import made_with
 from splitquant_mlx.runtime.ranks import Group, alone, check_alike, deal, together
@@ -35,7 +35,7 @@ def evaluate(
     revision: str | None = None,
     trust_remote_code: bool = False,
     group: Group | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Evaluate `model` on `task`.
 
@@ -58,7 +58,7 @@ def evaluate(
     Raises:
         SplitQuantError: when model, data or settings cannot be had or used.
     """
-    progress, model = progress or Silent(), str(model)
+    model = str(model)
     reference = None if reference is None else str(reference)
     _check_reference(task, reference)
     options: Any = {"trust_remote_code": trust_remote_code, "progress": progress}

@@ -15,7 +15,7 @@ from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.config import read_config
 from splitquant_mlx.models.dense import dense_weight
 from splitquant_mlx.models.loader import load_model
-from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.quantization.split import cluster_weight
 from splitquant_mlx.recipe import Recipe
 
@@ -40,7 +40,7 @@ class Histogram:
 
 
 def find_cut_points(
-    directory: Path, *, clusters: int = 3, progress: Progress | None = None
+    directory: Path, *, clusters: int = 3, progress: Progress = SILENT
 ) -> dict[str, tuple[float, ...]]:
     """Return where a split cuts, or would cut, each linear layer: every weight is read.
 
@@ -59,7 +59,7 @@ def find_cut_points(
     layers = plan.layers.items()
     split = [path for path, layer in layers if layer.action == "split" and len(layer.shape) == 2]
     found = {}
-    with (progress or Silent()).task("Clustering", len(split)) as advance:
+    with progress.task("Clustering", len(split)) as advance:
         for path in split:
             w = checkpoint.weights.pop(f"{path}.weight")
             _require_finite(directory, path, w)

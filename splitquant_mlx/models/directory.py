@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from splitquant_mlx.models.source import Source
-from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.progress import SILENT, Progress
 
 
 @contextmanager
 def as_directory(
-    source: Source, progress: Progress | None = None, scratch: Path | None = None
+    source: Source, progress: Progress = SILENT, scratch: Path | None = None
 ) -> Iterator[Path]:
     """Yield a directory of config.json, safetensors and tokenizer files.
 
@@ -27,5 +27,5 @@ def as_directory(
     from splitquant_mlx.models.gguf_import import import_gguf
 
     with tempfile.TemporaryDirectory(prefix=".gguf-", dir=scratch) as unpacked:
-        import_gguf(source.path, Path(unpacked), progress or Silent())
+        import_gguf(source.path, Path(unpacked), progress)
         yield Path(unpacked)

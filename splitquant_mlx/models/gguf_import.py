@@ -25,7 +25,7 @@ from splitquant_mlx.formats.gguf_tokenizer import ELSEWHERE, write_tokenizer
 from splitquant_mlx.formats.model_card import write_source_card
 from splitquant_mlx.formats.shard_writer import ShardWriter
 from splitquant_mlx.models.checkpoint import build_model, check_config, parameters
-from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.progress import SILENT, Progress
 
 # mlx-lm's names, and those of the same in the gguf package's table
 RENAMED = (
@@ -57,7 +57,7 @@ class _Target(NamedTuple):
     join: Callable[..., mx.array] | None = None
 
 
-def import_gguf(path: Path, directory: Path, progress: Progress | None = None) -> None:
+def import_gguf(path: Path, directory: Path, progress: Progress = SILENT) -> None:
     """Write config.json, the tokenizer and safetensors shards for the model in `path`.
 
     Files of only F32 tensors are stored as float32, of only F32 and BF16 as bfloat16, all others
@@ -72,7 +72,7 @@ def import_gguf(path: Path, directory: Path, progress: Progress | None = None) -
     try:
         dtype, config, targets = _described(gguf)
         write_tokenizer(gguf.metadata, directory)
-        _write_tensors(gguf, targets, config, dtype, directory, progress or Silent())
+        _write_tensors(gguf, targets, config, dtype, directory, progress)
     except CheckpointError as exc:
         raise CheckpointError(f"{path}: {exc}") from exc
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -14,12 +14,12 @@ from splitquant_mlx.models.dense import for_scoring
 from splitquant_mlx.models.directory import as_directory
 from splitquant_mlx.models.loader import load_model, load_tokenizer
 from splitquant_mlx.models.source import resolve
-from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.progress import SILENT, Progress
 
 CHUNK_BYTES = 1 << 20
 
 
-def model_hash(directory: Path, progress: Progress | None = None) -> str:
+def model_hash(directory: Path, progress: Progress = SILENT) -> str:
     """Return a SHA-256 over all that a checkpoint's predictions depend on.
 
     That is config.json, tokenizer.json and every .safetensors file: name, size in bytes and the
@@ -36,7 +36,7 @@ def model_hash(directory: Path, progress: Progress | None = None) -> str:
         named = [directory / name for name in ("config.json", "tokenizer.json")]
         files = [*(file for file in named if file.exists()), *weights]
         sizes = [file.stat().st_size for file in files]
-        with (progress or Silent()).task("Checking the model", sum(sizes)) as advance:
+        with progress.task("Checking the model", sum(sizes)) as advance:
             for file, size in zip(files, sizes, strict=True):
                 digest.update(f"{file.name}\0{size}\0".encode())
                 with file.open("rb") as opened:
@@ -57,9 +57,7 @@ class LazyModel:
         progress: progress reporter of the hash.
     """
 
-    def __init__(
-        self, path: Path, *, trust_remote_code: bool = False, progress: Progress | None = None
-    ):
+    def __init__(self, path: Path, *, trust_remote_code: bool = False, progress: Progress = SILENT):
         self.path = path
         self._trusted = trust_remote_code
         self._progress = progress

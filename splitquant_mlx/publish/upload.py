@@ -6,7 +6,7 @@ from pathlib import Path
 
 from splitquant_mlx.errors import CheckpointError, RecipeError, TargetError
 from splitquant_mlx.models.companions import refuse_foreign_link
-from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.publish.card import REPO, find_base, is_own, make_card
 from splitquant_mlx.publish.files import CARD, Converted, check_converted
 from splitquant_mlx.publish.hub import Commit, check_login, check_name, send
@@ -62,7 +62,7 @@ def prepare_upload(
     results: Sequence[Path] = (),
     card: str | None = None,
     base_model: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Upload:
     """Check a converted checkpoint and make its card. Nothing is written, nothing is sent.
 
@@ -94,7 +94,7 @@ def prepare_upload(
     if theirs is not None and card == "keep":
         text = theirs
     else:
-        measurements = find_measurements(converted, results, progress or Silent())
+        measurements = find_measurements(converted, results, progress)
         text, theirs = make_card(converted, repo, measurements, base_model=base_model), None
     return Upload(
         converted=converted,

@@ -35,7 +35,7 @@ from splitquant_mlx.formats.manifest import load_manifest
 from splitquant_mlx.models.directory import as_directory
 from splitquant_mlx.models.lazy import LazyModel
 from splitquant_mlx.models.source import Source, resolve
-from splitquant_mlx.progress import Progress, Silent
+from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.recipe import Recipe
 from splitquant_mlx.runtime.disk import as_target_error, remove
 from splitquant_mlx.runtime.workspace import empty, workspace
@@ -64,7 +64,7 @@ def run_study(
     *,
     data: dict[str, Path] | None = None,
     keep_models: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> None:
     """Run `study` and write its results into `directory`, for `report.load_report`.
 
@@ -79,7 +79,6 @@ def run_study(
         SplitQuantError: when the model cannot be fetched, a conversion fails, a data file is not
             valid, or another process is at work in `directory`.
     """
-    progress = progress or Silent()
     source = fetch_demo_model(progress) if study.model == "demo" else None
     source = source or resolve(study.model, revision=study.revision)
     with (
