@@ -198,6 +198,11 @@ class Recipe:
         return float((self.outliers or "0%")[:-1]) / 100
 
     @property
+    def texts(self) -> Calibration:
+        """Return the settings of the texts that a model is run on; by default, those without any."""
+        return self.calibration or Calibration()
+
+    @property
     def runs_the_model(self) -> bool:
         """Return whether a conversion runs the original model: to calibrate, or to refine."""
         return self.method in CALIBRATED or bool(self.refine)

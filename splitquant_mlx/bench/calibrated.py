@@ -80,7 +80,7 @@ def bench_calibrated(
         SplitQuantError: when the conversion fails.
     """
     recipe = recipe or Recipe(method="gptq")
-    work = count_operations(model, recipe.calibration or Calibration())
+    work = count_operations(model, recipe.texts)
     stages = Stages(progress)
     before = product_rate()
     with TemporaryDirectory(dir=scratch, prefix=".bench-") as room, _cache_in(Path(room)):

@@ -237,7 +237,7 @@ def stages(recipe: Recipe, *, gguf: bool = False) -> list[str]:
     named = {
         "Unpacking": gguf,
         "Checking the model": calibrated,
-        "Sampling text": calibrated and (recipe.calibration or Calibration()).text == "self",
+        "Sampling text": calibrated and recipe.texts.text == "self",
         "Measuring sensitivities": recipe.method == "auto",
         "Splitting and quantizing": recipe.method == "splitquant",
         "Quantizing": recipe.method != "splitquant",

@@ -21,7 +21,7 @@ from splitquant_mlx.models.lazy import LazyModel, open_model
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.quantization.allocate import allocate
-from splitquant_mlx.recipe import Calibration, Recipe
+from splitquant_mlx.recipe import Recipe
 from splitquant_mlx.runtime.cache import cache_directory, kept
 
 TOKENS = 4096  # that sensitivities are measured on
@@ -98,10 +98,9 @@ def choose_bits(
     sizes = measure_sizes(recipe, checkpoint, max_shard_bytes)
     budget = find_budget(recipe, sizes, checkpoint)
     options = {path: list(stored) for path, stored in sizes.layers.items()}
-    calibration = recipe.calibration or Calibration()
-    tokens = calibration_tokens(opened, calibration, progress)
+    tokens = calibration_tokens(opened, recipe.texts, progress)
     texts = max(1, TOKENS // tokens.shape[1])
-    divergence = _sensitivities(opened, tokens[:texts], options, calibration.seed, progress)
+    divergence = _sensitivities(opened, tokens[:texts], options, recipe.texts.seed, progress)
     if budget.total_bytes is None:
         try:
             found = allocate(sizes.layers, divergence, recipe.max_kl or 0)

@@ -53,7 +53,7 @@ from splitquant_mlx.models.lazy import LazyModel
 from splitquant_mlx.models.loader import load_model, tokenizer_problem
 from splitquant_mlx.models.source import Source, resolve
 from splitquant_mlx.progress import SILENT, Progress
-from splitquant_mlx.recipe import LEARNED, Calibration, Recipe
+from splitquant_mlx.recipe import LEARNED, Recipe
 from splitquant_mlx.runtime.environment import versions
 
 
@@ -174,13 +174,12 @@ class Job:
 
     def texts(self, recipe: Recipe, plan: Plan) -> tuple[np.ndarray | None, np.ndarray | None]:
         """Return the tokens to calibrate on, and those to refine on; None where not needed."""
-        settings = recipe.calibration or Calibration()
         tokens = training = None
         if _statistics(plan) or recipe.method in LEARNED:
             with timed(self.seconds, "sample text"):
-                tokens = calibration_tokens(self.original, settings, self.progress)
+                tokens = calibration_tokens(self.original, recipe.texts, self.progress)
         if recipe.refine:
-            more = training_texts(settings)
+            more = training_texts(recipe.texts)
             with timed(self.seconds, "sample text"):
                 training = calibration_tokens(self.original, more, self.progress)
             require_texts(training)
@@ -241,7 +240,7 @@ class Job:
 
     def refine(self, written: Written, training: np.ndarray, recipe: Recipe) -> dict[str, float]:
         """Refine the converted model in place; returns its divergence before and after."""
-        seed = (recipe.calibration or Calibration()).seed
+        seed = recipe.texts.seed
         depends = repr((sorted(written.hashes.items()), seed)).encode() + training.tobytes()
         unfinished = Unfinished(self.staging / REFINEMENT / sha256(depends).hexdigest())
         settings = {"progress": self.progress, "unfinished": unfinished}

@@ -40,7 +40,7 @@ def converting_bytes(sizes: Mapping[str, int], recipe: Recipe) -> float:
     workspace = _quantizing_bytes(recipe.method, max(sizes.values()), workers)
     stages: list[float] = [workspace + BESIDE * sum(layers[:workers])]
     if recipe.runs_the_model:
-        text = recipe.calibration or Calibration()
+        text = recipe.texts
         stages[0] += _block_bytes(sizes, text)
         if text.text == SELF:
             stages.append(_sampling_bytes(sizes, text, 4 if on_cpu else 2))

@@ -33,7 +33,7 @@ from splitquant_mlx.conversion.quantizers import QUANTIZERS, uses_cpu
 from splitquant_mlx.conversion.refine import TEXTS_PER_SAMPLE
 from splitquant_mlx.conversion.weight import convert_weight
 from splitquant_mlx.models.loader import load_model
-from splitquant_mlx.recipe import LEARNED, SELF, Calibration, Recipe
+from splitquant_mlx.recipe import LEARNED, SELF, Recipe
 
 FEW_ROWS, MANY_ROWS, WIDTH = 64, 512, 2048  # of the pieces of a layer that are timed
 SIDE = 1024  # of the product that is timed
@@ -108,7 +108,7 @@ def _quantizing(
 
 def _running(times: RunTimes, layers: Sequence[LayerPlan], recipe: Recipe) -> float:
     """Return the time to run the original, and to measure what its layers are fed, s."""
-    text = recipe.calibration or Calibration()
+    text = recipe.texts
     tokens = text.num_samples * text.sequence_length
     calibrating = tokens if recipe.calibration is not None and recipe.method != "rtn" else 0
     refining = TEXTS_PER_SAMPLE * tokens if recipe.refine else 0
@@ -128,7 +128,7 @@ def _running(times: RunTimes, layers: Sequence[LayerPlan], recipe: Recipe) -> fl
 
 def _run_times(directory: Path, layers: Sequence[LayerPlan], recipe: Recipe) -> RunTimes:
     """Time a model's first block, and a product."""
-    length = (recipe.calibration or Calibration()).sequence_length
+    length = recipe.texts.sequence_length
     product, cores = _product_s(), (os.cpu_count() or 1) if _on_cpu() else 1
     found = []
     for texts in ((max(1, TOKENS // length), length), (BATCH_TEXTS, 1)):
