@@ -199,7 +199,7 @@ class Recipe:
 
     @property
     def texts(self) -> Calibration:
-        """Return the settings of the texts that a model is run on; by default, those without any."""
+        """Return the settings of the texts that a model is run on; those by default without any."""
         return self.calibration or Calibration()
 
     @property

@@ -118,10 +118,11 @@ def write_json(target: str | Path | None, value: Any) -> bool:
     return False
 
 
-def check_json(target: str | Path | None) -> None:
+def check_json(target: str | None) -> str | None:
     """Refuse, before the work, a file that cannot be written for want of its directory."""
     if target is not None and not (parent := Path(target).parent).is_dir():
         raise TargetError(f"--json {target}: there is no directory {parent}: make it first")
+    return target
 
 
 def plain(text: str, most: int = 1500) -> str:

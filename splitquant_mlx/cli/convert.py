@@ -108,7 +108,6 @@ def convert(
     """
     name = one_original(model, model_option)
     chosen = _recipe(recipe, settings, calibration, plain=quantize, planned=plan is not None)
-    console.check_json(json_file)
     if upload_repo is not None:
         from splitquant_mlx.publish.hub import check_login
 

@@ -5,7 +5,6 @@ from typing import Annotated, Any
 import typer
 
 from splitquant_mlx.cli.console import (
-    check_json,
     new_table,
     next_step,
     plain,
@@ -32,7 +31,6 @@ def demo(
 ) -> None:
     """Fetch a small real chat model, convert it plain, calibrated and split, and compare them."""
     name = one_name(model, model_option)
-    check_json(json_file)
     start(device)
     from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.demo.model import fetch_demo_model

@@ -21,7 +21,6 @@ def doctor(
     ] = False,
 ) -> None:
     """Show device, versions, memory and disk, and check that this machine computes correctly."""
-    console.check_json(json_file)
     if architectures:
         return _show_architectures(json_file)
     start(device)

@@ -60,7 +60,6 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Evaluate a model: ARC, perplexity, KL divergence from another, or any task of lm-eval."""
-    console.check_json(json_file)
     interrupt.resumes()
     start(model.device)
     from splitquant_mlx.cli.progress import Bars

@@ -108,7 +108,6 @@ def generate(
     chosen = Decoding(**{"max_tokens": MAX_TOKENS, **decoding})
     template_options = _json_object("--chat-template-config", asked.chat_template_config)
     named, prompt = _model_and_prompt(asked.words or [], asked.model, asked.prompt)
-    console.check_json(json_file)
     start(loading.device)
     import mlx.core as mx
 

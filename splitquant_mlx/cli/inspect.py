@@ -68,7 +68,6 @@ def inspect(
     if png is not None and layer is None:
         raise RecipeError("--png shows one layer: say which with --layer")
     name = model.choose()
-    console.check_json(json_file)
     start(model.device)
     from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.inspection.layers import find_cut_points

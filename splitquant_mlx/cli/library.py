@@ -32,7 +32,6 @@ def models(
     """List the models that were converted here, and those in the hub's cache."""
     from splitquant_mlx.models.library import converted_in, in_hub_cache
 
-    console.check_json(json_file)
     here, cached = converted_in(directory), in_hub_cache()
     values = {"here": _values(here), "hub_cache": _values(cached)}
     if console.write_json(json_file, values):
@@ -66,7 +65,6 @@ def cache(
     """Show what splitquant-mlx keeps to be faster the next time, or clear it."""
     from splitquant_mlx.runtime.cache import cache_directory
 
-    console.check_json(json_file)
     home = cache_directory()
     entries = sorted(home.iterdir()) if home.is_dir() else []
     sizes = {entry.name: _size(entry) for entry in entries}

@@ -57,7 +57,10 @@ Device = Annotated[
 JsonFile = Annotated[
     str | None,
     typer.Option(
-        "--json", metavar="FILE", help="Write the result as JSON; - is standard output, alone."
+        "--json",
+        metavar="FILE",
+        callback=console.check_json,
+        help="Write the result as JSON; - is standard output, alone.",
     ),
 ]
 Seed = Annotated[

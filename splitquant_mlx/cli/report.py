@@ -20,7 +20,6 @@ def report(
     json_file: JsonFile = None,
 ) -> None:
     """Show a study's results as tables, and write them with plots as one HTML page."""
-    console.check_json(json_file)
     from splitquant_mlx.report import html, load_report, markdown, terminal, values
 
     found = load_report(directory)

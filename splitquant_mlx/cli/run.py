@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from splitquant_mlx.cli import console, interrupt
+from splitquant_mlx.cli import interrupt
 from splitquant_mlx.cli.options import Device, JsonFile, start
 from splitquant_mlx.cli.report import report
 from splitquant_mlx.errors import RecipeError
@@ -40,7 +40,6 @@ def run(
     """
     from splitquant_mlx.study.spec import load_study
 
-    console.check_json(json_file)
     interrupt.resumes()
     chosen = load_study(study)
     if model is not None:

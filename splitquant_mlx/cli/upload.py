@@ -51,7 +51,6 @@ def upload(
     json_file: JsonFile = None,
 ) -> None:
     """Upload a converted model to the Hugging Face hub, with a card of what was measured."""
-    console.check_json(json_file)
     interrupt.resumes()
     path = Path(choose_model(model, model_option))
     from splitquant_mlx.cli.progress import Bars

@@ -28,7 +28,6 @@ def verify(
 ) -> None:
     """Check a converted model: hashes, shapes, bits/weight, a forward pass, the original."""
     name = model.choose()
-    console.check_json(json_file)
     start(model.device)
     from pathlib import Path
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitquant_mlx.cli.console import check_json, new_table, plain, show, size, write_json
+from splitquant_mlx.cli.console import new_table, plain, show, size, write_json
 from splitquant_mlx.cli.options import Device, JsonFile, ModelOption, Original, one_original, start
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.recipe import DTYPES, DType, Recipe, load_recipe
@@ -64,7 +64,6 @@ def convert(
 ) -> None:
     """Time our conversions and mlx_lm.convert's, in turns, and both ways to cluster."""
     name = one_original(model, model_option)
-    check_json(json_file)
     start(None)
 
     from splitquant_mlx.bench.clustering import bench_kmeans
@@ -110,7 +109,6 @@ def kmeans(
     json_file: JsonFile = None,
 ) -> None:
     """Time the exact k-means against scikit-learn's on one matrix."""
-    check_json(json_file)
     if unknown := next((name for name in dtype if name not in DTYPES), None):
         raise RecipeError(f"--dtype: expected one of {', '.join(DTYPES)}, got {unknown!r}")
     start(None)
@@ -141,7 +139,6 @@ def memory(
     json_file: JsonFile = None,
 ) -> None:
     """Measure the peak memory of conversions of random models of several depths."""
-    check_json(json_file)
     start(None)
 
     from splitquant_mlx.bench.memory import bench_memory
@@ -177,7 +174,6 @@ def calibrated(
 ) -> None:
     """Time a calibrated conversion against the products of matrices that it needs."""
     name = one_original(model, model_option)
-    check_json(json_file)
     chosen = load_recipe(recipe) if recipe else Recipe(method="gptq")
     start(device)
 

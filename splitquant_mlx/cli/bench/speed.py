@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from splitquant_mlx.bench.workload import Workload
-from splitquant_mlx.cli.console import check_json, new_table, plain, show, size, write_json
+from splitquant_mlx.cli.console import new_table, plain, show, size, write_json
 from splitquant_mlx.cli.options import (
     Device,
     JsonFile,
@@ -50,7 +50,6 @@ def speed(
     """
     chosen = Workload(**workload)
     model = choose_model(model, model_option)
-    check_json(json_file)
     start(device)
     from splitquant_mlx.bench.speed import bench_speed
     from splitquant_mlx.cli.progress import Bars
