@@ -1,6 +1,5 @@
 """Offer `generate`."""
 
-import json
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from splitquant_mlx.cli.settings import Given, options_of
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.inference.chat import encode
 from splitquant_mlx.inference.decoding import Decoding, readable_errors
+from splitquant_mlx.inference.settings import json_object
 
 TEMPLATE, MAX_TOKENS = "Chat template", 100
 
@@ -62,11 +62,11 @@ class Asked:
         ),
     ] = False
     chat_template_config: Annotated[
-        str | None,
+        str,
         typer.Option(
             help="JSON object of variables for the chat template.", rich_help_panel=TEMPLATE
         ),
-    ] = None
+    ] = "{}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ def generate(
     Without --temp it takes the likeliest tokens, without --max-tokens 100 of them.
     """
     chosen = Decoding(**{"max_tokens": MAX_TOKENS, **decoding})
-    template_options = _json_object("--chat-template-config", asked.chat_template_config)
+    template_options = json_object("--chat-template-config", asked.chat_template_config)
     named, prompt = _model_and_prompt(asked.words or [], asked.model, asked.prompt)
     start(loading.device)
     import mlx.core as mx
@@ -241,16 +241,6 @@ def _messages(
 ) -> list[dict[str, str]]:
     turns = (("system", system_prompt), ("user", text), ("assistant", begun))
     return [{"role": role, "content": said} for role, said in turns if said is not None]
-
-
-def _json_object(option: str, text: str | None) -> dict[str, Any]:
-    try:
-        value = json.loads(text or "{}")
-    except ValueError as exc:
-        raise RecipeError(f"{option}: {text!r} is not JSON: {exc}") from exc
-    if not isinstance(value, dict):
-        raise RecipeError(f"{option}: expected a JSON object such as {{}}, got {text}")
-    return value
 
 
 def _add_eos_tokens(tokenizer: Any, tokens: list[str]) -> None:

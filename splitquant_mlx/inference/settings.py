@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.inference.decoding import KVBits, KVGroupSize
 from splitquant_mlx.settings import settings
 
@@ -62,7 +63,15 @@ class ServeSettings:
 
     def template_variables(self) -> dict[str, Any]:
         """Return the variables that `chat_template_args` gives to the chat template."""
-        try:
-            return dict(**json.loads(self.chat_template_args))
-        except (ValueError, TypeError) as exc:
-            raise ValueError(f"chat_template_args: expected a JSON object: {exc}") from exc
+        return json_object("chat_template_args", self.chat_template_args)
+
+
+def json_object(name: str, text: str) -> dict[str, Any]:
+    """Return the JSON object that a setting is. Raises RecipeError, with its name, for another."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise RecipeError(f"{name}: {text!r:.80} is not JSON: {exc}") from exc
+    if not isinstance(value, dict):
+        raise RecipeError(f"{name}: expected a JSON object such as {{}}, got {text:.80}")
+    return value
