@@ -102,7 +102,14 @@ def start_pass(
     Raises:
         RecipeError: when the model is not built of blocks that can be called one by one.
     """
-    model = load()
+    run = begin(load(), tokens, batch_tokens)
+    mx.eval(run.states)
+    run.restore(load())
+    return run
+
+
+def begin(model: nn.Module, tokens: np.ndarray, batch_tokens: int = BATCH_TOKENS) -> Pass:
+    """Begin to take `tokens` through a model that is in memory; see `start_pass`."""
     blocks = _blocks(model)
     calls: list[list[Any]] = [[] for _ in blocks]
     states: list[mx.array] = []
@@ -122,10 +129,7 @@ def start_pass(
         raise RecipeError(_unsupported(model)) from exc
     if any(len(noted) != len(states) for noted in calls):
         raise RecipeError(_unsupported(model))
-    mx.eval(states)
-    del model, blocks
-    anew = load()
-    return Pass(model=anew, blocks=_blocks(anew), states=states, calls=calls)
+    return Pass(model=model, blocks=blocks, states=states, calls=calls)
 
 
 def _blocks(model: nn.Module) -> list[Any]:

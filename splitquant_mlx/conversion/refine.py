@@ -26,7 +26,7 @@ stream each are no faster than one: their operations wait for each other.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import mlx.core as mx
@@ -35,6 +35,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from splitquant_mlx.calibration.blocks import Pass, begin
 from splitquant_mlx.calibration.predictions import Predictions, kl_divergence
 from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.errors import RecipeError
@@ -111,27 +112,26 @@ def refine(
     optimizer = optim.Adam(_schedule(len(batches)), betas=[0.9, 0.99], eps=1e-12)
     optimizer.init(model.trainable_parameters())
 
-    def divergence(own: np.ndarray) -> Any:
-        wanted = (array[mx.array(own)] for array in predictions)
-        return kl_divergence(model(mx.array(tokens[own])), *wanted)
+    def start(own: np.ndarray) -> tuple[Pass, Callable[[mx.array], mx.array]]:
+        """Begin with a batch; also returns the divergence from what comes after all blocks."""
+        run = begin(model, tokens[own], tokens[own].size)
+        wanted = [array[mx.array(own)] for array in predictions]
+        return run, lambda state: kl_divergence(run.finish(state), *wanted)
 
-    step = nn.value_and_grad(model, divergence)
     with progress.task("Refining", len(batches) + 2 * len(held_out)) as advance:
-        before = _mean(divergence, held_out, advance)
+        before = _mean(start, held_out, advance)
         first, saved_s = _resume(unfinished, model, optimizer), time.monotonic()
         if first:
             progress.note(f"Resuming: {first} of {len(batches)} steps done")
             advance(first)
         for number in range(first, len(batches)):
-            _, gradients = step(batches[number])
-            optimizer.update(model, gradients)
-            del gradients
+            optimizer.update(model, _gradients(*start(batches[number])))
             mx.eval(model.trainable_parameters(), optimizer.state)
             advance(1)
             if time.monotonic() - saved_s > SAVE_S:
                 _save(unfinished, model, optimizer, number + 1)
                 saved_s = time.monotonic()
-        after = _mean(divergence, held_out, advance)
+        after = _mean(start, held_out, advance)
     if not after < before:
         return Refined(before=before, after=before)
     tensors = {}
@@ -141,15 +141,55 @@ def refine(
     return Refined(before=before, after=after, tensors=tensors)
 
 
-def _mean(
-    divergence: Callable[[np.ndarray], Any], batches: list[np.ndarray], advance: Advance
-) -> float:
+def _mean(start: Callable[[np.ndarray], Any], batches: list[np.ndarray], advance: Advance) -> float:
     """Return the mean divergence over all texts of `batches`."""
     total = 0.0
     for own in batches:
-        total += np.array(divergence(own)) * len(own)
+        run, divergence = start(own)
+        total += np.array(divergence(_states(run)[-1])) * len(own)
         advance(1)
     return float(total / sum(map(len, batches)))
+
+
+def _states(run: Pass) -> list[mx.array]:
+    """Return the states of a batch before each block, and after the last."""
+    states = run.states
+    for index in range(len(run.blocks)):
+        states.append(run.run(index, 0, states[-1]))
+        mx.eval(states[-1])
+    return states
+
+
+def _gradients(run: Pass, divergence: Callable[[mx.array], mx.array]) -> Any:
+    """Return the divergence's gradients for all that is trained, as a tree.
+
+    They go back block by block, which runs again for it: in one graph mlx makes room for many
+    layers' wide gradients before it sums them up.
+    """
+    states, found = _states(run), {}
+    trained = dict(tree_flatten(run.model.trainable_parameters()))
+
+    def back(own: list[str], call: Callable[[mx.array], mx.array], cotangent: mx.array) -> mx.array:
+        """Take `cotangent` of what `call` makes of the last state to the state, and leave that."""
+
+        def forward(state: mx.array, *arrays: mx.array) -> list[mx.array]:
+            run.model.update(tree_unflatten(list(zip(own, arrays, strict=True))))
+            return [call(state)]
+
+        primals = [states.pop(), *(trained[name] for name in own)]
+        _, (into, *gradients) = mx.vjp(forward, primals, [cotangent])
+        mx.eval(into, gradients)
+        found.update(zip(own, gradients, strict=True))
+        return into
+
+    prefixes = run.prefixes
+    outer = [name for name in trained if not name.startswith(tuple(prefixes))]
+    cotangent = back(outer, divergence, mx.array(1.0))
+    for index in reversed(range(len(prefixes))):
+        own = [name for name in trained if name.startswith(prefixes[index])]
+        cotangent = back(own, partial(run.run, index, 0), cotangent)
+    run.model.update(tree_unflatten(list(trained.items())))
+    return tree_unflatten(list(found.items()))
 
 
 def _save(unfinished: Unfinished, model: nn.Module, optimizer: Any, steps: int) -> None:
@@ -188,7 +228,7 @@ class TrainableLinear(nn.Module):
         self._scales = layer.scales.astype(mx.float32)
         self._biases = layer["biases"].astype(mx.float32)
         self._middle = (2**layer.bits - 1) / 2
-        self._product = _product(layer.group_size, layer.bits)
+        self._product, self._back = _product(layer.group_size, layer.bits)
         self.u = mx.zeros(self._scales.shape)
         self.v = mx.zeros(self._scales.shape)
 
@@ -211,22 +251,61 @@ class TrainableSwitchLinear(TrainableLinear):
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """Map x (..., 1, in) to (..., 1, out) by the experts `indices` (...)."""
-        stacks = (mx.split(array, len(array)) for array in (self._packed, *self.trained()))
-        experts = list(zip(*stacks, strict=True))
-
-        def multiply(rows: mx.array, expert: int) -> mx.array:
-            return self._product(rows, *(array[0] for array in experts[expert]))
-
-        y = expert_products(x, indices, multiply)
+        y = self._products(indices)(x, *self.trained())
         return y if self._bias is None else y + mx.expand_dims(self._bias[indices], -2)
+
+    def _products(self, indices: mx.array) -> Any:
+        """Return x, scales, biases -> products, which are computed one expert after the other."""
+
+        def weighed(scales: mx.array, biases: mx.array, expert: int) -> list[mx.array]:
+            return [self._packed[expert], scales[expert], biases[expert]]
+
+        @mx.custom_function
+        def products(x: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+            x, scales, biases = map(_constant, (x, scales, biases))
+
+            def multiply(rows: mx.array, expert: int) -> mx.array:
+                return _constant(self._product(rows, *weighed(scales, biases, expert)))
+
+            return expert_products(x, indices, multiply)
+
+        @products.vjp
+        def gradients(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
+            x, scales, biases = map(_constant, primals)
+            width = x.shape[-1]
+            rows = mx.broadcast_to(x, (*cotangent.shape[:-1], width))
+            found = [list(mx.zeros_like(array)) for array in (scales, biases)]
+
+            def back(rows: mx.array, expert: int) -> mx.array:
+                own, out = mx.split(rows, [width], axis=-1)
+                weight = weighed(scales, biases, expert)
+                into, *trained = map(_constant, self._back(own, *weight, out))
+                for of_all, of_expert in zip(found, trained, strict=True):
+                    of_all[expert] = of_expert
+                return into
+
+            both = mx.concatenate([rows, _constant(cotangent)], axis=-1)
+            into = expert_products(both, indices, back)
+            shared = [axis for axis, size in enumerate(x.shape) if size != into.shape[axis]]
+            return into.sum(shared, keepdims=True), *(mx.stack(of_all) for of_all in found)
+
+        return products
+
+
+def _constant(x: mx.array) -> mx.array:
+    """Return the values of an array, with what they were made of let go.
+
+    While gradients are taken, mlx keeps that of every array that is evaluated.
+    """
+    return mx.array(np.array(x))
 
 
 @cache
-def _product(group_size: int, bits: int) -> Any:
-    """Return x, packed codes, scales, biases -> product, with gradients for all but the codes.
+def _product(group_size: int, bits: int) -> tuple[Any, Any]:
+    """Return x, packed codes, scales, biases -> product, and the same, cotangent -> gradients.
 
-    The weight is made anew for the gradients, so that no more than one piece's is in memory.
-    mlx's own quantized product is slow on the CPU.
+    The product has gradients for all but the codes. The weight is made anew for them, so that no
+    more than one piece's is in memory. mlx's own quantized product is slow on the CPU.
     """
 
     def dense(packed: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
@@ -236,27 +315,26 @@ def _product(group_size: int, bits: int) -> Any:
     def product(x: mx.array, packed: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
         return x @ dense(packed, scales, biases).T
 
+    def back(x: mx.array, packed: mx.array, *rest: mx.array) -> tuple[mx.array, ...]:
+        scales, biases, cotangent = rest
+        rows, out = (array.reshape(-1, array.shape[-1]) for array in (x, cotangent))
+        of_weight = (out.T @ rows).reshape(*scales.shape, group_size)
+        codes = dense(packed, mx.ones_like(scales), mx.zeros_like(biases))
+        of_scales = (of_weight * codes.reshape(of_weight.shape)).sum(-1)
+        return cotangent @ dense(packed, scales, biases), of_scales, of_weight.sum(-1)
+
     @product.vjp
     def gradients(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
-        x, packed, scales, biases = primals
-        rows, back = (array.reshape(-1, array.shape[-1]) for array in (x, cotangent))
-        of_weight = (back.T @ rows).reshape(*scales.shape, group_size)
-        codes = dense(packed, mx.ones_like(scales), mx.zeros_like(biases))
-        return (
-            cotangent @ dense(packed, scales, biases),
-            mx.zeros_like(packed),
-            (of_weight * codes.reshape(of_weight.shape)).sum(-1),
-            of_weight.sum(-1),
-        )
+        of_x, *trained = back(*primals, cotangent)
+        return of_x, mx.zeros_like(primals[1]), *trained
 
-    return product
+    return product, back
 
 
 def _make_trainable(model: nn.Module) -> dict[str, TrainableLinear]:
     """Put trainable layers in the place of quantized ones, with all else frozen and float32."""
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
-    model.freeze()
     model.set_dtype(mx.float32)
     kinds = {nn.QuantizedLinear: TrainableLinear, QuantizedSwitchLinear: TrainableSwitchLinear}
     layers = {
@@ -265,7 +343,9 @@ def _make_trainable(model: nn.Module) -> dict[str, TrainableLinear]:
         if type(module) in kinds and module.mode == "affine"
     }
     model.update_modules(tree_unflatten(list(layers.items())))
-    for_scoring(model)
+    for_scoring(model).freeze()
+    for layer in layers.values():
+        layer.unfreeze()
     return layers
 
 

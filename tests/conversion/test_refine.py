@@ -6,12 +6,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 from safetensors import safe_open
 from scipy.special import rel_entr, softmax
 
 from splitquant_mlx import Recipe, convert, load
 from splitquant_mlx.calibration import predictions
+from splitquant_mlx.calibration.blocks import begin
 from splitquant_mlx.calibration.predictions import kl_divergence, likeliest
 from splitquant_mlx.conversion import pipeline, refine
 from splitquant_mlx.conversion.refine import TrainableLinear, TrainableSwitchLinear
@@ -118,6 +120,47 @@ def test_gradients_of_experts_are_those_of_the_plain_formula(tokens):
         mx.grad(ours, (0, 1, 2))(*arguments), mx.grad(plain, (0, 1, 2))(*arguments), strict=True
     ):
         np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_one_expert_at_a_time_is_dense():
+    stacks = [SwitchLinear(256, 256, 64, bias=False).to_quantized(64, 4) for _ in range(2)]
+    layers = [TrainableSwitchLinear(stack) for stack in stacks]
+    x, experts = mx.random.normal((8, 1, 1, 256)), mx.random.randint(0, 64, (8, 8))
+
+    def ours(v):
+        y = x
+        for layer, own in zip(layers, v, strict=True):
+            layer.v = own
+            y = layer(y, experts).mean(1, keepdims=True)
+        return mx.square(y).sum()
+
+    mx.eval([layer.state for layer in layers], x, experts)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(mx.grad(ours)([layer.v for layer in layers]))
+    assert mx.get_peak_memory() - before < 48 * 256 * 256 * 4  # of the 128
+
+
+@pytest.mark.parametrize("name", ["stories", "mixture"])
+def test_gradients_block_by_block_are_those_of_the_whole_model(request, tmp_path, name):
+    recipe = Recipe(method="rtn", **SIZES)
+    convert(request.getfixturevalue(name), tmp_path / "target", recipe=recipe)
+    model, _ = load(tmp_path / "target")
+    refine._make_trainable(model)
+    tokens = np.random.default_rng(0).integers(3, 90, (2, 12)).astype(np.int32)
+    wanted = likeliest(1.1 * model(mx.array(tokens)))
+
+    def divergence(model):
+        return kl_divergence(model(mx.array(tokens)), *wanted)
+
+    whole = dict(tree_flatten(nn.value_and_grad(model, divergence)(model)[1]))
+    run = begin(model, tokens)
+    blocks = refine._gradients(run, lambda state: kl_divergence(run.finish(state), *wanted))
+    found = dict(tree_flatten(blocks))
+    assert found.keys() == whole.keys()
+    for path, gradient in whole.items():
+        np.testing.assert_allclose(found[path], gradient, rtol=1e-3, atol=1e-6 * len(found))
+    assert max(float(mx.abs(gradient).max()) for gradient in whole.values()) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
