@@ -240,6 +240,24 @@ def test_only_scales_and_biases_change(request, tmp_path, name):
     assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all()
 
 
+def test_what_is_said_of_it_holds_of_what_is_written(stories, tmp_path, monkeypatch):
+    seen = []
+
+    def noted(model, predictions, tokens, **settings):
+        seen.append((predictions, tokens))
+        return refine.refine(model, predictions, tokens, **settings)
+
+    monkeypatch.setattr(pipeline, "refine", noted)
+    manifest = convert(stories, tmp_path / "target", recipe=Recipe(**PLAIN, refine=True))
+    model, _ = load(tmp_path / "target")  # whose embedding is quantized, and the head, too
+    ((predictions, tokens),) = seen
+    own = [array[:: refine.HELD_OUT] for array in predictions]
+    logits = model(mx.array(tokens[:: refine.HELD_OUT]))
+    found = kl_divergence(logits, *own).item()
+    assert found == pytest.approx(manifest.refinement["after"], rel=0.02)
+    assert found < 0.95 * manifest.refinement["before"]
+
+
 def test_what_does_not_help_is_not_kept(stories, tmp_path, monkeypatch):
     monkeypatch.setattr(refine, "LEARNING_RATE", 10.0)
     manifest = convert(stories, tmp_path / "refined", recipe=Recipe(**PLAIN, refine=True))
