@@ -112,7 +112,7 @@ def refine(
     optimizer = optim.Adam(_schedule(len(batches)), betas=[0.9, 0.99], eps=1e-12)
     optimizer.init(model.trainable_parameters())
 
-    def start(own: np.ndarray) -> tuple[Pass, Callable[[mx.array], mx.array]]:
+    def start(own: np.ndarray) -> tuple[Pass, Callable[[mx.array], Any]]:
         """Begin with a batch; also returns the divergence from what comes after all blocks."""
         run = begin(model, tokens[own], tokens[own].size)
         wanted = [array[mx.array(own)] for array in predictions]
@@ -160,7 +160,7 @@ def _states(run: Pass) -> list[mx.array]:
     return states
 
 
-def _gradients(run: Pass, divergence: Callable[[mx.array], mx.array]) -> Any:
+def _gradients(run: Pass, divergence: Callable[[mx.array], Any]) -> Any:
     """Return the divergence's gradients for all that is trained, as a tree.
 
     They go back block by block, which runs again for it: in one graph mlx makes room for many
