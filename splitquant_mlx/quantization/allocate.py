@@ -94,7 +94,8 @@ def _best_within(
 
     Args:
         limit: see the module.
-        losses, costs: (items, options).
+        losses: (items, options).
+        costs: (items, options).
         above: loss + price cost, less the item's least, (items, options).
         price: of cost.
         budget: for the costs.
