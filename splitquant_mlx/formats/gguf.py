@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from splitquant_mlx.errors import CheckpointError, SourceError
+from splitquant_mlx.errors import CheckpointError, SourceError, some
 
 # The largest vocabularies in use need some 20 MB of metadata.
 MAX_HEADER_BYTES = 1 << 26
@@ -88,6 +88,11 @@ def open_gguf(path: Path) -> Gguf:
     """
     files = gguf_files(path)
     count = len(files)
+    if count > 1 and (missing := [file.name for file in files if not file.exists()]):
+        raise SourceError(
+            f"{path}: the model is in {count} files by its name, of which {some(missing)} "
+            "are missing: fetch them into the same directory"
+        )
     first = _open_file(files[0])
     if (declared := first.metadata.get("split.count", 1)) != count:
         raise CheckpointError(
@@ -100,8 +105,9 @@ def open_gguf(path: Path) -> Gguf:
         order = (part.metadata.get("split.no"), part.metadata.get("split.count"))
         if order != (number, count) or tensors.keys() & part.tensors.keys():
             raise CheckpointError(
-                f"{file}: expected part {number} of {count} (counted from 0), got {order!r:.80}; "
-                "it is of another model: fetch all parts again"
+                f"{file}: expected part {number} of {count} (counted from 0) by its name, got "
+                f"{order!r:.80} by its metadata; it is renamed, or of another model: fetch all "
+                "parts again"
             )
         parts += part.parts
         tensors |= {name: info._replace(part=number) for name, info in part.tensors.items()}

@@ -190,6 +190,7 @@ def test_parts_are_one_model_whichever_is_named(tmp_path, named):
         (part(1, "a"), "expected part 1 of 2"),
         (part(0, "c"), r"expected part 1 of 2 .*got \(0, 2\)"),
         (SMALL, r"got \(None, None\)"),
+        (part(1, "c")[:-1], r"m-00002-of-00002\.gguf: tensor 'c' ends at"),
     ],
 )
 def test_a_part_of_another_model_is_refused(tmp_path, content, message):
@@ -200,10 +201,19 @@ def test_a_part_of_another_model_is_refused(tmp_path, content, message):
 def test_missing_and_renamed_parts_are_named(tmp_path):
     first, second = parts(tmp_path)
     second.unlink()
-    with pytest.raises(SourceError, match=r"m-00002-of-00002\.gguf: cannot be read"):
+    with pytest.raises(SourceError, match=r"of which m-00002-of-00002\.gguf are missing"):
         open_gguf(first)
     with pytest.raises(CheckpointError, match=r"in 2 files .*, 1 by its name"):
         open_gguf(first.rename(tmp_path / "renamed.gguf"))
+
+
+def test_parts_in_another_order_are_refused(tmp_path):
+    first, second = parts(tmp_path)
+    first.rename(tmp_path / "x")
+    second.rename(first)
+    (tmp_path / "x").rename(second)
+    with pytest.raises(CheckpointError, match=r"got \(0, 2\) by its metadata; it is renamed"):
+        open_gguf(first)
 
 
 def close(writer):
