@@ -31,6 +31,12 @@ CJK = r"[\x{4e00}-\x{9fa5}\x{3040}-\x{309f}\x{30a0}-\x{30ff}]+"
 ASCII_SYMBOLS = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
 # letters by case, by which tokenizers since GPT-4o tell words apart: "helloWorld" is two
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+# the cased letters that DeepSeek's first tokenizer knows, of an older Unicode
+OLD_CASED = (
+    r"[\p{Lu}\p{Ll}\p{Lt}&&[^\x{560}-\x{588}\x{10c7}-\x{10ff}\x{1c80}-\x{1c8a}\x{2d00}-\x{2d2d}"
+    r"\x{a790}-\x{a7fa}\x{ab30}-\x{ab68}\x{10570}-\x{105bc}\x{10d50}-\x{10d85}\x{16e40}-\x{16e7f}"
+    r"\x{1d400}-\x{1df2a}]]"
+)
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 NO_MARKS = r" ?[^(\s|.,!?\x{2026}\x{3002}\x{ff0c}\x{3001}\x{964}\x{6d4}\x{60c})]+"
 
@@ -77,6 +83,7 @@ PRE_TOKENIZERS = {
         compose=True,
     ),
     **_named("tekken", _cased_words(r"\p{N}"), whole_pieces=True, add_bos=True),
+    **_named("superbpe", r"\p{N}+", r"(?=(\d{3})+(?!\d))"),
     **_named("gpt-4o llama4 kanana2 minimax-m2", _cased_words(r"\p{N}{1,3}", f"{CONTRACTION}?")),
     **_named(
         "deepseek-coder",
@@ -85,6 +92,15 @@ PRE_TOKENIZERS = {
         r"\s?\p{P}+",
         r"[\x{4e00}-\x{9fa5}\x{800}-\x{4e00}\x{ac00}-\x{d7ff}]+",
         r"\p{N}",
+    ),
+    **_named(
+        "deepseek-llm",
+        r"[\r\n]",
+        rf"\s?{OLD_CASED}+",
+        r"\s?[!-/:-~\x{ff01}-\x{ff0f}\x{ff1a}-\x{ff5e}\x{2018}-\x{201f}\x{3000}-\x{3002}]+",
+        r"\s+$",
+        r"[\x{4e00}-\x{9fa5}\x{800}-\x{4e00}\x{ac00}-\x{d7ff}]+",
+        r"\p{N}+",
     ),
     **_named(
         "deepseek-v3 hunyuan-dense joyai-llm",
