@@ -211,19 +211,13 @@ def _model_and_prompt(
         first = words[0]
         is_model = Path(first).exists() or ("/" in first and not any(map(str.isspace, first)))
         is_model = is_model or closest(first, Path.cwd()) is not None  # a misspelt one
-        model, prompt = (first, None) if is_model else (None, first)
-    elif words and model is None:
+        return (first, None) if is_model else (None, first)
+    if words and model is None:
         model, *words = words
-        if words and prompt is None:
-            prompt, *words = words
-        if words:
-            raise RecipeError(f"what is {words[0]!r}? Put the prompt in quotes, after the model")
-    elif words and prompt is None:
+    if words and prompt is None:
         prompt, *words = words
-        if words:
-            raise RecipeError(f"what is {words[0]!r}? Put the prompt in quotes")
-    elif words:
-        raise RecipeError(f"what is {words[0]!r}? --model and --prompt are given already")
+    if words:
+        raise RecipeError(f"what is {words[0]!r}? Expected a model, then a prompt in quotes")
     return model, prompt
 
 
