@@ -2,8 +2,8 @@ r"""Write the tables of the README and of the pages here from JSON that the prog
 
     splitquant-mlx bench make-checkpoint llama-3.2-1b llama-3.2-1b
     splitquant-mlx bench convert --model llama-3.2-1b --json docs/bench.json
-    splitquant-mlx bench kmeans --json docs/kmeans.json
-    splitquant-mlx bench memory --json docs/memory.json
+    python benchmarks/kmeans_speed.py docs/kmeans.json
+    python benchmarks/memory_by_depth.py docs/memory.json
     splitquant-mlx convert --model <cache>/SmolLM2-135M-Instruct.Q4_1.gguf --mlx-path split
     splitquant-mlx convert --model <cache>/SmolLM2-135M-Instruct.Q4_1.gguf --mlx-path rtn \
         --method rtn --embeddings keep

@@ -5,16 +5,13 @@ import shutil
 import sys
 import time
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from splitquant_mlx import SplitQuantError, cli
-from splitquant_mlx.bench import conversion, memory
-from splitquant_mlx.bench.clustering import bench_kmeans
+from splitquant_mlx.bench import conversion
 from splitquant_mlx.bench.conversion import PUBLISHED, YARDSTICK, bench_convert, run_conversion
-from splitquant_mlx.bench.memory import bench_memory
 from splitquant_mlx.bench.programs import OURS, Run, run_program, spread
 from splitquant_mlx.bench.random_checkpoint import SHAPES, write_random_checkpoint
 from splitquant_mlx.formats.manifest import load_manifest
@@ -68,10 +65,6 @@ def test_spread_is_numpys(values):
 @pytest.mark.slow
 def test_convert_is_timed_side_by_side(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "splitquant_mlx.bench.clustering.bench_kmeans",
-        lambda: bench_kmeans(side=64, trials=1, sklearn_trials=1),
-    )
     once = cache(lambda command, target: run_conversion(list(command), target))
     monkeypatch.setattr(
         conversion, "run_conversion", lambda command, target: once(tuple(command), target)
@@ -129,83 +122,6 @@ def test_no_trials_are_refused(tiny, capsys, command):
 
 def test_json_file_without_a_directory_is_refused_before_the_work(tiny, capsys, tmp_path):
     file = tmp_path / "none" / "b.json"
-    for command in (["--model", str(tiny)], ["convert", "--model", str(tiny)], ["memory"]):
+    for command in (["--model", str(tiny)], ["convert", "--model", str(tiny)]):
         assert cli.run(["bench", *command, "--json", str(file)]) == 2
         assert f"there is no directory {file.parent}" in capsys.readouterr().err
-
-
-def test_kmeans_is_timed_for_every_pair(tmp_path, capsys):
-    options = ["--dtype", "float16", "--dtype", "float32", "--clusters", "2", "--clusters", "5"]
-    file = tmp_path / "k.json"
-    command = ["bench", "kmeans", "--side", "64", "--trials", "1", "--json", str(file)]
-    assert cli.run([*command, *options]) == 0
-    assert "float32, k = 5" in capsys.readouterr().out
-    runs = json.loads(file.read_text())["runs"]
-    assert [(run["dtype"], run["clusters"]) for run in runs] == [
-        ("float16", 2), ("float16", 5), ("float32", 2), ("float32", 5),
-    ]  # fmt: skip
-    for run in runs:
-        assert run["exact_inertia"] <= run["sklearn_inertia"] * (1 + 1e-12)
-        assert run["ratio"] == run["sklearn_ns_per_weight"] / run["exact_ns_per_weight"]
-        assert len(run["sklearn_runs_ns"]) == 3
-        assert run["sklearn_ns_per_weight"] == np.median(run["sklearn_runs_ns"])
-
-
-def test_exact_kmeans_is_much_faster():
-    assert bench_kmeans(side=1024, trials=3)["ratio"] > 10  # hundreds on a quiet machine
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        (["--clusters", "9"], "--clusters: expected at most 8, got '9'"),
-        (["--dtype", "int8"], "--dtype: expected one of float16"),
-        (["--side", "4"], "--side: expected at least 16"),
-    ],
-)
-def test_kmeans_refuses_settings(capsys, options, named):
-    assert cli.run(["bench", "kmeans", *options]) == 2
-    assert named in capsys.readouterr().err
-
-
-def test_memory_is_compared_between_depths(tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    # the floor's model has 2 layers
-    peaks = {2: iter([100, 90, 110]), 1: iter([200, 500, 100]), 3: iter([230, 230, 231])}
-
-    def run_here(command, target):
-        assert cli.run(command[3:]) == 0
-        shutil.rmtree(target)
-        model = command[command.index("--model") + 1]
-        layers = json.loads((Path(model) / "config.json").read_text())["num_hidden_layers"]
-        peak_bytes = next(peaks[layers])
-        return Run(started=0, seconds=layers, peak_bytes=peak_bytes, output=""), {}
-
-    monkeypatch.setattr(memory, "run_conversion", run_here)
-    command = ["bench", "memory", "--shape", "tiny", "--layers", "1", "--layers", "3"]
-    assert cli.run([*command, "--json", "m.json"]) == 0
-    assert "largest over smallest: 1.150" in capsys.readouterr().out
-    found = json.loads((tmp_path / "m.json").read_text())
-    assert [run["layers"] for run in found["runs"]] == [1, 3]
-    assert [run["peak_bytes"] for run in found["runs"]] == [200, 230]
-    assert found["runs"][0]["peak_runs_bytes"] == [200, 500, 100]
-    assert found["floor_bytes"] == 100
-    assert (found["growth"], found["growth_above_floor"]) == (1.15, 1.3)
-    assert found["runs"][1]["source_bytes"] > 2 * found["runs"][0]["source_bytes"]
-    assert [path.name for path in tmp_path.iterdir()] == ["m.json"]
-
-
-def test_memory_refuses_no_layers(capsys):
-    assert cli.run(["bench", "memory", "--layers", "0"]) == 2
-    assert "--layers: expected at least 1, got '0'" in capsys.readouterr().err
-    assert cli.run(["bench", "memory", "--shape", "gpt-2"]) == 2
-    assert "expected one of tiny, deep" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
-    """Four times the layers, 1.6 GB at most, of tensors that outweigh the libraries."""
-    found = bench_memory(SHAPES["deep"], [8, 16, 32], tmp_path)
-    assert min(run["peak_bytes"] for run in found["runs"]) > 2 * found["floor_bytes"]
-    assert found["growth"] < 1.1

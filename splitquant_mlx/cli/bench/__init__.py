@@ -8,9 +8,7 @@ import typer
 from splitquant_mlx.cli.bench.conversion import (
     calibrated,
     convert,
-    kmeans,
     make_checkpoint,
-    memory,
 )
 from splitquant_mlx.cli.bench.speed import speed, trial
 from splitquant_mlx.cli.help import Command, Group
@@ -35,8 +33,6 @@ bench.command("trial", cls=Command, hidden=True)(trial)
 for name, command, example in (
     ("speed", speed, "my-model --against my-other-model"),
     ("convert", convert, "meta-llama/Llama-3.2-1B"),
-    ("kmeans", kmeans, "--dtype bfloat16"),
-    ("memory", memory, "--layers 16"),
     ("calibrated", calibrated, "my-original"),
     ("make-checkpoint", make_checkpoint, "llama-3.2-1b my-random-model"),
 ):

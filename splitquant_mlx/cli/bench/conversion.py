@@ -3,18 +3,14 @@
 import dataclasses
 import tempfile
 from pathlib import Path
-from statistics import median
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from splitquant_mlx.cli.console import new_table, plain, show, size, write_json
 from splitquant_mlx.cli.options import Device, JsonFile, ModelOption, Original, one_original, start
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.recipe import DTYPES, DType, Recipe, load_recipe
-
-if TYPE_CHECKING:
-    from splitquant_mlx.bench.random_checkpoint import Shape
+from splitquant_mlx.recipe import DType, Recipe, load_recipe
 
 
 def make_checkpoint(
@@ -36,16 +32,18 @@ def make_checkpoint(
 ) -> None:
     """Write a checkpoint of a well-known shape with random weights."""
     start(None)
-    from splitquant_mlx.bench.random_checkpoint import write_random_checkpoint
+    from splitquant_mlx.bench.random_checkpoint import SHAPES, write_random_checkpoint
     from splitquant_mlx.cli.progress import Bars
 
+    if shape not in SHAPES:
+        raise RecipeError(f"shape: expected one of {', '.join(SHAPES)}, got {shape!r}")
     sizes = {
         "num_hidden_layers": layers,
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
     }
     given = {name: value for name, value in sizes.items() if value is not None}
-    chosen = dataclasses.replace(_named_shape(shape), **given)
+    chosen = dataclasses.replace(SHAPES[shape], **given)
     max_shard_bytes = int(shard_size * 1e6)
     write_random_checkpoint(
         directory, chosen, dtype=dtype, max_shard_bytes=max_shard_bytes, progress=Bars()
@@ -62,11 +60,10 @@ def convert(
     ] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Time our conversions and mlx_lm.convert's, in turns, and both ways to cluster."""
+    """Time our conversions and mlx_lm.convert's, in turns."""
     name = one_original(model, model_option)
     start(None)
 
-    from splitquant_mlx.bench.clustering import bench_kmeans
     from splitquant_mlx.bench.conversion import bench_convert
     from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.models.directory import as_directory
@@ -77,7 +74,6 @@ def convert(
             found = bench_convert(
                 directory, Path(scratch), trials=trials, sklearn=sklearn, progress=Bars()
             )
-    found["kmeans"] = bench_kmeans()
     if write_json(json_file, found):
         return
     table = new_table(plain(name), "median", "slowest", "ratio", "peak memory")
@@ -94,75 +90,6 @@ def convert(
         if "stages_s" in program:
             stages = (f"{stage} {s:.2f}" for stage, s in program["stages_s"].items())
             show(f"seconds of {name}: {', '.join(stages)}")
-    kmeans = found["kmeans"]
-    show(
-        f"k-means, exact: {kmeans['exact_ns_per_weight']:.1f} ns a weight; scikit-learn's: "
-        f"{kmeans['sklearn_ns_per_weight']:.0f} ns, {kmeans['ratio']:.0f} times as much"
-    )
-
-
-def kmeans(
-    dtype: Annotated[list[str], typer.Option(help="Of the matrix; repeatable.")] = list(DTYPES),  # noqa: B006
-    clusters: Annotated[list[int], typer.Option(min=2, max=8, help="2 to 8; repeatable.")] = [3],  # noqa: B006
-    side: Annotated[int, typer.Option(min=16, help="Of the square matrix.")] = 4096,
-    trials: Annotated[int, typer.Option(min=1, help="Counted runs; of scikit-learn 3.")] = 5,
-    json_file: JsonFile = None,
-) -> None:
-    """Time the exact k-means against scikit-learn's on one matrix."""
-    if unknown := next((name for name in dtype if name not in DTYPES), None):
-        raise RecipeError(f"--dtype: expected one of {', '.join(DTYPES)}, got {unknown!r}")
-    start(None)
-
-    from splitquant_mlx.bench.clustering import bench_all_kmeans
-    from splitquant_mlx.cli.progress import Bars
-
-    found = bench_all_kmeans(dtype, clusters, side=side, trials=trials, progress=Bars())
-    if write_json(json_file, found):
-        return
-    title = f"k-means, {side} x {side}, ns a weight"
-    table = new_table(title, "exact", "scikit-learn", "ratio", "inertia over scikit-learn's")
-    for run in found["runs"]:
-        table.add_row(
-            f"{run['dtype']}, k = {run['clusters']}",
-            f"{run['exact_ns_per_weight']:.1f}",
-            f"{run['sklearn_ns_per_weight']:.0f}",
-            f"{run['ratio']:.0f}",
-            f"{run['exact_inertia'] / run['sklearn_inertia']:.6f}",
-        )
-    show(table)
-
-
-def memory(
-    shape: Annotated[str, typer.Option(help="Of the model, as for make-checkpoint.")] = "deep",
-    layers: Annotated[list[int], typer.Option(min=1, help="A depth; repeatable.")] = [16, 32, 64],  # noqa: B006
-    trials: Annotated[int, typer.Option(min=1, help="Conversions of each depth.")] = 3,
-    json_file: JsonFile = None,
-) -> None:
-    """Measure the peak memory of conversions of random models of several depths."""
-    start(None)
-
-    from splitquant_mlx.bench.memory import bench_memory
-    from splitquant_mlx.cli.progress import Bars
-
-    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as scratch:
-        found = bench_memory(
-            _named_shape(shape), layers, Path(scratch), trials=trials, progress=Bars()
-        )
-    if write_json(json_file, found):
-        return
-    table = new_table(shape, "source", "peak memory", "least", "most", "time")
-    for run in found["runs"]:
-        table.add_row(
-            f"{run['layers']} layers",
-            size(run["source_bytes"]),
-            *(size(of(run["peak_runs_bytes"])) for of in (median, min, max)),
-            f"{median(run['seconds']):.1f} s",
-        )
-    show(table)
-    show(
-        f"largest over smallest: {found['growth']:.3f}; without the {size(found['floor_bytes'])} "
-        f"of Python and its libraries: {found['growth_above_floor']:.3f}"
-    )
 
 
 def calibrated(
@@ -191,11 +118,3 @@ def calibrated(
         f"{found['wall_s']:.1f} s, {found['ratio']:.2f} times the bound of "
         f"{found['bound_s']:.1f} s at {found['product_rate'] / 1e9:.0f} GFLOP/s"
     )
-
-
-def _named_shape(shape: str) -> "Shape":
-    from splitquant_mlx.bench.random_checkpoint import SHAPES
-
-    if shape not in SHAPES:
-        raise RecipeError(f"shape: expected one of {', '.join(SHAPES)}, got {shape!r}")
-    return SHAPES[shape]

@@ -1,14 +1,22 @@
-"""Time the exact k-means against scikit-learn's, which the published approach uses."""
+"""Time the exact k-means against scikit-learn's, which the published approach uses.
 
+python benchmarks/kmeans_speed.py docs/kmeans.json
+"""
+
+import json
 import statistics
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from splitquant_mlx.cli.progress import Bars
 from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.quantization.split import cluster_weight
+from splitquant_mlx.recipe import DTYPES
 from splitquant_mlx.runtime.environment import made_with
 
 
@@ -86,3 +94,8 @@ def bench_all_kmeans(
             runs.append(bench_kmeans(side=side, trials=trials, dtype=dtype, clusters=k))
             advance(1)
     return {"runs": runs, **made_with()}
+
+
+if __name__ == "__main__":
+    measured = bench_all_kmeans(DTYPES, [3], progress=Bars())
+    Path(sys.argv[1]).write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,13 @@
-"""Show that the memory of a conversion does not grow with the number of layers."""
+"""Show that the memory of a conversion does not grow with the number of layers.
 
+python benchmarks/memory_by_depth.py docs/memory.json
+"""
+
+import json
 import shutil
 import statistics
+import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +16,7 @@ from typing import Any
 from splitquant_mlx.bench.conversion import run_conversion
 from splitquant_mlx.bench.programs import OURS
 from splitquant_mlx.bench.random_checkpoint import SHAPES, Shape, write_random_checkpoint
+from splitquant_mlx.cli.progress import Bars
 from splitquant_mlx.progress import SILENT, Advance, Progress
 from splitquant_mlx.runtime.environment import made_with
 
@@ -78,3 +85,9 @@ def _peaks(model: Path, trials: int, advance: Advance) -> dict[str, Any]:
         "peak_runs_bytes": [run.peak_bytes for run in runs],
         "seconds": [run.seconds for run in runs],
     }
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as scratch:
+        measured = bench_memory(SHAPES["deep"], [16, 32, 64], Path(scratch), progress=Bars())
+    Path(sys.argv[1]).write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
