@@ -319,9 +319,9 @@ def _product(group_size: int, bits: int) -> tuple[Any, Any]:
         scales, biases, cotangent = rest
         rows, out = (array.reshape(-1, array.shape[-1]) for array in (x, cotangent))
         of_weight = (out.T @ rows).reshape(*scales.shape, group_size)
-        codes = dense(packed, mx.ones_like(scales), mx.zeros_like(biases))
-        of_scales = (of_weight * codes.reshape(of_weight.shape)).sum(-1)
-        return cotangent @ dense(packed, scales, biases), of_scales, of_weight.sum(-1)
+        codes = dense(packed, mx.ones_like(scales), mx.zeros_like(biases)).reshape(of_weight.shape)
+        w = (codes * scales[..., None] + biases[..., None]).reshape(len(packed), -1)
+        return cotangent @ w, (of_weight * codes).sum(-1), of_weight.sum(-1)
 
     @product.vjp
     def gradients(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
