@@ -52,7 +52,7 @@ def _explained(exc: Any, parameters: list[Any]) -> str:
     """Return what was meant, or expected, where a command line does not fit."""
     text = exc.format_message()
     if near := getattr(exc, "possibilities", None):
-        return f"no such option {exc.option_name}: did you mean {near[0]}?"
+        return f"No such option: {exc.option_name}. Did you mean {near[0]}?"
     extra = re.search(r"unexpected extra .*\((.*)\)$", text)
     if extra and any("--mlx-path" in parameter.opts[:1] for parameter in parameters):
         return f"what is {extra[1]}? The directory to write is --mlx-path"

@@ -184,10 +184,10 @@ def test_help_is_a_command_and_others_names_are_explained(command, capsys):
     [
         (["completion"], "it is '--install-completion' here"),
         (["convert", "a", "b"], "what is b? The directory to write is --mlx-path"),
-        (["convert", "--metod", "gptq"], "no such option --metod: did you mean --method? (see"),
+        (["convert", "--metod", "gptq"], "No such option: --metod. Did you mean --method? (see"),
         (["convert", "a", "--bits", "4bit"], "--bits: expected an integer, got '4bit'"),
         (["convert", "a", "--target-bpw=x"], "--target-bpw: expected a number, got 'x'"),
-        (["generate", "a", "--tmep", "1"], "no such option --tmep: did you mean --temp?"),
+        (["generate", "a", "--tmep", "1"], "No such option: --tmep. Did you mean --temp?"),
         (["bench", "sped"], "Did you mean 'speed'?"),
         (["bench", "sped", "--help"], "Did you mean 'speed'?"),
     ],

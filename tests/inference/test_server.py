@@ -85,7 +85,7 @@ def refusal(capsys, *arguments: str) -> str:
     [
         (["--model", "./missing"], "no such path: './missing'"),
         (["--port", "70000"], "--port: expected at most 65535, got 70000"),
-        (["--hots", "x"], "no such option --hots: did you mean --host?"),
+        (["--hots", "x"], "No such option: --hots. Did you mean --host?"),
         (["--temp", "warm"], "--temp: expected a number, got 'warm'"),
         (["--api-key", ""], "--api-key: expected printable characters"),
         (["--api-key", "a\n"], "--api-key: expected printable characters"),
