@@ -8,13 +8,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from splitquant_mlx.errors import CheckpointError
-from splitquant_mlx.formats.gguf_joined import DELTA_NET, FUSED_QKV, LATENT, MAMBA, Joined
+from splitquant_mlx.formats.gguf_joined import (
+    DELTA_NET,
+    FUSED_QKV,
+    GROUPED_DELTA_NET,
+    LATENT,
+    MAMBA,
+    Joined,
+)
 from splitquant_mlx.formats.gguf_tokenizer import ELSEWHERE
 
 EXPERTS = {
     "num_experts": "expert_count",
     "num_experts_per_tok": "expert_used_count",
     "moe_intermediate_size": "expert_feed_forward_length",
+}
+SHARED_EXPERTS = {
+    **EXPERTS,
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
 }
 LOCAL_EXPERTS = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 GROUPED_EXPERTS = {
@@ -64,6 +75,7 @@ class Architecture:
         norm_offset: what the converter added to the weights of norms.
         partial_rotary: only a part of a head's channels may be rotated.
         joined: parameters that the converter changed, by their names after "model.layers.N.".
+        inside: it is the language model of one that sees, too.
         wide_range: activations outgrow float16.
     """
 
@@ -79,11 +91,29 @@ class Architecture:
     norm_offset: float = 0.0
     partial_rotary: bool = False
     joined: Mapping[str, Joined] = field(default_factory=dict)
+    inside: bool = False
     wide_range: bool = False
 
 
 def _gemma(model_type: str, **settings: Any) -> Architecture:
     return Architecture(model_type=model_type, norm_offset=1.0, wide_range=True, **settings)
+
+
+def _delta_net(model_type: str, settings: Mapping[str, str], **others: Any) -> Architecture:
+    return Architecture(
+        model_type=model_type,
+        settings={
+            **settings,
+            "linear_num_value_heads": "ssm.time_step_rank",
+            "linear_num_key_heads": "ssm.group_count",
+            "linear_key_head_dim": "ssm.state_size",
+            "linear_conv_kernel_dim": "ssm.conv_kernel",
+        },
+        optional={"full_attention_interval": ("full_attention_interval", 4)},
+        partial_rotary=True,
+        biases=("attention_bias",),
+        **others,
+    )
 
 
 def _lfm2(model_type: str, settings: Mapping[str, str], **fixed: Any) -> Architecture:
@@ -105,10 +135,7 @@ ARCHITECTURES = {
     "qwen2": Architecture(model_type="qwen2"),
     "qwen2moe": Architecture(
         model_type="qwen2_moe",
-        settings={
-            **EXPERTS,
-            "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
-        },
+        settings=SHARED_EXPERTS,
     ),
     "qwen3": Architecture(model_type="qwen3"),
     "qwen3moe": Architecture(
@@ -232,22 +259,14 @@ ARCHITECTURES = {
         joined=FUSED_QKV,
         biases=(),
     ),
-    "qwen3next": Architecture(
-        model_type="qwen3_next",
-        settings={
-            **EXPERTS,
-            "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
-            "linear_num_value_heads": "ssm.time_step_rank",
-            "linear_num_key_heads": "ssm.group_count",
-            "linear_key_head_dim": "ssm.state_size",
-            "linear_conv_kernel_dim": "ssm.conv_kernel",
-        },
-        optional={"full_attention_interval": ("full_attention_interval", 4)},
+    "qwen3next": _delta_net(
+        "qwen3_next",
+        SHARED_EXPERTS,
         fixed={"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
-        partial_rotary=True,
         joined=DELTA_NET,
-        biases=("attention_bias",),
     ),
+    "qwen35": _delta_net("qwen3_5", {}, inside=True, joined=GROUPED_DELTA_NET),
+    "qwen35moe": _delta_net("qwen3_5_moe", SHARED_EXPERTS, inside=True, joined=GROUPED_DELTA_NET),
     "nemotron": Architecture(
         model_type="nemotron",
         settings={"norm_eps": LAYER_NORM},

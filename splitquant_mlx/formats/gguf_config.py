@@ -41,7 +41,8 @@ KNOWN = frozenset(
     "rope.scaling.original_context_length rope.scaling.finetuned "
     "rope.scaling.yarn_beta_fast rope.scaling.yarn_beta_slow "
     "expert_count expert_used_count expert_feed_forward_length expert_gating_func "
-    "expert_shared_feed_forward_length nextn_predict_layers ssm.inner_size".split()
+    "expert_shared_feed_forward_length nextn_predict_layers ssm.inner_size "
+    "rope.dimension_sections".split()
 )
 
 
@@ -213,9 +214,8 @@ def _variant(gguf: Gguf, config: dict[str, Any]) -> dict[str, Any]:
     gating = metadata.get(key_of(metadata, "expert_gating_func"), 1)
     if name == "deepseek2" and gating in (SOFTMAX, SIGMOID):
         return _deepseek(metadata, config, softmax=gating == SOFTMAX)
-    if name == "qwen3next":
-        values = number(metadata, "ssm.inner_size", int)
-        return {"linear_value_head_dim": values // config["linear_num_value_heads"]}
+    if "linear_num_value_heads" in config:
+        return _delta_net(metadata, config)
     if name == "granitehybrid":
         return _granite_hybrid(metadata, config)
     if architecture_of(metadata).sigmoid and gating != SIGMOID:
@@ -246,6 +246,25 @@ def _deepseek(metadata: dict[str, Any], config: dict[str, Any], softmax: bool) -
         grouped = (config | found)["n_group"] > 1
         method = "group_limited_greedy" if grouped else "greedy"
         found |= {"model_type": "deepseek_v2", "scoring_func": "softmax", "topk_method": method}
+    return found
+
+
+def _delta_net(metadata: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    values = number(metadata, "ssm.inner_size", int)
+    found: dict[str, Any] = {
+        "linear_value_head_dim": values // config["linear_num_value_heads"],
+    }
+    sections = metadata.get(key := key_of(metadata, "rope.dimension_sections"))
+    if sections is not None:
+        if not isinstance(sections, list) or len(sections) < 3:
+            raise CheckpointError(f"{key}: expected 3 numbers, got {sections!r:.80}; {ELSEWHERE}")
+        found["rope_parameters"] = {
+            "rope_type": "default",
+            "rope_theta": config["rope_theta"],
+            "partial_rotary_factor": config["partial_rotary_factor"],
+            "mrope_section": sections[:3],
+            "mrope_interleaved": True,
+        }
     return found
 
 

@@ -42,6 +42,20 @@ def _qkvz(config: Config, qkv: mx.array, z: mx.array) -> mx.array:
     return mx.concatenate(of_heads, axis=1).reshape(-1, z.shape[-1])
 
 
+def _grouped(config: Config, w: mx.array, axis: int = 0) -> mx.array:
+    """Put the value heads of each key head together, which files have one of each after another."""
+    keys = config["linear_num_key_heads"]
+    values = config["linear_num_value_heads"] // keys
+    heads = mx.unflatten(w, axis, (values, keys, -1))
+    return mx.flatten(heads.swapaxes(axis, axis + 1), axis, axis + 2)
+
+
+def _grouped_values(config: Config, w: mx.array) -> mx.array:
+    """Put values together among rows of queries, keys and values."""
+    keys = 2 * config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    return mx.concatenate([w[:keys], _grouped(config, w[keys:])])
+
+
 def _third(number: int) -> Callable[..., mx.array]:
     return lambda config, qkv: mx.split(qkv, 3)[number]
 
@@ -60,6 +74,16 @@ FUSED_QKV = {
 DELTA_NET = {
     "linear_attn.A_log": Joined(("ssm_a",), _a_log),
     "linear_attn.in_proj_qkvz.weight": Joined(("attn_qkv.weight", "attn_gate.weight"), _qkvz),
+}
+GROUPED_DELTA_NET = {
+    "linear_attn.A_log": Joined(("ssm_a",), lambda c, a: _grouped(c, _a_log(c, a))),
+    "linear_attn.dt_bias": Joined(("ssm_dt.bias",), _grouped),
+    "linear_attn.in_proj_a.weight": Joined(("ssm_alpha.weight",), _grouped),
+    "linear_attn.in_proj_b.weight": Joined(("ssm_beta.weight",), _grouped),
+    "linear_attn.in_proj_z.weight": Joined(("attn_gate.weight",), _grouped),
+    "linear_attn.in_proj_qkv.weight": Joined(("attn_qkv.weight",), _grouped_values),
+    "linear_attn.conv1d.weight": Joined(("ssm_conv1d.weight",), _grouped_values),
+    "linear_attn.out_proj.weight": Joined(("ssm_out.weight",), lambda c, w: _grouped(c, w, 1)),
 }
 MAMBA = {
     "mamba.A_log": Joined(("ssm_a",), _a_log),

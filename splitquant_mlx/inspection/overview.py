@@ -107,7 +107,7 @@ def describe_gguf(path: Path) -> Overview:
         architecture=config["model_type"],
         parameters=entries,
         context=context_limit(config),
-        vocabulary=config["vocab_size"],
+        vocabulary=text_settings(config)["vocab_size"],
         has_chat_template="tokenizer.chat_template" in gguf.metadata,
         method=f"GGUF, {bytes_of.most_common(1)[0][0]} most of it",
         source="",

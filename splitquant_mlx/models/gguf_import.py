@@ -75,7 +75,8 @@ def import_gguf(path: Path, directory: Path, progress: Progress = SILENT) -> Non
         _write_tensors(gguf, targets, config, dtype, directory, progress)
     except CheckpointError as exc:
         raise CheckpointError(f"{path}: {exc}") from exc
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(_whole(gguf, config), indent=2)
+    (directory / "config.json").write_text(text + "\n", encoding="utf-8")
     card = {key: gguf.metadata.get(f"general.{name}") for key, name in CARD.items()}
     write_source_card(card, directory)
 
@@ -90,7 +91,16 @@ def gguf_parameters(gguf: Gguf) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         _, config, targets = _described(gguf)
     except CheckpointError as exc:
         raise CheckpointError(f"{gguf.path}: {exc}") from exc
-    return config, {target.name: _info(gguf, target) for target in targets}
+    return _whole(gguf, config), {target.name: _info(gguf, target) for target in targets}
+
+
+def _whole(gguf: Gguf, config: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json's content, where that of the language model may be a part of it."""
+    if not architecture_of(gguf.metadata).inside:
+        return config
+    kept = ("model_type", "tie_word_embeddings", "torch_dtype", "bos_token_id", "eos_token_id")
+    text = {**config, "model_type": f"{config['model_type']}_text"}
+    return {**{key: config[key] for key in kept if key in config}, "text_config": text}
 
 
 def _info(gguf: Gguf, target: _Target) -> TensorInfo:
@@ -123,19 +133,21 @@ def _targets(gguf: Gguf, config: dict[str, Any]) -> list[_Target]:
     Raises:
         CheckpointError: when tensors are missing, unknown, or of another shape than the model's.
     """
-    check_config(Path("metadata"), config, len(gguf.tensors))
-    model = build_model(Path("metadata"), config)
+    whole = _whole(gguf, config)
+    check_config(Path("metadata"), whole, len(gguf.tensors))
+    model = build_model(Path("metadata"), whole)
     name_of = _gguf_names(gguf.metadata["general.architecture"], config["num_hidden_layers"])
     joined = architecture_of(gguf.metadata).joined
     targets = []
     for name, array in parameters(model).items():
-        if config["tie_word_embeddings"] and name == "lm_head.weight":
+        own = name.removeprefix("language_model.")
+        if config["tie_word_embeddings"] and own == "lm_head.weight":
             continue
-        layer = LAYER.match(name)
+        layer = LAYER.match(own)
         sources, join = joined.get(layer[2] if layer else "", ((), None))
         sources = tuple(f"blk.{layer[1]}.{source}" for source in sources) if layer else ()
         if not sources or not gguf.tensors.keys() >= {*sources}:
-            sources, join = (name_of(name),), None
+            sources, join = (name_of(own),), None
         targets.append(_Target(name, tuple(array.shape), sources, join))
     used = {source for target in targets for source in target.sources}
     missing = sorted(used - gguf.tensors.keys())

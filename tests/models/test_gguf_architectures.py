@@ -84,6 +84,17 @@ QWEN3_NEXT = {
     "linear_conv_kernel_dim": 4,
     "norm_topk_prob": True,
 }
+QWEN3_5 = {
+    **{key: value for key, value in QWEN3_NEXT.items() if key not in EXPERTS},
+    "linear_num_value_heads": 6,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [3, 3, 2],
+        "mrope_interleaved": True,
+    },
+}
 CONVOLUTIONS = {
     "layer_types": ["conv", "full_attention", "conv", "full_attention"],
     "conv_L_cache": 3,
@@ -192,6 +203,9 @@ CASES = {
         {"partial_rotary_factor": 0.5, "num_key_value_heads": 4, "intermediate_size": 256},
     ),
     "qwen3next": ("Qwen3Next", QWEN3_NEXT),
+    "qwen35": ("Qwen3_5", QWEN3_5),
+    "qwen35, tied": ("Qwen3_5", {**QWEN3_5, "tie_word_embeddings": True}),
+    "qwen35moe": ("Qwen3_5Moe", {**QWEN3_5, **EXPERTS, "shared_expert_intermediate_size": 48}),
     "exaone4": ("Exaone4", {**WINDOWS, "head_dim": 16, "sliding_window_pattern": 4}),
     "exaone4, no windows": (
         "Exaone4",
@@ -214,7 +228,8 @@ pytestmark = pytest.mark.slow  # the oracle is transformers with torch
 def reference(name):
     """Return transformers' model of a case, with weights that show what happens to them."""
     family, settings = CASES[name]
-    config = getattr(transformers, f"{family}{'Text' if family == 'Gemma3' else ''}Config")
+    inside = family in ("Gemma3", "Qwen3_5", "Qwen3_5Moe")
+    config = getattr(transformers, f"{family}{'Text' if inside else ''}Config")
     torch = pytest.importorskip("torch", reason='pip install ".[parity]"')
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config(**{**BASE, **settings})).eval()

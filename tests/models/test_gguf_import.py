@@ -532,6 +532,13 @@ def test_layers_that_predict_further_tokens_are_not_counted():
     assert (found["n_group"], found["norm_topk_prob"]) == (1, False)
 
 
+DELTA_NET = {
+    "ssm.time_step_rank": 4,
+    "ssm.state_size": 16,
+    "ssm.conv_kernel": 4,
+    "ssm.group_count": 2,
+    "ssm.inner_size": 64,
+}
 HYBRID = {
     "attention.head_count_kv": [0, 4, 0, 0],
     "attention.scale": 0.1,
@@ -568,6 +575,11 @@ def test_old_files_of_deepseek_leave_out_groups_of_experts_and_sizes_of_heads():
 @pytest.mark.parametrize(
     "architecture, metadata, message",
     [
+        (
+            "qwen35",
+            {**DELTA_NET, "rope.dimension_sections": 3},
+            "sections: expected 3 numbers, got 3",
+        ),
         ("granitehybrid", {**HYBRID, "rope.scaling.finetuned": True}, "got Bamba"),
         ("deepseek2", {**GROUPED, **LATENT, "expert_gating_func": 3}, "expected 2 .*, got 3"),
         ("glm4moe", {**GROUPED, "expert_gating_func": 1}, "expected 2 .sigmoid., got 1"),

@@ -1,5 +1,6 @@
 """Parameters that files hold in parts, fused or otherwise come back, in every form of the files."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.gguf import open_gguf
+from splitquant_mlx.inspection.overview import describe_gguf
 from splitquant_mlx.models.architecture import build_model, parameters
 from splitquant_mlx.models.gguf_import import _gguf_names, gguf_parameters, import_gguf
 
@@ -64,7 +66,8 @@ def write(path, architecture, weights, config, keys, replaced):
     """Write a file; `replaced` holds the tensors of the file instead of some parameters."""
     name_of = _gguf_names(architecture, config["num_hidden_layers"])
     parts = {part for names, _ in replaced for part in names}
-    stored = {name_of(n): w for n, w in weights.items() if n not in parts}
+    plain = {n.removeprefix("language_model."): w for n, w in weights.items() if n not in parts}
+    stored = {name_of(n): w for n, w in plain.items()}
     for _, tensors in replaced:
         stored |= tensors
     entries = gguf_models.settings(config) | keys
@@ -80,10 +83,13 @@ def check(path, weights):
     found: Any = mx.load(str(directory / "model.safetensors"))
     assert found.keys() == weights.keys()
     for name, value in weights.items():
-        np.testing.assert_allclose(np.array(found[name]), value, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(np.array(found[name]), value, rtol=1e-5, err_msg=name)
     opened = open_gguf(path)
     infos = gguf_parameters(opened)[1]
-    assert {n: info.shape for n, info in infos.items()} == {n: w.shape for n, w in weights.items()}
+    assert infos.keys() == weights.keys()
+    for name, value in weights.items():
+        assert math.prod(infos[name].shape) == value.size
+    assert describe_gguf(path).vocabulary == VOCAB
     held = sum(info.nbytes for info in opened.tensors.values())
     assert sum(info.nbytes for info in infos.values()) == held
 
@@ -128,6 +134,51 @@ def test_queries_keys_and_values_of_phi2(tmp_path, fused):
     path = tmp_path / "a.gguf"
     write(path, "phi2", weights, config, keys, replaced)
     check(path, weights)
+
+
+def tiled(w, axis=0):
+    """Order the value heads of 2 key heads as files do: the first of each, then the second."""
+    heads = np.moveaxis(w, axis, 0).reshape(2, 3, -1, *np.delete(w.shape, axis))
+    flat = np.concatenate([heads[key, value] for value in range(3) for key in range(2)])
+    return np.moveaxis(flat, 0, axis)
+
+
+def test_linear_attention_of_qwen_3_5(tmp_path):
+    sizes = {"linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 16}
+    sizes |= {"linear_value_head_dim": 8, "linear_conv_kernel_dim": 4, "head_dim": 16}
+    text = {**SETTINGS, **sizes, "tie_word_embeddings": False}
+    weights, _ = model("qwen3_5", {"text_config": text})
+    stem = "language_model.model.layers.0.linear_attn."
+    weights[f"{stem}A_log"] = np.abs(weights[f"{stem}A_log"])
+
+    def values(w):  # after 2 times 32 queries and keys
+        return np.concatenate([w[:64], tiled(w[64:])])
+
+    stored = {
+        "A_log": ("ssm_a", lambda w: -np.exp(tiled(w))),
+        "dt_bias": ("ssm_dt.bias", tiled),
+        "in_proj_a.weight": ("ssm_alpha.weight", tiled),
+        "in_proj_b.weight": ("ssm_beta.weight", tiled),
+        "in_proj_z.weight": ("attn_gate.weight", tiled),
+        "in_proj_qkv.weight": ("attn_qkv.weight", values),
+        "conv1d.weight": ("ssm_conv1d.weight", lambda w: values(w)[..., 0]),
+        "out_proj.weight": ("ssm_out.weight", lambda w: tiled(w, 1)),
+    }
+    replaced = [
+        ([stem + name], {f"blk.0.{old}": change(weights[stem + name])})
+        for name, (old, change) in stored.items()
+    ]
+    keys = {
+        "ssm.time_step_rank": 6,
+        "ssm.group_count": 2,
+        "ssm.state_size": 16,
+        "ssm.conv_kernel": 4,
+        "ssm.inner_size": 48,
+        "rope.dimension_sections": [2, 1, 1, 0],
+        "rope.dimension_count": 8,
+    }
+    write(tmp_path / "a.gguf", "qwen35", weights, text, keys, replaced)
+    check(tmp_path / "a.gguf", weights)
 
 
 @pytest.mark.parametrize("rows", [3 * HIDDEN + 3, 3 * HIDDEN + 1])
