@@ -208,10 +208,10 @@ def source_array(checkpoint: Checkpoint, dtype: mx.Dtype | None, name: str) -> m
 
 
 def _record(layer: LayerPlan, found: Converted, rare: list[int]) -> LayerRecord:
-    note = layer.note
+    notes = [layer.note] if layer.note else []
     if rare:
-        named = ", ".join(map(str, rare))
-        note = f"experts {named} saw few tokens: calibrated mostly on those of all experts"
+        named = f"expert{'s' * (len(rare) > 1)} {', '.join(map(str, rare))}"
+        notes.append(f"{named} saw few tokens: calibrated mostly on those of all experts")
     nbytes = sum(tensor.nbytes for tensor in found.tensors.values())
     kept = layer.action == "keep"
     return LayerRecord(
@@ -228,6 +228,6 @@ def _record(layer: LayerPlan, found: Converted, rare: list[int]) -> LayerRecord:
         cut_points=found.cut_points,
         snr_db=found.snr_db,
         outliers=layer.outliers or None,
-        note=note,
+        note="; ".join(notes),
         head=layer.head,
     )

@@ -235,7 +235,8 @@ def _plan_layer(
     if not fitting:
         return keep(f"no group size fits its width {shape[-1]}")
     if fitting[0] != group_size:
-        note = f"group size {fitting[0]}, as {group_size} does not divide its width {shape[-1]}"
+        other = f"group size {fitting[0]}, as {group_size} does not divide its width {shape[-1]}"
+        note = f"{other}; {note}" if note else other
     layer = LayerPlan(
         path=path,
         kind=kind,
@@ -297,13 +298,13 @@ def _wanted_action(recipe: Recipe, path: str, kind: str, module: nn.Module) -> t
         return str(recipe.embeddings), ""
     if kind == "lm_head":
         return str(recipe.lm_head), ""
-    if recipe.method in OWN_LAYERS and kind == "experts":
-        return "quantize", "a stack of experts is quantized as by gptq"
-    if recipe.method != "splitquant":
-        return "quantize", ""
-    if kind == "experts" and not is_expert_stack(module):
-        return "quantize", f"a {type(module).__name__} is not split"
-    return "split", ""
+    if kind == "experts" and recipe.method != "rtn" and not is_expert_stack(module):
+        done = "not split" if recipe.method == "splitquant" else "quantized as by rtn"
+        return "quantize", f"a {type(module).__name__} is {done}"
+    if kind == "experts" and recipe.method in (*OWN_LAYERS, *LEARNED):
+        like = "gptq" if recipe.method in OWN_LAYERS else "rtn"
+        return "quantize", f"a stack of experts is quantized as by {like}"
+    return ("split" if recipe.method == "splitquant" else "quantize"), ""
 
 
 def _quantizer_for(recipe: Recipe, module: nn.Module, kind: str, action: str, tied: bool) -> str:

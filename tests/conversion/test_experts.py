@@ -132,6 +132,22 @@ def test_large_statistics_of_a_block_are_gone_when_the_next_is_run(tmp_path, mon
     assert (max(left) == 0) == (limit == 0)
 
 
+@pytest.mark.parametrize(
+    ("method", "like", "calibrated"),
+    [("lut", "gptq", True), ("salience", "gptq", True), ("omniquant", "rtn", False)],
+)
+def test_it_is_said_how_a_stack_is_quantized(tmp_path, monkeypatch, method, like, calibrated):
+    monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
+    source = tiny.write_checkpoint(tmp_path / "source", "qwen3_moe")
+    few = Calibration(num_samples=2, sequence_length=8)
+    recipe = Recipe(method=method, bits=4, calibration=few, sweeps=1)
+    manifest = convert(source, tmp_path / "target", recipe=recipe)
+    notes = {layer.note for layer in manifest.layers if layer.kind == "experts"}
+    rare = "experts 0, 1, 2, 3 saw few tokens: calibrated mostly on those of all experts"
+    said = f"a stack of experts is quantized as by {like}"
+    assert notes == {f"{said}; {rare}" if calibrated else said}
+
+
 class Slow(ThreadPoolExecutor):
     def submit(self, work, *args):
         def later():

@@ -5,6 +5,7 @@ import math
 import mlx.core as mx
 import pytest
 import tiny
+from mlx_lm.models import deepseek_v3
 
 from splitquant_mlx import convert, load_manifest
 from splitquant_mlx.conversion.plan import make_plan
@@ -52,6 +53,23 @@ def test_pattern_that_matches_nothing_is_named(model, option):
 def test_patterns_that_leave_nothing_are_refused(model):
     with pytest.raises(RecipeError, match="leave no layer to convert"):
         converted(model, exclude=("*",))
+
+
+@pytest.mark.parametrize(
+    ("method", "note"),
+    [
+        ("rtn", ""),
+        ("splitquant", "a MultiLinear is not split"),
+        ("gptq", "a MultiLinear is quantized as by rtn"),
+        ("lut", "a MultiLinear is quantized as by rtn"),
+    ],
+)
+def test_it_is_said_how_matrices_of_latent_attention_are_quantized(method, note):
+    sizes = {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64, "v_head_dim": 64}
+    args = deepseek_v3.ModelArgs(num_hidden_layers=1, q_lora_rank=None, hidden_size=64, **sizes)
+    plan = make_plan(Recipe(method=method), deepseek_v3.Model(args), {})
+    layer = plan.layers["model.layers.0.self_attn.embed_q"]
+    assert (layer.action, layer.quantizer, layer.note) == ("quantize", "rtn", note)
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
