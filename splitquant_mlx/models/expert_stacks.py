@@ -14,7 +14,10 @@ STACK = ".experts.gate_up_proj"
 # where mlx-lm has the experts of a block: model_type -> name of the block
 BLOCKS = {
     "mixtral": "block_sparse_moe",
+    "lfm2_moe": "feed_forward",
     **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe", "qwen3_vl_moe"), "mlp"),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "ernie4_5_moe"), "mlp"),
+    **dict.fromkeys(("glm4_moe", "glm4_moe_lite"), "mlp"),
 }
 EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+\.weight)")
 # what an expert reads its input by, and what it is nothing without

@@ -7,6 +7,7 @@ import mlx.core as mx
 
 # model_type -> patterns of transformers' names, and what mlx-lm's class has for them
 RENAMED = {
+    "mixtral": ((r"^(model\.layers\.\d+)\.mlp\.gate\.", r"\1.block_sparse_moe.gate."),),
     "nanochat": (
         (r"^model\.embed_tokens\.", "transformer.wte."),
         (r"^model\.layers\.(\d+)\.self_attn\.([qkv])_proj\.", r"transformer.h.\1.attn.c_\2."),

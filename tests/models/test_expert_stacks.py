@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import tiny
 import transformers
+from architecture_variants import Variant
+from architectures import settings_of
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.expert_stacks import separate_experts
@@ -97,7 +100,8 @@ def test_gpt_oss_in_mxfp4(gpt_oss, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "block"), [("mixtral", "block_sparse_moe"), ("qwen3_moe", "mlp")]
+    ("model_type", "block"),
+    [("mixtral", "block_sparse_moe"), ("qwen3_moe", "mlp"), ("glm4_moe", "mlp")],
 )
 def test_stacks_of_other_mixtures(model_type, block):
     gate_up, down = mx.random.normal((4, 6, 8)), mx.random.normal((4, 8, 3))
@@ -110,6 +114,47 @@ def test_stacks_of_other_mixtures(model_type, block):
     assert mx.array_equal(ours[f"{stack}.gate_proj.weight"], gate_up[:, :3])
     assert mx.array_equal(ours[f"{stack}.up_proj.weight"], gate_up[:, 3:])
     assert mx.array_equal(ours[f"{stack}.down_proj.weight"], down)
+
+
+def test_a_mixtral_is_read_under_the_names_of_transformers_5(tmp_path):
+    source = tiny.write_checkpoint(tmp_path / "source", "mixtral")
+    stored = mx.load(str(source / "model.safetensors"))
+    fused = {name: w for name, w in stored.items() if "block_sparse_moe" not in name}
+    for i in range(tiny.LAYERS):
+        old, new = f"model.layers.{i}.block_sparse_moe", f"model.layers.{i}.mlp"
+        w1, w2, w3 = (
+            mx.stack([stored[f"{old}.experts.{e}.{name}.weight"] for e in range(tiny.EXPERTS)])
+            for name in ("w1", "w2", "w3")
+        )
+        fused[f"{new}.gate.weight"] = stored[f"{old}.gate.weight"]
+        fused[f"{new}.experts.gate_up_proj"] = mx.concatenate([w1, w3], axis=1)
+        fused[f"{new}.experts.down_proj"] = w2
+    (tmp_path / "fused").mkdir()
+    tiny.write_weights(tmp_path / "fused", fused)
+    (tmp_path / "fused" / "config.json").write_bytes((source / "config.json").read_bytes())
+    expected, found = (open_checkpoint(path).weights for path in (source, tmp_path / "fused"))
+    assert found.keys() == expected.keys()
+    assert all(mx.array_equal(found[name], w) for name, w in expected.items())
+
+
+@pytest.mark.slow  # the oracle is transformers with torch
+@pytest.mark.parametrize(
+    "architecture", ["mixtral", "olmoe", "deepseek_v3", "glm4_moe", "lfm2_moe", "ernie4_5_moe"]
+)
+def test_both_formats_of_transformers_are_read_alike(architecture, tmp_path):
+    torch = pytest.importorskip("torch", reason='pip install ".[parity]"')
+    torch.manual_seed(0)
+    settings = settings_of(Variant(architecture=architecture))
+    config = CONFIG_MAPPING[architecture](**settings)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    found = []
+    for original in (True, False):
+        directory = tmp_path / str(original)
+        model.save_pretrained(directory, save_original_format=original)
+        tiny.write_tokenizer(directory)
+        found.append(open_checkpoint(directory).weights)
+    assert found[0].keys() == found[1].keys()
+    assert all(mx.array_equal(found[1][name], w) for name, w in found[0].items())
 
 
 def test_stacks_of_qwen3_vl_either_way_round():
