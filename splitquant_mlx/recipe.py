@@ -131,7 +131,8 @@ class Recipe:
         codebook: for lut, "kmeans" or "powers" (of two, times a scale for each row).
         target_bpw: for auto, bits/weight of the quantized layers, embeddings and lm_head among
             them; by default 4.5.
-        max_kl: for auto, KL divergence, nats per token, to stay below, instead of a target_bpw.
+        max_kl: for auto, predicted KL divergence, nats per token, to stay below, instead of a
+            target_bpw.
         target_size: for auto, size of all .safetensors files to stay below, such as 4.2GB or 4GiB,
             instead of a target_bpw.
         fits: for auto, memory of the machine to run on, such as 16GB, instead of a target_bpw: the

@@ -23,6 +23,12 @@ times the squared error of those of a text.
 
 On SmolLM2-135M and 2,048 tokens of WikiText-2, predicted and found: all layers gptq 4-bit 0.070 and
 0.077 nats, rtn 4-bit 0.30 and 0.38, where the second order is no longer enough.
+
+Errors also send tokens to other experts, by jumps that gradients do not see. Of three mixtures of
+about a million parameters, 8 experts of which 2 are active (Qwen3, Mixtral, Qwen2 with a shared
+one), auto at 4.5 bits/weight, on text of their own: predicted 0.0026, 0.00087 and 0.00078; found
+with each token kept at the original's experts 0.0029, 0.00071 and 0.00083, without that 0.0092,
+0.0024 and 0.0021. From 10 to 20 % of tokens change an expert.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from splitquant_mlx.calibration.blocks import is_expert_stack
 from splitquant_mlx.calibration.sensitivity import METHOD, from_json, predict_divergence, to_json
 from splitquant_mlx.calibration.tokens import calibration_tokens
 from splitquant_mlx.calibration.unfinished import Unfinished
@@ -56,6 +57,7 @@ class Forecast:
         nbytes: stored size of each layer, bytes.
         next_size: what half a bit/weight more would give; None where this is the largest size.
         explanation: how the size was computed, one line; empty where the target is the size.
+        mixture: whether tokens are routed to experts, whose changes are not predicted.
     """
 
     recipe: Recipe
@@ -65,6 +67,7 @@ class Forecast:
     nbytes: Mapping[str, float]
     next_size: Step | None = None
     explanation: str = ""
+    mixture: bool = False
 
 
 def forecast(
@@ -118,6 +121,7 @@ def choose_bits(
         nbytes={path: sizes.layers[path][option] for path, option in found.items()},
         next_size=_next_size(chosen, sizes, divergence),
         explanation=budget.explanation,
+        mixture=any(is_expert_stack(module) for module in checkpoint.model.modules()),
     )
 
 

@@ -77,6 +77,7 @@ def test_files_take_what_was_asked_for(
     assert taken <= told[0].total_bytes
     assert len(files) > 1 if shard_bytes < target else taken > 0.98 * target
     larger = told[0].next_size
+    assert told[0].mixture == (architecture == "qwen3_moe")
     assert told[0].total_bytes < larger.total_bytes
     assert larger.divergence < sum(told[0].divergence.values())
     routers = [layer for layer in manifest.layers if layer.path.endswith(".gate")]
