@@ -17,7 +17,6 @@ from splitquant_mlx.evaluation.loglikelihood import (
     fit,
     score,
 )
-from splitquant_mlx.evaluation.protocols import TEMPLATE_OPTIONS
 from splitquant_mlx.models.footprint import context_length
 from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.runtime.ranks import Group, collect, deal, gather
@@ -69,11 +68,6 @@ class SplitQuantLM(TemplateLM):
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
-    @property
-    def tokenizer_name(self) -> str:
-        """Return the name that the harness keeps the tokenizer's requests under."""
-        return self.tokenizer.name_or_path.replace("/", "__")
-
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
@@ -82,18 +76,6 @@ class SplitQuantLM(TemplateLM):
             opening = self.tokenizer.decode([self.prefix_token_id])
             add_special_tokens = not string.startswith(opening)
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens, verbose=False)
-
-    def apply_chat_template(
-        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str:
-        """Return a conversation as the prompt for its next turn."""
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-            **TEMPLATE_OPTIONS,
-        )
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -189,7 +171,6 @@ def run_task(
     *,
     num_shots: int | None = None,
     limit: int | None = None,
-    chat_template: bool = False,
     group: Group | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
@@ -201,7 +182,6 @@ def run_task(
         task: name of a task or group of the harness, or a task's configuration.
         num_shots: number of solved examples before each request; None is the task's own.
         limit: number of requests to answer, from the start; None is all.
-        chat_template: put the requests in the tokenizer's chat template.
         group: ranks that share the work, and all have the results.
         progress: told how many requests have been answered.
 
@@ -216,8 +196,6 @@ def run_task(
         manager = TaskManager(include_defaults=isinstance(task, str))
     if isinstance(task, str) and task not in manager.all_tasks:
         raise RecipeError(f"lm-evaluation-harness has no task {task!r}: see `lm-eval ls tasks`")
-    if chat_template and not tokenizer.has_chat_template:
-        raise RecipeError("chat_template: the tokenizer has none")
     lm = SplitQuantLM(model, tokenizer, group=group, progress=progress)
     try:
         results = simple_evaluate(
@@ -225,7 +203,6 @@ def run_task(
             tasks=[task],
             num_fewshot=num_shots,
             limit=limit,
-            apply_chat_template=chat_template,
             task_manager=manager,
         )
     except (OSError, ValueError) as exc:  # those of the data sets' loaders among them
