@@ -26,7 +26,7 @@ def print_summary(manifest: Manifest, path: Path) -> None:
     show(pairs(*_rows(manifest)))
     for text in [*manifest.warnings, *notes(manifest.layers)]:
         show(f"  {text}")
-    for text in _where_it_runs(manifest, path):
+    for text in _where_it_runs(manifest):
         show(text)
     if tokenizer_problem(path):
         show(f"Saved in {path}. It has no usable tokenizer: put one there before you run it.")
@@ -153,7 +153,7 @@ def _bits(manifest: Manifest) -> tuple[str, str]:
     return "Quantized", f"{stored / max(weights, 1):.2f} bits/weight, embeddings among them"
 
 
-def _where_it_runs(manifest: Manifest, path: Path) -> list[str]:
+def _where_it_runs(manifest: Manifest) -> list[str]:
     """Say which programs run the model, and what a split costs."""
     if any(layer.action == "split" for layer in manifest.layers):
         ratio = manifest.linear_bits_per_weight / 4.5
