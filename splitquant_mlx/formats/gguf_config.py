@@ -29,6 +29,7 @@ LATENT = {
     LOG_MULTIPLIER,
 }
 SOFTMAX, SIGMOID = 1, 2  # llama.cpp's numbers of these gating functions
+INNER_AND_HEADS = ("inner_size", "time_step_rank")
 # of DeepSeek 2 and 3 by their number of experts; files of before autumn 2025 leave it out
 DEEPSEEK_GROUPS = {160: (8, 3), 256: (8, 4)}
 # Every key that is read, or that says nothing which the tensors and the architecture do not say.
@@ -250,10 +251,8 @@ def _deepseek(metadata: dict[str, Any], config: dict[str, Any], softmax: bool) -
 
 
 def _delta_net(metadata: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    values = number(metadata, "ssm.inner_size", int)
-    found: dict[str, Any] = {
-        "linear_value_head_dim": values // config["linear_num_value_heads"],
-    }
+    values, heads = (number(metadata, f"ssm.{key}", int) for key in INNER_AND_HEADS)
+    found: dict[str, Any] = {"linear_value_head_dim": values // heads}
     sections = metadata.get(key := key_of(metadata, "rope.dimension_sections"))
     if sections is not None:
         if not isinstance(sections, list) or len(sections) < 3:
@@ -271,11 +270,8 @@ def _delta_net(metadata: dict[str, Any], config: dict[str, Any]) -> dict[str, An
 def _granite_hybrid(metadata: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     if metadata.get("granitehybrid.rope.scaling.finetuned"):
         raise CheckpointError(f"expected Granite without rotary embeddings, got Bamba; {ELSEWHERE}")
-    inner = number(metadata, "ssm.inner_size", int)
-    found = {
-        "mamba_d_head": inner // config["mamba_n_heads"],
-        "mamba_expand": inner // config["hidden_size"],
-    }
+    inner, heads = (number(metadata, f"ssm.{key}", int) for key in INNER_AND_HEADS)
+    found = {"mamba_d_head": inner // heads, "mamba_expand": inner // config["hidden_size"]}
     if metadata.get("granitehybrid.expert_count"):
         return found | {key: number(metadata, of, int) for key, of in LOCAL_EXPERTS.items()}
     return found | {"num_local_experts": 0, "intermediate_size": config["shared_intermediate_size"]}

@@ -580,6 +580,8 @@ def test_old_files_of_deepseek_leave_out_groups_of_experts_and_sizes_of_heads():
             {**DELTA_NET, "rope.dimension_sections": 3},
             "sections: expected 3 numbers, got 3",
         ),
+        ("qwen35", {**DELTA_NET, "ssm.time_step_rank": 0}, "time_step_rank: expected a positive"),
+        ("granitehybrid", {**HYBRID, "ssm.time_step_rank": 0}, "time_step_rank: expected a positi"),
         ("granitehybrid", {**HYBRID, "rope.scaling.finetuned": True}, "got Bamba"),
         ("deepseek2", {**GROUPED, **LATENT, "expert_gating_func": 3}, "expected 2 .*, got 3"),
         ("glm4moe", {**GROUPED, "expert_gating_func": 1}, "expected 2 .sigmoid., got 1"),
