@@ -216,6 +216,18 @@ ARCHITECTURES = {
         sigmoid=True,
         biases=("attention_bias", "use_qk_norm"),
     ),
+    "minimax-m2": Architecture(
+        model_type="minimax_m2",
+        settings={
+            **LOCAL_EXPERTS,
+            "intermediate_size": "expert_feed_forward_length",
+            "rotary_dim": "rope.dimension_count",
+        },
+        fixed={"scoring_func": "sigmoid", "use_qk_norm": True, "shared_intermediate_size": 0},
+        sigmoid=True,
+        partial_rotary=True,
+        biases=(),
+    ),
     "deepseek2": Architecture(
         model_type="deepseek_v3",
         settings=GROUPED_EXPERTS,

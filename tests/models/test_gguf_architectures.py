@@ -172,6 +172,10 @@ CASES = {
             "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
         },
     ),
+    "minimax-m2": (
+        "MiniMaxM2",
+        {**LOCAL_EXPERTS, "head_dim": 32, "rotary_dim": 16, "scoring_func": "sigmoid"},
+    ),
     "deepseek 2": (
         "DeepseekV2",
         {

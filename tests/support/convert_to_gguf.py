@@ -20,6 +20,7 @@ def main(package: str, directory: str) -> None:
 
     for name in ("MARKOV_W1", "MARKOV_W2", "CONF_PROJ"):  # which its own gguf lacks
         setattr(gguf.MODEL_TENSOR, f"DSPARK_{name}", None)
+    gguf.MODEL_ARCH.MINIMAXM3 = None  # type: ignore[attr-defined]
     from gguf_models import add_value, words
 
     conversion: Any = import_module("conversion")
