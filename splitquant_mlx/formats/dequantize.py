@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.errors import CheckpointError, one_line
 from splitquant_mlx.formats.packed import Tensors, packed_layers, part, spread, weight_settings
 from splitquant_mlx.formats.packed_integers import awq, gptq, packed_integers
 
@@ -107,13 +107,30 @@ def _mxfp4(tensors: Tensors, table: Mapping[str, Any], fp8: set[str], dtype: mx.
     for name, w in tensors.items():
         if name.endswith("_blocks"):  # (experts, out, in / 32, 16), the scales without the last
             stem = name.removesuffix("_blocks")
-            packed = w.view(mx.uint32).flatten(-2)
-            scales = part(tensors, f"{stem}_scales")
-            w = mx.dequantize(packed, scales, group_size=32, bits=4, mode="mxfp4")
+            if w.dtype != mx.uint8 or w.shape[-1] != 16:
+                raise CheckpointError(
+                    f"tensor {name!r}: expected blocks of 16 bytes, got {list(w.shape)} of "
+                    f"{str(w.dtype).rpartition('.')[2]}: download it again"
+                )
+            packed, scales = w.view(mx.uint32).flatten(-2), part(tensors, f"{stem}_scales")
+            w = _dequantized(name, packed, scales, group_size=32, bits=4, mode="mxfp4")
             found[stem] = w.astype(dtype).swapaxes(-1, -2)  # as the BF16 model is laid out
         elif not name.endswith("_scales"):
             found[name] = w
     return found
+
+
+def _dequantized(
+    name: str, w: mx.array, scales: mx.array, biases: mx.array | None = None, **settings: Any
+) -> mx.array:
+    """Return what mlx makes of packed codes; an error tells their shapes."""
+    try:
+        return mx.dequantize(w, scales, biases, **settings)
+    except (ValueError, TypeError) as exc:
+        raise CheckpointError(
+            f"tensor {name!r}: its codes {list(w.shape)} and scales {list(scales.shape)} do not "
+            f"fit each other, or config.json ({one_line(exc)}): download it again"
+        ) from exc
 
 
 def _mlx(tensors: Tensors, table: Mapping[str, Any], fp8: set[str], dtype: mx.Dtype) -> Tensors:
@@ -124,7 +141,8 @@ def _mlx(tensors: Tensors, table: Mapping[str, Any], fp8: set[str], dtype: mx.Dt
         if packed and leaf == "weight":
             own = table.get(path)
             settings = {**table, **(own if isinstance(own, dict) else {})}
-            w = mx.dequantize(
+            w = _dequantized(
+                name,
                 w,
                 tensors[f"{path}.scales"],
                 tensors.get(f"{path}.biases"),

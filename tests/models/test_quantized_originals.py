@@ -309,6 +309,41 @@ def test_experts_of_gpt_oss_are_laid_out_as_in_16_bits():
     np.testing.assert_array_equal(w, expected.swapaxes(1, 2).astype(np.float32))
 
 
+BLOCKS, SCALES = "experts.down_proj_blocks", "experts.down_proj_scales"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda t: {BLOCKS: t[BLOCKS]},
+        lambda t: {**t, SCALES: t[SCALES].swapaxes(1, 2)},
+        lambda t: {**t, SCALES: t[SCALES].astype(mx.float32)},
+        lambda t: {**t, BLOCKS: t[BLOCKS].swapaxes(1, 2)},
+        lambda t: {**t, BLOCKS: t[BLOCKS][:, 1:]},
+        lambda t: {**t, BLOCKS: t[BLOCKS].reshape(4, 6, 32)},
+        lambda t: {**t, BLOCKS: t[BLOCKS].astype(mx.int32)},
+    ],
+)
+def test_damaged_experts_of_gpt_oss_are_refused(damage):
+    tensors = {
+        BLOCKS: mx.zeros((4, 6, 2, 16), mx.uint8),
+        SCALES: mx.full((4, 6, 2), 127, mx.uint8),
+    }
+    assert dequantized(tensors, {"quant_method": "mxfp4"}, set(), mx.float32)
+    with pytest.raises(CheckpointError, match=r"tensor 'experts\.down_proj_(blocks|scales)'"):
+        dequantized(damage(tensors), {"quant_method": "mxfp4"}, set(), mx.float32)
+
+
+@pytest.mark.parametrize("settings", [{"group_size": 64}, {"bits": 8}, {"mode": "mxfp4"}])
+def test_settings_that_mlx_tensors_do_not_have_are_refused(settings):
+    w, scales, biases = mx.quantize(mx.random.normal((8, 128)), group_size=32, bits=4)
+    tensors = {"a.weight": w, "a.scales": scales, "a.biases": biases}
+    table = {"quant_method": "mlx", "group_size": 32, "bits": 4}
+    assert dequantized(tensors, table, set(), mx.float32).keys() == {"a.weight"}
+    with pytest.raises(CheckpointError, match=r"'a\.weight': its codes \[8, 16\] and scales"):
+        dequantized(tensors, table | settings, set(), mx.float32)
+
+
 def damages(tensors, quantization):
     """Yield what may be wrong with the tensors of a layer, and the tensors."""
     optional = {"weight_shape"} if quantization.get("desc_act") else {"weight_shape", "g_idx"}
