@@ -49,12 +49,18 @@ def fit_names(
         model = build()
         fitted, problem = _sanitize(model, renamed)
         wanted = parameters(model)
+        fitted = {n: w for n, w in fitted.items() if n in wanted or not _is_zero_bias(n, w)}
         differing = wanted.keys() ^ fitted.keys()
         if not differing:
             return model, fitted
         attempts.append((len(differing), len(attempts), wanted, fitted, problem))
     _, _, wanted, fitted, problem = min(attempts)
     raise CheckpointError(f"{path}: {_explain(tensors, wanted, fitted, problem)}")
+
+
+def _is_zero_bias(name: str, tensor: mx.array) -> bool:
+    """Tell whether a tensor is a bias of zeros, which AutoGPTQ stored with every layer."""
+    return name.endswith(".bias") and not tensor.any().item()
 
 
 def _sanitize(model: nn.Module, tensors: dict[str, mx.array]) -> tuple[dict[str, mx.array], str]:

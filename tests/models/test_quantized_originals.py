@@ -228,6 +228,25 @@ def ordered_integers(w):  # with zero points, and columns grouped in the order o
     }, values
 
 
+@pytest.mark.parametrize("bias", [0, 1])
+def test_biases_of_zeros_that_the_model_has_no_place_for_are_left_out(bias, tmp_path):
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+
+    def biased(w):
+        tensors, values = gptq(w)
+        return {**tensors, "bias": stored(np.full(len(w), bias, np.float16))}, values
+
+    expected = write(tmp_path / "m", quantization, biased)
+    if bias:
+        with pytest.raises(CheckpointError, match=r"no place in this model: .*_proj\.bias"):
+            open_checkpoint(tmp_path / "m")
+        return
+    checkpoint = open_checkpoint(tmp_path / "m")
+    assert checkpoint.weights.keys() == expected.keys()
+    assert "not used by mlx-lm's llama" in checkpoint.warnings[1]
+    assert load_model(tmp_path / "m")(mx.array([[3, 4]])).shape == (1, 2, tiny.VOCAB)
+
+
 def compressed(layout, **weights):
     groups = {"group_0": {"weights": {"block_structure": None, **weights}}}
     return {"quant_method": "compressed-tensors", "format": layout, "config_groups": groups}
