@@ -253,7 +253,7 @@ TENSORS = {
     "missing": (tensor(UP, None), f"tensors are missing: {UP}"),
     "extra": (tensor("extra.weight", mx.zeros((2, 2))), "have no place in this model: extra.w"),
     "extra of the format": (tensor("model.layers.0.mlp.up_proj.scales", mx.zeros(2)), "no place"),
-    "extra bias": (tensor("model.layers.0.mlp.up_proj.bias", mx.zeros(128)), "have no place"),
+    "extra bias": (tensor("model.layers.0.mlp.up_proj.bias", mx.ones(128)), "have no place"),
 }
 
 SHARDS = {
