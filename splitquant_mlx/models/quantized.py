@@ -14,6 +14,8 @@ from splitquant_mlx.formats.safetensors import TensorHeader
 KEYS = ("quantization", "quantization_config", "compression_config")
 # what mlx-lm computes with packed; all else is dequantized when it is loaded
 PACKED = ("mlx", "mxfp4", "mxfp8", "awq", "bitnet", "modelopt")
+# where the settings are when config.json has none, and of what
+BESIDE = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq"}
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -28,13 +30,13 @@ def quantization_table(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     text_config = config.get("text_config")
     tables = [config, *([text_config] if isinstance(text_config, dict) else [])]
     found = next((table[k] for table in tables for k in KEYS if table.get(k) is not None), None)
-    modelopt = path / "hf_quant_config.json"
-    if found is None and modelopt.exists():
+    files = {path / name: method for name, method in BESIDE.items()} if found is None else {}
+    if beside := next((file for file in files if file.exists()), None):
         try:
-            found = json.loads(modelopt.read_text(encoding="utf-8"))
+            found = json.loads(beside.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as exc:
-            raise CheckpointError(f"{modelopt} is not valid JSON: {exc}") from exc
-        return {"quant_method": "modelopt", **(found if isinstance(found, dict) else {})}
+            raise CheckpointError(f"{beside} is not valid JSON: {exc}") from exc
+        return {"quant_method": files[beside], **(found if isinstance(found, dict) else {})}
     if found is None:
         return {}
     if not isinstance(found, dict):

@@ -432,6 +432,17 @@ def test_an_mlx_checkpoint_is_dequantized_and_its_own_settings_followed(mode, tm
     assert convert(tmp_path / "q", tmp_path / "out", recipe=recipe).layers
 
 
+def test_old_gptq_models_have_their_settings_in_a_file_of_their_own(tmp_path):
+    quantization, packing = CASES["gptq of 2 bits, ordered"]
+    expected = write(tmp_path / "m", None, packing)
+    old = {key: value for key, value in quantization.items() if key != "quant_method"}
+    (tmp_path / "m" / "quantize_config.json").write_text(json.dumps(old))
+    found = open_checkpoint(tmp_path / "m").weights
+    for key, value in expected.items():
+        np.testing.assert_allclose(np.array(found[key]), value, rtol=1e-6, atol=1e-7)
+    assert load_model(tmp_path / "m")(mx.array([[3, 4]])).shape == (1, 2, tiny.VOCAB)
+
+
 def test_a_method_that_cannot_be_undone_says_what_to_fetch(tmp_path):
     write(tmp_path / "m", {"quant_method": "bitsandbytes", "load_in_4bit": True}, fp8_tensor)
     with pytest.raises(CheckpointError, match=r"quantized with bitsandbytes.*base_model"):
