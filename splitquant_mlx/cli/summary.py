@@ -60,9 +60,13 @@ def print_forecast(found: "Forecast") -> None:
     """Print what "auto" chose: for each kind of layer the bits, the size, the expected loss."""
     from rich.table import Table
 
+    names = {path: path.split(".")[-2:] for path in found.nbytes}
+    several = Counter(leaf for *_, leaf in {tuple(name) for name in names.values()})
     kinds: dict[str, list[str]] = {}
-    for path in found.nbytes:
-        kinds.setdefault(path.rpartition(".")[2], []).append(path)
+    for path, (*parent, leaf) in names.items():
+        kinds.setdefault(".".join([*parent, leaf] if several[leaf] > 1 else [leaf]), []).append(
+            path
+        )
     whole = sum(found.divergence.values())
     table = Table("layers", "bits (how many)", "size", "KL, nats", "share", box=None)
     for kind, paths in kinds.items():

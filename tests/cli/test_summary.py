@@ -28,3 +28,22 @@ def test_the_table_of_auto(capsys, mixture, larger):
     shown = "5.00 bits/weight 900.0 kB 0.1" if larger else "none: this is the best"
     assert " ".join(step) == f"next size up {shown}"
     assert ("The KL of a mixture is predicted" in out) == mixture
+
+
+def test_stacks_of_experts_and_shared_ones_stand_in_rows_of_their_own(capsys):
+    block = "model.layers.{}.mlp"
+    stacks, shared = f"{block}.switch_mlp.up_proj", f"{block}.shared_expert.up_proj"
+    bits = {
+        name.format(n): 3 + n + 2 * (name == shared) for name in (stacks, shared) for n in (0, 1)
+    }
+    bits["lm_head"] = 8
+    forecast = Forecast(
+        recipe=Recipe(layers={path: {"bits": of, "group_size": 64} for path, of in bits.items()}),
+        bits_per_weight=4.5,
+        total_bytes=8e5,
+        divergence=dict.fromkeys(bits, 0.25),
+        nbytes=dict.fromkeys(bits, 1e3),
+    )
+    print_forecast(forecast)
+    rows = [line.split("  ")[0].strip() for line in capsys.readouterr().out.splitlines()]
+    assert rows[1:4] == ["switch_mlp.up_proj", "shared_expert.up_proj", "lm_head"]
