@@ -28,6 +28,7 @@ OPENINGS = (
 )  # fmt: skip
 MARK = "\x01"
 BATCH_TEXTS = 128  # 128 tokens of each have 0.5 GB of keys and values for 1B, 2.1 GB for 8B
+READ = 4  # positions of a text that is gone on with which are read at once
 BLOCK = 64  # tokens of the vocabulary that are added up before one is drawn
 SAVE_S = 20.0  # between two saves of what was written
 
@@ -90,10 +91,11 @@ def _continue(
     for layer in cache:
         if getattr(layer, "step", 0) > tokens.shape[1]:
             layer.step = tokens.shape[1]  # positions that room is made for at once
+    for start in range(0, first - 1, READ):  # what is there; nothing asks for its logits
+        model(mx.array(tokens[:, start : min(start + READ, first - 1)]), cache=cache)
+        mx.eval([layer.state for layer in cache])
     for position in range(first, tokens.shape[1]):
-        # the first call reads all that is there
-        start = 0 if position == first else position - 1
-        logits = model(mx.array(tokens[:, start:position]), cache=cache)[:, -1]
+        logits = model(mx.array(tokens[:, position - 1 : position]), cache=cache)[:, -1]
         drawn = _draw(logits, [*seed, position])
         free = given <= position
         tokens[free, position] = drawn[free]

@@ -241,6 +241,32 @@ def test_an_interrupted_text_is_gone_on_with(stories, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_to_go_on_takes_no_more_memory_than_to_write_it_all(stories, tmp_path, monkeypatch):
+    model, tokenizer = load(stories)
+    prompts = beginnings(tokenizer, 16, np.random.default_rng(1))
+    settings: Any = {"length": 100, "seed": 1, "progress": Silent()}
+
+    def peak(**more: Any) -> int:
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        sample_tokens(model, prompts, **settings, **more)
+        return mx.get_peak_memory() - before
+
+    mx.eval(model.parameters())
+    whole, draw = peak(), self_text._draw
+
+    def draw_or_stop(logits: Any, seed: Any) -> np.ndarray:
+        if seed[-1] == 90:
+            raise KeyboardInterrupt
+        return draw(logits, seed)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(self_text, "SAVE_S", 0.0)
+        patch.setattr(self_text, "_draw", draw_or_stop)
+        peak(unfinished=Unfinished(tmp_path / "text"))
+    assert peak(unfinished=Unfinished(tmp_path / "text")) < 1.5 * whole
+
+
 def test_tokens_are_drawn_as_likely_as_they_are():
     logits = mx.random.normal((1, 150), key=mx.random.key(0)) * 2
     p = np.array(mx.softmax(logits, axis=-1))[0].astype(np.float64)
