@@ -50,26 +50,19 @@ def serves() -> None:
 
 
 @contextmanager
-def handled(signals: int = 1_000_000) -> Iterator[None]:
-    """Let a block handle that many signals itself; the next one ends the process."""
-    with _told(signals):
-        yield
-
-
-@contextmanager
 def watched() -> Iterator[None]:
     """Turn signals into KeyboardInterrupt, and into an end of the process where that hangs."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     _state.update(hint="", last=int(signal.SIGINT), server=False)
-    with handling(_interrupt, *ENDING), _told(0):
+    with handling(_interrupt, *ENDING), handled(0):
         yield
 
 
 @contextmanager
-def _told(handles: int) -> Iterator[None]:
-    """Tell a thread of each signal that comes in the block, which handles so many itself.
+def handled(signals: int = 1_000_000) -> Iterator[None]:
+    """Let a block handle that many signals itself; the next one ends the process.
 
     Each block has a pipe of its own, so that a signal counts for the block that it came in,
     however late the thread hears of it.
@@ -78,7 +71,7 @@ def _told(handles: int) -> Iterator[None]:
     os.set_blocking(told, False)
     # an event loop, such as that of a prompt, takes the descriptor away while it runs
     before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
-    thread = threading.Thread(target=_watch, args=(heard, handles), daemon=True)
+    thread = threading.Thread(target=_watch, args=(heard, signals), daemon=True)
     thread.start()
     try:
         yield

@@ -153,7 +153,7 @@ def _mean(start: Callable[[np.ndarray], Any], batches: list[np.ndarray], advance
 
 def _states(run: Pass) -> list[mx.array]:
     """Return the states of a batch before each block, and after the last."""
-    states = run.states
+    states = [*run.states]
     for index in range(len(run.blocks)):
         states.append(run.run(index, 0, states[-1]))
         mx.eval(states[-1])
@@ -315,8 +315,9 @@ def _product(group_size: int, bits: int) -> tuple[Any, Any]:
     def product(x: mx.array, packed: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
         return x @ dense(packed, scales, biases).T
 
-    def back(x: mx.array, packed: mx.array, *rest: mx.array) -> tuple[mx.array, ...]:
-        scales, biases, cotangent = rest
+    def back(
+        x: mx.array, packed: mx.array, scales: mx.array, biases: mx.array, cotangent: mx.array
+    ) -> tuple[mx.array, ...]:
         rows, out = (array.reshape(-1, array.shape[-1]) for array in (x, cotangent))
         of_weight = (out.T @ rows).reshape(*scales.shape, group_size)
         codes = dense(packed, mx.ones_like(scales), mx.zeros_like(biases)).reshape(of_weight.shape)
@@ -325,8 +326,9 @@ def _product(group_size: int, bits: int) -> tuple[Any, Any]:
 
     @product.vjp
     def gradients(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
-        of_x, *trained = back(*primals, cotangent)
-        return of_x, mx.zeros_like(primals[1]), *trained
+        x, packed, scales, biases = primals
+        of_x, *trained = back(x, packed, scales, biases, cotangent)
+        return of_x, mx.zeros_like(packed), *trained
 
     return product, back
 
