@@ -40,18 +40,21 @@ import mlx.nn as nn
 import numpy as np
 
 from splitquant_mlx.calibration.blocks import Pass, below, start_pass, tapped
-from splitquant_mlx.calibration.statistics import FEW_TOKENS, hessian
+from splitquant_mlx.calibration.layer_divergence import (
+    Option,
+    as_rows,
+    compensated,
+    divergences,
+    embedding_divergences,
+    layer_divergences,
+    over_alike,
+    stack_divergences,
+    used_rows,
+)
 from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.progress import Advance, Progress
-from splitquant_mlx.quantization.affine import Quantized, dequantize
-from splitquant_mlx.quantization.gptq import gptq_quantize
-from splitquant_mlx.quantization.imatrix import quantize_weighted
 
-Option = tuple[int, int]  # bits, group_size
 Options = Mapping[str, Sequence[Option]]
-ROWS = 256
-EXPERTS = 16  # of a stack that are looked at
-HEAD_ROWS = 2048
 METHOD = 5  # counts changes of what is predicted, for caches of it
 
 
@@ -105,8 +108,8 @@ def predict_divergence(
             advance(0 if own else 0.5)
         for path in outer:
             if isinstance(dict(run.model.named_modules())[path], nn.Embedding):
-                rows = _used_rows(block_weight(run.model, path), tokens)
-                looked_up = _embedding_sensitivity(rows, options[path], gradients)
+                rows = used_rows(block_weight(run.model, path), tokens)
+                looked_up = embedding_divergences(rows, options[path], gradients)
                 raised = way.raised if found[path] else 1.0
                 for option, value in looked_up.items():
                     found[path][option] = found[path].get(option, 0.0) + raised * value
@@ -206,8 +209,8 @@ def _block_sensitivities(
             before.append(into)
             tokens += state.shape[0] * state.shape[1]
             for path, x, g in zip(options, outputs[1:], shifted, strict=True):
-                fed[path].append(_rows(x))
-                back[path].append(_rows(g))
+                fed[path].append(as_rows(x))
+                back[path].append(as_rows(g))
             advance(0.5 / len(gradients))
     found = {}
     for path in options:
@@ -215,86 +218,11 @@ def _block_sensitivities(
         if path in routes:
             experts = np.concatenate(routes[path])
             w = dict(block.named_modules())[path]["weight"]  # which is not widened all at once
-            found[path] = _stack_sensitivity(w, x, g, experts, options[path], tokens)
+            found[path] = stack_divergences(w, x, g, experts, options[path], tokens)
         else:
-            found[path] = _layer_sensitivity(block_weight(block, path), x, g, options[path])
+            found[path] = layer_divergences(block_weight(block, path), x, g, options[path])
         advance(0.5 / len(options))
     return found, before
-
-
-def _stack_sensitivity(
-    w: mx.array,
-    x: mx.array,
-    g: mx.array,
-    routes: np.ndarray,
-    options: Sequence[Option],
-    tokens: int,
-) -> dict[Option, float]:
-    """Return the divergences of a stack w (experts, out, in), by a sample of its experts.
-
-    Args:
-        w: the stack.
-        x: inputs (n, in), a row for each expert that a token goes to.
-        g: gradients (n, out) at the output.
-        routes: the expert of each row (n,).
-        options: to predict for.
-        tokens: that were routed.
-    """
-    counts = np.bincount(routes, minlength=len(w))
-    by_use = np.argsort(-counts)[: np.count_nonzero(counts)]
-    sample = by_use[:: max(1, len(by_use) // EXPERTS)]
-    found = dict.fromkeys(options, 0.0)
-    for expert in sample:
-        own = mx.array(np.flatnonzero(routes == expert))
-        own_w = w[expert].astype(mx.float32)
-        for option, value in _layer_sensitivity(own_w, x[own], g[own], options).items():
-            found[option] += value * own.size
-    share = counts.sum() / counts[sample].sum() / tokens
-    return {option: float(value * share) for option, value in found.items()}
-
-
-def _layer_sensitivity(
-    w: mx.array, x: mx.array, g: mx.array, options: Sequence[Option]
-) -> dict[Option, float]:
-    """Return the divergences of a layer w (out, in) from its inputs and the gradients after it."""
-    step = max(1, w.shape[0] // ROWS)
-    rows = w[::step]
-    g = g[:, ::step]
-    share = w.shape[0] / len(rows)
-
-    def divergence(error: mx.array) -> mx.array:
-        return share * mx.square((x @ error.T) * g).sum() / len(x) / 2
-
-    found = _per_option(rows, mx.square(x).mean(0), options, divergence)
-    left, _ = _compensated(rows, x, g, options[len(options) // 2])
-    return {option: left * value for option, value in found.items()}
-
-
-def _compensated(
-    rows: mx.array, x: mx.array, g: mx.array, option: Option
-) -> tuple[float, mx.array | None]:
-    """Return the share of fitted scales' divergence that compensation leaves, and its errors.
-
-    The share is at most 1; of too few tokens it is 1, and there are no errors. `g` (n, out) weighs
-    the outputs' errors; its axes may be 1.
-    """
-    if len(x) < FEW_TOKENS:
-        return 1.0, None
-    seen = 3 * len(x) // 4
-    bits, group_size = option
-    h = hessian(x[:seen]) / seen
-
-    def error_of(quantized: Quantized) -> mx.array:
-        return rows - dequantize(quantized, bits=bits, group_size=group_size)
-
-    def divergence(error: mx.array) -> float:
-        output = mx.square((x @ error.T) * g).sum(-1)
-        return float((output[:seen].mean() + output[seen:].mean()).item())  # type: ignore[arg-type]
-
-    plain = quantize_weighted(rows, mx.diag(h), bits=bits, group_size=group_size)
-    before = divergence(error_of(plain))
-    error = error_of(gptq_quantize(rows, h, bits=bits, group_size=group_size))
-    return min(1.0, divergence(error) / before) if before else 1.0, error
 
 
 def _head_sensitivity(run: Pass, outer: list[str], options: Options, seed: int) -> _Way:
@@ -324,19 +252,19 @@ def _head_sensitivity(run: Pass, outer: list[str], options: Options, seed: int) 
                 mx.eval(found, gradient)
                 pieces.append(gradient)
                 spread += [found[1].item()] * len(piece)
-                fed += [_rows(x) for x in found[2]]
+                fed += [as_rows(x) for x in found[2]]
                 drawn_tokens.append(np.array(found[3]).ravel())
             gradients.append(mx.concatenate(pieces))
     predicted: dict[str, dict[Option, float]] = {path: {} for path in outer}
     for path in heads:
         x, weight = mx.concatenate(fed), sum(spread) / len(spread) / 2
-        rows = _used_rows(block_weight(run.model, path), np.concatenate(drawn_tokens))
+        rows = used_rows(block_weight(run.model, path), np.concatenate(drawn_tokens))
         middle = options[path][len(options[path]) // 2]
-        left, error = _compensated(rows, x, mx.ones((len(x), 1)), middle)
+        left, error = compensated(rows, x, mx.ones((len(x), 1)), middle)
         if error is not None:
-            raised = _over_alike(rows, error, middle)
+            raised = over_alike(rows, error, middle)
         weight *= left
-        predicted[path] = _per_option(
+        predicted[path] = divergences(
             rows,
             mx.square(x).mean(0),
             options[path],
@@ -345,53 +273,6 @@ def _head_sensitivity(run: Pass, outer: list[str], options: Options, seed: int) 
     return _Way(predicted, raised, gradients, len(run.blocks))
 
 
-def _over_alike(rows: mx.array, error: mx.array, option: Option) -> float:
-    """Return squared errors over those of scales fitted with all channels alike."""
-
-    def squares(error: mx.array) -> mx.array:
-        return mx.square(error).sum()
-
-    alike = _per_option(rows, mx.ones(rows.shape[1]), [option], squares)[option]
-    return float(squares(error).item()) / alike if alike else 1.0  # type: ignore[arg-type]
-
-
-def _embedding_sensitivity(
-    rows: mx.array, options: Sequence[Option], gradients: list[mx.array]
-) -> dict[Option, float]:
-    """Return what the errors of looked-up rows do, if scales are fitted and rows are alike."""
-    square = mx.square(mx.concatenate([_rows(gradient) for gradient in gradients])).mean(0)
-
-    def divergence(error: mx.array) -> mx.array:
-        return (mx.square(error).mean(0) * square).sum() / 2
-
-    return _per_option(rows, mx.ones(rows.shape[1]), options, divergence)
-
-
-def _per_option(
-    w: mx.array,
-    importance: mx.array,
-    options: Sequence[Option],
-    divergence: Callable[[mx.array], mx.array],
-) -> dict[Option, float]:
-    """Return the divergence of the error that each option makes in `w`."""
-    found = {}
-    for bits, group_size in options:
-        quantized = quantize_weighted(w, importance, bits=bits, group_size=group_size)
-        error = w - dequantize(quantized, bits=bits, group_size=group_size)
-        found[bits, group_size] = float(divergence(error).item())  # type: ignore[arg-type]
-    return found
-
-
-def _used_rows(w: mx.array, tokens: np.ndarray) -> mx.array:
-    """Return the rows of `tokens`, at most HEAD_ROWS, each as often as it occurs."""
-    tokens = tokens.ravel()
-    return w[mx.array(tokens[:: -(-tokens.size // HEAD_ROWS)])]
-
-
 def block_weight(module: nn.Module, path: str) -> mx.array:
     """Return the weight of a layer in float32."""
     return dict(module.named_modules())[path]["weight"].astype(mx.float32)
-
-
-def _rows(x: mx.array) -> mx.array:
-    return x.reshape(-1, x.shape[-1]).astype(mx.float32)
