@@ -37,7 +37,8 @@ def imported_modules(file):
             home = node.module.partition(".")[2]
             names = [f"{home}.{alias.name}".strip(".") for alias in node.names] + [home]
         elif isinstance(node, ast.Import):
-            names = [alias.name.partition(".")[2] for alias in node.names]
+            own = [alias.name for alias in node.names if alias.name.startswith("splitquant_mlx")]
+            names = [name.partition(".")[2] for name in own]
         yield from (name for name in names if name and name in MODULES)
 
 

@@ -23,7 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from splitquant_mlx.calibration.blocks import is_expert_stack, start_pass, tapped
+from splitquant_mlx.calibration.blocks import is_expert_stack, start_pass, taken, tapped
 from splitquant_mlx.conversion.pipeline import convert
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.progress import SILENT, Advance, Progress
@@ -119,12 +119,12 @@ def count_operations(model: Path, calibration: Calibration) -> dict[str, float]:
         inputs: dict[int, int] = {}
         with tapped(block, layers) as taps:
             run.advance(index)
-            for tap in taps.values():
-                experts = 1 if tap.routes is None else tap.routes.shape[-1]  # of each token
-                width = tap.layer.weight.shape[-1]
-                weights += experts * math.prod(tap.layer.weight.shape[-2:])
-                rounding += ROUNDING * tap.layer.weight.size * width
-                inputs[id(tap.layer_inputs)] = experts * width**2
+            for path, seen in taken(taps).items():
+                experts = 1 if seen.routes is None else seen.routes.shape[-1]  # of each token
+                weight = taps[path].layer.weight
+                weights += experts * math.prod(weight.shape[-2:])
+                rounding += ROUNDING * weight.size * weight.shape[-1]
+                inputs[id(seen.given)] = experts * weight.shape[-1] ** 2
         run.release(index)
         squares += sum(inputs.values())
     head = max(array.size for array in _outer_weights(run.model))

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from threading import Lock
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,6 +20,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.runtime.cores import cores, settle, side_by_side
 
 BATCH_TOKENS = 2048
 LOGITS = 1 << 24  # in memory together
@@ -51,14 +53,47 @@ class Pass:
         args, kwargs = self.calls[index][batch]
         return self.blocks[index](state, *args, **kwargs)
 
-    def advance(self, index: int, after: Callable[[], None] | None = None) -> None:
-        """Take all texts through block `index`; `after` is called after each batch."""
-        for batch in range(len(self.states)):
-            state = self.run(index, batch, self.states[batch])
-            if after:
-                after()
-            mx.eval(state)
-            self.states[batch] = state
+    def rounds(self, index: int, build: Callable[[int], Value]) -> Iterator[list[Value]]:
+        """Compute something with block `index` and each batch; yields what is found, in order.
+
+        On a CPU the batches of a round are computed side by side, one on each core.
+
+        Args:
+            index: of the block.
+            build: returns arrays for the number of a batch, unevaluated; called once at a time, as
+                the block may be changed for the time of a call.
+        """
+        settle(self.blocks[index])
+        building = Lock()
+
+        def compute(batch: int) -> Value:
+            with building:
+                built = build(batch)
+            mx.eval(built)
+            return built
+
+        for start in range(0, len(self.states), cores()):
+            batches = range(start, min(start + cores(), len(self.states)))
+            mx.eval([self.states[batch] for batch in batches])
+            yield side_by_side([partial(compute, batch) for batch in batches])
+
+    def watched(self, index: int, watch: Callable[[], Value]) -> Iterator[list[Value]]:
+        """Take all texts through block `index`, and yield what `watch` finds after each batch."""
+
+        def build(batch: int) -> tuple[mx.array, Value]:
+            return self.run(index, batch, self.states[batch]), watch()
+
+        done = 0
+        for found in self.rounds(index, build):
+            for state, _ in found:
+                self.states[done] = state
+                done += 1
+            yield [seen for _, seen in found]
+
+    def advance(self, index: int) -> None:
+        """Take all texts through block `index`."""
+        for _ in self.watched(index, lambda: None):
+            pass
 
     def release(self, index: int) -> None:
         """Free the weights of a block, which cannot be run again before `restore`."""
@@ -103,7 +138,7 @@ def start_pass(
         RecipeError: when the model is not built of blocks that can be called one by one.
     """
     run = begin(load(), tokens, batch_tokens)
-    mx.eval(run.states)
+    mx.eval(run.states, run.calls)
     run.restore(load())
     return run
 
@@ -174,37 +209,58 @@ def _unsupported(model: nn.Module) -> str:
     )
 
 
+class Inputs(NamedTuple):
+    """What a layer was called with.
+
+    Attributes:
+        rows: (..., in).
+        given: what the layer itself was called with; `rows` but for a stack of experts.
+        routes: of a stack of experts, the expert of each of the rows, (...); else None.
+        experts: of the stack, their number.
+    """
+
+    rows: mx.array
+    given: mx.array
+    routes: mx.array | None = None
+    experts: int = 1
+
+
 class Tap:
     """Stand in for a layer, and keep what it is called with until it is taken.
 
     Attributes:
         layer: the real one.
-        inputs: of the last call, (..., in); None before.
-        layer_inputs: what the layer itself was called with; `inputs` but for a stack of experts.
-        routes: of a stack of experts, the expert of each row of `inputs`, (...); else None.
+        inputs: of the last call; None before.
         output_shape: of the last call.
         shift: added to the output, for gradients with respect to it; None adds nothing.
     """
 
     def __init__(self, layer: Any):
         self.layer = layer
-        self.inputs: mx.array | None = None
-        self.layer_inputs: mx.array | None = None
-        self.routes: mx.array | None = None
+        self.inputs: Inputs | None = None
         self.output_shape: tuple[int, ...] = ()
         self.shift: mx.array | None = None
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         """Do as the layer does."""
-        self.inputs = self.layer_inputs = x
         if is_expert_stack(self.layer):
             routes: mx.array = args[0] if args else kwargs["indices"]
-            self.routes = routes
             # a row for each expert that a token goes to; mlx-lm calls with (..., 1, in)
-            self.inputs = mx.broadcast_to(x.squeeze(-2), (*routes.shape, x.shape[-1]))
+            rows = mx.broadcast_to(x.squeeze(-2), (*routes.shape, x.shape[-1]))
+            self.inputs = Inputs(rows, x, routes, len(self.layer["weight"]))
+        else:
+            self.inputs = Inputs(x, x)
         y = self.layer(x, *args, **kwargs)
         self.output_shape = y.shape
         return y if self.shift is None else y + self.shift
+
+
+def taken(taps: Mapping[str, Tap]) -> dict[str, Inputs]:
+    """Return what layers were called with last, by path, and have their taps forget it."""
+    found = {path: tap.inputs for path, tap in taps.items() if tap.inputs is not None}
+    for tap in taps.values():
+        tap.inputs = None
+    return found
 
 
 def is_expert_stack(module: Any) -> bool:
@@ -223,7 +279,7 @@ class EmbeddingTap(Tap):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return logits."""
-        self.inputs = x
+        self.inputs = Inputs(x, x)
         return self.layer.as_linear(x)
 
 
@@ -235,6 +291,8 @@ def tapped(module: nn.Module, paths: list[str]) -> Iterator[dict[str, Tap]]:
         path: (EmbeddingTap if isinstance(layers[path], nn.Embedding) else Tap)(layers[path])
         for path in paths
     }
+    for path in paths:
+        settle(layers[path])
     _put(module, taps)
     try:
         yield taps

@@ -7,8 +7,11 @@ lower temperatures and fewer kinds of beginnings gave calibrations that carry ov
 other text.
 """
 
+import itertools
 import time
 from collections.abc import Iterator
+from functools import partial
+from threading import Lock
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +21,7 @@ import numpy as np
 from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.progress import Progress
+from splitquant_mlx.runtime.cores import cores, settle, side_by_side
 
 OPENINGS = (
     "The history of", "In mathematics,", "def ", "#include <", "Chapter 1\n\n", "Question: ",
@@ -28,6 +32,7 @@ OPENINGS = (
 )  # fmt: skip
 MARK = "\x01"
 BATCH_TEXTS = 128  # 128 tokens of each have 0.5 GB of keys and values for 1B, 2.1 GB for 8B
+CORE_TEXTS = 16  # of a batch, at the least, for each core of a CPU
 READ = 4  # positions of a text that is gone on with which are read at once
 BLOCK = 64  # tokens of the vocabulary that are added up before one is drawn
 SAVE_S = 20.0  # between two saves of what was written
@@ -83,27 +88,50 @@ def _continue(
     """Set `tokens` (texts, length) from position `first` on, where they are not `given`.
 
     Yields each position when its tokens are there. What is drawn at a position depends on the seed
-    and the position alone, so that a text can be gone on with.
+    and the position alone, so that a text can be gone on with. The cores of a CPU share the texts.
     """
+    settle(model)
+    count = max(1, min(cores(), len(tokens) // CORE_TEXTS))
+    ends = [len(tokens) * part // count for part in range(count + 1)]
+    parts = [slice(*pair) for pair in itertools.pairwise(ends)]
+    building = Lock()  # a layer may be changed for the time of a call
+
+    def read(part: slice) -> list[Any]:
+        with building:
+            cache = _empty_cache(model, tokens.shape[1])
+        for start in range(0, first - 1, READ):  # what is there; nothing asks for its logits
+            with building:
+                model(mx.array(tokens[part, start : min(start + READ, first - 1)]), cache=cache)
+            mx.eval([layer.state for layer in cache])
+        return cache
+
+    def write(part: slice, cache: list[Any], position: int) -> None:
+        with building:
+            last = mx.array(tokens[part, position - 1 : position])
+            logits = model(last, cache=cache)[:, -1]
+        mx.eval(logits, [layer.state for layer in cache])  # in the thread that made them
+        drawn = _draw(logits, [*seed, position], part)
+        tokens[part, position] = np.where(given[part] <= position, drawn, tokens[part, position])
+
+    caches = side_by_side([partial(read, part) for part in parts])
+    for position in range(first, tokens.shape[1]):
+        side_by_side([partial(write, *own, position) for own in zip(parts, caches, strict=True)])
+        yield position
+
+
+def _empty_cache(model: nn.Module, length: int) -> list[Any]:
+    """Return a cache of keys and values that has room for `length` positions at once."""
     from mlx_lm.models.cache import make_prompt_cache
 
     cache = make_prompt_cache(model)
     for layer in cache:
-        if getattr(layer, "step", 0) > tokens.shape[1]:
-            layer.step = tokens.shape[1]  # positions that room is made for at once
-    for start in range(0, first - 1, READ):  # what is there; nothing asks for its logits
-        model(mx.array(tokens[:, start : min(start + READ, first - 1)]), cache=cache)
-        mx.eval([layer.state for layer in cache])
-    for position in range(first, tokens.shape[1]):
-        logits = model(mx.array(tokens[:, position - 1 : position]), cache=cache)[:, -1]
-        drawn = _draw(logits, [*seed, position])
-        free = given <= position
-        tokens[free, position] = drawn[free]
-        yield position
+        if getattr(layer, "step", 0) > length:
+            layer.step = length
+    return cache
 
 
-def _draw(logits: mx.array, seed: list[int]) -> np.ndarray:
-    """Draw a token for each row of `logits` (texts, vocabulary).
+def _draw(logits: mx.array, seed: list[int], part: slice) -> np.ndarray:
+    """Draw a token for each row of `logits` (texts, vocabulary), which are a part of a batch's.
 
     On the CPU by the inverse of the distribution function: a random number for each text, where
     mlx draws one for each token of the vocabulary, which takes six times as long.
@@ -112,15 +140,15 @@ def _draw(logits: mx.array, seed: list[int]) -> np.ndarray:
     if mx.default_device() != mx.cpu:
         key = mx.random.key(int(rng.integers(1 << 63)))
         return np.array(mx.random.categorical(logits, key=key))
+    points = rng.random(part.stop)[part.start :]
     p = np.array(logits.astype(mx.float32))
     p -= p.max(axis=-1, keepdims=True)
     np.exp(p, out=p)
     whole = p.shape[1] // BLOCK * BLOCK
     blocks = p[:, :whole].reshape(len(p), -1, BLOCK).sum(axis=-1)
     sums = np.cumsum(np.concatenate([blocks, p[:, whole:]], axis=1), axis=1, dtype=np.float64)
-    point = rng.random(len(p)) * sums[:, -1]
     drawn = np.empty(len(p), np.int64)
-    for row, (at, total) in enumerate(zip(point, sums, strict=True)):
+    for row, (at, total) in enumerate(zip(points * sums[:, -1], sums, strict=True)):
         block = min(int(np.searchsorted(total, at, side="right")), len(total) - 1)
         if block >= blocks.shape[1]:
             drawn[row] = whole + block - blocks.shape[1]

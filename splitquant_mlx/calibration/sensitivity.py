@@ -33,13 +33,14 @@ with each token kept at the original's experts 0.0029, 0.00071 and 0.00083, with
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from splitquant_mlx.calibration.blocks import Pass, below, start_pass, tapped
+from splitquant_mlx.calibration.blocks import Pass, Tap, below, start_pass, taken, tapped
 from splitquant_mlx.calibration.layer_divergence import (
     Option,
     as_rows,
@@ -184,34 +185,18 @@ def _block_sensitivities(
     fed: dict[str, list[mx.array]] = {path: [] for path in options}
     back: dict[str, list[mx.array]] = {path: [] for path in options}
     routes: dict[str, list[np.ndarray]] = {}
-    before, tokens = [], 0
+    before = []
     with tapped(block, list(options)) as taps:
-        for batch, gradient in enumerate(gradients):
-
-            def forward(state: mx.array, *shifts: mx.array, batch: int = batch) -> list[Any]:
-                for tap, shift in zip(taps.values(), shifts, strict=True):
-                    tap.shift = shift
-                output = run.run(index, batch, state)
-                return [output, *(tap.inputs for tap in taps.values())]
-
-            state = run.states[batch]
-            for tap in taps.values():
-                tap.shift = None
-            run.run(index, batch, state)  # for the shapes, and where tokens are routed to
-            for path, tap in taps.items():
-                if tap.routes is not None:
-                    routes.setdefault(path, []).append(np.array(tap.routes).reshape(-1))
-            # the shifts are asked for their gradients; the inputs come out, but are not asked for
-            shifts = [mx.zeros(tap.output_shape, state.dtype) for tap in taps.values()]
-            unasked = [mx.zeros_like(tap.inputs) for tap in taps.values() if tap.inputs is not None]
-            outputs, (into, *shifted) = mx.vjp(forward, [state, *shifts], [gradient, *unasked])
-            mx.eval(outputs, into, shifted)
-            before.append(into)
-            tokens += state.shape[0] * state.shape[1]
-            for path, x, g in zip(options, outputs[1:], shifted, strict=True):
-                fed[path].append(as_rows(x))
-                back[path].append(as_rows(g))
-            advance(0.5 / len(gradients))
+        for steps in run.rounds(index, partial(_step_back, run, index, taps, gradients)):
+            for step in steps:
+                before.append(step.into)
+                for path, x, g in zip(options, step.fed, step.shifted, strict=True):
+                    fed[path].append(as_rows(x))
+                    back[path].append(as_rows(g))
+                for path, chosen in step.routes.items():
+                    routes.setdefault(path, []).append(np.array(chosen).reshape(-1))
+                advance(0.5 / len(gradients))
+    tokens = sum(state.shape[0] * state.shape[1] for state in run.states)
     found = {}
     for path in options:
         x, g = mx.concatenate(fed.pop(path)), mx.concatenate(back.pop(path))
@@ -223,6 +208,46 @@ def _block_sensitivities(
             found[path] = layer_divergences(block_weight(block, path), x, g, options[path])
         advance(0.5 / len(options))
     return found, before
+
+
+class _StepBack(NamedTuple):
+    """A batch on its way back through a block.
+
+    Attributes:
+        into: gradients at the input of the block.
+        fed: inputs of each layer.
+        shifted: gradients at the output of each layer.
+        routes: of stacks of experts, by path.
+    """
+
+    into: mx.array
+    fed: list[mx.array]
+    shifted: list[mx.array]
+    routes: dict[str, mx.array]
+
+
+def _step_back(
+    run: Pass, index: int, taps: Mapping[str, Tap], gradients: list[mx.array], batch: int
+) -> _StepBack:
+    """Return the gradients in block `index` for a batch; not evaluated yet."""
+    state = run.states[batch]
+
+    def forward(state: mx.array, *shifts: mx.array) -> list[mx.array]:
+        for tap, shift in zip(taps.values(), shifts, strict=True):
+            tap.shift = shift
+        output = run.run(index, batch, state)
+        return [output, *(seen.rows for seen in taken(taps).values())]
+
+    for tap in taps.values():
+        tap.shift = None
+    run.run(index, batch, state)  # for the shapes, and where tokens are routed to
+    shifts = [mx.zeros(tap.output_shape, state.dtype) for tap in taps.values()]
+    seen = taken(taps)
+    # the shifts are asked for their gradients; the inputs come out, but are not asked for
+    unasked = [mx.zeros_like(inputs.rows) for inputs in seen.values()]
+    outputs, (into, *shifted) = mx.vjp(forward, [state, *shifts], [gradients[batch], *unasked])
+    routes = {path: x.routes for path, x in seen.items() if x.routes is not None}
+    return _StepBack(into, outputs[1:], shifted, routes)
 
 
 def _head_sensitivity(run: Pass, outer: list[str], options: Options, seed: int) -> _Way:
@@ -241,7 +266,7 @@ def _head_sensitivity(run: Pass, outer: list[str], options: Options, seed: int) 
             log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
             chosen = mx.take_along_axis(log_p, drawn[..., None], axis=-1).sum()
             p = mx.exp(mx.stop_gradient(log_p))
-            fed = [tap.inputs for tap in taps.values()]
+            fed = [seen.rows for seen in taken(taps).values()]
             return chosen, (1 - mx.square(p).sum(-1)).mean(), fed, drawn
 
         for state in run.states:

@@ -1,15 +1,16 @@
 """Second moments of the inputs of a model's layers, block by block."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from splitquant_mlx.calibration.blocks import Pass, Tap, below, start_pass, tapped
+from splitquant_mlx.calibration.blocks import Inputs, Pass, below, start_pass, taken, tapped
+from splitquant_mlx.runtime.cores import side_by_side
 
 FEW_TOKENS = 64  # that tell less of an expert's inputs than those of all experts do
 Statistic = Callable[[mx.array], mx.array]
@@ -88,7 +89,8 @@ def _block_statistics(
     """Run block `index`, free its weights, and return what its layers were fed."""
     sums = _Sums(statistics)
     with tapped(run.blocks[index], list(statistics)) as taps:
-        run.advance(index, lambda: sums.add(taps))
+        for seen in run.watched(index, lambda: taken(taps)):
+            sums.add(seen)
     run.release(index)
     return sums.result(prefix, tokens)
 
@@ -101,7 +103,9 @@ def outer_statistics(
     with tapped(run.model, list(statistics)) as taps:
         for state in run.states if statistics else ():
             run.finish(state)
-            sums.add(taps)
+            seen = taken(taps)
+            mx.eval(seen)
+            sums.add([seen])
     return sums.result("", tokens)
 
 
@@ -113,36 +117,36 @@ class _Sums:
         self._sums: dict[str, mx.array] = {}
         self._experts: dict[str, ExpertMeans] = {}
 
-    def add(self, taps: Mapping[str, Tap]) -> None:
-        """Take what the taps hold."""
+    def add(self, batches: Sequence[Mapping[str, Inputs]]) -> None:
+        """Add what layers were called with in some batches, in their order."""
         # q, k and v are fed the same array, and so are gate and up
-        shared: dict[tuple[int, Statistic], str] = {}
-        for path, tap in taps.items():
-            if tap.inputs is None:
-                continue
-            statistic = self._statistics[path]
-            source = tap.inputs if tap.routes is None else tap.layer_inputs
-            first = shared.setdefault((id(source), statistic), path)
-            if first != path:
-                self._share(path, first)
-                continue
-            rows = tap.inputs.reshape(-1, tap.inputs.shape[-1]).astype(mx.float32)
-            if tap.routes is not None:
-                if path not in self._experts:
-                    self._experts[path] = ExpertMeans(len(tap.layer["weight"]), statistic)
-                self._experts[path].add(rows, np.array(tap.routes).reshape(-1))
-                continue
-            found = statistic(rows)
-            self._sums[path] = found if path not in self._sums else self._sums[path] + found
-            mx.eval(self._sums[path])
-        for tap in taps.values():
-            tap.inputs = tap.routes = tap.layer_inputs = None
+        firsts: dict[tuple[int, Statistic], str] = {}
+        shared = {
+            path: firsts.setdefault((id(inputs.given), self._statistics[path]), path)
+            for path, inputs in batches[0].items()
+        }
+        side_by_side([partial(self._add, path, batches) for path in firsts.values()])
+        for path, first in shared.items():
+            self._share(path, first)
 
     def _share(self, path: str, first: str) -> None:
         if first in self._sums:
             self._sums[path] = self._sums[first]
         else:
             self._experts[path] = self._experts[first]
+
+    def _add(self, path: str, batches: Sequence[Mapping[str, Inputs]]) -> None:
+        statistic = self._statistics[path]
+        for inputs in (batch[path] for batch in batches):
+            rows = inputs.rows.reshape(-1, inputs.rows.shape[-1]).astype(mx.float32)
+            if inputs.routes is not None:
+                if path not in self._experts:
+                    self._experts[path] = ExpertMeans(inputs.experts, statistic)
+                self._experts[path].add(rows, np.array(inputs.routes).reshape(-1))
+                continue
+            found = statistic(rows)
+            self._sums[path] = found if path not in self._sums else self._sums[path] + found
+            mx.eval(self._sums[path])
 
     def result(self, prefix: str, tokens: int) -> InputStatistics:
         """Return the means; of layers that were called with the same arrays, the same array."""

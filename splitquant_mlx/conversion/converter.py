@@ -27,7 +27,7 @@ from splitquant_mlx.formats.shard_writer import ShardWriter
 from splitquant_mlx.models.architecture import parameters
 from splitquant_mlx.models.checkpoint import FLOATS, Checkpoint, check_unchanged
 from splitquant_mlx.progress import Progress
-from splitquant_mlx.runtime.blas import one_thread_for_numpy
+from splitquant_mlx.runtime.blas import one_thread
 
 FLOAT_TYPES = tuple(FLOATS.values())
 SIDE_BY_SIDE_BYTES = 2 << 30  # of the statistics of a block that waits for the next one's
@@ -81,7 +81,7 @@ class Converter:
         large = 0  # norms and biases would fill the queue while a core has nothing to do
         with (
             progress.task(label, total) as advance,
-            one_thread_for_numpy() if side_by_side else nullcontext(),
+            one_thread(numpy_only=True) if side_by_side else nullcontext(),
             _pool(self._threads) as submit,
         ):
             for name, inputs in self._inputs(calibration):

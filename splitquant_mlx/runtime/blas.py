@@ -97,13 +97,17 @@ def _package_files(package: str, pattern: str) -> Iterator[Path]:
 
 
 @contextmanager
-def one_thread_for_numpy() -> Iterator[None]:
-    """Let numpy's own OpenBLAS compute in the threads that call it, and in no others.
+def one_thread(*, numpy_only: bool = False) -> Iterator[None]:
+    """Let OpenBLAS compute in the threads that call it, and in no others.
 
-    Where they are as many as cores already, its threads take turns with them and with mlx's, and
-    keep a core busy while they wait. Does nothing where numpy has another BLAS.
+    Where they are as many as cores already, its threads take turns with them, and keep a core busy
+    while they wait. Does nothing where there is another BLAS.
+
+    Args:
+        numpy_only: numpy's own OpenBLAS alone, not the one that mlx calls.
     """
     from threadpoolctl import ThreadpoolController
 
-    with ThreadpoolController().select(prefix="libscipy_openblas").limit(limits=1):
+    which = {"prefix": "libscipy_openblas"} if numpy_only else {"internal_api": "openblas"}
+    with ThreadpoolController().select(**which).limit(limits=1):
         yield

@@ -227,11 +227,11 @@ def test_an_interrupted_text_is_gone_on_with(stories, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     draw, drawn = self_text._draw, []
 
-    def draw_or_stop(logits, seed):
+    def draw_or_stop(logits, seed, part):
         drawn.append(seed)
         if len(drawn) == 40:
             raise KeyboardInterrupt
-        return draw(logits, seed)
+        return draw(logits, seed, part)
 
     monkeypatch.setattr(self_text, "_draw", draw_or_stop)
     with pytest.raises(KeyboardInterrupt):
@@ -255,10 +255,10 @@ def test_to_go_on_takes_no_more_memory_than_to_write_it_all(stories, tmp_path, m
     mx.eval(model.parameters())
     whole, draw = peak(), self_text._draw
 
-    def draw_or_stop(logits: Any, seed: Any) -> np.ndarray:
+    def draw_or_stop(logits: Any, seed: Any, part: Any) -> np.ndarray:
         if seed[-1] == 90:
             raise KeyboardInterrupt
-        return draw(logits, seed)
+        return draw(logits, seed, part)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(self_text, "SAVE_S", 0.0)
@@ -270,7 +270,7 @@ def test_to_go_on_takes_no_more_memory_than_to_write_it_all(stories, tmp_path, m
 def test_tokens_are_drawn_as_likely_as_they_are():
     logits = mx.random.normal((1, 150), key=mx.random.key(0)) * 2
     p = np.array(mx.softmax(logits, axis=-1))[0].astype(np.float64)
-    drawn = self_text._draw(mx.repeat(logits, 20_000, axis=0), [0])
+    drawn = self_text._draw(mx.repeat(logits, 20_000, axis=0), [0], slice(0, 20_000))
     often = p * 20_000 > 5
     counts = np.bincount(drawn, minlength=150)[often]
     assert chisquare(counts, p[often] / p[often].sum() * counts.sum()).pvalue > 1e-4

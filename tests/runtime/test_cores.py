@@ -1,0 +1,79 @@
+import subprocess
+import sys
+import threading
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from splitquant_mlx.calibration import blocks, statistics
+from splitquant_mlx.calibration.statistics import hessian, iterate_blocks
+from splitquant_mlx.models.loader import load_model
+from splitquant_mlx.runtime import cores
+
+
+@pytest.fixture
+def three_cores(monkeypatch):
+    monkeypatch.setattr(cores, "cores", lambda: 3)
+    monkeypatch.setattr(blocks, "cores", lambda: 3)
+    cores._queue.cache_clear()
+    yield
+    cores._queue.cache_clear()
+
+
+def test_functions_run_at_once_and_answer_in_order(three_cores):
+    together = threading.Barrier(3, timeout=10)
+
+    def function(number):
+        together.wait()
+        return (mx.array(number) + 1).item()
+
+    found = cores.side_by_side([lambda number=number: function(number) for number in range(3)])
+    assert found == [1, 2, 3]
+
+
+def test_an_error_comes_out_when_all_have_stopped(three_cores):
+    begun, ended = threading.Event(), []
+
+    def slow():
+        begun.set()
+        time.sleep(0.2)
+        ended.append(True)
+
+    def wrong():
+        begun.wait(10)
+        raise ValueError("no such batch")
+
+    with pytest.raises(ValueError, match="no such batch"):
+        cores.side_by_side([wrong, slow])
+    assert ended
+
+
+def test_statistics_do_not_depend_on_the_number_of_cores(stories, three_cores, monkeypatch):
+    tokens = np.random.default_rng(0).integers(3, 500, (7, 16)).astype(np.int32)
+    monkeypatch.setattr(blocks, "BATCH_TOKENS", 32)
+    wanted = {"model.layers.1.mlp.down_proj": hessian, "model.layers.1.self_attn.q_proj": hessian}
+
+    def means():
+        run = iterate_blocks(lambda: load_model(stories, lazy=True), tokens, wanted)
+        return {k: np.array(v) for block in run for k, v in block.means.items()}
+
+    side_by_side = means()
+    for module in (cores, blocks):
+        monkeypatch.setattr(module, "cores", lambda: 1)
+    alone = means()
+    assert alone.keys() == wanted.keys()
+    for path in wanted:
+        np.testing.assert_allclose(side_by_side[path], alone[path], rtol=1e-5, atol=1e-6)
+
+
+def test_a_process_that_used_them_exits_cleanly():
+    code = (
+        "import mlx.core as mx\n"
+        "from splitquant_mlx.runtime import cores\n"
+        "cores.cores = lambda: 2\n"
+        "cores.side_by_side([lambda: mx.eval(mx.ones((64, 64)) @ mx.ones((64, 64)))] * 4)\n"
+    )
+    for _ in range(8):  # threads that ended aborted one of four
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
