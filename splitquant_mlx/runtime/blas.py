@@ -22,7 +22,8 @@ from pathlib import Path
 
 WAIT = "16"  # threads of OpenBLAS wait 2^16 cycles before they sleep
 LIBRARIES = ("libopenblas.so.0", "libopenblas.so")
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
+KEPT_BYTES = 1 << 27  # of an array, at most, that is not returned to the system when it is freed
 ADVICE = "install OpenBLAS (Debian, Ubuntu: apt install libopenblas0) for much faster CPU runs"
 
 
@@ -50,11 +51,12 @@ def preload() -> bool | None:
 
 
 def _keep_freed_memory() -> None:
-    """Let malloc keep what is freed for the next array, where it is glibc's."""
+    """Let malloc keep what is freed for the next array of any thread, where it is glibc's."""
     with suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+        mallopt(M_ARENA_MAX, 1)
 
 
 def _bind_torch() -> None:
