@@ -22,7 +22,7 @@ from mlx.utils import tree_map
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.runtime.cores import cores, settle, side_by_side
 
-BATCH_TOKENS = 2048
+CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 2048  # each core of a CPU has a batch
 LOGITS = 1 << 24  # in memory together
 Value = TypeVar("Value")
 
@@ -125,14 +125,14 @@ def below(prefix: str, by_path: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def start_pass(
-    load: Callable[[], nn.Module], tokens: np.ndarray, batch_tokens: int = BATCH_TOKENS
+    load: Callable[[], nn.Module], tokens: np.ndarray, batch_tokens: int | None = None
 ) -> Pass:
     """Begin to take `tokens` (texts, length) through a model, about `batch_tokens` at a time.
 
     Args:
         load: loads the model lazily; called twice, so that what tokens were looked up in is freed.
         tokens: (texts, length).
-        batch_tokens: that go through a block together.
+        batch_tokens: that go through a block together; by default as many as suit the device.
 
     Raises:
         RecipeError: when the model is not built of blocks that can be called one by one.
@@ -143,7 +143,7 @@ def start_pass(
     return run
 
 
-def begin(model: nn.Module, tokens: np.ndarray, batch_tokens: int = BATCH_TOKENS) -> Pass:
+def begin(model: nn.Module, tokens: np.ndarray, batch_tokens: int | None = None) -> Pass:
     """Begin to take `tokens` through a model that is in memory; see `start_pass`."""
     blocks = _blocks(model)
     calls: list[list[Any]] = [[] for _ in blocks]
@@ -155,7 +155,8 @@ def begin(model: nn.Module, tokens: np.ndarray, batch_tokens: int = BATCH_TOKENS
             states.append(state)
         return state
 
-    texts = max(1, batch_tokens // tokens.shape[1])
+    suited = CPU_BATCH_TOKENS if mx.default_device() == mx.cpu else GPU_BATCH_TOKENS
+    texts = max(1, (batch_tokens or suited) // tokens.shape[1])
     try:
         with _replaced(blocks, note):
             for start in range(0, len(tokens), texts):

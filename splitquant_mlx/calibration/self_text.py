@@ -11,7 +11,6 @@ import itertools
 import time
 from collections.abc import Iterator
 from functools import partial
-from threading import Lock
 from typing import Any
 
 import mlx.core as mx
@@ -21,7 +20,7 @@ import numpy as np
 from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.progress import Progress
-from splitquant_mlx.runtime.cores import cores, settle, side_by_side
+from splitquant_mlx.runtime.cores import cores, one_call_at_a_time, side_by_side
 
 OPENINGS = (
     "The history of", "In mathematics,", "def ", "#include <", "Chapter 1\n\n", "Question: ",
@@ -90,25 +89,20 @@ def _continue(
     Yields each position when its tokens are there. What is drawn at a position depends on the seed
     and the position alone, so that a text can be gone on with. The cores of a CPU share the texts.
     """
-    settle(model)
     count = max(1, min(cores(), len(tokens) // CORE_TEXTS))
     ends = [len(tokens) * part // count for part in range(count + 1)]
     parts = [slice(*pair) for pair in itertools.pairwise(ends)]
-    building = Lock()  # a layer may be changed for the time of a call
+    call = one_call_at_a_time(model)  # a layer may be changed for the time of a call
 
     def read(part: slice) -> list[Any]:
-        with building:
-            cache = _empty_cache(model, tokens.shape[1])
+        cache = _empty_cache(model, tokens.shape[1])
         for start in range(0, first - 1, READ):  # what is there; nothing asks for its logits
-            with building:
-                model(mx.array(tokens[part, start : min(start + READ, first - 1)]), cache=cache)
+            call(mx.array(tokens[part, start : min(start + READ, first - 1)]), cache=cache)
             mx.eval([layer.state for layer in cache])
         return cache
 
     def write(part: slice, cache: list[Any], position: int) -> None:
-        with building:
-            last = mx.array(tokens[part, position - 1 : position])
-            logits = model(last, cache=cache)[:, -1]
+        logits = call(mx.array(tokens[part, position - 1 : position]), cache=cache)[:, -1]
         mx.eval(logits, [layer.state for layer in cache])  # in the thread that made them
         drawn = _draw(logits, [*seed, position], part)
         tokens[part, position] = np.where(given[part] <= position, drawn, tokens[part, position])

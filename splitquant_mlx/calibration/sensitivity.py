@@ -56,7 +56,7 @@ from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.progress import Advance, Progress
 
 Options = Mapping[str, Sequence[Option]]
-METHOD = 5  # counts changes of what is predicted, for caches of it
+METHOD = 6  # counts changes of what is predicted, for caches of it
 
 
 def predict_divergence(

@@ -14,8 +14,10 @@ alone, in blocks of bounded size. Caches that cannot be copied from row to row, 
 recurrent and sliding-window layers, get no steps 1 and 2: the same numbers, more slowly.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -25,6 +27,7 @@ import numpy as np
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluation.scoring import block_rows, token_array
 from splitquant_mlx.progress import SILENT, Progress
+from splitquant_mlx.runtime.cores import cores, one_call_at_a_time, side_by_side
 from splitquant_mlx.runtime.ranks import Group, deal
 
 BATCH_TOKENS = 4096
@@ -65,8 +68,8 @@ def score(
     Args:
         model: one of mlx-lm's, best after `scoring.for_scoring`.
         pairs: tokens of the context, at least one, and of the continuation; see `fit`.
-        batch_tokens: how many tokens to hold in memory at a time, those in the cache included; a
-            single pair may be longer.
+        batch_tokens: how many tokens to hold in memory at a time, those in the cache included, on
+            each core of a CPU; a single pair may be longer.
         group: ranks among which the batches are dealt out; only those of this one are scored.
         progress: told how many pairs have been scored.
 
@@ -95,9 +98,12 @@ def score(
     with progress.task("Scoring", len(pairs)) as advance:
         prefix = _common_prefix(groups) if runner.shares else 0
         opening = runner.extend(runner.empty(), [0], [groups[0][0][:prefix]])
-        for batch in deal(group, list(_batches(groups, batch_tokens))):
-            for index, found in _score_batch(runner, opening, prefix, batch):
-                yield index, found
+        batches = deal(group, list(_batches(groups, batch_tokens)))
+        for start in range(0, len(batches), cores()):
+            own = batches[start : start + cores()]
+            works = [partial(_score_batch, runner, opening, prefix, batch) for batch in own]
+            for found in itertools.chain.from_iterable(side_by_side(works)):
+                yield found
                 advance(1)
 
 
@@ -151,7 +157,7 @@ class _Runner:
     def __init__(self, model: nn.Module, vocabulary: int, batch_tokens: int) -> None:
         from mlx_lm.models.cache import KVCache
 
-        self._model = model
+        self._model, self._call = model, one_call_at_a_time(model)
         self._plain = KVCache
         self._logit_rows = block_rows(vocabulary)
         self._batch_tokens = batch_tokens
@@ -175,7 +181,7 @@ class _Runner:
         step = max(1, min(MAX_STEP, self._batch_tokens // len(rows)))
         inputs = mx.array(np.array(tokens, np.int32))
         for start in range(0, inputs.shape[1], step):
-            self._model(inputs[:, start : start + step], cache=cache)
+            self._call(inputs[:, start : start + step], cache=cache)
             mx.eval([layer.state for layer in cache])  # and no logits
         return cache
 
@@ -186,7 +192,7 @@ class _Runner:
         cache = self.extend(cache, rows, tokens[:, :first].tolist())
         step = max(1, self._logit_rows // len(rows))
         for start in range(first, tokens.shape[1], step):
-            block = self._model(mx.array(tokens[:, start : start + step]), cache=cache)
+            block = self._call(mx.array(tokens[:, start : start + step]), cache=cache)
             yield start, block.astype(mx.float32)
 
     def _copy(self, cache: list[Any], rows: list[int]) -> list[Any]:
@@ -204,8 +210,9 @@ class _Runner:
 
 def _score_batch(
     runner: _Runner, opening: list[Any], prefix: int, batch: list[Choice]
-) -> Iterator[tuple[int, Score]]:
-    """Yield the scores of all continuations of a batch of contexts."""
+) -> list[tuple[int, Score]]:
+    """Return the scores of all continuations of a batch of contexts."""
+    found = []
     shared = min(len(context) for context, _ in batch) - 1 if runner.shares else 0
     trunk = runner.extend(opening, [0] * len(batch), [c[prefix:shared] for c, _ in batch])
     rows: dict[tuple[int, Tokens], list[tuple[int, Tokens]]] = {}
@@ -215,12 +222,13 @@ def _score_batch(
                 inputs = context[shared:] + continuation[:-1]
                 rows.setdefault((parent, inputs), []).append((index, continuation))
             else:
-                yield index, Score(loglikelihood=0.0, is_greedy=True)
+                found.append((index, Score(loglikelihood=0.0, is_greedy=True)))
     ordered = sorted(rows.items(), key=lambda row: len(row[0][1]), reverse=True)
     while ordered:
         limit = runner.row_limit(shared + len(ordered[0][0][1]))
-        yield from _score_rows(runner, trunk, ordered[:limit])
+        found += _score_rows(runner, trunk, ordered[:limit])
         ordered = ordered[limit:]
+    return found
 
 
 def _score_rows(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from functools import cache
 from queue import SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -43,6 +43,18 @@ def side_by_side(functions: Sequence[Callable[[], Result]]) -> list[Result]:
             return [future.result() for future in futures]
         finally:  # none of them goes on after an error, or Ctrl-C
             wait([future for future in futures if not future.cancel()])
+
+
+def one_call_at_a_time(model: nn.Module) -> Callable[..., mx.array]:
+    """Return a model's call, for threads: its arrays are at hand, and no call meets another."""
+    settle(model)
+    lock = Lock()
+
+    def call(*args: Any, **kwargs: Any) -> mx.array:
+        with lock:
+            return model(*args, **kwargs)
+
+    return call
 
 
 def settle(module: nn.Module) -> None:

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from splitquant_mlx.calibration import blocks, statistics
+from splitquant_mlx.calibration import blocks
 from splitquant_mlx.calibration.statistics import hessian, iterate_blocks
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.runtime import cores
@@ -52,7 +52,7 @@ def test_an_error_comes_out_when_all_have_stopped(three_cores):
 
 def test_statistics_do_not_depend_on_the_number_of_cores(stories, three_cores, monkeypatch):
     tokens = np.random.default_rng(0).integers(3, 500, (7, 16)).astype(np.int32)
-    monkeypatch.setattr(blocks, "BATCH_TOKENS", 32)
+    monkeypatch.setattr(blocks, "CPU_BATCH_TOKENS", 32)
     wanted = {"model.layers.1.mlp.down_proj": hessian, "model.layers.1.self_attn.q_proj": hessian}
 
     def means():
