@@ -54,6 +54,7 @@ from splitquant_mlx.calibration.layer_divergence import (
 )
 from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.progress import Advance, Progress
+from splitquant_mlx.runtime.cores import cores, side_by_side
 
 Options = Mapping[str, Sequence[Option]]
 METHOD = 6  # counts changes of what is predicted, for caches of it
@@ -191,22 +192,27 @@ def _block_sensitivities(
             for step in steps:
                 before.append(step.into)
                 for path, x, g in zip(options, step.fed, step.shifted, strict=True):
-                    fed[path].append(as_rows(x))
-                    back[path].append(as_rows(g))
+                    fed[path].append(x)
+                    back[path].append(g)
                 for path, chosen in step.routes.items():
                     routes.setdefault(path, []).append(np.array(chosen).reshape(-1))
                 advance(0.5 / len(gradients))
     tokens = sum(state.shape[0] * state.shape[1] for state in run.states)
-    found = {}
-    for path in options:
-        x, g = mx.concatenate(fed.pop(path)), mx.concatenate(back.pop(path))
+    modules = dict(block.named_modules())
+
+    def of_layer(path: str) -> dict[Option, float]:
+        x, g = (mx.concatenate([*map(as_rows, of.pop(path))]) for of in (fed, back))
+        w = modules[path]["weight"]  # of a stack, which is not widened all at once
         if path in routes:
             experts = np.concatenate(routes[path])
-            w = dict(block.named_modules())[path]["weight"]  # which is not widened all at once
-            found[path] = stack_divergences(w, x, g, experts, options[path], tokens)
-        else:
-            found[path] = layer_divergences(block_weight(block, path), x, g, options[path])
-        advance(0.5 / len(options))
+            return stack_divergences(w, x, g, experts, options[path], tokens)
+        return layer_divergences(w.astype(mx.float32), x, g, options[path])
+
+    found, paths = {}, list(options)
+    for start in range(0, len(paths), cores()):
+        own = paths[start : start + cores()]
+        found.update(zip(own, side_by_side([partial(of_layer, path) for path in own]), strict=True))
+        advance(0.5 * len(own) / len(paths))
     return found, before
 
 

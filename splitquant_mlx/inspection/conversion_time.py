@@ -6,7 +6,7 @@ and to what cannot be run so quickly (gradients, keys and values) go factors tha
 That tells two minutes from ten, not more.
 
 On a CPU, parts are timed by the processor time of one thread, which other programs do not lengthen.
-Of it, the products of matrices are divided by the number of cores: mlx computes all else in one.
+It is divided by the number of cores that have a part of the work each.
 """
 
 import dataclasses
@@ -18,11 +18,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 from threadpoolctl import ThreadpoolController
 
 from splitquant_mlx.calibration.blocks import start_pass
@@ -34,6 +32,7 @@ from splitquant_mlx.conversion.refine import TEXTS_PER_SAMPLE
 from splitquant_mlx.conversion.weight import convert_weight
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.recipe import LEARNED, SELF, Recipe
+from splitquant_mlx.runtime.cores import cores
 
 FEW_ROWS, MANY_ROWS, WIDTH = 64, 512, 2048  # of the pieces of a layer that are timed
 SIDE = 1024  # of the product that is timed
@@ -129,28 +128,23 @@ def _running(times: RunTimes, layers: Sequence[LayerPlan], recipe: Recipe) -> fl
 def _run_times(directory: Path, layers: Sequence[LayerPlan], recipe: Recipe) -> RunTimes:
     """Time a model's first block, and a product."""
     length = recipe.texts.sequence_length
-    product, cores = _product_s(), (os.cpu_count() or 1) if _on_cpu() else 1
     found = []
     for texts in ((max(1, TOKENS // length), length), (BATCH_TEXTS, 1)):
         tokens = np.zeros(texts, np.int32)
         load = partial(load_model, directory, lazy=True, dequantize=True)
         run = start_pass(load, tokens, tokens.size)
-        block = run.blocks[0]
-        mx.eval(block.parameters())
+        mx.eval(run.blocks[0].parameters())
         alone = _timed(lambda run=run: mx.eval(run.run(0, 0, run.states[0])))
-        parameters: Any = [array for _, array in tree_flatten(block.parameters())]
-        weights = sum(array.size for array in parameters if array.ndim == 2)
-        in_products = min(alone, tokens.size * weights * product)
-        seconds = alone - in_products + in_products / cores
-        found.append(seconds * len(run.blocks) / tokens.size)
+        found.append(alone * len(run.blocks) / tokens.size / cores())
+    product = _product_s() / cores()
     heads = [layer.shape for layer in layers if layer.kind in ("embedding", "lm_head")]
     vocabulary, width = max(heads, default=(0, 0))
     return RunTimes(
         token=found[0],
         step=found[1],
-        head=vocabulary * width * product / cores,
-        draw=vocabulary * DRAW_S if _on_cpu() else 0.0,
-        product=product / cores,
+        head=vocabulary * width * product,
+        draw=vocabulary * DRAW_S / cores() if _on_cpu() else 0.0,
+        product=product,
     )
 
 
