@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
@@ -20,7 +19,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.runtime.cores import cores, settle, side_by_side
+from splitquant_mlx.runtime.cores import cores, evaluated_side_by_side, settle
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 2048  # each core of a CPU has a batch
 LOGITS = 1 << 24  # in memory together
@@ -64,18 +63,10 @@ class Pass:
                 the block may be changed for the time of a call.
         """
         settle(self.blocks[index])
-        building = Lock()
-
-        def compute(batch: int) -> Value:
-            with building:
-                built = build(batch)
-            mx.eval(built)
-            return built
-
         for start in range(0, len(self.states), cores()):
             batches = range(start, min(start + cores(), len(self.states)))
             mx.eval([self.states[batch] for batch in batches])
-            yield side_by_side([partial(compute, batch) for batch in batches])
+            yield evaluated_side_by_side([partial(build, batch) for batch in batches])
 
     def watched(self, index: int, watch: Callable[[], Value]) -> Iterator[list[Value]]:
         """Take all texts through block `index`, and yield what `watch` finds after each batch."""

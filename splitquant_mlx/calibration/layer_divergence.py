@@ -16,13 +16,24 @@ EXPERTS = 16  # of a stack that are looked at
 HEAD_ROWS = 2048
 
 
+def some_rows(w: mx.array, axis: int = 0) -> mx.array:
+    """Return those along an axis that tell of the others, about `ROWS`."""
+    size = w.shape[axis]
+    return mx.take(w, mx.arange(0, size, max(1, size // ROWS)), axis=axis)
+
+
 def layer_divergences(
     w: mx.array, x: mx.array, g: mx.array, options: Sequence[Option]
 ) -> dict[Option, float]:
-    """Return the divergences of a layer w (out, in) from its inputs and the gradients after it."""
-    step = max(1, w.shape[0] // ROWS)
-    rows = w[::step]
-    g = g[:, ::step]
+    """Return the divergences of a layer from inputs and gradients.
+
+    Args:
+        w: the weight (out, in).
+        x: inputs (n, in).
+        g: gradients (n, rows) at `some_rows` of the output.
+        options: to predict for.
+    """
+    rows = some_rows(w)
     share = w.shape[0] / len(rows)
 
     def divergence(error: mx.array) -> mx.array:
@@ -46,7 +57,7 @@ def stack_divergences(
     Args:
         w: the stack.
         x: inputs (n, in), a row for each expert that a token goes to.
-        g: gradients (n, out) at the output.
+        g: gradients (n, rows) at `some_rows` of the output.
         routes: the expert of each row (n,).
         options: to predict for.
         tokens: that were routed.

@@ -103,7 +103,8 @@ def _continue(
 
     def write(part: slice, cache: list[Any], position: int) -> None:
         logits = call(mx.array(tokens[part, position - 1 : position]), cache=cache)[:, -1]
-        mx.eval(logits, [layer.state for layer in cache])  # in the thread that made them
+        # keys and values are behind the logits; other states are not, and belong to this thread
+        mx.eval(logits, [layer.state for layer in cache if not hasattr(layer, "keys")])
         drawn = _draw(logits, [*seed, position], part)
         tokens[part, position] = np.where(given[part] <= position, drawn, tokens[part, position])
 

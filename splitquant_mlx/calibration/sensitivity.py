@@ -49,12 +49,13 @@ from splitquant_mlx.calibration.layer_divergence import (
     embedding_divergences,
     layer_divergences,
     over_alike,
+    some_rows,
     stack_divergences,
     used_rows,
 )
 from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.progress import Advance, Progress
-from splitquant_mlx.runtime.cores import cores, side_by_side
+from splitquant_mlx.runtime.cores import cores, evaluated_side_by_side, side_by_side
 
 Options = Mapping[str, Sequence[Option]]
 METHOD = 6  # counts changes of what is predicted, for caches of it
@@ -187,6 +188,7 @@ def _block_sensitivities(
     back: dict[str, list[mx.array]] = {path: [] for path in options}
     routes: dict[str, list[np.ndarray]] = {}
     before = []
+    mx.eval(gradients)  # which may be in a file
     with tapped(block, list(options)) as taps:
         for steps in run.rounds(index, partial(_step_back, run, index, taps, gradients)):
             for step in steps:
@@ -222,7 +224,7 @@ class _StepBack(NamedTuple):
     Attributes:
         into: gradients at the input of the block.
         fed: inputs of each layer.
-        shifted: gradients at the output of each layer.
+        shifted: gradients at `some_rows` of the output of each layer.
         routes: of stacks of experts, by path.
     """
 
@@ -253,7 +255,7 @@ def _step_back(
     unasked = [mx.zeros_like(inputs.rows) for inputs in seen.values()]
     outputs, (into, *shifted) = mx.vjp(forward, [state, *shifts], [gradients[batch], *unasked])
     routes = {path: x.routes for path, x in seen.items() if x.routes is not None}
-    return _StepBack(into, outputs[1:], shifted, routes)
+    return _StepBack(into, outputs[1:], [some_rows(g, -1) for g in shifted], routes)
 
 
 def _head_sensitivity(run: Pass, outer: list[str], options: Options, seed: int) -> _Way:
@@ -275,17 +277,21 @@ def _head_sensitivity(run: Pass, outer: list[str], options: Options, seed: int) 
             fed = [seen.rows for seen in taken(taps).values()]
             return chosen, (1 - mx.square(p).sum(-1)).mean(), fed, drawn
 
+        differentiate = mx.value_and_grad(log_probability)
         for state in run.states:
-            pieces = []
-            for piece in run.pieces(state):
-                key, own = mx.random.split(key)
-                found, gradient = mx.value_and_grad(log_probability)(piece, own)
-                mx.eval(found, gradient)
-                pieces.append(gradient)
-                spread += [found[1].item()] * len(piece)
-                fed += [as_rows(x) for x in found[2]]
-                drawn_tokens.append(np.array(found[3]).ravel())
-            gradients.append(mx.concatenate(pieces))
+            pieces = run.pieces(state)
+            key, *keys = mx.random.split(key, len(pieces) + 1)
+            mx.eval(pieces, keys)
+            of_state = []
+            for start in range(0, len(pieces), cores()):
+                own = list(zip(pieces, keys, strict=True))[start : start + cores()]
+                steps = evaluated_side_by_side([partial(differentiate, *one) for one in own])
+                for (piece, _), (found, gradient) in zip(own, steps, strict=True):
+                    of_state.append(gradient)
+                    spread += [found[1].item()] * len(piece)
+                    fed += [as_rows(x) for x in found[2]]
+                    drawn_tokens.append(np.array(found[3]).ravel())
+            gradients.append(mx.concatenate(of_state))
     predicted: dict[str, dict[Option, float]] = {path: {} for path in outer}
     for path in heads:
         x, weight = mx.concatenate(fed), sum(spread) / len(spread) / 2

@@ -87,33 +87,34 @@ def _block_statistics(
     run: Pass, index: int, prefix: str, statistics: Mapping[str, Statistic], tokens: int
 ) -> InputStatistics:
     """Run block `index`, free its weights, and return what its layers were fed."""
-    sums = _Sums(statistics)
+    means = _Means(statistics, tokens)
     with tapped(run.blocks[index], list(statistics)) as taps:
         for seen in run.watched(index, lambda: taken(taps)):
-            sums.add(seen)
+            means.add(seen)
     run.release(index)
-    return sums.result(prefix, tokens)
+    return means.result(prefix)
 
 
 def outer_statistics(
     run: Pass, statistics: Mapping[str, Statistic], tokens: int
 ) -> InputStatistics:
     """Return what the layers that are in no block are fed, all blocks being run."""
-    sums = _Sums(statistics)
+    means = _Means(statistics, tokens)
     with tapped(run.model, list(statistics)) as taps:
         for state in run.states if statistics else ():
             run.finish(state)
             seen = taken(taps)
             mx.eval(seen)
-            sums.add([seen])
-    return sums.result("", tokens)
+            means.add([seen])
+    return means.result("")
 
 
-class _Sums:
-    """Sums of the statistics of what tapped layers were called with."""
+class _Means:
+    """Means over `tokens` of the statistics of what tapped layers were called with."""
 
-    def __init__(self, statistics: Mapping[str, Statistic]):
+    def __init__(self, statistics: Mapping[str, Statistic], tokens: int):
         self._statistics = statistics
+        self._scale = tokens**-0.5  # of rows, in which statistics are quadratic
         self._sums: dict[str, mx.array] = {}
         self._experts: dict[str, ExpertMeans] = {}
 
@@ -144,22 +145,17 @@ class _Sums:
                     self._experts[path] = ExpertMeans(inputs.experts, statistic)
                 self._experts[path].add(rows, np.array(inputs.routes).reshape(-1))
                 continue
-            found = statistic(rows)
+            found = statistic(rows * self._scale)
             self._sums[path] = found if path not in self._sums else self._sums[path] + found
             mx.eval(self._sums[path])
 
-    def result(self, prefix: str, tokens: int) -> InputStatistics:
+    def result(self, prefix: str) -> InputStatistics:
         """Return the means; of layers that were called with the same arrays, the same array."""
-        means: dict[int, mx.array] = {}
-        found: dict[str, Mean] = {}
-        for path, total in self._sums.items():
-            if id(total) not in means:
-                means[id(total)] = total / tokens
-            found[prefix + path] = means[id(total)]
-        mx.eval(list(means.values()))
-        found |= {prefix + path: experts for path, experts in self._experts.items()}
+        means: dict[str, Mean] = {**self._sums, **self._experts}
         rare = {prefix + path: experts.rare for path, experts in self._experts.items()}
-        return InputStatistics(prefix=prefix, means=found, rare=rare)
+        return InputStatistics(
+            prefix=prefix, means={prefix + path: mean for path, mean in means.items()}, rare=rare
+        )
 
 
 class ExpertMeans:

@@ -9,7 +9,7 @@ all cores are busy, and a busy machine costs what it takes (0.7 s).
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from functools import cache
+from functools import cache, partial
 from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import Any, TypeVar
@@ -43,6 +43,22 @@ def side_by_side(functions: Sequence[Callable[[], Result]]) -> list[Result]:
             return [future.result() for future in futures]
         finally:  # none of them goes on after an error, or Ctrl-C
             wait([future for future in futures if not future.cancel()])
+
+
+def evaluated_side_by_side(builds: Sequence[Callable[[], Result]]) -> list[Result]:
+    """Return the arrays that functions return, evaluated at most `cores()` at a time.
+
+    The functions are called one at a time, as they may change what they share while they run.
+    """
+    lock = Lock()
+
+    def compute(build: Callable[[], Result]) -> Result:
+        with lock:
+            built = build()
+        mx.eval(built)
+        return built
+
+    return side_by_side([partial(compute, build) for build in builds])
 
 
 def one_call_at_a_time(model: nn.Module) -> Callable[..., mx.array]:
