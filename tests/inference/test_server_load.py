@@ -1,0 +1,49 @@
+"""Many clients at once, for a long time."""
+
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from openai import OpenAI
+from serving import serving
+
+pytestmark = pytest.mark.slow
+
+REQUESTS, CLIENTS, GROWTH_MB = 1000, 8, 40
+WORDS = "once upon a time there was a little girl who had a big red ball and a small dog".split()
+
+
+def memory_mb(process):
+    with open(f"/proc/{process.pid}/status") as lines:
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_a_thousand_requests_leave_the_memory_as_it_is(stories):
+    with serving("--model", str(stories)) as server:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+
+        def ask(number):
+            own = random.Random(number)
+            prompt = " ".join(own.choices(WORDS, k=own.randint(3, 30)))
+            asked = {"model": "default_model", "max_tokens": own.randint(1, 24), "temperature": 1.0}
+            if number % 4 < 2:
+                answer = client.completions.create(prompt=prompt, stream=number % 2 == 0, **asked)
+            else:
+                messages = [{"role": "user", "content": prompt}]
+                answer = client.chat.completions.create(
+                    messages=messages, stream=number % 2 == 0, **asked
+                )
+            chunks = list(answer) if number % 2 == 0 else [answer]
+            reasons = [c.choices[0].finish_reason for c in chunks if c.choices]
+            return reasons[-1] in ("stop", "length")
+
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            first = list(pool.map(ask, range(REQUESTS // 5)))
+            before = memory_mb(server.process)
+            rest = list(pool.map(ask, range(REQUESTS // 5, REQUESTS)))
+        after = memory_mb(server.process)
+        print(f"{before:.0f} MB after {len(first)} requests, {after:.0f} MB after {REQUESTS}")
+        assert all(first + rest)
+        assert after < before + GROWTH_MB
