@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from functools import cache, partial
 from queue import SimpleQueue
-from threading import Lock, Thread
+from threading import Lock, Thread, current_thread
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -19,6 +19,7 @@ import mlx.nn as nn
 
 from splitquant_mlx.runtime.blas import one_thread
 
+NAME = "core"  # of the threads
 MOST = 4  # each has the arrays between two layers to itself
 Result = TypeVar("Result")
 
@@ -32,8 +33,9 @@ def side_by_side(functions: Sequence[Callable[[], Result]]) -> list[Result]:
     """Return what functions return, at most `cores()` of them at a time.
 
     Each evaluates the arrays that it makes. Arrays that all of them use are evaluated before.
+    Called by one of them, it calls one after the other.
     """
-    if min(cores(), len(functions)) == 1:
+    if min(cores(), len(functions)) == 1 or current_thread().name == NAME:
         return [function() for function in functions]
     with one_thread():
         futures: list[Future[Result]] = [Future() for _ in functions]
@@ -88,7 +90,7 @@ def _queue() -> "SimpleQueue[tuple[Future[Any], Callable[[], Any]]]":
     """
     queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
     for _ in range(cores()):
-        Thread(target=_work, args=(queue,), daemon=True).start()
+        Thread(target=_work, args=(queue,), name=NAME, daemon=True).start()
     return queue
 
 

@@ -33,6 +33,13 @@ def test_functions_run_at_once_and_answer_in_order(three_cores):
     assert found == [1, 2, 3]
 
 
+def test_functions_may_ask_for_more_than_there_are_threads(three_cores):
+    def inner():
+        return sum(cores.side_by_side([lambda: 1, lambda: 2]))
+
+    assert cores.side_by_side([inner] * 7) == [3] * 7
+
+
 def test_an_error_comes_out_when_all_have_stopped(three_cores):
     begun, ended = threading.Event(), []
 
