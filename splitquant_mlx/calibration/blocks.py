@@ -62,11 +62,11 @@ class Pass:
             build: returns arrays for the number of a batch, unevaluated; called once at a time, as
                 the block may be changed for the time of a call.
         """
-        settle(self.blocks[index])
         for start in range(0, len(self.states), cores()):
             batches = range(start, min(start + cores(), len(self.states)))
             mx.eval([self.states[batch] for batch in batches])
-            yield evaluated_side_by_side([partial(build, batch) for batch in batches])
+            builds = [partial(build, batch) for batch in batches]
+            yield evaluated_side_by_side(builds, self.blocks[index])
 
     def watched(self, index: int, watch: Callable[[], Value]) -> Iterator[list[Value]]:
         """Take all texts through block `index`, and yield what `watch` finds after each batch."""
@@ -248,11 +248,25 @@ class Tap:
 
 
 def taken(taps: Mapping[str, Tap]) -> dict[str, Inputs]:
-    """Return what layers were called with last, by path, and have their taps forget it."""
-    found = {path: tap.inputs for path, tap in taps.items() if tap.inputs is not None}
-    for tap in taps.values():
-        tap.inputs = None
+    """Return what layers were called with last, by path, and have their taps forget it.
+
+    Raises:
+        RecipeError: when a layer was not called.
+    """
+    found: dict[str, Inputs] = {}
+    for path, tap in taps.items():
+        if tap.inputs is None:
+            raise unreached(path)
+        found[path], tap.inputs = tap.inputs, None
     return found
+
+
+def unreached(path: str) -> RecipeError:
+    """Return what to say where no text of a calibration reaches a layer."""
+    return RecipeError(
+        f"the texts of the calibration do not reach {path}: give longer ones with "
+        f'--sequence-length, or leave it out with --exclude "*{path.rpartition(".")[0]}.*"'
+    )
 
 
 def is_expert_stack(module: Any) -> bool:
@@ -298,4 +312,7 @@ def _put(module: nn.Module, children: dict[str, Any]) -> None:
         node: Any = module
         for name in parents:
             node = node[int(name)] if isinstance(node, list) else node[name]
-        node[leaf] = child
+        if isinstance(node, list):
+            node[int(leaf)] = child
+        else:
+            node[leaf] = child

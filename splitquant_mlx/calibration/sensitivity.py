@@ -40,7 +40,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from splitquant_mlx.calibration.blocks import Pass, Tap, below, start_pass, taken, tapped
+from splitquant_mlx.calibration.blocks import Pass, Tap, below, start_pass, taken, tapped, unreached
 from splitquant_mlx.calibration.layer_divergence import (
     Option,
     as_rows,
@@ -117,6 +117,8 @@ def predict_divergence(
                 for option, value in looked_up.items():
                     found[path][option] = found[path].get(option, 0.0) + raised * value
     unfinished.remove()
+    if left_out := next((path for path in options if not found[path]), None):
+        raise unreached(left_out)
     return {path: found[path] for path in options}
 
 
@@ -266,6 +268,7 @@ def _head_sensitivity(run: Pass, outer: list[str], options: Options, seed: int) 
     linear = [path for path in outer if isinstance(modules[path], nn.Linear)]
     heads = (linear or outer)[:1]  # an embedding is the head where there is no other
     key = mx.random.key(seed)
+    mx.eval(run.finish(run.states[0][:1, :1]))  # reads what comes after the blocks
     with tapped(run.model, heads) as taps:
 
         def log_probability(state: mx.array, key: mx.array) -> tuple[mx.array, mx.array, Any, Any]:

@@ -15,6 +15,7 @@ from splitquant_mlx.models.expert_products import expert_products, product
 
 BITS = 8
 GROUP_SIZE = 64
+SMALL = 1 << 10  # weights of a layer that stays as it is: Gemma 3n changes some of its own
 SLICE = 1 << 20  # weights that are wide at a time, so that they stay in a core's cache
 
 
@@ -31,6 +32,8 @@ def compact(model: nn.Module) -> nn.Module:
     replaced: list[tuple[str, nn.Module]] = []
     for path, module in model.named_modules():
         if not hasattr(module, "to_quantized") or module["weight"].ndim < 2:
+            continue
+        if module["weight"].size <= SMALL:
             continue
         if on_cpu:
             layer: nn.Module = _CompactEmbedding(module) if _is_table(module) else _Compact(module)

@@ -47,19 +47,25 @@ def side_by_side(functions: Sequence[Callable[[], Result]]) -> list[Result]:
             wait([future for future in futures if not future.cancel()])
 
 
-def evaluated_side_by_side(builds: Sequence[Callable[[], Result]]) -> list[Result]:
-    """Return the arrays that functions return, evaluated at most `cores()` at a time.
+def evaluated_side_by_side(
+    builds: Sequence[Callable[[], Result]], module: nn.Module | None = None
+) -> list[Result]:
+    """Return the arrays that functions make, evaluated at most `cores()` at a time.
 
-    The functions are called one at a time, as they may change what they share while they run.
+    The functions are called one at a time, as they may change what they share, such as a module.
     """
     lock = Lock()
 
     def compute(build: Callable[[], Result]) -> Result:
         with lock:
             built = build()
+            if module is not None:
+                settle(module)
         mx.eval(built)
         return built
 
+    if module is not None:
+        settle(module)
     return side_by_side([partial(compute, build) for build in builds])
 
 
@@ -70,13 +76,18 @@ def one_call_at_a_time(model: nn.Module) -> Callable[..., mx.array]:
 
     def call(*args: Any, **kwargs: Any) -> mx.array:
         with lock:
-            return model(*args, **kwargs)
+            y = model(*args, **kwargs)
+            settle(model)
+        return y
 
     return call
 
 
 def settle(module: nn.Module) -> None:
-    """Evaluate all arrays that a module holds, which then are at hand in every thread."""
+    """Evaluate all arrays that a module holds, which then are at hand in every thread.
+
+    Some models change them when they are called, Gemma 3n for one.
+    """
     values = [value for part in module.modules() for value in part.values()]
     mx.eval([value for value in values if isinstance(value, mx.array)])
 

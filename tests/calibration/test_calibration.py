@@ -13,7 +13,7 @@ from scipy.stats import chisquare
 from tokenizers import processors
 
 from splitquant_mlx import RecipeError, dequantize, load
-from splitquant_mlx.calibration import self_text
+from splitquant_mlx.calibration import blocks, self_text
 from splitquant_mlx.calibration.self_text import beginnings, sample_tokens
 from splitquant_mlx.calibration.sensitivity import predict_divergence
 from splitquant_mlx.calibration.statistics import (
@@ -360,6 +360,40 @@ def test_an_embedding_counts_by_the_rows_that_are_looked_up(tmp_path):
         )
 
     assert predict(1) == predict(100)
+
+
+def test_sensitivities_do_not_depend_on_how_much_is_computed_at_once(
+    stories, tmp_path, monkeypatch
+):
+    options = {"model.layers.0.mlp.up_proj": [(3, 32)], "model.embed_tokens": [(3, 32), (4, 32)]}
+    tokens = np.arange(256, dtype=np.int32).reshape(4, 64)
+
+    def predict(name):
+        settings = {"seed": 0, "progress": Silent(), "unfinished": Unfinished(tmp_path / name)}
+        return predict_divergence(lambda: load(stories, lazy=True)[0], tokens, options, **settings)
+
+    def flat(found):
+        return [kl for of in found.values() for kl in of.values()]
+
+    whole = flat(predict("whole"))
+    monkeypatch.setattr(blocks, "CPU_BATCH_TOKENS", 64)
+    monkeypatch.setattr(blocks, "LOGITS", 64 * 512)
+    pieces = flat(predict("pieces"))  # other tokens are drawn, which is all that differs
+    np.testing.assert_allclose(pieces, whole, rtol=0.3)
+
+
+def test_a_layer_that_no_text_reaches_is_named(stories, tmp_path):
+    def changed():
+        model = load(stories, lazy=True)[0]
+        model.model.layers[0].mlp.spare = nn.Linear(64, 64)
+        return model
+
+    tokens, path = np.arange(64, dtype=np.int32).reshape(2, 32), "model.layers.0.mlp.spare"
+    with pytest.raises(RecipeError, match="do not reach .*spare"):
+        list(iterate_blocks(changed, tokens, {path: hessian}))
+    settings = {"seed": 0, "progress": Silent(), "unfinished": Unfinished(tmp_path)}
+    with pytest.raises(RecipeError, match="do not reach .*spare"):
+        predict_divergence(changed, tokens, {path: [(4, 32)]}, **settings)
 
 
 def test_sensitivities_go_on_where_they_were_interrupted(stories, tmp_path):

@@ -4,6 +4,7 @@ import threading
 import time
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -73,6 +74,32 @@ def test_statistics_do_not_depend_on_the_number_of_cores(stories, three_cores, m
     assert alone.keys() == wanted.keys()
     for path in wanted:
         np.testing.assert_allclose(side_by_side[path], alone[path], rtol=1e-5, atol=1e-6)
+
+
+def test_a_module_that_changes_itself_is_called_by_all(three_cores):
+    class Widening(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = mx.ones((64, 64), mx.float16) / 64
+
+        def __call__(self, x):
+            self.weight = self.weight.astype(mx.float32) * 1
+            return x @ self.weight
+
+    module = Widening()
+    call = cores.one_call_at_a_time(module)
+    x = mx.ones((1, 64))
+    mx.eval(x)
+
+    def several():
+        y = x
+        for _ in range(50):
+            y = call(y)
+        return y.sum().item()
+
+    assert cores.side_by_side([several] * 3) == [64.0] * 3
+    found = cores.evaluated_side_by_side([lambda: module(x)] * 9, module)
+    assert [y.sum().item() for y in found] == [64.0] * 9
 
 
 def test_a_process_that_used_them_exits_cleanly():
