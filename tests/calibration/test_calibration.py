@@ -389,10 +389,10 @@ def test_a_layer_that_no_text_reaches_is_named(stories, tmp_path):
         return model
 
     tokens, path = np.arange(64, dtype=np.int32).reshape(2, 32), "model.layers.0.mlp.spare"
-    with pytest.raises(RecipeError, match="do not reach .*spare"):
+    with pytest.raises(RecipeError, match=r"do not reach .*spare"):
         list(iterate_blocks(changed, tokens, {path: hessian}))
     settings = {"seed": 0, "progress": Silent(), "unfinished": Unfinished(tmp_path)}
-    with pytest.raises(RecipeError, match="do not reach .*spare"):
+    with pytest.raises(RecipeError, match=r"do not reach .*spare"):
         predict_divergence(changed, tokens, {path: [(4, 32)]}, **settings)
 
 
