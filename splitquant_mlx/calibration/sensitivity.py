@@ -212,11 +212,10 @@ def _block_sensitivities(
             return stack_divergences(w, x, g, experts, options[path], tokens)
         return layer_divergences(w.astype(mx.float32), x, g, options[path])
 
-    found, paths = {}, list(options)
-    for start in range(0, len(paths), cores()):
-        own = paths[start : start + cores()]
-        found.update(zip(own, side_by_side([partial(of_layer, path) for path in own]), strict=True))
-        advance(0.5 * len(own) / len(paths))
+    # the largest first, or a core would wait for it at the end
+    paths = sorted(options, key=lambda path: -modules[path]["weight"].size)
+    found = dict(zip(paths, side_by_side([partial(of_layer, path) for path in paths]), strict=True))
+    advance(0.5 if paths else 0)
     return found, before
 
 
