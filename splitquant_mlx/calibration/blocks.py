@@ -19,7 +19,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.runtime.cores import cores, evaluated_side_by_side, settle
+from splitquant_mlx.runtime.cores import evaluated, in_rounds, settle
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 2048  # each core of a CPU has a batch
 LOGITS = 1 << 24  # in memory together
@@ -62,11 +62,9 @@ class Pass:
             build: returns arrays for the number of a batch, unevaluated; called once at a time, as
                 the block may be changed for the time of a call.
         """
-        for start in range(0, len(self.states), cores()):
-            batches = range(start, min(start + cores(), len(self.states)))
-            mx.eval([self.states[batch] for batch in batches])
-            builds = [partial(build, batch) for batch in batches]
-            yield evaluated_side_by_side(builds, self.blocks[index])
+        mx.eval(self.states)
+        compute = evaluated(build, self.blocks[index])
+        return in_rounds([partial(compute, batch) for batch in range(len(self.states))])
 
     def watched(self, index: int, watch: Callable[[], Value]) -> Iterator[list[Value]]:
         """Take all texts through block `index`, and yield what `watch` finds after each batch."""
@@ -311,8 +309,9 @@ def _put(module: nn.Module, children: dict[str, Any]) -> None:
         *parents, leaf = path.split(".")
         node: Any = module
         for name in parents:
-            node = node[int(name)] if isinstance(node, list) else node[name]
-        if isinstance(node, list):
-            node[int(leaf)] = child
-        else:
-            node[leaf] = child
+            node = node[_key(node, name)]
+        node[_key(node, leaf)] = child
+
+
+def _key(node: Any, name: str) -> Any:
+    return int(name) if isinstance(node, list) else name

@@ -20,7 +20,7 @@ import numpy as np
 from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.progress import Progress
-from splitquant_mlx.runtime.cores import cores, one_call_at_a_time, side_by_side
+from splitquant_mlx.runtime.cores import cores, one_at_a_time, side_by_side
 
 OPENINGS = (
     "The history of", "In mathematics,", "def ", "#include <", "Chapter 1\n\n", "Question: ",
@@ -92,7 +92,7 @@ def _continue(
     count = max(1, min(cores(), len(tokens) // CORE_TEXTS))
     ends = [len(tokens) * part // count for part in range(count + 1)]
     parts = [slice(*pair) for pair in itertools.pairwise(ends)]
-    call = one_call_at_a_time(model)  # a layer may be changed for the time of a call
+    call = one_at_a_time(model, model)  # a layer may be changed for the time of a call
 
     def read(part: slice) -> list[Any]:
         cache = _empty_cache(model, tokens.shape[1])

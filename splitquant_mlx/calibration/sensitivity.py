@@ -34,6 +34,7 @@ with each token kept at the original's experts 0.0029, 0.00071 and 0.00083, with
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -55,7 +56,7 @@ from splitquant_mlx.calibration.layer_divergence import (
 )
 from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.progress import Advance, Progress
-from splitquant_mlx.runtime.cores import cores, evaluated_side_by_side, side_by_side
+from splitquant_mlx.runtime.cores import evaluated, in_rounds, side_by_side
 
 Options = Mapping[str, Sequence[Option]]
 METHOD = 6  # counts changes of what is predicted, for caches of it
@@ -108,7 +109,6 @@ def predict_divergence(
             run.release(index)
             found.update({prefix + path: values for path, values in predicted.items()})
             _save(unfinished, way._replace(gradients=gradients, left=index))
-            advance(0 if own else 0.5)
         for path in outer:
             if isinstance(dict(run.model.named_modules())[path], nn.Embedding):
                 rows = used_rows(block_weight(run.model, path), tokens)
@@ -215,7 +215,7 @@ def _block_sensitivities(
     # the largest first, or a core would wait for it at the end
     paths = sorted(options, key=lambda path: -modules[path]["weight"].size)
     found = dict(zip(paths, side_by_side([partial(of_layer, path) for path in paths]), strict=True))
-    advance(0.5 if paths else 0)
+    advance(0.5)
     return found, before
 
 
@@ -279,20 +279,18 @@ def _head_sensitivity(run: Pass, outer: list[str], options: Options, seed: int) 
             fed = [seen.rows for seen in taken(taps).values()]
             return chosen, (1 - mx.square(p).sum(-1)).mean(), fed, drawn
 
-        differentiate = mx.value_and_grad(log_probability)
+        differentiate = evaluated(mx.value_and_grad(log_probability))
         for state in run.states:
             pieces = run.pieces(state)
             key, *keys = mx.random.split(key, len(pieces) + 1)
             mx.eval(pieces, keys)
+            works = [partial(differentiate, *own) for own in zip(pieces, keys, strict=True)]
             of_state = []
-            for start in range(0, len(pieces), cores()):
-                own = list(zip(pieces, keys, strict=True))[start : start + cores()]
-                steps = evaluated_side_by_side([partial(differentiate, *one) for one in own])
-                for (piece, _), (found, gradient) in zip(own, steps, strict=True):
-                    of_state.append(gradient)
-                    spread += [found[1].item()] * len(piece)
-                    fed += [as_rows(x) for x in found[2]]
-                    drawn_tokens.append(np.array(found[3]).ravel())
+            for found, gradient in chain.from_iterable(in_rounds(works)):
+                of_state.append(gradient)
+                spread += [found[1].item()] * len(gradient)
+                fed += [as_rows(x) for x in found[2]]
+                drawn_tokens.append(np.array(found[3]).ravel())
             gradients.append(mx.concatenate(of_state))
     predicted: dict[str, dict[Option, float]] = {path: {} for path in outer}
     for path in heads:

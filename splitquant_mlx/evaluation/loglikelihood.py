@@ -27,7 +27,7 @@ import numpy as np
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluation.scoring import block_rows, token_array
 from splitquant_mlx.progress import SILENT, Progress
-from splitquant_mlx.runtime.cores import cores, one_call_at_a_time, side_by_side
+from splitquant_mlx.runtime.cores import in_rounds, one_at_a_time
 from splitquant_mlx.runtime.ranks import Group, deal
 
 BATCH_TOKENS = 4096
@@ -99,10 +99,9 @@ def score(
         prefix = _common_prefix(groups) if runner.shares else 0
         opening = runner.extend(runner.empty(), [0], [groups[0][0][:prefix]])
         batches = deal(group, list(_batches(groups, batch_tokens)))
-        for start in range(0, len(batches), cores()):
-            own = batches[start : start + cores()]
-            works = [partial(_score_batch, runner, opening, prefix, batch) for batch in own]
-            for found in itertools.chain.from_iterable(side_by_side(works)):
+        works = [partial(_score_batch, runner, opening, prefix, batch) for batch in batches]
+        for scored in itertools.chain.from_iterable(in_rounds(works)):
+            for found in scored:
                 yield found
                 advance(1)
 
@@ -157,7 +156,7 @@ class _Runner:
     def __init__(self, model: nn.Module, vocabulary: int, batch_tokens: int) -> None:
         from mlx_lm.models.cache import KVCache
 
-        self._model, self._call = model, one_call_at_a_time(model)
+        self._model, self._call = model, one_at_a_time(model, model)
         self._plain = KVCache
         self._logit_rows = block_rows(vocabulary)
         self._batch_tokens = batch_tokens

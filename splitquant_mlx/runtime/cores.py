@@ -7,9 +7,9 @@ all cores are busy, and a busy machine costs what it takes (0.7 s).
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from functools import cache, partial
+from functools import cache
 from queue import SimpleQueue
 from threading import Lock, Thread, current_thread
 from typing import Any, TypeVar
@@ -47,40 +47,49 @@ def side_by_side(functions: Sequence[Callable[[], Result]]) -> list[Result]:
             wait([future for future in futures if not future.cancel()])
 
 
-def evaluated_side_by_side(
-    builds: Sequence[Callable[[], Result]], module: nn.Module | None = None
-) -> list[Result]:
-    """Return the arrays that functions make, evaluated at most `cores()` at a time.
+def in_rounds(functions: Sequence[Callable[[], Result]]) -> Iterator[list[Result]]:
+    """Yield what functions return, in order, as many together as are called side by side."""
+    for start in range(0, len(functions), cores()):
+        yield side_by_side(functions[start : start + cores()])
 
-    The functions are called one at a time, as they may change what they share, such as a module.
+
+def one_at_a_time(
+    call: Callable[..., Result], module: nn.Module | None = None
+) -> Callable[..., Result]:
+    """Return a function for threads: no call of it meets another.
+
+    Args:
+        call: may change, while it runs, what it shares with others.
+        module: whose arrays it uses: they are at hand in every thread.
     """
+    if cores() == 1:
+        return call
     lock = Lock()
 
-    def compute(build: Callable[[], Result]) -> Result:
+    def locked(*args: Any, **kwargs: Any) -> Result:
         with lock:
-            built = build()
+            found = call(*args, **kwargs)
             if module is not None:
                 settle(module)
-        mx.eval(built)
-        return built
+        return found
 
     if module is not None:
         settle(module)
-    return side_by_side([partial(compute, build) for build in builds])
+    return locked
 
 
-def one_call_at_a_time(model: nn.Module) -> Callable[..., mx.array]:
-    """Return a model's call, for threads: its arrays are at hand, and no call meets another."""
-    settle(model)
-    lock = Lock()
+def evaluated(
+    build: Callable[..., Result], module: nn.Module | None = None
+) -> Callable[..., Result]:
+    """Return `one_at_a_time` of `build`, with the arrays that it returns evaluated after that."""
+    locked = one_at_a_time(build, module)
 
-    def call(*args: Any, **kwargs: Any) -> mx.array:
-        with lock:
-            y = model(*args, **kwargs)
-            settle(model)
-        return y
+    def compute(*args: Any) -> Result:
+        built = locked(*args)
+        mx.eval(built)
+        return built
 
-    return call
+    return compute
 
 
 def settle(module: nn.Module) -> None:

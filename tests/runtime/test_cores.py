@@ -2,6 +2,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,7 +18,6 @@ from splitquant_mlx.runtime import cores
 @pytest.fixture
 def three_cores(monkeypatch):
     monkeypatch.setattr(cores, "cores", lambda: 3)
-    monkeypatch.setattr(blocks, "cores", lambda: 3)
     cores._queue.cache_clear()
     yield
     cores._queue.cache_clear()
@@ -68,8 +68,7 @@ def test_statistics_do_not_depend_on_the_number_of_cores(stories, three_cores, m
         return {k: np.array(v) for block in run for k, v in block.means.items()}
 
     side_by_side = means()
-    for module in (cores, blocks):
-        monkeypatch.setattr(module, "cores", lambda: 1)
+    monkeypatch.setattr(cores, "cores", lambda: 1)
     alone = means()
     assert alone.keys() == wanted.keys()
     for path in wanted:
@@ -87,7 +86,7 @@ def test_a_module_that_changes_itself_is_called_by_all(three_cores):
             return x @ self.weight
 
     module = Widening()
-    call = cores.one_call_at_a_time(module)
+    call = cores.one_at_a_time(module, module)
     x = mx.ones((1, 64))
     mx.eval(x)
 
@@ -98,7 +97,8 @@ def test_a_module_that_changes_itself_is_called_by_all(three_cores):
         return y.sum().item()
 
     assert cores.side_by_side([several] * 3) == [64.0] * 3
-    found = cores.evaluated_side_by_side([lambda: module(x)] * 9, module)
+    works = [partial(cores.evaluated(module, module), x)] * 9
+    found = [y for some in cores.in_rounds(works) for y in some]
     assert [y.sum().item() for y in found] == [64.0] * 9
 
 
