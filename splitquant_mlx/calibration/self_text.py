@@ -19,6 +19,7 @@ import numpy as np
 
 from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.models.prompt_cache import make_cache
 from splitquant_mlx.progress import Progress
 from splitquant_mlx.runtime.cores import cores, one_at_a_time, side_by_side
 
@@ -95,7 +96,7 @@ def _continue(
     call = one_at_a_time(model, model)  # a layer may be changed for the time of a call
 
     def read(part: slice) -> list[Any]:
-        cache = _empty_cache(model, tokens.shape[1])
+        cache = make_cache(model, tokens.shape[1])
         for start in range(0, first - 1, READ):  # what is there; nothing asks for its logits
             call(mx.array(tokens[part, start : min(start + READ, first - 1)]), cache=cache)
             mx.eval([layer.state for layer in cache])
@@ -112,17 +113,6 @@ def _continue(
     for position in range(first, tokens.shape[1]):
         side_by_side([partial(write, *own, position) for own in zip(parts, caches, strict=True)])
         yield position
-
-
-def _empty_cache(model: nn.Module, length: int) -> list[Any]:
-    """Return a cache of keys and values that has room for `length` positions at once."""
-    from mlx_lm.models.cache import make_prompt_cache
-
-    cache = make_prompt_cache(model)
-    for layer in cache:
-        if getattr(layer, "step", 0) > length:
-            layer.step = length
-    return cache
 
 
 def _draw(logits: mx.array, seed: list[int], part: slice) -> np.ndarray:

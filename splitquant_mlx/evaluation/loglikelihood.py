@@ -26,12 +26,14 @@ import numpy as np
 
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluation.scoring import block_rows, token_array
+from splitquant_mlx.models.prompt_cache import make_cache
 from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.runtime.cores import in_rounds, one_at_a_time
 from splitquant_mlx.runtime.ranks import Group, deal
 
 BATCH_TOKENS = 4096
 MAX_STEP = 1024  # attention over more at once takes more memory than it gains time
+CACHE_STEP = 16  # tokens that rows of a cache make room for at a time
 SLACK = 16  # the contexts of a batch differ in length by a sixteenth at most
 
 Tokens = tuple[int, ...]
@@ -164,9 +166,7 @@ class _Runner:
 
     def empty(self) -> list[Any]:
         """Return a new cache without tokens, for any number of rows."""
-        from mlx_lm.models.cache import make_prompt_cache
-
-        return make_prompt_cache(self._model)
+        return make_cache(self._model, CACHE_STEP)
 
     def row_limit(self, tokens: int) -> int:
         """Return how many rows of `tokens`, cached ones included, to hold at a time."""
@@ -200,6 +200,7 @@ class _Runner:
         copied = []
         for layer in cache:
             new = self._plain()
+            new.step = CACHE_STEP
             new.keys = mx.take(layer.keys[..., : layer.offset, :], mx.array(rows), axis=0)
             new.values = mx.take(layer.values[..., : layer.offset, :], mx.array(rows), axis=0)
             new.offset = layer.offset

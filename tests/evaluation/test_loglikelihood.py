@@ -217,3 +217,23 @@ def test_what_does_not_fit_is_dropped_from_the_left(context, continuation, lengt
     assert [*cut, *end][:-1] == read
     assert end == continuation and cut
     assert fit(context, continuation, None) == (context, continuation)
+
+
+def test_many_short_rows_make_room_for_their_own_tokens_alone(models):
+    """mlx-lm's caches make room for 256 positions: ten times the length of these rows."""
+    model = models("llama")
+    pairs = [([1, 2 + i % 60, 3 + i % 50] * 7, [i % 40 + j] * 3) for i in range(400) for j in (1, 2)]
+    weights, before = mx.get_active_memory(), dict(score(model, pairs[:2]))
+    mx.reset_peak_memory()
+    scores = dict(score(model, pairs, batch_tokens=4096))
+    assert mx.get_peak_memory() - weights < 16 * 4096 * cache_bytes(model)
+    assert scores[0].loglikelihood == pytest.approx(before[0].loglikelihood, abs=TOLERANCE)
+
+
+def cache_bytes(model):
+    """Return the bytes that a model's cache holds for a token."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache = make_prompt_cache(model)
+    model(mx.array([[1]]), cache=cache)
+    return sum(x.keys[..., :1, :].nbytes + x.values[..., :1, :].nbytes for x in cache)
