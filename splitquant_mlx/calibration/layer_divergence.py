@@ -14,6 +14,7 @@ Option = tuple[int, int]  # bits, group_size
 ROWS = 256
 EXPERTS = 16  # of a stack that are looked at
 HEAD_ROWS = 2048
+MEASURED_BITS = 4
 
 
 def some_rows(w: mx.array, axis: int = 0) -> mx.array:
@@ -130,13 +131,24 @@ def divergences(
     options: Sequence[Option],
     divergence: Callable[[mx.array], mx.array],
 ) -> dict[Option, float]:
-    """Return the divergence of the error that each option makes in `w`."""
-    found = {}
-    for bits, group_size in options:
+    """Return the divergence of the error that each option makes in `w`.
+
+    Errors with more than `MEASURED_BITS` are not computed: from there on they shrink with the step
+    of the grid, range / (2^bits - 1), and the divergence with its square. In SmolLM2-135M a layer's
+    divergence at 5, 6 and 8 bits is 1.02 times (geometric mean) that of its 4 bits times the ratio
+    of the squares, with a standard deviation of 5 %; the sample of rows alone makes 9 %.
+    """
+    measured: dict[Option, float] = {}
+    limit = max(MEASURED_BITS, min(bits for bits, _ in options))
+    for bits, group_size in {(min(bits, limit), group_size) for bits, group_size in options}:
         quantized = quantize_weighted(w, importance, bits=bits, group_size=group_size)
         error = w - dequantize(quantized, bits=bits, group_size=group_size)
-        found[bits, group_size] = float(divergence(error).item())  # type: ignore[arg-type]
-    return found
+        measured[bits, group_size] = float(divergence(error).item())  # type: ignore[arg-type]
+    return {
+        (bits, size): measured[min(bits, limit), size]
+        * ((2 ** min(bits, limit) - 1) / (2**bits - 1)) ** 2
+        for bits, size in options
+    }
 
 
 def used_rows(w: mx.array, tokens: np.ndarray) -> mx.array:

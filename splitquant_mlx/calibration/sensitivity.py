@@ -59,7 +59,7 @@ from splitquant_mlx.progress import Advance, Progress
 from splitquant_mlx.runtime.cores import evaluated, in_rounds, side_by_side
 
 Options = Mapping[str, Sequence[Option]]
-METHOD = 6  # counts changes of what is predicted, for caches of it
+METHOD = 7  # counts changes of what is predicted, for caches of it
 
 
 def predict_divergence(
