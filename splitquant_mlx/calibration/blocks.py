@@ -1,10 +1,9 @@
-"""Run a model over texts block by block, and watch the inputs of its layers.
+"""Run a model over texts block by block, and record the inputs of its layers.
 
-A transformer of mlx-lm has a list `layers` of blocks, each called with the hidden states first and
-whatever else it needs (masks, caches) after. With the blocks replaced by stand-ins that note what
-they are called with, one pass tells what each block needs, without computing it; then the blocks
-are called one after the other on all texts. Only one block's weights are in memory at a time, and
-each layer of a block is seen while its weights are there.
+A transformer of mlx-lm has a list `layers` of blocks. Each is called with the hidden states,
+followed by other arguments (masks, caches). A first pass replaces the blocks with placeholders that
+record these arguments and compute nothing. The blocks then run one after the other on all texts, so
+that only one block's weights are in memory at a time.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,19 +20,20 @@ from mlx.utils import tree_map
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.runtime.cores import evaluated, in_rounds, settle
 
-CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 2048  # each core of a CPU has a batch
-LOGITS = 1 << 24  # in memory together
+CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 2048  # on a CPU: per core
+LOGITS = 1 << 24  # in memory at a time
 Value = TypeVar("Value")
 
 
 @dataclass(eq=False)
 class Pass:
-    """Texts on their way through a model.
+    """Hidden states of a set of texts at some depth of a model.
 
     Attributes:
+        model: one of mlx-lm's.
         blocks: the model's blocks; `release` frees the weights of one.
-        states: hidden states before the next block, one array (texts, length, hidden) a batch.
-        calls: calls[block][batch], the other arguments of the block.
+        states: inputs of the next block, one array (texts, length, hidden) per batch.
+        calls: calls[block][batch], the remaining arguments of the block.
     """
 
     model: nn.Module
@@ -43,69 +43,69 @@ class Pass:
 
     @property
     def prefixes(self) -> list[str]:
-        """Return what the paths of each block's parameters begin with, as in "model.layers.0."."""
+        """Return the prefix of each block's parameter paths, such as "model.layers.0."."""
         names = {id(module): path for path, module in self.model.named_modules()}
         return [f"{names[id(block)]}." for block in self.blocks]
 
     def run(self, index: int, batch: int, state: mx.array) -> mx.array:
-        """Return what block `index` makes of the `state` of a batch; not evaluated yet."""
+        """Return the output of block `index` for the `state` of a batch, unevaluated."""
         args, kwargs = self.calls[index][batch]
         return self.blocks[index](state, *args, **kwargs)
 
     def rounds(self, index: int, build: Callable[[int], Value]) -> Iterator[list[Value]]:
-        """Compute something with block `index` and each batch; yields what is found, in order.
+        """Evaluate `build(batch)` for each batch; yields the results in order.
 
-        On a CPU the batches of a round are computed side by side, one on each core.
+        On a CPU the batches of a round are computed in parallel, one per core.
 
         Args:
-            index: of the block.
-            build: returns arrays for the number of a batch, unevaluated; called once at a time, as
-                the block may be changed for the time of a call.
+            index: of the block that `build` calls.
+            build: returns unevaluated arrays for a batch number. Calls do not overlap, as they may
+                replace modules of the block.
         """
         mx.eval(self.states)
         compute = evaluated(build, self.blocks[index])
         return in_rounds([partial(compute, batch) for batch in range(len(self.states))])
 
     def watched(self, index: int, watch: Callable[[], Value]) -> Iterator[list[Value]]:
-        """Take all texts through block `index`, and yield what `watch` finds after each batch."""
+        """Run all texts through block `index`; yields the results of `watch`, called per batch."""
 
         def build(batch: int) -> tuple[mx.array, Value]:
             return self.run(index, batch, self.states[batch]), watch()
 
         done = 0
-        for found in self.rounds(index, build):
-            for state, _ in found:
+        for results in self.rounds(index, build):
+            for state, _ in results:
                 self.states[done] = state
                 done += 1
-            yield [seen for _, seen in found]
+            yield [watched for _, watched in results]
 
     def advance(self, index: int) -> None:
-        """Take all texts through block `index`."""
+        """Run all texts through block `index`."""
         for _ in self.watched(index, lambda: None):
             pass
 
     def release(self, index: int) -> None:
-        """Free the weights of a block, which cannot be run again before `restore`."""
+        """Free the weights of a block; it cannot run again before `restore`."""
         block = self.blocks[index]
         block.update(tree_map(lambda array: mx.array(0), block.parameters()))
 
     def restore(self, model: nn.Module) -> None:
-        """Take the same model, loaded anew, in the place of the one here."""
+        """Replace the model with a newly loaded copy."""
         self.model, self.blocks = model, _blocks(model)
 
     def finish(self, state: mx.array) -> mx.array:
-        """Return the model's output for a state after the last block; not evaluated yet."""
+        """Return the logits for the output of the last block, unevaluated."""
         with _replaced(self.blocks, lambda *call: state):
             return self.model(mx.zeros(state.shape[:2], mx.int32))
 
     def pieces(self, state: mx.array) -> list[mx.array]:
-        """Return a state after the last block by texts, with at most `LOGITS` logits each."""
+        """Divide the output of the last block by texts, with at most `LOGITS` logits per piece."""
         texts = max(1, LOGITS // self.finish(state[:1]).size)
         return [state[start : start + texts] for start in range(0, len(state), texts)]
 
 
 def below(prefix: str, by_path: Mapping[str, Value]) -> dict[str, Value]:
-    """Return what lies below a prefix, by the rest of its path."""
+    """Return the entries whose path begins with `prefix`, by the rest of the path."""
     return {
         path.removeprefix(prefix): value
         for path, value in by_path.items()
@@ -116,12 +116,12 @@ def below(prefix: str, by_path: Mapping[str, Value]) -> dict[str, Value]:
 def start_pass(
     load: Callable[[], nn.Module], tokens: np.ndarray, batch_tokens: int | None = None
 ) -> Pass:
-    """Begin to take `tokens` (texts, length) through a model, about `batch_tokens` at a time.
+    """Embed `tokens` (texts, length), and record the arguments of each block.
 
     Args:
-        load: loads the model lazily; called twice, so that what tokens were looked up in is freed.
+        load: loads the model lazily; called twice, which frees the embedding.
         tokens: (texts, length).
-        batch_tokens: that go through a block together; by default as many as suit the device.
+        batch_tokens: tokens per batch; the default depends on the device.
 
     Raises:
         RecipeError: when the model is not built of blocks that can be called one by one.
@@ -133,59 +133,59 @@ def start_pass(
 
 
 def begin(model: nn.Module, tokens: np.ndarray, batch_tokens: int | None = None) -> Pass:
-    """Begin to take `tokens` through a model that is in memory; see `start_pass`."""
+    """Do what `start_pass` does with a model that stays in memory."""
     blocks = _blocks(model)
     calls: list[list[Any]] = [[] for _ in blocks]
     states: list[mx.array] = []
 
-    def note(index: int, state: mx.array, args: tuple[Any, ...], kwargs: Any) -> mx.array:
+    def record(index: int, state: mx.array, args: tuple[Any, ...], kwargs: Any) -> mx.array:
         calls[index].append((args, kwargs))
         if index == 0:
             states.append(state)
         return state
 
-    suited = CPU_BATCH_TOKENS if mx.default_device() == mx.cpu else GPU_BATCH_TOKENS
-    texts = max(1, (batch_tokens or suited) // tokens.shape[1])
+    default = CPU_BATCH_TOKENS if mx.default_device() == mx.cpu else GPU_BATCH_TOKENS
+    texts = max(1, (batch_tokens or default) // tokens.shape[1])
     try:
-        with _replaced(blocks, note):
+        with _replaced(blocks, record):
             for start in range(0, len(tokens), texts):
                 model(mx.array(tokens[start : start + texts]))
-    except Exception as exc:  # a model that is built otherwise raises whatever it meets
+    except Exception as exc:  # other architectures may raise anything
         raise RecipeError(_unsupported(model)) from exc
-    if any(len(noted) != len(states) for noted in calls):
+    if any(len(recorded) != len(states) for recorded in calls):
         raise RecipeError(_unsupported(model))
     return Pass(model=model, blocks=blocks, states=states, calls=calls)
 
 
 def _blocks(model: nn.Module) -> list[Any]:
-    """Return the list of blocks that the model itself goes through, to be changed in place."""
-    wanted = list(getattr(model, "layers", []))
+    """Return the model's own list of blocks, for changes in place."""
+    layers = list(getattr(model, "layers", []))
     for module in model.modules():
-        found = module.get("layers")
-        if isinstance(found, list) and found and [*map(id, found)] == [*map(id, wanted)]:
-            return found
+        blocks = module.get("layers")
+        if isinstance(blocks, list) and blocks and [*map(id, blocks)] == [*map(id, layers)]:
+            return blocks
     raise RecipeError(_unsupported(model))
 
 
-class _StandIn:
-    """Answer for a block: the model may ask it for more than to be called."""
+class _Placeholder:
+    """Replacement of a block that keeps the block's attributes."""
 
-    def __init__(self, block: Any, answer: Callable[[mx.array, Any, Any], mx.array]):
+    def __init__(self, block: Any, call: Callable[[mx.array, Any, Any], mx.array]):
         self.block = block
-        self.answer = answer
+        self.call = call
 
     def __call__(self, state: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        return self.answer(state, args, kwargs)
+        return self.call(state, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
 
 
 @contextmanager
-def _replaced(blocks: list[Any], answer: Callable[..., mx.array]) -> Iterator[None]:
-    """Have `answer(index, state, args, kwargs)` called in place of every block."""
+def _replaced(blocks: list[Any], call: Callable[..., mx.array]) -> Iterator[None]:
+    """Call `call(index, state, args, kwargs)` in place of every block."""
     real = list(blocks)
-    blocks[:] = [_StandIn(block, partial(answer, index)) for index, block in enumerate(real)]
+    blocks[:] = [_Placeholder(block, partial(call, index)) for index, block in enumerate(real)]
     try:
         yield
     finally:
@@ -200,29 +200,29 @@ def _unsupported(model: nn.Module) -> str:
 
 
 class Inputs(NamedTuple):
-    """What a layer was called with.
+    """Input of a layer in one call.
 
     Attributes:
-        rows: (..., in).
-        given: what the layer itself was called with; `rows` but for a stack of experts.
-        routes: of a stack of experts, the expert of each of the rows, (...); else None.
-        experts: of the stack, their number.
+        rows: (..., in); for a stack of experts one row per token and expert.
+        argument: the array that the layer was called with.
+        routes: (...) the expert of each row; None for a plain layer.
+        experts: number of experts; 1 for a plain layer.
     """
 
     rows: mx.array
-    given: mx.array
+    argument: mx.array
     routes: mx.array | None = None
     experts: int = 1
 
 
 class Tap:
-    """Stand in for a layer, and keep what it is called with until it is taken.
+    """Wrapper of a layer that records its input; see `collect_inputs`.
 
     Attributes:
-        layer: the real one.
-        inputs: of the last call; None before.
-        output_shape: of the last call.
-        shift: added to the output, for gradients with respect to it; None adds nothing.
+        layer: the wrapped layer.
+        inputs: input of the last call; None before the first.
+        output_shape: output shape of the last call.
+        shift: added to the output, to differentiate with respect to it; None adds nothing.
     """
 
     def __init__(self, layer: Any):
@@ -232,10 +232,10 @@ class Tap:
         self.shift: mx.array | None = None
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        """Do as the layer does."""
+        """Call the layer."""
         if is_expert_stack(self.layer):
             routes: mx.array = args[0] if args else kwargs["indices"]
-            # a row for each expert that a token goes to; mlx-lm calls with (..., 1, in)
+            # mlx-lm's input is (..., 1, in), broadcast over the experts of a token
             rows = mx.broadcast_to(x.squeeze(-2), (*routes.shape, x.shape[-1]))
             self.inputs = Inputs(rows, x, routes, len(self.layer["weight"]))
         else:
@@ -245,40 +245,40 @@ class Tap:
         return y if self.shift is None else y + self.shift
 
 
-def taken(taps: Mapping[str, Tap]) -> dict[str, Inputs]:
-    """Return what layers were called with last, by path, and have their taps forget it.
+def collect_inputs(taps: Mapping[str, Tap]) -> dict[str, Inputs]:
+    """Return the recorded inputs by path, and clear them.
 
     Raises:
         RecipeError: when a layer was not called.
     """
-    found: dict[str, Inputs] = {}
+    collected: dict[str, Inputs] = {}
     for path, tap in taps.items():
         if tap.inputs is None:
             raise unreached(path)
-        found[path], tap.inputs = tap.inputs, None
-    return found
+        collected[path], tap.inputs = tap.inputs, None
+    return collected
 
 
 def unreached(path: str) -> RecipeError:
-    """Return what to say where no text of a calibration reaches a layer."""
+    """Return the error for a layer that no calibration text reaches."""
     return RecipeError(
-        f"the texts of the calibration do not reach {path}: give longer ones with "
-        f'--sequence-length, or leave it out with --exclude "*{path.rpartition(".")[0]}.*"'
+        f"no calibration text reaches {path}: use longer texts (--sequence-length) "
+        f'or leave the layer unquantized with --exclude "*{path.rpartition(".")[0]}.*"'
     )
 
 
 def is_expert_stack(module: Any) -> bool:
-    """Return whether a module is a stack of expert matrices, called with the experts to use."""
+    """Return whether a module is a stack of expert matrices, called with expert indices."""
     from mlx_lm.models.switch_layers import SwitchLinear
 
     return isinstance(module, SwitchLinear)
 
 
 class EmbeddingTap(Tap):
-    """Stand in for an embedding that is the output head too."""
+    """Wrapper of an embedding that is also the output head."""
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        """Look tokens up."""
+        """Look up tokens."""
         return self.layer(x)
 
     def as_linear(self, x: mx.array) -> mx.array:
@@ -289,7 +289,7 @@ class EmbeddingTap(Tap):
 
 @contextmanager
 def tapped(module: nn.Module, paths: list[str]) -> Iterator[dict[str, Tap]]:
-    """Put taps in the place of layers of `module` for the time of the block."""
+    """Replace layers of `module` with taps inside the `with` block."""
     layers = dict(module.named_modules())
     taps: dict[str, Tap] = {
         path: (EmbeddingTap if isinstance(layers[path], nn.Embedding) else Tap)(layers[path])

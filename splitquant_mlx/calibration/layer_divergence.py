@@ -1,4 +1,4 @@
-"""Predict what rounding one weight does to a model's output, from what the layer is fed."""
+"""Predict how quantizing one layer changes the model's output, from the layer's inputs."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,13 +12,13 @@ from splitquant_mlx.quantization.imatrix import quantize_weighted
 
 Option = tuple[int, int]  # bits, group_size
 ROWS = 256
-EXPERTS = 16  # of a stack that are looked at
+EXPERTS = 16  # sampled from a stack
 HEAD_ROWS = 2048
 MEASURED_BITS = 4
 
 
 def some_rows(w: mx.array, axis: int = 0) -> mx.array:
-    """Return those along an axis that tell of the others, about `ROWS`."""
+    """Return about `ROWS` evenly spaced entries along an axis."""
     size = w.shape[axis]
     return mx.take(w, mx.arange(0, size, max(1, size // ROWS)), axis=axis)
 
@@ -26,13 +26,13 @@ def some_rows(w: mx.array, axis: int = 0) -> mx.array:
 def layer_divergences(
     w: mx.array, x: mx.array, g: mx.array, options: Sequence[Option]
 ) -> dict[Option, float]:
-    """Return the divergences of a layer from inputs and gradients.
+    """Return the predicted divergence, nats per token, at each option.
 
     Args:
-        w: the weight (out, in).
+        w: weight (out, in).
         x: inputs (n, in).
         g: gradients (n, rows) at `some_rows` of the output.
-        options: to predict for.
+        options: bits and group sizes to predict for.
     """
     rows = some_rows(w)
     share = w.shape[0] / len(rows)
@@ -40,9 +40,9 @@ def layer_divergences(
     def divergence(error: mx.array) -> mx.array:
         return share * mx.square((x @ error.T) * g).sum() / len(x) / 2
 
-    found = divergences(rows, mx.square(x).mean(0), options, divergence)
-    left, _ = compensated(rows, x, g, options[len(options) // 2])
-    return {option: left * value for option, value in found.items()}
+    plain = divergences(rows, mx.square(x).mean(0), options, divergence)
+    ratio, _ = compensated(rows, x, g, options[len(options) // 2])
+    return {option: ratio * value for option, value in plain.items()}
 
 
 def stack_divergences(
@@ -53,33 +53,33 @@ def stack_divergences(
     options: Sequence[Option],
     tokens: int,
 ) -> dict[Option, float]:
-    """Return the divergences of a stack w (experts, out, in), by a sample of its experts.
+    """Return the predicted divergence of a stack of experts, from a sample of them.
 
     Args:
-        w: the stack.
-        x: inputs (n, in), a row for each expert that a token goes to.
+        w: weight (experts, out, in).
+        x: inputs (n, in), one row per token and expert.
         g: gradients (n, rows) at `some_rows` of the output.
-        routes: the expert of each row (n,).
-        options: to predict for.
-        tokens: that were routed.
+        routes: expert of each row (n,).
+        options: bits and group sizes to predict for.
+        tokens: number of tokens routed.
     """
     counts = np.bincount(routes, minlength=len(w))
     by_use = np.argsort(-counts)[: np.count_nonzero(counts)]
     sample = by_use[:: max(1, len(by_use) // EXPERTS)]
-    found = dict.fromkeys(options, 0.0)
+    totals = dict.fromkeys(options, 0.0)
     for expert in sample:
-        own = mx.array(np.flatnonzero(routes == expert))
-        own_w = w[expert].astype(mx.float32)
-        for option, value in layer_divergences(own_w, x[own], g[own], options).items():
-            found[option] += value * own.size
-    share = counts.sum() / counts[sample].sum() / tokens
-    return {option: float(value * share) for option, value in found.items()}
+        rows = mx.array(np.flatnonzero(routes == expert))
+        matrix = w[expert].astype(mx.float32)
+        for option, value in layer_divergences(matrix, x[rows], g[rows], options).items():
+            totals[option] += value * rows.size
+    scale = counts.sum() / counts[sample].sum() / tokens
+    return {option: float(value * scale) for option, value in totals.items()}
 
 
 def embedding_divergences(
     rows: mx.array, options: Sequence[Option], gradients: list[mx.array]
 ) -> dict[Option, float]:
-    """Return what the errors of looked-up rows do, if scales are fitted and rows are alike."""
+    """Return the divergence caused by looked-up rows, with fitted scales; `rows` (n, width)."""
     square = mx.square(mx.concatenate([as_rows(gradient) for gradient in gradients])).mean(0)
 
     def divergence(error: mx.array) -> mx.array:
@@ -91,23 +91,23 @@ def embedding_divergences(
 def compensated(
     rows: mx.array, x: mx.array, g: mx.array, option: Option
 ) -> tuple[float, mx.array | None]:
-    """Return the share of fitted scales' divergence that compensation leaves, and its errors.
+    """Return gptq's divergence over that of fitted scales, and gptq's weight errors.
 
-    The share is at most 1; of too few tokens it is 1, and there are no errors. `g` (n, out) weighs
-    the outputs' errors; its axes may be 1.
+    The ratio is at most 1. With too few tokens it is 1, and the errors are None. `g` (n, out),
+    whose axes may be 1, weights the output errors.
     """
     if len(x) < FEW_TOKENS:
         return 1.0, None
-    seen = 3 * len(x) // 4
+    fitted = 3 * len(x) // 4
     bits, group_size = option
-    h = hessian(x[:seen]) / seen
+    h = hessian(x[:fitted]) / fitted
 
     def error_of(quantized: Quantized) -> mx.array:
         return rows - dequantize(quantized, bits=bits, group_size=group_size)
 
     def divergence(error: mx.array) -> float:
         output = mx.square((x @ error.T) * g).sum(-1)
-        return float((output[:seen].mean() + output[seen:].mean()).item())  # type: ignore[arg-type]
+        return float((output[:fitted].mean() + output[fitted:].mean()).item())  # type: ignore[arg-type]
 
     plain = quantize_weighted(rows, mx.diag(h), bits=bits, group_size=group_size)
     before = divergence(error_of(plain))
@@ -115,14 +115,14 @@ def compensated(
     return min(1.0, divergence(error) / before) if before else 1.0, error
 
 
-def over_alike(rows: mx.array, error: mx.array, option: Option) -> float:
-    """Return squared errors over those of scales fitted with all channels alike."""
+def raised_error(rows: mx.array, error: mx.array, option: Option) -> float:
+    """Return the squared error over that of scales fitted with equal importance."""
 
     def squares(error: mx.array) -> mx.array:
         return mx.square(error).sum()
 
-    alike = divergences(rows, mx.ones(rows.shape[1]), [option], squares)[option]
-    return float(squares(error).item()) / alike if alike else 1.0  # type: ignore[arg-type]
+    equal = divergences(rows, mx.ones(rows.shape[1]), [option], squares)[option]
+    return float(squares(error).item()) / equal if equal else 1.0  # type: ignore[arg-type]
 
 
 def divergences(
@@ -131,7 +131,7 @@ def divergences(
     options: Sequence[Option],
     divergence: Callable[[mx.array], mx.array],
 ) -> dict[Option, float]:
-    """Return the divergence of the error that each option makes in `w`.
+    """Return `divergence` of the rounding error of `w` (out, in) at each option.
 
     Errors with more than `MEASURED_BITS` are not computed: from there on they shrink with the step
     of the grid, range / (2^bits - 1), and the divergence with its square. In SmolLM2-135M a layer's
@@ -152,7 +152,7 @@ def divergences(
 
 
 def used_rows(w: mx.array, tokens: np.ndarray) -> mx.array:
-    """Return the rows of `tokens`, at most HEAD_ROWS, each as often as it occurs."""
+    """Return the rows of at most HEAD_ROWS of `tokens`, evenly sampled."""
     tokens = tokens.ravel()
     return w[mx.array(tokens[:: -(-tokens.size // HEAD_ROWS)])]
 

@@ -1,4 +1,4 @@
-"""What the original predicts, kept as its likeliest tokens, so that it need not stay in memory."""
+"""Predictions of the original model, stored as its most likely tokens."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,12 +11,12 @@ from splitquant_mlx.calibration.blocks import start_pass
 from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.progress import Progress
 
-LIKELIEST = 128  # tokens kept at each position; all others are one event
-TEXTS = 256  # whose states are in memory together
+MOST_LIKELY = 128  # tokens stored per position; all others count as one event
+TEXTS = 256  # in memory at a time
 
 
 class Predictions(NamedTuple):
-    """The likeliest next tokens of texts.
+    """Most likely next tokens at each position of texts.
 
     Attributes:
         tokens: (texts, length, k) int32.
@@ -30,30 +30,30 @@ class Predictions(NamedTuple):
 def predict(
     load: Callable[[], nn.Module], tokens: np.ndarray, *, progress: Progress, unfinished: Unfinished
 ) -> Predictions:
-    """Return what a model predicts after each token of `tokens` (texts, length).
+    """Return the predictions of a model after each token of `tokens` (texts, length).
 
     Only one block's weights are in memory at a time.
 
     Args:
-        load: loads one of mlx-lm's models, unread.
-        tokens: the texts.
+        load: loads one of mlx-lm's models lazily.
+        tokens: texts (texts, length).
         progress: progress reporter.
-        unfinished: where an interrupted call left off, this one goes on.
+        unfinished: state of an interrupted call, to resume from.
 
     Raises:
         RecipeError: when the model is not built of blocks that can be called one by one.
     """
-    found = []
-    with progress.task("Asking the original", len(tokens)) as advance:
+    parts = []
+    with progress.task("Running the original", len(tokens)) as advance:
         for start in range(0, len(tokens), TEXTS):
-            own, name = tokens[start : start + TEXTS], f"predictions-{start}"
-            kept = unfinished.arrays(name)
-            if kept is None:
-                kept = list(_predict_some(load, own))
-                unfinished.keep(name, kept)
-            found.append(kept)
-            advance(len(own))
-    return Predictions(*(mx.concatenate(list(arrays)) for arrays in zip(*found, strict=True)))
+            texts, name = tokens[start : start + TEXTS], f"predictions-{start}"
+            part = unfinished.arrays(name)
+            if part is None:
+                part = list(_predict_some(load, texts))
+                unfinished.keep(name, part)
+            parts.append(part)
+            advance(len(texts))
+    return Predictions(*(mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True)))
 
 
 def _predict_some(load: Callable[[], nn.Module], tokens: np.ndarray) -> Predictions:
@@ -61,19 +61,19 @@ def _predict_some(load: Callable[[], nn.Module], tokens: np.ndarray) -> Predicti
     for index in range(len(run.blocks)):
         run.advance(index)
         run.release(index)
-    found = []
+    parts = []
     for state in run.states:
         for piece in run.pieces(state):
-            found.append(likeliest(run.finish(piece)))
-            mx.eval(found[-1])
-    return Predictions(*(mx.concatenate(list(arrays)) for arrays in zip(*found, strict=True)))
+            parts.append(most_likely(run.finish(piece)))
+            mx.eval(parts[-1])
+    return Predictions(*(mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True)))
 
 
-def likeliest(logits: mx.array) -> Predictions:
-    """Return the likeliest tokens of logits (texts, length, vocabulary)."""
+def most_likely(logits: mx.array) -> Predictions:
+    """Return the most likely tokens of logits (texts, length, vocabulary)."""
     logits = logits.astype(mx.float32)
-    number = min(LIKELIEST, logits.shape[-1])
-    tokens = mx.argpartition(-logits, number - 1, axis=-1)[..., :number].astype(mx.int32)
+    count = min(MOST_LIKELY, logits.shape[-1])
+    tokens = mx.argpartition(-logits, count - 1, axis=-1)[..., :count].astype(mx.int32)
     log_p = mx.take_along_axis(logits, tokens, axis=-1)
     return Predictions(tokens, log_p - mx.logsumexp(logits, axis=-1, keepdims=True))
 
@@ -82,13 +82,12 @@ def likeliest(logits: mx.array) -> Predictions:
 def kl_divergence(logits: mx.array, tokens: mx.array, log_p: mx.array) -> mx.array:
     """Return the mean KL divergence of `logits` (..., vocabulary) from predictions, nats, float32.
 
-    Tokens that are not among the likeliest ones are one event, which makes it a lower bound. The
-    gradient is for `logits` alone, and needs nothing that the divergence itself does, which is
-    computed only where it is asked for.
+    All other tokens count as one event, which makes the result a lower bound. The gradient is for
+    `logits` alone; it shares nothing with the divergence, so that either is computed alone.
     """
     q, p, rest_q, rest_p = _events(logits, tokens, log_p)
-    found = (p * (log_p - mx.log(q))).sum(-1) + (rest_p * mx.log(rest_p / rest_q)).squeeze(-1)
-    return found.mean()
+    kl = (p * (log_p - mx.log(q))).sum(-1) + (rest_p * mx.log(rest_p / rest_q)).squeeze(-1)
+    return kl.mean()
 
 
 @kl_divergence.vjp
@@ -98,13 +97,13 @@ def _gradient(
     logits, tokens, log_p = primals
     q, p, rest_q, rest_p = _events(logits, tokens, log_p)
     all_q = mx.softmax(logits.astype(mx.float32), axis=-1)
-    found = mx.put_along_axis(all_q * (1 - rest_p / rest_q), tokens, q - p, axis=-1)
-    scaled = found * (cotangent * logits.shape[-1] / logits.size)
+    gradient = mx.put_along_axis(all_q * (1 - rest_p / rest_q), tokens, q - p, axis=-1)
+    scaled = gradient * (cotangent * logits.shape[-1] / logits.size)
     return scaled.astype(logits.dtype), mx.zeros_like(tokens), mx.zeros_like(log_p)
 
 
 def _events(logits: mx.array, tokens: mx.array, log_p: mx.array) -> tuple[mx.array, ...]:
-    """Return q and p of the likeliest tokens, and of all others together."""
+    """Return q and p of the stored tokens, and of all others together."""
     logits = logits.astype(mx.float32)
     chosen = mx.take_along_axis(logits, tokens, axis=-1)
     q = mx.exp(mx.maximum(chosen - mx.logsumexp(logits, axis=-1, keepdims=True), -80.0))

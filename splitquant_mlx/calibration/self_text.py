@@ -1,10 +1,9 @@
-"""Sample the text that a model is calibrated on from itself, so that no data set is needed.
+"""Sample calibration text from the model itself, so that no data set is needed.
 
 A third of the texts begin with a random token, a third with one of a few common openings of a
-document, and a third, where there is a chat template, with a user's message that the model itself
-invents, so that it goes on to answer it. Everything else is drawn from the model at temperature 1:
-lower temperatures and fewer kinds of beginnings gave calibrations that carry over less well to
-other text.
+document, and a third, if there is a chat template, with its opening of a user's turn, so that the
+model writes a question and its answer. The rest is sampled at temperature 1: lower temperatures and
+fewer kinds of beginnings gave calibrations that transfer less well to other text.
 """
 
 import itertools
@@ -31,11 +30,11 @@ OPENINGS = (
     "Les ", "The species", "Theorem. ", "SELECT ", "{\"", "I think", "The army", "Copyright (c)",
 )  # fmt: skip
 MARK = "\x01"
-BATCH_TEXTS = 128  # 128 tokens of each have 0.5 GB of keys and values for 1B, 2.1 GB for 8B
-CORE_TEXTS = 16  # of a batch, at the least, for each core of a CPU
-READ = 4  # positions of a text that is gone on with which are read at once
-BLOCK = 64  # tokens of the vocabulary that are added up before one is drawn
-SAVE_S = 20.0  # between two saves of what was written
+BATCH_TEXTS = 128  # of 128 tokens: 0.5 GB of keys and values for 1B, 2.1 GB for 8B
+CORE_TEXTS = 16  # least part of a batch for a core of a CPU
+READ = 4  # positions of a resumed text that are read at a time
+BLOCK = 64  # tokens of the vocabulary per partial sum
+SAVE_S = 20.0  # between two saves
 
 
 def sample_tokens(
@@ -47,15 +46,15 @@ def sample_tokens(
     progress: Progress,
     unfinished: Unfinished | None = None,
 ) -> np.ndarray:
-    """Return tokens (texts, length) int32 that `model` wrote, `BATCH_TEXTS` side by side.
+    """Return tokens (texts, length) int32 sampled from `model`, `BATCH_TEXTS` at a time.
 
     Args:
         model: one of mlx-lm's.
-        prompts: the beginning of each text, at least one token.
-        length: tokens of each, its beginning among them.
+        prompts: beginning of each text, at least one token.
+        length: tokens per text, including its beginning.
         seed: of the sampling.
         progress: progress reporter.
-        unfinished: where an interrupted call left off, this one goes on; it is emptied at the end.
+        unfinished: state of an interrupted call, to resume from; removed at the end.
     """
     tokens = np.zeros((len(prompts), length), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -69,9 +68,9 @@ def sample_tokens(
             advance(done)
         saved_s = time.monotonic()
         for batch in range(done // (length - 1), -(-len(prompts) // BATCH_TEXTS)):
-            own = slice(batch * BATCH_TEXTS, (batch + 1) * BATCH_TEXTS)
+            texts = slice(batch * BATCH_TEXTS, (batch + 1) * BATCH_TEXTS)
             first = done - batch * (length - 1) if done > batch * (length - 1) else 0
-            for position in _continue(model, tokens[own], given[own], first + 1, [seed, batch]):
+            for position in _continue(model, tokens[texts], given[texts], first + 1, [seed, batch]):
                 advance(1)
                 if unfinished and time.monotonic() - saved_s > SAVE_S:
                     steps_done = mx.array(batch * (length - 1) + position)
@@ -85,41 +84,41 @@ def sample_tokens(
 def _continue(
     model: nn.Module, tokens: np.ndarray, given: np.ndarray, first: int, seed: list[int]
 ) -> Iterator[int]:
-    """Set `tokens` (texts, length) from position `first` on, where they are not `given`.
+    """Sample `tokens` (texts, length) from position `first` on, beyond the `given` ones.
 
-    Yields each position when its tokens are there. What is drawn at a position depends on the seed
-    and the position alone, so that a text can be gone on with. The cores of a CPU share the texts.
+    Yields each position when it is complete. The random numbers depend on the seed and the position
+    alone, so that a text can be resumed. The texts are divided among the cores of a CPU.
     """
     count = max(1, min(cores(), len(tokens) // CORE_TEXTS))
     ends = [len(tokens) * part // count for part in range(count + 1)]
     parts = [slice(*pair) for pair in itertools.pairwise(ends)]
-    call = one_at_a_time(model, model)  # a layer may be changed for the time of a call
+    call = one_at_a_time(model, model)  # a call may replace layers
 
     def read(part: slice) -> list[Any]:
         cache = make_cache(model, tokens.shape[1])
-        for start in range(0, first - 1, READ):  # what is there; nothing asks for its logits
+        for start in range(0, first - 1, READ):  # logits are not evaluated
             call(mx.array(tokens[part, start : min(start + READ, first - 1)]), cache=cache)
             mx.eval([layer.state for layer in cache])
         return cache
 
     def write(part: slice, cache: list[Any], position: int) -> None:
         logits = call(mx.array(tokens[part, position - 1 : position]), cache=cache)[:, -1]
-        # keys and values are behind the logits; other states are not, and belong to this thread
+        # logits depend on keys and values, not on other states, which belong to this thread
         mx.eval(logits, [layer.state for layer in cache if not hasattr(layer, "keys")])
-        drawn = _draw(logits, [*seed, position], part)
-        tokens[part, position] = np.where(given[part] <= position, drawn, tokens[part, position])
+        sampled = _sample(logits, [*seed, position], part)
+        tokens[part, position] = np.where(given[part] <= position, sampled, tokens[part, position])
 
     caches = side_by_side([partial(read, part) for part in parts])
     for position in range(first, tokens.shape[1]):
-        side_by_side([partial(write, *own, position) for own in zip(parts, caches, strict=True)])
+        side_by_side([partial(write, *pair, position) for pair in zip(parts, caches, strict=True)])
         yield position
 
 
-def _draw(logits: mx.array, seed: list[int], part: slice) -> np.ndarray:
-    """Draw a token for each row of `logits` (texts, vocabulary), which are a part of a batch's.
+def _sample(logits: mx.array, seed: list[int], part: slice) -> np.ndarray:
+    """Sample a token for each row of `logits` (texts, vocabulary), a `part` of a batch.
 
-    On the CPU by the inverse of the distribution function: a random number for each text, where
-    mlx draws one for each token of the vocabulary, which takes six times as long.
+    On the CPU by inverse transform sampling, with one random number per text; mlx's categorical
+    draws one per token of the vocabulary and takes six times as long.
     """
     rng = np.random.default_rng(seed)
     if mx.default_device() != mx.cpu:
@@ -132,48 +131,48 @@ def _draw(logits: mx.array, seed: list[int], part: slice) -> np.ndarray:
     whole = p.shape[1] // BLOCK * BLOCK
     blocks = p[:, :whole].reshape(len(p), -1, BLOCK).sum(axis=-1)
     sums = np.cumsum(np.concatenate([blocks, p[:, whole:]], axis=1), axis=1, dtype=np.float64)
-    drawn = np.empty(len(p), np.int64)
+    sampled = np.empty(len(p), np.int64)
     for row, (at, total) in enumerate(zip(points * sums[:, -1], sums, strict=True)):
         block = min(int(np.searchsorted(total, at, side="right")), len(total) - 1)
         if block >= blocks.shape[1]:
-            drawn[row] = whole + block - blocks.shape[1]
+            sampled[row] = whole + block - blocks.shape[1]
             continue
         inside = np.cumsum(p[row, block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
         left = at - (total[block - 1] if block else 0.0)
-        drawn[row] = block * BLOCK + min(
+        sampled[row] = block * BLOCK + min(
             int(np.searchsorted(inside, left, side="right")), BLOCK - 1
         )
-    return drawn
+    return sampled
 
 
 def _restore(unfinished: Unfinished | None, tokens: np.ndarray) -> int:
-    """Set `tokens` to what was kept, if anything was; returns the steps done."""
-    kept = unfinished.arrays("tokens") if unfinished else None
-    if kept is None:
+    """Set `tokens` to the saved ones, if any; returns the number of steps done."""
+    saved = unfinished.arrays("tokens") if unfinished else None
+    if saved is None:
         return 0
-    steps_done, tokens[...] = map(np.array, kept)
+    steps_done, tokens[...] = map(np.array, saved)
     return int(steps_done)
 
 
 def beginnings(tokenizer: Any, texts: int, rng: np.random.Generator) -> list[list[int]]:
-    """Return the tokens that each of `texts` texts begins with, at least one.
+    """Return the first tokens of each of `texts` texts, at least one per text.
 
-    A token that begins all texts is there only if the tokenizer puts it there by itself. In
-    SmolLM2-Instruct it is the one that opens a turn of a chat: sensitivities on plain texts after
-    it agree less with those on WikiText-2 (correlation of their logarithms 0.89, without 0.95).
+    A beginning-of-text token is there only if the tokenizer adds it. In SmolLM2-Instruct it is the
+    one that opens a turn of a chat: sensitivities on plain texts after it agree less with those on
+    WikiText-2 (correlation of their logarithms 0.89, without it 0.95).
     """
     start = tokenizer.encode("")[:1]
     if start != [tokenizer.bos_token_id]:
         start = []
     special = set(tokenizer.all_special_ids)
-    usual = [token for token in sorted(tokenizer.get_vocab().values()) if token not in special]
-    if not usual:
+    plain = [token for token in sorted(tokenizer.get_vocab().values()) if token not in special]
+    if not plain:
         raise CheckpointError(
-            "the tokenizer has no token for text, so that the model cannot write its own: give "
-            "text with --calibration FILE"
+            "the tokenizer has no token for text, so that the model cannot write calibration text: "
+            "provide text with --calibration FILE"
         )
     kinds = [
-        lambda: [*start, int(rng.choice(usual))],
+        lambda: [*start, int(rng.choice(plain))],
         lambda: [*start, *_encode(tokenizer, str(rng.choice(OPENINGS)))],
     ]
     if question := _before_question(tokenizer):
@@ -182,16 +181,16 @@ def beginnings(tokenizer: Any, texts: int, rng: np.random.Generator) -> list[lis
 
 
 def _before_question(tokenizer: Any) -> list[int]:
-    """Return the tokens of the chat template before the user's words; none without a template."""
+    """Return the chat template's tokens before the user's message; none without a template."""
     if not tokenizer.has_chat_template:
         return []
     chat = [{"role": "user", "content": MARK}]
     try:
         text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except Exception:  # a template is a program of the checkpoint's, and may fail as it likes
+    except Exception:  # a checkpoint's template may raise anything
         return []
-    before, found, _ = text.partition(MARK)
-    return _encode(tokenizer, before) if found else []
+    before, mark, _ = text.partition(MARK)
+    return _encode(tokenizer, before) if mark else []
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Second moments of the inputs of a model's layers, block by block."""
+"""Second moments of the inputs of each layer, block by block."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,10 +9,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from splitquant_mlx.calibration.blocks import Inputs, Pass, below, start_pass, taken, tapped
+from splitquant_mlx.calibration.blocks import (
+    Inputs,
+    Pass,
+    below,
+    collect_inputs,
+    start_pass,
+    tapped,
+)
 from splitquant_mlx.runtime.cores import side_by_side
 
-FEW_TOKENS = 64  # that tell less of an expert's inputs than those of all experts do
+FEW_TOKENS = 64  # per expert: with fewer, its statistic is mostly that of all experts
 Statistic = Callable[[mx.array], mx.array]
 
 
@@ -34,15 +41,15 @@ def hessian(x: mx.array) -> mx.array:
 
 @dataclass(frozen=True, kw_only=True)
 class InputStatistics:
-    """Statistics of the inputs of some layers.
+    """Input statistics of the layers of one block.
 
     Attributes:
-        prefix: begins the paths of all parameters of the block, as in "model.layers.0."; empty
-            for those that are in no block.
-        means: by the path of a layer, the mean over all tokens of its statistic, float32; of a
-            stack of experts one for each expert, made when it is asked for.
-        rare: by the path of a stack, the experts that saw fewer than `FEW_TOKENS` tokens, whose
-            means are mostly those of the whole stack.
+        prefix: of the block's parameter paths, such as "model.layers.0."; empty for the layers
+            outside of all blocks.
+        means: by layer path, the mean over all tokens of the layer's statistic, float32; for a
+            stack of experts one per expert, computed on access.
+        rare: by path of a stack, the experts with fewer than `FEW_TOKENS` tokens, whose means are
+            mostly those of the whole stack.
     """
 
     prefix: str
@@ -51,22 +58,22 @@ class InputStatistics:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes that the statistics fill, those that layers share once."""
+        """Return the size of the statistics, bytes; arrays that layers share count once."""
         return sum({id(mean): mean.nbytes for mean in self.means.values()}.values())
 
 
 def iterate_blocks(
     load: Callable[[], nn.Module], tokens: np.ndarray, statistics: Mapping[str, Statistic]
 ) -> Iterator[InputStatistics]:
-    """Run a model block by block, and yield what the layers of each block are fed.
+    """Run a model block by block; yields the input statistics of each block's layers.
 
-    Only one block's weights and statistics are held here at a time. What comes last is for the
-    layers that are in no block.
+    Only one block's weights and statistics are in memory at a time. The last item is for the layers
+    outside of all blocks.
 
     Args:
         load: loads the unquantized model lazily.
-        tokens: (texts, length) that it is run on.
-        statistics: what to gather, by the path of the layer.
+        tokens: calibration texts (texts, length).
+        statistics: statistic to compute, by layer path.
 
     Raises:
         RecipeError: when the model is not built of blocks that can be called one by one.
@@ -86,11 +93,11 @@ def iterate_blocks(
 def _block_statistics(
     run: Pass, index: int, prefix: str, statistics: Mapping[str, Statistic], tokens: int
 ) -> InputStatistics:
-    """Run block `index`, free its weights, and return what its layers were fed."""
+    """Run block `index`, free its weights, and return its layers' input statistics."""
     means = _Means(statistics, tokens)
     with tapped(run.blocks[index], list(statistics)) as taps:
-        for seen in run.watched(index, lambda: taken(taps)):
-            means.add(seen)
+        for batches in run.watched(index, lambda: collect_inputs(taps)):
+            means.add(batches)
     run.release(index)
     return means.result(prefix)
 
@@ -98,32 +105,32 @@ def _block_statistics(
 def outer_statistics(
     run: Pass, statistics: Mapping[str, Statistic], tokens: int
 ) -> InputStatistics:
-    """Return what the layers that are in no block are fed, all blocks being run."""
+    """Return the input statistics of layers outside of all blocks, after the last block."""
     means = _Means(statistics, tokens)
     with tapped(run.model, list(statistics)) as taps:
         for state in run.states if statistics else ():
             run.finish(state)
-            seen = taken(taps)
-            mx.eval(seen)
-            means.add([seen])
+            inputs = collect_inputs(taps)
+            mx.eval(inputs)
+            means.add([inputs])
     return means.result("")
 
 
 class _Means:
-    """Means over `tokens` of the statistics of what tapped layers were called with."""
+    """Means over `tokens` of the input statistics of tapped layers."""
 
     def __init__(self, statistics: Mapping[str, Statistic], tokens: int):
         self._statistics = statistics
-        self._scale = tokens**-0.5  # of rows, in which statistics are quadratic
+        self._scale = tokens**-0.5  # statistics are quadratic in the inputs
         self._sums: dict[str, mx.array] = {}
         self._experts: dict[str, ExpertMeans] = {}
 
     def add(self, batches: Sequence[Mapping[str, Inputs]]) -> None:
-        """Add what layers were called with in some batches, in their order."""
-        # q, k and v are fed the same array, and so are gate and up
+        """Add the inputs of some batches, in order."""
+        # q, k and v share their input array, as do gate and up
         firsts: dict[tuple[int, Statistic], str] = {}
         shared = {
-            path: firsts.setdefault((id(inputs.given), self._statistics[path]), path)
+            path: firsts.setdefault((id(inputs.argument), self._statistics[path]), path)
             for path, inputs in batches[0].items()
         }
         side_by_side([partial(self._add, path, batches) for path in firsts.values()])
@@ -145,12 +152,12 @@ class _Means:
                     self._experts[path] = ExpertMeans(inputs.experts, statistic)
                 self._experts[path].add(rows, np.array(inputs.routes).reshape(-1))
                 continue
-            found = statistic(rows * self._scale)
-            self._sums[path] = found if path not in self._sums else self._sums[path] + found
+            added = statistic(rows * self._scale)
+            self._sums[path] = added if path not in self._sums else self._sums[path] + added
             mx.eval(self._sums[path])
 
     def result(self, prefix: str) -> InputStatistics:
-        """Return the means; of layers that were called with the same arrays, the same array."""
+        """Return the means; layers that share their inputs share the array."""
         means: dict[str, Mean] = {**self._sums, **self._experts}
         rare = {prefix + path: experts.rare for path, experts in self._experts.items()}
         return InputStatistics(
@@ -159,15 +166,15 @@ class _Means:
 
 
 class ExpertMeans:
-    """Means of a statistic over the tokens of each expert: `means[expert]`, made when asked for.
+    """Means of a statistic over the tokens of each expert: `means[expert]`, computed on access.
 
-    Held are the inputs, equal ones once, as long as they take less memory than a sum for each
-    expert: a token goes to many experts, each of which may have a `hessian` of its own. To the sums
-    of each expert that of all experts' tokens adds as much as `FEW_TOKENS` do.
+    Inputs are stored, without duplicates, as long as they take less memory than one sum per expert
+    would: a token goes to many experts, and an expert's `hessian` is large. The statistic of all
+    experts' tokens is added to that of each expert with the weight of `FEW_TOKENS` tokens.
 
     Args:
-        experts: their number.
-        statistic: of the inputs.
+        experts: number of experts.
+        statistic: function of the inputs (n, in).
     """
 
     def __init__(self, experts: int, statistic: Statistic):
@@ -179,17 +186,17 @@ class ExpertMeans:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes that inputs and sums fill."""
+        """Return the size of stored inputs and sums, bytes."""
         rows = sum(batch.rows.nbytes for batch in self._batches)
         return rows + (0 if self._sums is None else self._sums.nbytes)
 
     @property
     def rare(self) -> list[int]:
-        """Return the experts that saw few tokens."""
+        """Return the experts with few tokens."""
         return np.flatnonzero(self._counts < FEW_TOKENS).tolist()
 
     def add(self, rows: mx.array, experts: np.ndarray) -> None:
-        """Add rows (n, in) float32, each of the expert that it goes to (n,)."""
+        """Add inputs (n, in) float32, with the expert of each (n,)."""
         self._counts += np.bincount(experts, minlength=len(self._counts))
         self._batches.append(_Routed.of(np.array(rows), experts))
         entry = self._of(self._batches[0].rows[:1])
@@ -206,8 +213,8 @@ class ExpertMeans:
     def __getitem__(self, expert: int) -> mx.array:
         if self._overall is None:
             self._overall = self._sum_of_all() * (FEW_TOKENS / self._counts.sum())
-        own = self._of(self._rows_of(expert)) if self._sums is None else self._sums[expert]
-        mean = own + self._overall
+        total = self._of(self._rows_of(expert)) if self._sums is None else self._sums[expert]
+        mean = total + self._overall
         mean /= self._counts[expert] + FEW_TOKENS
         return mx.array(mean)
 
@@ -227,9 +234,9 @@ class _Routed(NamedTuple):
     """Inputs of a stack of experts.
 
     Attributes:
-        rows: (m, in) float32, each different.
-        numbers: (n,) the row of each input.
-        experts: (n,) the expert of each input.
+        rows: (m, in) float32, without duplicates.
+        numbers: (n,) index of each input in `rows`.
+        experts: (n,) expert of each input.
     """
 
     rows: np.ndarray
@@ -238,7 +245,7 @@ class _Routed(NamedTuple):
 
     @classmethod
     def of(cls, rows: np.ndarray, experts: np.ndarray) -> "_Routed":
-        """Find rows (n, in) that are equal."""
+        """Remove duplicates from inputs (n, in)."""
         factors = np.random.default_rng(0).integers(1 << 63, size=rows.shape[1], dtype=np.uint64)
         settings = {"dtype": np.uint64, "casting": "unsafe"}
         hashes = np.einsum("ij,j->i", rows.view(np.uint32), factors, **settings)
@@ -246,11 +253,11 @@ class _Routed(NamedTuple):
         return cls(rows[first], numbers, experts)
 
     def rows_of(self, expert: int) -> np.ndarray:
-        """Return what an expert was fed, (k, in)."""
+        """Return the inputs (k, in) of an expert."""
         return self.rows[self.numbers[self.experts == expert]]
 
     def all_rows(self) -> np.ndarray:
-        """Return the rows so scaled that their squares are those of all inputs."""
+        """Return the rows, each scaled by the square root of its number of occurrences."""
         times = np.bincount(self.numbers, minlength=len(self.rows))
         return self.rows * np.sqrt(times, dtype=np.float32)[:, None]
 

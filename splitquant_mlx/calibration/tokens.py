@@ -1,4 +1,4 @@
-"""Find the tokens to calibrate a model on: sampled and kept, or read from a file."""
+"""Get calibration tokens: sampled from the model and cached, or read from a file."""
 
 from hashlib import sha256
 from importlib.metadata import version
@@ -23,14 +23,13 @@ from splitquant_mlx.runtime.cache import cache_directory, kept
 def calibration_tokens(
     opened: LazyModel, calibration: Calibration, progress: Progress
 ) -> np.ndarray:
-    """Return tokens (texts, length) int32 to calibrate a model on.
+    """Return calibration tokens (texts, length) int32.
 
-    What the model writes is kept in the cache directory, by a hash of the model, the settings and
-    what else it depends on, so that it writes it once.
+    Sampled text is cached on disk, by a hash of the model, the settings and the software versions.
 
     Raises:
         SplitQuantError: when the text file or the model cannot be read, the text is too short, or
-            the texts are to be longer than the model was made for.
+            `sequence_length` exceeds the model's context.
     """
     texts, length = calibration.num_samples, calibration.sequence_length
     check_context("sequence_length", length, context_limit(read_config(opened.path)))

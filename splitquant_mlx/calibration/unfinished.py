@@ -1,4 +1,4 @@
-"""Keep what a long computation has so far in a directory, for it to go on after a kill."""
+"""Store intermediate results of a long computation on disk, to resume it after a kill."""
 
 import fcntl
 import json
@@ -14,13 +14,13 @@ from splitquant_mlx.runtime.disk import sync, write_atomic
 
 
 class Unfinished:
-    """Arrays and findings by name; the arrays need not be in memory.
+    """Named arrays, and one JSON value, in a directory.
 
-    On a disk that is full or read-only they stay in memory, and a kill loses them.
+    If the disk is full or read-only, arrays stay in memory, and a kill loses them.
 
     Args:
-        directory: made here; one of this process's own takes its place while another process
-            computes the same.
+        directory: created here. While another process uses it, this one uses a directory of the
+            same name with its process id.
     """
 
     def __init__(self, directory: Path):
@@ -35,49 +35,49 @@ class Unfinished:
                 self.directory = directory.with_name(f"{directory.name}.{os.getpid()}")
 
     def keep(self, name: str, arrays: list[mx.array]) -> None:
-        """Keep arrays."""
+        """Store arrays."""
         file, partial = self._file(name), self._file(f".{name}.partial")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             mx.save_safetensors(str(partial), {str(i): x for i, x in enumerate(arrays)})
             sync(partial)
             os.replace(partial, file)
-        except (OSError, RuntimeError):  # mlx's of a disk that is full
+        except (OSError, RuntimeError):  # mlx raises RuntimeError if the disk is full
             self._memory[name] = arrays
 
     def arrays(self, name: str) -> list[mx.array] | None:
-        """Return arrays that were kept, unread; None when there are none."""
+        """Return stored arrays, loaded lazily; None when there are none."""
         with suppress(OSError, RuntimeError, KeyError):
             if name in self._memory:
                 return self._memory[name]
-            found: Any = mx.load(str(self._file(name)))
-            return [found[str(i)] for i in range(len(found))]
+            arrays: Any = mx.load(str(self._file(name)))
+            return [arrays[str(i)] for i in range(len(arrays))]
         return None
 
     def note(self, findings: Any) -> None:
-        """Keep JSON values in place of those before."""
+        """Store a JSON value; it replaces the one before."""
         with suppress(OSError):
             self.directory.mkdir(parents=True, exist_ok=True)
             write_atomic(self.directory / "findings.json", json.dumps(findings).encode())
 
     def findings(self) -> Any:
-        """Return what was noted last; None when nothing was, or it is damaged."""
+        """Return the JSON value; None when there is none, or it is damaged."""
         with suppress(OSError, ValueError):
             return json.loads((self.directory / "findings.json").read_bytes())
         return None
 
     def drop(self, name: str) -> None:
-        """Forget arrays that are not needed any more."""
+        """Delete arrays."""
         self._memory.pop(name, None)
         self._file(name).unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Remove everything: the computation has ended."""
+        """Delete everything, at the end of the computation."""
         self._memory.clear()
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def __del__(self) -> None:
-        with suppress(OSError, AttributeError):  # AttributeError: there never was a lock
+        with suppress(OSError, AttributeError):  # AttributeError: no lock was opened
             os.close(self._lock)
 
     def _file(self, name: str) -> Path:

@@ -1,14 +1,13 @@
-"""Train the scales and biases of a quantized model to predict what the original predicts.
+"""Train the scales and biases of a quantized model to match the original's predictions.
 
-Codes q stay as they are. A group's weights s q + b are moved by s (v + u (q - c) / c), where c is
-the middle of all codes: v shifts them by steps of the grid, u stretches the grid by as many at
-its ends, whatever the number of bits. u and v begin at zero and are trained by Adam (Kingma and Ba,
-2015) to lower the Kullback-Leibler divergence from the original's predictions. mlx-lm's DWQ, too,
-trains scales and biases against them, on the texts of a data set; here they are texts that the
-original wrote itself, other ones than the layers were calibrated on. Some are held out, to tell
-whether it helped.
+Codes q are fixed. A group's weights s q + b change by s (v + u (q - c) / c), where c is half the
+largest code: v shifts the grid by v steps, u stretches it by u steps at either end, for any number
+of bits. u and v start at zero and are trained by Adam (Kingma and Ba, 2015) to minimize the KL
+divergence from the original's predictions. mlx-lm's DWQ trains scales and biases in the same way on
+texts of a data set; here the original wrote the texts, other ones than those of the calibration.
+Some are held out, to measure whether training helped.
 
-On SmolLM2-135M, auto at 3.5, 4.5 and 5.5 bits/weight, what is left of the divergence:
+On SmolLM2-135M, auto at 3.5, 4.5 and 5.5 bits/weight, divergence after over before:
 
     texts x passes, learning rate    held-out own text     WikiText-2
     256 x 1, 1e-3                    0.79  0.86  0.88      0.87  0.95  0.98
@@ -16,11 +15,11 @@ On SmolLM2-135M, auto at 3.5, 4.5 and 5.5 bits/weight, what is left of the diver
     1,024 x 1, 2e-3 (5.5: 5e-4)      0.73  0.82  0.86      0.82  0.93  0.97
     256 x 4, 1e-3 (4.5) or 1.5e-3          0.85                0.86  0.94
 
-So other texts help more than further passes; at 5.5 bits, too, 2e-3 leaves 0.96 on WikiText-2.
-Batches of 16 texts, there, leave 0.87 and 0.97 after a quarter of the steps. Worse were, at 3 bits
-and on fewer texts, half the learning rate with the norms trained as well, a seventh of the tokens
-replaced at random, and codes trained with straight-through gradients. On a CPU, two threads with a
-stream each are no faster than one: their operations wait for each other.
+So more texts help more than more passes; at 5.5 bits, 2e-3 gives 0.96 on WikiText-2, too. Batches
+of 16 texts give 0.87 and 0.97 there after a quarter of the steps. Worse, at 3 bits and on fewer
+texts: half the learning rate with the norms trained as well, a seventh of the tokens replaced at
+random, and codes trained with straight-through gradients. On a CPU, two threads with a stream each
+are no faster than one: their operations wait for each other.
 """
 
 import time
@@ -45,11 +44,11 @@ from splitquant_mlx.progress import Advance, Progress
 from splitquant_mlx.recipe import Calibration
 
 BATCH_TEXTS = 4
-HELD_OUT = 16  # one text in so many
-TEXTS_PER_SAMPLE = 4  # for each one that layers are calibrated on
+HELD_OUT = 16  # one text in 16 is held out
+TEXTS_PER_SAMPLE = 4  # training texts per calibration text
 LEARNING_RATE = 2e-3
-WIDE = 1 << 24  # weights that are dense at a time
-SAVE_S = 30.0  # between two saves of what was trained
+WIDE = 1 << 24  # weights that are dequantized at a time
+SAVE_S = 30.0  # between two saves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +56,8 @@ class Refined:
     """Result of the training.
 
     Attributes:
-        tensors: scales and biases by their names, float32; none where training did not help.
-        before: mean KL divergence from the original over texts not trained on, nats a token.
+        tensors: scales and biases by name, float32; empty if training did not help.
+        before: mean KL divergence from the original over held-out texts, nats per token.
         after: the same after training.
     """
 
@@ -68,7 +67,7 @@ class Refined:
 
 
 def training_texts(calibration: Calibration) -> Calibration:
-    """Return the settings of the texts to train on: more, and others, than to calibrate on."""
+    """Return the settings of the training texts: more than those of the calibration, and others."""
     texts = TEXTS_PER_SAMPLE * calibration.num_samples
     return replace(calibration, num_samples=texts, seed=calibration.seed + 1)
 
@@ -78,7 +77,7 @@ def require_texts(tokens: np.ndarray) -> None:
     if len(tokens) < 2 * BATCH_TEXTS:
         raise RecipeError(
             f"refinement: expected {2 * BATCH_TEXTS} texts or more to train on, got {len(tokens)}: "
-            "give a larger --num-samples"
+            "increase --num-samples"
         )
 
 
@@ -91,16 +90,16 @@ def refine(
     progress: Progress,
     unfinished: Unfinished,
 ) -> Refined:
-    """Train all quantized linear layers of `model`, which is used up.
+    """Train all quantized linear layers of `model`, which is modified.
 
     Args:
         model: one of mlx-lm's, with layers in affine quantization.
-        predictions: of what it was made of, for `tokens`.
-        tokens: (texts, length), int32. One text in `HELD_OUT` is for the measurement alone, the
-            others are gone through once.
-        seed: of their order.
+        predictions: of the original model for `tokens`.
+        tokens: (texts, length), int32. One text in `HELD_OUT` is held out, the others are used for
+            training once.
+        seed: of the order of texts.
         progress: progress reporter.
-        unfinished: where an interrupted call left off, this one goes on.
+        unfinished: state of an interrupted call, to resume from.
 
     Raises:
         RecipeError: when there is no layer to train.
@@ -112,11 +111,11 @@ def refine(
     optimizer = optim.Adam(_schedule(len(batches)), betas=[0.9, 0.99], eps=1e-12)
     optimizer.init(model.trainable_parameters())
 
-    def start(own: np.ndarray) -> tuple[Pass, Callable[[mx.array], Any]]:
-        """Begin with a batch; also returns the divergence from what comes after all blocks."""
-        run = begin(model, tokens[own], tokens[own].size)
-        wanted = [array[mx.array(own)] for array in predictions]
-        return run, lambda state: kl_divergence(run.finish(state), *wanted)
+    def start(texts: np.ndarray) -> tuple[Pass, Callable[[mx.array], Any]]:
+        """Return the pass of a batch, and its divergence as a function of the last state."""
+        run = begin(model, tokens[texts], tokens[texts].size)
+        expected = [array[mx.array(texts)] for array in predictions]
+        return run, lambda state: kl_divergence(run.finish(state), *expected)
 
     with progress.task("Refining", len(batches) + 2 * len(held_out)) as advance:
         before = _mean(start, held_out, advance)
@@ -144,15 +143,15 @@ def refine(
 def _mean(start: Callable[[np.ndarray], Any], batches: list[np.ndarray], advance: Advance) -> float:
     """Return the mean divergence over all texts of `batches`."""
     total = 0.0
-    for own in batches:
-        run, divergence = start(own)
-        total += np.array(divergence(_states(run)[-1])) * len(own)
+    for texts in batches:
+        run, divergence = start(texts)
+        total += np.array(divergence(_states(run)[-1])) * len(texts)
         advance(1)
     return float(total / sum(map(len, batches)))
 
 
 def _states(run: Pass) -> list[mx.array]:
-    """Return the states of a batch before each block, and after the last."""
+    """Return the input of each block for a batch, and the output of the last."""
     states = [*run.states]
     for index in range(len(run.blocks)):
         states.append(run.run(index, 0, states[-1]))
@@ -161,39 +160,41 @@ def _states(run: Pass) -> list[mx.array]:
 
 
 def _gradients(run: Pass, divergence: Callable[[mx.array], Any]) -> Any:
-    """Return the divergence's gradients for all that is trained, as a tree.
+    """Return the gradients of the divergence for all trainable parameters, as a tree.
 
-    They go back block by block, which runs again for it: in one graph mlx makes room for many
-    layers' wide gradients before it sums them up.
+    Gradients are computed block by block, and each block runs again for it: in a single graph mlx
+    allocates the full-size gradients of many layers before it reduces them.
     """
-    states, found = _states(run), {}
+    states, collected = _states(run), {}
     trained = dict(tree_flatten(run.model.trainable_parameters()))
 
-    def back(own: list[str], call: Callable[[mx.array], mx.array], cotangent: mx.array) -> mx.array:
-        """Take `cotangent` of what `call` makes of the last state to the state, and leave that."""
+    def backward(
+        names: list[str], call: Callable[[mx.array], mx.array], cotangent: mx.array
+    ) -> mx.array:
+        """Pop the last state; return its gradient through `call`, and collect those of `names`."""
 
         def forward(state: mx.array, *arrays: mx.array) -> list[mx.array]:
-            run.model.update(tree_unflatten(list(zip(own, arrays, strict=True))))
+            run.model.update(tree_unflatten(list(zip(names, arrays, strict=True))))
             return [call(state)]
 
-        primals = [states.pop(), *(trained[name] for name in own)]
-        _, (into, *gradients) = mx.vjp(forward, primals, [cotangent])
-        mx.eval(into, gradients)
-        found.update(zip(own, gradients, strict=True))
-        return into
+        primals = [states.pop(), *(trained[name] for name in names)]
+        _, (of_state, *gradients) = mx.vjp(forward, primals, [cotangent])
+        mx.eval(of_state, gradients)
+        collected.update(zip(names, gradients, strict=True))
+        return of_state
 
     prefixes = run.prefixes
     outer = [name for name in trained if not name.startswith(tuple(prefixes))]
-    cotangent = back(outer, divergence, mx.array(1.0))
+    cotangent = backward(outer, divergence, mx.array(1.0))
     for index in reversed(range(len(prefixes))):
-        own = [name for name in trained if name.startswith(prefixes[index])]
-        cotangent = back(own, partial(run.run, index, 0), cotangent)
+        names = [name for name in trained if name.startswith(prefixes[index])]
+        cotangent = backward(names, partial(run.run, index, 0), cotangent)
     run.model.update(tree_unflatten(list(trained.items())))
-    return tree_unflatten(list(found.items()))
+    return tree_unflatten(list(collected.items()))
 
 
 def _save(unfinished: Unfinished, model: nn.Module, optimizer: Any, steps: int) -> None:
-    """Keep what is trained, and the optimizer's state, after so many steps."""
+    """Save the trained parameters and the optimizer's state after `steps` steps."""
     trees: Any = model.trainable_parameters(), optimizer.state
     arrays: list[Any] = [array for tree in trees for _, array in tree_flatten(tree)]
     unfinished.keep(f"step-{steps}", arrays)
@@ -203,7 +204,7 @@ def _save(unfinished: Unfinished, model: nn.Module, optimizer: Any, steps: int) 
 
 
 def _resume(unfinished: Unfinished, model: nn.Module, optimizer: Any) -> int:
-    """Restore what was saved last; returns the steps done."""
+    """Restore the last save; returns the number of steps done."""
     steps = unfinished.findings()
     arrays = unfinished.arrays(f"step-{steps}")
     if not isinstance(steps, int) or arrays is None:
@@ -216,10 +217,10 @@ def _resume(unfinished: Unfinished, model: nn.Module, optimizer: Any) -> int:
 
 
 class TrainableLinear(nn.Module):
-    """Stand in for a quantized linear layer while its scales and biases are trained.
+    """Quantized linear layer with trainable scales and biases.
 
     Attributes:
-        u, v: what is trained, (..., out, in / group_size), steps of the grid.
+        u, v: trained parameters (..., out, in / group_size), steps of the grid.
     """
 
     def __init__(self, layer: Any):
@@ -228,7 +229,7 @@ class TrainableLinear(nn.Module):
         self._scales = layer.scales.astype(mx.float32)
         self._biases = layer["biases"].astype(mx.float32)
         self._middle = (2**layer.bits - 1) / 2
-        self._product, self._back = _product(layer.group_size, layer.bits)
+        self._product, self._backward = _product(layer.group_size, layer.bits)
         self.u = mx.zeros(self._scales.shape)
         self.v = mx.zeros(self._scales.shape)
 
@@ -238,7 +239,7 @@ class TrainableLinear(nn.Module):
         return scales, self._biases + self._scales * (self.v - self.u)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Return x (..., in) times the weight's transpose, and the layer's bias, if it has one."""
+        """Map x (..., in) to (..., out)."""
         rows = max(1, WIDE // x.shape[-1])
         starts = list(range(rows, len(self._packed), rows))
         pieces = (mx.split(array, starts) for array in (self._packed, *self.trained()))
@@ -247,17 +248,17 @@ class TrainableLinear(nn.Module):
 
 
 class TrainableSwitchLinear(TrainableLinear):
-    """Stand in for a quantized stack of experts, whose axis comes before the others."""
+    """Quantized stack of experts with trainable scales and biases (experts, out, groups)."""
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """Map x (..., 1, in) to (..., 1, out) by the experts `indices` (...)."""
+        """Map x (..., 1, in) to (..., 1, out) with the experts `indices` (...)."""
         y = self._products(indices)(x, *self.trained())
         return y if self._bias is None else y + mx.expand_dims(self._bias[indices], -2)
 
     def _products(self, indices: mx.array) -> Any:
-        """Return x, scales, biases -> products, which are computed one expert after the other."""
+        """Return a function of x, scales and biases that computes one expert at a time."""
 
-        def weighed(scales: mx.array, biases: mx.array, expert: int) -> list[mx.array]:
+        def weight_of(scales: mx.array, biases: mx.array, expert: int) -> list[mx.array]:
             return [self._packed[expert], scales[expert], biases[expert]]
 
         @mx.custom_function
@@ -265,7 +266,7 @@ class TrainableSwitchLinear(TrainableLinear):
             x, scales, biases = map(_constant, (x, scales, biases))
 
             def multiply(rows: mx.array, expert: int) -> mx.array:
-                return _constant(self._product(rows, *weighed(scales, biases, expert)))
+                return _constant(self._product(rows, *weight_of(scales, biases, expert)))
 
             return expert_products(x, indices, multiply)
 
@@ -274,38 +275,35 @@ class TrainableSwitchLinear(TrainableLinear):
             x, scales, biases = map(_constant, primals)
             width = x.shape[-1]
             rows = mx.broadcast_to(x, (*cotangent.shape[:-1], width))
-            found = [list(mx.zeros_like(array)) for array in (scales, biases)]
+            totals = [list(mx.zeros_like(array)) for array in (scales, biases)]
 
-            def back(rows: mx.array, expert: int) -> mx.array:
-                own, out = mx.split(rows, [width], axis=-1)
-                weight = weighed(scales, biases, expert)
-                into, *trained = map(_constant, self._back(own, *weight, out))
-                for of_all, of_expert in zip(found, trained, strict=True):
+            def backward(rows: mx.array, expert: int) -> mx.array:
+                inputs, cotangents = mx.split(rows, [width], axis=-1)
+                weight = weight_of(scales, biases, expert)
+                of_x, *trained = map(_constant, self._backward(inputs, *weight, cotangents))
+                for of_all, of_expert in zip(totals, trained, strict=True):
                     of_all[expert] = of_expert
-                return into
+                return of_x
 
             both = mx.concatenate([rows, _constant(cotangent)], axis=-1)
-            into = expert_products(both, indices, back)
-            shared = [axis for axis, size in enumerate(x.shape) if size != into.shape[axis]]
-            return into.sum(shared, keepdims=True), *(mx.stack(of_all) for of_all in found)
+            of_x = expert_products(both, indices, backward)
+            shared = [axis for axis, size in enumerate(x.shape) if size != of_x.shape[axis]]
+            return of_x.sum(shared, keepdims=True), *(mx.stack(of_all) for of_all in totals)
 
         return products
 
 
 def _constant(x: mx.array) -> mx.array:
-    """Return the values of an array, with what they were made of let go.
-
-    While gradients are taken, mlx keeps that of every array that is evaluated.
-    """
+    """Return a copy of an array without its graph, which mlx retains inside a vjp."""
     return mx.array(np.array(x))
 
 
 @cache
 def _product(group_size: int, bits: int) -> tuple[Any, Any]:
-    """Return x, packed codes, scales, biases -> product, and the same, cotangent -> gradients.
+    """Return the quantized product of x, packed codes, scales and biases, and its vjp.
 
-    The product has gradients for all but the codes. The weight is made anew for them, so that no
-    more than one piece's is in memory. mlx's own quantized product is slow on the CPU.
+    The product is differentiable in all but the codes. The vjp dequantizes the weight again, so
+    that one piece at a time is in memory. mlx's own quantized product is slow on the CPU.
     """
 
     def dense(packed: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
@@ -315,7 +313,7 @@ def _product(group_size: int, bits: int) -> tuple[Any, Any]:
     def product(x: mx.array, packed: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
         return x @ dense(packed, scales, biases).T
 
-    def back(
+    def backward(
         x: mx.array, packed: mx.array, scales: mx.array, biases: mx.array, cotangent: mx.array
     ) -> tuple[mx.array, ...]:
         rows, out = (array.reshape(-1, array.shape[-1]) for array in (x, cotangent))
@@ -327,14 +325,14 @@ def _product(group_size: int, bits: int) -> tuple[Any, Any]:
     @product.vjp
     def gradients(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
         x, packed, scales, biases = primals
-        of_x, *trained = back(x, packed, scales, biases, cotangent)
+        of_x, *trained = backward(x, packed, scales, biases, cotangent)
         return of_x, mx.zeros_like(packed), *trained
 
-    return product, back
+    return product, backward
 
 
 def _make_trainable(model: nn.Module) -> dict[str, TrainableLinear]:
-    """Put trainable layers in the place of quantized ones, with all else frozen and float32."""
+    """Replace quantized layers with trainable ones; all else is frozen and float32."""
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
     model.set_dtype(mx.float32)
@@ -352,18 +350,18 @@ def _make_trainable(model: nn.Module) -> dict[str, TrainableLinear]:
 
 
 def _batches(texts: int, seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Return the numbers of the texts to measure on, and of those to train on, by batches."""
+    """Return batches of held-out texts and of training texts, as indices."""
     held_out = np.arange(texts) % HELD_OUT == 0
     order = np.random.default_rng(seed).permutation(np.flatnonzero(~held_out))
-    measured, trained = (
+    measured, training = (
         [numbers[i : i + BATCH_TEXTS] for i in range(0, len(numbers), BATCH_TEXTS)]
         for numbers in (np.flatnonzero(held_out), order)
     )
-    return measured, trained
+    return measured, training
 
 
 def _schedule(steps: int) -> Callable[[mx.array], mx.array]:
-    """Rise to the learning rate over a tenth of the steps, and fall to nothing over the rest."""
+    """Linear warm-up over a tenth of the steps, and linear decay to 0 over the rest."""
     rise = max(1, steps // 10)
     return optim.join_schedules(
         [

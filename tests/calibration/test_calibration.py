@@ -225,7 +225,7 @@ def test_an_interrupted_text_is_gone_on_with(stories, tmp_path, monkeypatch):
     monkeypatch.setattr(self_text, "SAVE_S", 0.0)
     whole = sample_tokens(model, prompts, **settings)
     assert not list(tmp_path.iterdir())
-    draw, drawn = self_text._draw, []
+    draw, drawn = self_text._sample, []
 
     def draw_or_stop(logits, seed, part):
         drawn.append(seed)
@@ -233,7 +233,7 @@ def test_an_interrupted_text_is_gone_on_with(stories, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return draw(logits, seed, part)
 
-    monkeypatch.setattr(self_text, "_draw", draw_or_stop)
+    monkeypatch.setattr(self_text, "_sample", draw_or_stop)
     with pytest.raises(KeyboardInterrupt):
         sample_tokens(model, prompts, **settings)
     np.testing.assert_array_equal(sample_tokens(model, prompts, **settings), whole)
@@ -253,7 +253,7 @@ def test_to_go_on_takes_no_more_memory_than_to_write_it_all(stories, tmp_path, m
         return mx.get_peak_memory() - before
 
     mx.eval(model.parameters())
-    whole, draw = peak(), self_text._draw
+    whole, draw = peak(), self_text._sample
 
     def draw_or_stop(logits: Any, seed: Any, part: Any) -> np.ndarray:
         if seed[-1] == 90:
@@ -262,7 +262,7 @@ def test_to_go_on_takes_no_more_memory_than_to_write_it_all(stories, tmp_path, m
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(self_text, "SAVE_S", 0.0)
-        patch.setattr(self_text, "_draw", draw_or_stop)
+        patch.setattr(self_text, "_sample", draw_or_stop)
         peak(unfinished=Unfinished(tmp_path / "text"))
     assert peak(unfinished=Unfinished(tmp_path / "text")) < 1.5 * whole
 
@@ -270,7 +270,7 @@ def test_to_go_on_takes_no_more_memory_than_to_write_it_all(stories, tmp_path, m
 def test_tokens_are_drawn_as_likely_as_they_are():
     logits = mx.random.normal((1, 150), key=mx.random.key(0)) * 2
     p = np.array(mx.softmax(logits, axis=-1))[0].astype(np.float64)
-    drawn = self_text._draw(mx.repeat(logits, 20_000, axis=0), [0], slice(0, 20_000))
+    drawn = self_text._sample(mx.repeat(logits, 20_000, axis=0), [0], slice(0, 20_000))
     often = p * 20_000 > 5
     counts = np.bincount(drawn, minlength=150)[often]
     assert chisquare(counts, p[often] / p[often].sum() * counts.sum()).pvalue > 1e-4
@@ -389,10 +389,10 @@ def test_a_layer_that_no_text_reaches_is_named(stories, tmp_path):
         return model
 
     tokens, path = np.arange(64, dtype=np.int32).reshape(2, 32), "model.layers.0.mlp.spare"
-    with pytest.raises(RecipeError, match=r"do not reach .*spare"):
+    with pytest.raises(RecipeError, match=r"no calibration text reaches .*spare"):
         list(iterate_blocks(changed, tokens, {path: hessian}))
     settings = {"seed": 0, "progress": Silent(), "unfinished": Unfinished(tmp_path)}
-    with pytest.raises(RecipeError, match=r"do not reach .*spare"):
+    with pytest.raises(RecipeError, match=r"no calibration text reaches .*spare"):
         predict_divergence(changed, tokens, {path: [(4, 32)]}, **settings)
 
 

@@ -222,7 +222,9 @@ def test_what_does_not_fit_is_dropped_from_the_left(context, continuation, lengt
 def test_many_short_rows_make_room_for_their_own_tokens_alone(models):
     """mlx-lm's caches make room for 256 positions: ten times the length of these rows."""
     model = models("llama")
-    pairs = [([1, 2 + i % 60, 3 + i % 50] * 7, [i % 40 + j] * 3) for i in range(400) for j in (1, 2)]
+    pairs = [
+        ([1, 2 + i % 60, 3 + i % 50] * 7, [i % 40 + j] * 3) for i in range(400) for j in (1, 2)
+    ]
     weights, before = mx.get_active_memory(), dict(score(model, pairs[:2]))
     mx.reset_peak_memory()
     scores = dict(score(model, pairs, batch_tokens=4096))
