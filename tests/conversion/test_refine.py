@@ -14,7 +14,7 @@ from scipy.special import rel_entr, softmax
 from splitquant_mlx import Recipe, convert, load
 from splitquant_mlx.calibration import predictions
 from splitquant_mlx.calibration.blocks import begin
-from splitquant_mlx.calibration.predictions import kl_divergence, likeliest
+from splitquant_mlx.calibration.predictions import kl_divergence, most_likely
 from splitquant_mlx.conversion import pipeline, refine
 from splitquant_mlx.conversion.refine import TrainableLinear, TrainableSwitchLinear
 from splitquant_mlx.errors import RecipeError
@@ -148,7 +148,7 @@ def test_gradients_block_by_block_are_those_of_the_whole_model(request, tmp_path
     model, _ = load(tmp_path / "target")
     refine._make_trainable(model)
     tokens = np.random.default_rng(0).integers(3, 90, (2, 12)).astype(np.int32)
-    wanted = likeliest(1.1 * model(mx.array(tokens)))
+    wanted = most_likely(1.1 * model(mx.array(tokens)))
 
     def divergence(model):
         return kl_divergence(model(mx.array(tokens)), *wanted)
@@ -166,8 +166,8 @@ def test_gradients_block_by_block_are_those_of_the_whole_model(request, tmp_path
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
 @pytest.mark.parametrize("number", [11, 4])
 def test_divergence_and_its_gradient(dtype, number, monkeypatch):
-    """All tokens but the likeliest are one event."""
-    monkeypatch.setattr(predictions, "LIKELIEST", number)
+    """All tokens but the most likely are one event."""
+    monkeypatch.setattr(predictions, "MOST_LIKELY", number)
     logits, wanted = (3 * mx.random.normal((2, 5, 11), key=mx.random.key(k)) for k in (0, 1))
     logits, wanted = logits.astype(dtype), wanted.astype(dtype)
     q, p = (softmax(np.array(x, np.float64), axis=-1) for x in (logits, wanted))
@@ -179,7 +179,7 @@ def test_divergence_and_its_gradient(dtype, number, monkeypatch):
         others = np.take_along_axis(x, rest, axis=-1).sum(-1, keepdims=True)
         return np.concatenate([chosen, others], axis=-1)
 
-    kept = likeliest(wanted)
+    kept = most_likely(wanted)
     value, gradient = mx.value_and_grad(lambda x: 2 * kl_divergence(x, *kept))(logits)
     expected = rel_entr(events(p), events(q)).sum(-1).mean()
     np.testing.assert_allclose(value, 2 * expected, rtol=1e-4)

@@ -17,6 +17,7 @@ from splitquant_mlx.models.gguf_import import import_gguf
 from splitquant_mlx.progress import Silent
 
 BLOCK = 32
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def steps(blocks: np.ndarray) -> np.ndarray:
@@ -35,9 +36,12 @@ def make_offgrid(gguf: Path, directory: Path, seed: int = 0) -> Path:
     directory.mkdir()
     import_gguf(gguf, directory, Silent())
     weights: dict[str, np.ndarray] = {}
+    tables: dict[str, np.ndarray] = {}  # of the file, to compare
     for file in sorted(directory.glob("*.safetensors")):
         for name, w in mx.load(str(file)).items():
             values = np.array(w.astype(mx.float32))
+            if name in (HEAD, TABLE):
+                tables[name] = values
             if values.ndim == 2:
                 blocks = values.reshape(-1, BLOCK)
                 step = steps(blocks)
@@ -46,9 +50,9 @@ def make_offgrid(gguf: Path, directory: Path, seed: int = 0) -> Path:
             weights[name] = values
         file.unlink()
     config = json.loads((directory / "config.json").read_text()) | {"torch_dtype": "float32"}
-    head, table = weights.get("lm_head.weight"), weights["model.embed_tokens.weight"]
+    head, table = tables.get(HEAD), tables[TABLE]
     if head is not None and np.abs(head - table).mean() < 0.1 * np.abs(table).mean():
-        weights["model.embed_tokens.weight"] = weights.pop("lm_head.weight")
+        weights[TABLE] = weights.pop(HEAD)
         config["tie_word_embeddings"] = True
     (directory / "model.safetensors.index.json").unlink(missing_ok=True)
     arrays = {name: mx.array(values) for name, values in weights.items()}
