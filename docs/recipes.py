@@ -87,7 +87,7 @@ def page() -> str:
             section("Recipe", Recipe, skip=("layers", "calibration")),
             section("[calibration]", Calibration),
             '\n## [layers."path"]\n\n',
-            f"Settings of one layer, in place of the recipe's: {layers}.\n",
+            f"Settings of single layers, which override the recipe: {layers}.\n",
             section("Study", Study, skip=("name", "variants", "measure")).replace(
                 "## Study\n", f"## Study\n{STUDY}"
             ),

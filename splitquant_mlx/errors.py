@@ -1,7 +1,7 @@
-"""Name what can go wrong: one root, one child for each thing a user can act on.
+"""Errors that a user can act on: one root class and a subclass for each kind.
 
-A message says what failed, in which tensor or file, what was found, what was wanted and what to
-do, on one line. The command line prints it and exits with 2; the library only raises.
+A message is one line: what failed, in which tensor or file, the expected and the actual value, and
+what to do. The command line prints it and exits with code 2; the library only raises.
 """
 
 from collections.abc import Iterable
@@ -9,61 +9,61 @@ from difflib import get_close_matches
 
 
 class SplitQuantError(Exception):
-    """Root of every error this package raises on purpose."""
+    """Base class of all errors of this package."""
 
 
 class SplitQuantWarning(UserWarning):
-    """Says what was done otherwise than one may expect; the command line shows it as a note."""
+    """Behaviour that a user may not expect; the command line shows it as a note."""
 
 
 def one_line(text: object) -> str:
-    """Return a text, such as an exception's message, on one line that cannot drive a terminal."""
+    """Return a text, such as an exception's message, on one line without control characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
 def some(names: Iterable[str], most: int = 3) -> str:
-    """Join the first few of `names`, sorted, and say how many more there are."""
+    """Join the first `most` of `names`, sorted, and append the number of the rest."""
     listed = sorted(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more
 
 
 def meant(word: str, known: Iterable[str]) -> str | None:
-    """Return the known word that `word` looks like a misspelling of."""
+    """Return the known word most similar to `word`; None if none is close."""
     return next(iter(get_close_matches(word, list(known), n=1, cutoff=0.7)), None)
 
 
 class SourceError(SplitQuantError):
-    """Report that the model to read cannot be reached: no such path or repo, gated, no network."""
+    """The model cannot be reached: no such path or repository, gated, no network."""
 
 
 class CheckpointError(SplitQuantError):
-    """Report that a checkpoint's content is unusable: truncated, corrupt, incomplete, unknown."""
+    """The checkpoint cannot be used: truncated, corrupt, incomplete, unknown."""
 
 
 class VersionError(SplitQuantError):
-    """Report an installed package that is too old, or too new, for what is used of it."""
+    """An installed package is too old or too new."""
 
 
 class RecipeError(SplitQuantError):
-    """Report a setting that is unknown, out of range or does not fit the others."""
+    """A setting is unknown, out of range or in conflict with others."""
 
 
 class MemoryTooSmallError(SplitQuantError):
-    """Report work that needs more memory than this machine has."""
+    """The machine has too little memory."""
 
 
 class UploadError(SplitQuantError):
-    """Report that a model cannot be sent to the hub: no log-in, no right, no room, no network."""
+    """The model cannot be uploaded: no log-in, no permission, no quota, no network."""
 
 
 class TargetError(SplitQuantError):
-    """Report that the output cannot be written: it exists, is not writable, the disk is full."""
+    """The output cannot be written: it exists, is not writable, or the disk is full."""
 
 
 class RankError(SplitQuantError):
-    """Report that another process of a distributed run cannot be reached."""
+    """Another process of a distributed run cannot be reached."""
 
 
 class FailedElsewhere(SplitQuantError):
-    """Report that another process of a distributed run failed, and what it says."""
+    """Another process of a distributed run failed; the message is its own."""

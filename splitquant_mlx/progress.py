@@ -1,4 +1,4 @@
-"""Describe progress without showing it: the library reports, the command line draws.
+"""Progress reporters: the library reports, the command line displays.
 
 Library functions take a `Progress` and default to `SILENT`, so nothing prints unless asked.
 """
@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 class Advance(Protocol):
-    """Advance a task by an amount; `note` is shown beside its label."""
+    """Function that advances a task by an amount; `note` is shown beside its label."""
 
     def __call__(self, amount: float, note: str = "") -> None:
         """Advance."""
@@ -17,19 +17,19 @@ class Advance(Protocol):
 
 
 class Progress(Protocol):
-    """Receive the progress of named tasks."""
+    """Receiver of the progress of named tasks."""
 
     def task(self, label: str, total: float | None = None) -> AbstractContextManager[Advance]:
         """Open a task of `total` steps (None: unknown); yields a function that advances it."""
         ...
 
     def note(self, text: str) -> None:
-        """Receive a line for the user, such as from where an interrupted work goes on."""
+        """Receive a line for the user, such as where an interrupted task resumes."""
         ...
 
 
 class Silent:
-    """Drop all progress."""
+    """Reporter that ignores everything."""
 
     @contextmanager
     def task(self, label: str, total: float | None = None) -> Iterator[Advance]:
@@ -37,7 +37,7 @@ class Silent:
         yield lambda amount, note="": None
 
     def note(self, text: str) -> None:
-        """Drop a line."""
+        """Ignore a line."""
 
 
-SILENT = Silent()  # what library functions report to, unless told otherwise
+SILENT = Silent()  # default of library functions

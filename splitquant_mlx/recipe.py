@@ -1,4 +1,4 @@
-"""The settings of one conversion, and their TOML form."""
+"""Settings of a conversion, and their TOML form."""
 
 import dataclasses
 import json
@@ -53,23 +53,23 @@ Size = Annotated[str, AfterValidator(_require_size)]
 Share = Annotated[str, AfterValidator(_require_share)]
 
 METHODS: tuple[str, ...] = get_args(Method)
-LEARNED = ("omniquant", "efficientqat")  # block by block
-# layers that mlx has no form of, and the bits that they can have
+LEARNED = ("omniquant", "efficientqat")  # trained block by block
+# methods with layers of this package, and the bits that they support
 OWN_LAYERS = {"lut": (2, 3, 4), "salience": (2, 3, 4, 5)}
 CALIBRATED = ("imatrix", "gptq", "auto", *OWN_LAYERS, *LEARNED)
-TARGETS = ("target_bpw", "max_kl", "target_size", "fits")  # of auto, one of them
+TARGETS = ("target_bpw", "max_kl", "target_size", "fits")  # of auto, mutually exclusive
 FIXED_BITS = ("imatrix", "gptq", *OWN_LAYERS, *LEARNED)  # calibrated, with one number of bits
 SWEEPS = {"gptq": 1, "auto": 1, "lut": 3, "salience": 1, "omniquant": 10, "efficientqat": 10}
-SELF = "self"  # calibration on text that the model writes
+SELF = "self"  # calibration on text sampled from the model
 BITS: tuple[int, ...] = get_args(Bits)
 GROUP_SIZES = (32, 64, 128)  # of mode affine
 DTYPES: tuple[str, ...] = get_args(DType)
-# mode -> (group_size, bits): the defaults of affine, the only values of the others
+# mode -> (group_size, bits): defaults of affine, fixed values of the others
 MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
 
 
 class LayerSettings(TypedDict, total=False):
-    """Settings of a single layer, in place of the recipe's."""
+    """Settings of a single layer; they override the recipe's."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
     bits: Bits
@@ -78,7 +78,7 @@ class LayerSettings(TypedDict, total=False):
 
 @settings
 class Calibration:
-    """Settings of the text on which the inputs of a model's layers are measured.
+    """Settings of the calibration text.
 
     Attributes:
         text: "self" (text that the model itself samples) or a file: .jsonl, .parquet, plain text.
@@ -195,24 +195,24 @@ class Recipe:
 
     @property
     def outlier_share(self) -> float:
-        """Return the share of each row that lut keeps."""
+        """Return the share of each row that lut stores in 16 bits."""
         return float((self.outliers or "0%")[:-1]) / 100
 
     @property
     def texts(self) -> Calibration:
-        """Return the settings of the texts that a model is run on; those by default without any."""
+        """Return the settings of the calibration text, or their defaults."""
         return self.calibration or Calibration()
 
     @property
     def runs_the_model(self) -> bool:
-        """Return whether a conversion runs the original model: to calibrate, or to refine."""
+        """Return whether the conversion runs the original model, to calibrate or to refine."""
         return self.method in CALIBRATED or bool(self.refine)
 
     def _refuse_unused(self) -> None:
-        """Refuse settings that the method would ignore; a default value counts as unset."""
+        """Reject settings that the method would ignore; a default value counts as unset."""
         auto, split = self.method == "auto", self.method == "splitquant"
         lut = self.method == "lut"
-        if auto:  # recipes of auto used to hold these defaults
+        if auto:  # older recipes of auto contain these defaults
             for name, default in (("bits", 4), ("group_size", 64)):
                 if getattr(self, name) == default:
                     object.__setattr__(self, name, None)
@@ -268,7 +268,7 @@ class Recipe:
                 object.__setattr__(self, name, value)
 
     def without_target(self) -> "Recipe":
-        """Return the gptq recipe that bits are chosen for, of an "auto" recipe."""
+        """Return the gptq recipe underlying an "auto" recipe."""
         return dataclasses.replace(self, method="gptq", **dict.fromkeys(TARGETS))
 
     def to_dict(self) -> dict[str, Any]:
@@ -320,5 +320,5 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _toml(value: Any) -> str:
-    """Return a string, number, boolean or list of strings as TOML: its JSON, but for DEL."""
+    """Return a string, number, boolean or list of strings as TOML, which is JSON except for DEL."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,8 +1,8 @@
 """Settings and records as frozen, keyword-only dataclasses that pydantic validates.
 
-This is the package's one dialect of validation: types and `Field` constraints state what a value
-may be, and an error is one line, "key: expected X, got Y". A field's description stands once, in
-the "Attributes" section of its class; command-line help and the recipe reference are made from it.
+All validation of the package is declared here: by types and `Field` constraints. An error is one
+line, "key: expected X, got Y". Command-line help and the recipe reference are generated from the
+"Attributes" section of each class.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ def from_mapping(kind: type[T], values: Mapping[str, Any]) -> T:
 
 
 def nested(kind: type[T]) -> BeforeValidator:
-    """Return the annotation of a field of class `kind` that may be given as a mapping."""
+    """Return the annotation of a field of class `kind` that also accepts a mapping."""
     return BeforeValidator(
         lambda value: from_mapping(kind, value) if isinstance(value, Mapping) else value
     )
@@ -86,7 +86,7 @@ def explain(exc: ValidationError, kind: Any = None) -> str:
         message = "Input should be a valid dictionary"
     if problem["type"].startswith("missing"):
         return f"{where:.80}: expected a value, got none"
-    if problem["type"] == "value_error":  # raised by this package, which says what it got
+    if problem["type"] == "value_error":  # this package's own message
         reason = message.removeprefix("Value error, ")
         return f"{where:.80}: {reason}" if path else reason
     message = re.sub(r", unable to parse .*", "", message)
@@ -97,7 +97,7 @@ def explain(exc: ValidationError, kind: Any = None) -> str:
 
 
 UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")
-# pydantic's words for what TOML and JSON call otherwise
+# pydantic's terms -> those of TOML and JSON
 WORDS = {
     "expected integer": "expected an integer",
     "expected string": "expected a string",
@@ -112,7 +112,7 @@ WORDS = {
 
 
 def load_json(kind: type[T], content: str | bytes | Mapping[str, Any]) -> T:
-    """Return an instance of `kind` from JSON, or from a JSON object that was read before.
+    """Return an instance of `kind` from JSON text or a parsed JSON object.
 
     Raises:
         ValueError: with a message of one line.
@@ -122,7 +122,7 @@ def load_json(kind: type[T], content: str | bytes | Mapping[str, Any]) -> T:
         return TypeAdapter(kind).validate_json(text)
     except ValidationError as exc:
         raise ValueError(explain(exc, kind)) from None
-    except TypeError as exc:  # what JSON cannot hold
+    except TypeError as exc:  # not a JSON value
         raise ValueError(f"content: expected JSON values: {exc}") from None
 
 
@@ -130,12 +130,12 @@ def descriptions(kind: type) -> dict[str, str]:
     """Return each field's description from the "Attributes" section of the class's docstring."""
     _, _, section = (kind.__doc__ or "").partition("Attributes:\n")
     entries = re.findall(r"^ {8}(\w+): (.*(?:\n {12,}.*)*)", section, re.MULTILINE)
-    found = {name: " ".join(text.split()) for name, text in entries}
-    return {field.name: found[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    texts = {name: " ".join(text.split()) for name, text in entries}
+    return {field.name: texts[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
 
 
 def _names(kind: Any, path: tuple[int | str, ...] = ()) -> list[str]:
-    """Return the field names of a settings class, or of the one that `path` leads to in it."""
+    """Return the field names of a settings class, or of the nested one at `path`."""
     if not dataclasses.is_dataclass(kind):
         inner = [_names(argument, path) for argument in get_args(kind)]
         return next(filter(None, inner), [])

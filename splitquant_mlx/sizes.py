@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write and read them: powers of ten, GB, or of two, GiB."""
+"""Parse and format sizes: powers of ten (GB) or of two (GiB)."""
 
 import re
 
@@ -6,7 +6,7 @@ WRITTEN = re.compile(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*([kmgt])(i?)b?\s*", re.IGNOR
 
 
 def parse_bytes(text: str) -> int:
-    """Return the bytes that "4.2GB" (10^9 each) or "4GiB" (2^30 each) stands for.
+    """Return the number of bytes of a size such as "4.2GB" (10^9) or "4GiB" (2^30).
 
     Raises:
         ValueError: with a message of one line.
