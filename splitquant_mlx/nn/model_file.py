@@ -1,12 +1,11 @@
-"""Run a SplitQuant checkpoint: the one file that such a checkpoint carries with it.
+"""Model file of checkpoints with split layers.
 
-mlx-lm builds a model from a checkpoint's own Python file when config.json names one as
-`model_file` and the user passes --trust-remote-code, and so does mlx-vlm, without a flag; this
-file is copied there, with `build_model` in it, so it imports nothing but mlx. splitquant-mlx
-itself builds the model from its own, installed, copy.
+mlx-lm builds a model from the Python file that config.json names as `model_file` if the user
+passes --trust-remote-code; mlx-vlm needs no flag. This file, with `build_model` inlined, is written
+into the checkpoint, so it imports only mlx. splitquant-mlx uses its installed copy instead.
 
-A split layer holds the codes of its k parts side by side along the input axis, which makes it a
-quantized linear layer of k * in inputs. Fed with k copies of x it returns the sum over the parts,
+A split layer stores the codes of its k parts concatenated along the input axis, as a quantized
+linear layer of k * in inputs. Applied to k copies of x, it returns the sum over the parts,
 accumulated in float32, in one kernel call: y = sum_c x @ dequantize(part_c).T + bias.
 """
 
@@ -21,22 +20,22 @@ from splitquant_mlx.nn.build_model import build_model
 
 
 class QuantizedSplitLinear(nn.Module):
-    """Apply the quantized parts of a split linear layer to the input, and sum.
+    """Linear layer that sums the products of x with k quantized parts.
 
-    Parameters are `weight` (out, clusters * in * bits / 32) uint32, `scales` and `biases`
-    (out, clusters * in / group_size), and, where the layer has one, `bias` (out,).
+    Parameters: `weight` (out, clusters * in * bits / 32) uint32, `scales` and `biases`
+    (out, clusters * in / group_size), and optionally `bias` (out,).
 
     Args:
         input_dims: in, a multiple of `group_size`.
         output_dims: out.
-        bias: whether the layer has a bias; it is whole, not split.
+        bias: whether the layer has a bias, which is not split.
         clusters: number of parts.
         group_size: inputs of one part that share a scale and a bias.
-        bits: bits of a code.
+        bits: bits per code.
 
     Attributes:
-        group: ranks to sum the outputs over, where each holds but some of every part's inputs;
-            None for a whole layer, and for one of which each rank holds some outputs.
+        group: ranks to sum the outputs over, if the layer is sharded along its inputs; None if it
+            is not sharded, or sharded along its outputs.
     """
 
     def __init__(
@@ -87,14 +86,14 @@ class QuantizedSplitLinear(nn.Module):
 
 
 class QuantizedSplitSwitchLinear(QuantizedSplitLinear):
-    """Apply split linear layers, one for each expert, each token to the experts it is sent to.
+    """Split linear layers of a mixture of experts, applied to each token by expert index.
 
-    Parameters are those of `QuantizedSplitLinear` with an axis of experts before the others.
+    Parameters: those of `QuantizedSplitLinear` with a leading axis (num_experts,).
 
     Args:
         num_experts: number of experts.
-        *sizes: as of `QuantizedSplitLinear`: input_dims, output_dims, bias.
-        **settings: the same: clusters, group_size, bits.
+        *sizes: input_dims, output_dims and bias of `QuantizedSplitLinear`.
+        **settings: clusters, group_size and bits of `QuantizedSplitLinear`.
     """
 
     def __init__(self, num_experts: int, *sizes: int, **settings: int):
@@ -103,7 +102,7 @@ class QuantizedSplitSwitchLinear(QuantizedSplitLinear):
         self.update(stacked)
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """Map x (..., 1, in) to (..., 1, out), by the experts `indices` (...), in x's dtype."""
+        """Map x (..., 1, in) to (..., 1, out) with experts `indices` (...), in the dtype of x."""
         y = mx.gather_qmm(
             mx.tile(x, (1,) * (x.ndim - 1) + (self.clusters,)),
             self["weight"],
@@ -119,50 +118,50 @@ class QuantizedSplitSwitchLinear(QuantizedSplitLinear):
 
 
 def split_layer(_: str, linear: nn.Module | None, settings: dict) -> QuantizedSplitLinear | None:
-    """Return an empty split layer in the place of `linear`; None where that is no linear layer."""
-    is_stack = type(linear).__name__ == "SwitchLinear"  # mlx-lm's, or mlx-vlm's own
+    """Return an uninitialized split layer of the shape of `linear`; None if not a linear layer."""
+    is_stack = type(linear).__name__ == "SwitchLinear"  # of mlx-lm or mlx-vlm
     if linear is None or not (is_stack or type(linear) is nn.Linear):
         return None
     *experts, output_dims, input_dims = linear["weight"].shape
     sizes = (*experts, input_dims, output_dims, "bias" in linear)
-    kind: type = QuantizedSplitSwitchLinear if is_stack else QuantizedSplitLinear
-    return kind(*sizes, **settings)
+    layer_class: type = QuantizedSplitSwitchLinear if is_stack else QuantizedSplitLinear
+    return layer_class(*sizes, **settings)
 
 
 class Sharded(nn.Module):
-    """Divide a model's split layers among ranks where mlx-lm's `shard` divides the model.
+    """Mixin that shards split layers where mlx-lm's `shard` shards the model.
 
-    `shard` takes a split layer for a quantized one of clusters * in inputs. That suits its rows,
-    the outputs. Its columns would be cut across the parts: they are cut again, each part into as
-    many pieces as there are ranks, so that a rank has the same inputs of every part.
+    To `shard`, a split layer is a quantized layer of clusters * in inputs. Sharding along the
+    outputs is correct as it is. Sharding along the inputs would mix inputs of different parts, so
+    it is done again part by part: a rank then has the same inputs of every part.
     """
 
     def shard(self, group: mx.distributed.Group | None = None) -> None:
-        """Keep of every layer what this rank computes; nothing is read or evaluated.
+        """Reduce every layer to the shard of this rank, lazily.
 
         Raises:
-            ValueError: when a layer's outputs, or its inputs in whole groups, cannot be divided.
+            ValueError: when the ranks do not divide a layer's outputs, or its groups of inputs.
         """
         group = group or mx.distributed.init()
-        whole: list[tuple[str, QuantizedSplitLinear, dict]] = [
+        unsharded: list[tuple[str, QuantizedSplitLinear, dict]] = [
             (path, layer, layer.parameters())  # type: ignore[misc]
             for path, layer in self.named_modules()
             if isinstance(layer, QuantizedSplitLinear)
         ]
         super().shard(group)  # type: ignore[misc]
         sharded = dict(self.named_modules())
-        for path, layer, parameters in whole:
-            found = sharded[path]
-            if found.weight.shape[-1] == parameters["weight"].shape[-1]:
-                layer.update(found.parameters())
+        for path, layer, parameters in unsharded:
+            shard = sharded[path]
+            if shard.weight.shape[-1] == parameters["weight"].shape[-1]:
+                layer.update(shard.parameters())
                 continue
             layer.update(parameters)
             shard_inplace(layer, "sharded-to-all", segments=layer.clusters, group=group)
-            # a layer that was sharded in place is summed by the module around it
-            layer.group = None if found is layer else group
-        self.update_modules(tree_unflatten([(path, layer) for path, layer, _ in whole]))
+            # the parent module sums the outputs of a layer that was sharded in place
+            layer.group = None if shard is layer else group
+        self.update_modules(tree_unflatten([(path, layer) for path, layer, _ in unsharded]))
 
 
 def Model(args: Any) -> nn.Module:
-    """Build the model of the program that runs this, with split layers in place."""
+    """Build the model of mlx-lm or mlx-vlm with split layers."""
     return build_model(args, split_layer, Sharded)

@@ -1,13 +1,13 @@
-"""Run a checkpoint of lookup tables or of mixed bits: the one file that it carries with it.
+"""Model file of checkpoints with lookup-table or mixed-bit layers.
 
-As `model_file` does for split layers: mlx-lm and mlx-vlm build the model from this file, so it
-imports nothing but mlx.
+The counterpart of `model_file` for these layers: mlx-lm and mlx-vlm build the model from this file,
+so it imports only mlx.
 
-Each row of a `LUTLinear` has a codebook of 2^bits values. It multiplies by what the codes stand
-for without making the weight: on a GPU a kernel reads the packed codes, looks each one up and adds
-its product (the idea of LUT-GEMM, Park et al., arXiv:2206.09557). Where there is no kernel, or the
-tokens are many, the weight is made by mlx's operations, and multiplied by. The inputs of a
-`MixedLinear` have codes of up to three numbers of bits, each of which is a quantized product.
+Each row of a `LUTLinear` has a codebook of 2^bits values. On a GPU, a kernel unpacks the codes,
+looks them up and accumulates the products without materializing the weight (as LUT-GEMM does, Park
+et al., arXiv:2206.09557). Without a kernel, or for many tokens, the weight is dequantized by mlx
+operations first. A `MixedLinear` has up to three bit widths, one for each input, and computes one
+quantized product per bit width.
 """
 
 from typing import Any
@@ -17,11 +17,10 @@ import mlx.nn as nn
 
 from splitquant_mlx.nn.build_model import build_model
 
-MOST_TOKENS = 8  # that the kernel takes: each reads all codes again
-ALL = slice(None)
-LANES = 32  # threads that share a row
+KERNEL_MAX_TOKENS = 8  # the kernel reads all codes once per token
+LANES = 32  # threads per row
 
-# for one row and one token; 8 codes are `BITS` bytes
+# one row and one token; 8 codes take `BITS` bytes
 BODY = """
     if (row >= OUT) return;
     DEVICE const unsigned char* packed =
@@ -71,7 +70,7 @@ NAMES = {
     "input_names": ["x", "weight", "codebook", "outliers", "indices"],
     "output_names": ["y"],
 }
-KERNELS: dict = {}  # built when first needed
+KERNELS: dict = {}  # filled on first use
 
 
 def lut_weight(
@@ -80,7 +79,7 @@ def lut_weight(
     outliers: mx.array | None = None,
     indices: mx.array | None = None,
 ) -> mx.array:
-    """Return the weight (out, in) that packed codes and codebooks stand for, in their dtype."""
+    """Return the dequantized weight (out, in) of a `LUTLinear`, in the dtype of `codebook`."""
     bits = codebook.shape[-1].bit_length() - 1
     units = weight.view(mx.uint8).reshape(len(weight), -1, bits).astype(mx.uint32)
     words: mx.array = sum(units[..., byte] << (8 * byte) for byte in range(bits))  # type: ignore
@@ -92,18 +91,18 @@ def lut_weight(
 
 
 class LUTLinear(nn.Module):
-    """Apply a linear layer whose weights are looked up in a codebook for each output.
+    """Linear layer whose weights are looked up in one codebook per output.
 
-    Parameters are `weight` (out, in * bits / 32) uint32, `codebook` (out, 2^bits), where the layer
-    has outliers, which are added to what the codes stand for, `outliers` and `indices` (out, n),
-    and, where it has one, `bias` (out,).
+    Parameters: `weight` (out, in * bits / 32) uint32, `codebook` (out, 2^bits), and optionally
+    `outliers` and `indices` (out, n), values added to the dequantized weight and their columns,
+    and `bias` (out,).
 
     Args:
         input_dims: in, a multiple of 32.
         output_dims: out.
         bias: whether the layer has a bias.
-        bits: bits of a code, 2 to 4.
-        outliers: number of them in each row.
+        bits: bits per code, 2 to 4.
+        outliers: outliers per row.
     """
 
     def __init__(
@@ -136,22 +135,22 @@ class LUTLinear(nn.Module):
         )
 
     def dense(self) -> mx.array:
-        """Return the weight (out, in) that the layer stands for."""
+        """Return the dequantized weight (out, in)."""
         return lut_weight(
             self["weight"], self["codebook"], self.get("outliers"), self.get("indices")
         )
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map x (..., in) to (..., out) in the dtype of x."""
-        kernel = _kernel() if x.size // x.shape[-1] <= MOST_TOKENS else None
-        y = x @ self.dense().T.astype(x.dtype) if kernel is None else self._looked_up(kernel, x)
+        kernel = _kernel() if x.size // x.shape[-1] <= KERNEL_MAX_TOKENS else None
+        y = x @ self.dense().T.astype(x.dtype) if kernel is None else self._run(kernel, x)
         return y + self["bias"] if "bias" in self else y
 
-    def _looked_up(self, kernel: object, x: mx.array) -> mx.array:
+    def _run(self, kernel: object, x: mx.array) -> mx.array:
         out, tokens = len(self["weight"]), x.size // x.shape[-1]
         count = self.outliers.shape[1] if "outliers" in self else 0
         sizes = {"IN": x.shape[-1], "OUT": out, "BITS": self.bits, "OUTLIERS": count}
-        # without outliers, no more than a place in the signature
+        # unused placeholders if there are no outliers
         sparse = (self["outliers"], self["indices"]) if count else (self.codebook, self.weight)
         (y,) = kernel(  # type: ignore[operator]
             inputs=[x, self["weight"], self["codebook"], *sparse],
@@ -165,7 +164,7 @@ class LUTLinear(nn.Module):
 
 
 def _kernel() -> object | None:
-    """Return the kernel of the default device; None where it has none."""
+    """Return the kernel for the default device; None on the CPU."""
     if mx.default_device() == mx.cpu:
         return None
     if not KERNELS:
@@ -181,16 +180,21 @@ def _kernel() -> object | None:
 def mixed_parts(
     weight: mx.array, scales: mx.array, biases: mx.array, widths: mx.array
 ) -> list[tuple[mx.array, list[mx.array], dict[str, int]]]:
-    """Return for each number of bits its inputs, and what mlx multiplies them by, with settings."""
+    """Divide the parameters of a `MixedLinear` by bit width.
+
+    Returns:
+        For each bit width, ascending: the indices of its inputs; `weight`, `scales` and `biases`
+        (out, ...) for mlx's quantized operations; and their `bits` and `group_size`.
+    """
     bits: list[int] = widths.tolist()  # type: ignore
     out = 32 * weight.size // sum(bits)
     group_size = out * len(bits) // scales.size
     parts, word, group = [], 0, 0
     for width in sorted(set(bits)):
-        inputs = [channel for channel, own in enumerate(bits) if own == width]
+        inputs = [channel for channel, b in enumerate(bits) if b == width]
         groups = out * len(inputs) // group_size
         words = groups * group_size * width // 32
-        codes = weight[word : word + words] if width > 1 else two_bits(weight[:words])
+        codes = weight[word : word + words] if width > 1 else one_to_two_bits(weight[:words])
         arrays = codes, *(array[group : group + groups] for array in (scales, biases))
         settings = {"bits": max(width, 2), "group_size": group_size}
         parts.append((mx.array(inputs), [array.reshape(out, -1) for array in arrays], settings))
@@ -198,8 +202,8 @@ def mixed_parts(
     return parts
 
 
-def two_bits(words: mx.array) -> mx.array:
-    """Return codes of one bit as codes of two, which every mlx multiplies by."""
+def one_to_two_bits(words: mx.array) -> mx.array:
+    """Repack 1-bit codes as 2-bit codes: not every mlx version supports 1 bit."""
     words = mx.stack([words & 0xFFFF, words >> 16], axis=-1)
     for shift, mask in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
         words = (words | words << shift) & mask
@@ -207,28 +211,32 @@ def two_bits(words: mx.array) -> mx.array:
 
 
 def mixed_weight(
-    weight: mx.array, scales: mx.array, biases: mx.array, widths: mx.array, rows: slice = ALL
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    widths: mx.array,
+    rows: slice = slice(None),
 ) -> mx.array:
-    """Return rows of the float32 weight (out, in) that codes of different bits stand for."""
+    """Return `rows` of the dequantized float32 weight (out, in) of a `MixedLinear`."""
     parts = mixed_parts(weight, scales.astype(mx.float32), biases.astype(mx.float32), widths)
-    columns = [mx.dequantize(*(a[rows] for a in own), **settings) for _, own, settings in parts]  # type: ignore
+    columns = [mx.dequantize(*(a[rows] for a in arrays), **kw) for _, arrays, kw in parts]  # type: ignore
     order = mx.concatenate([inputs for inputs, _, _ in parts])
     return mx.concatenate(columns, axis=1)[:, mx.argsort(order)]
 
 
 class MixedLinear(nn.Module):
-    """Apply a linear layer some of whose inputs have a bit more than others, and some one less.
+    """Quantized linear layer in which some inputs have one bit more and some one bit less.
 
-    Parameters are `weight` (out * in * bits / 32,) uint32, `scales` and `biases`
-    (out * in / group_size,), `widths` (in,) uint8, the bits of each input's codes, and, where it
-    has one, `bias` (out,). What inputs of equal bits have is together, those of the fewest first.
+    Parameters: `weight` (out * in * bits / 32,) uint32, `scales` and `biases`
+    (out * in / group_size,), `widths` (in,) uint8, the bits per code of each input, and optionally
+    `bias` (out,). The arrays are concatenated by bit width, ascending.
 
     Args:
         input_dims: in, a multiple of `group_size`.
         output_dims: out.
         bias: whether the layer has a bias.
-        bits: of a code, on average.
-        group_size: inputs of equal bits that share scale and bias.
+        bits: average bits per code.
+        group_size: inputs of one bit width that share a scale and a bias.
     """
 
     def __init__(
@@ -248,11 +256,11 @@ class MixedLinear(nn.Module):
         self.widths = mx.full((input_dims,), bits, mx.uint8)
         if bias:
             self.bias = mx.zeros((output_dims,))
-        self._parts: tuple = ()  # of what was stored when it was last called
+        self._parts: tuple = ()  # parameters of the last call, and `mixed_parts` of them
         self.freeze()
 
     def dense(self) -> mx.array:
-        """Return the weight (out, in) that the layer stands for."""
+        """Return the dequantized weight (out, in)."""
         return mixed_weight(*(self[leaf] for leaf in ("weight", "scales", "biases", "widths")))
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -261,8 +269,8 @@ class MixedLinear(nn.Module):
         if not self._parts or any(a is not b for a, b in zip(stored, self._parts[0], strict=True)):
             self._parts = stored, mixed_parts(*stored)
         first, *others = [
-            mx.quantized_matmul(x[..., inputs], *own, **settings)
-            for inputs, own, settings in self._parts[1]
+            mx.quantized_matmul(x[..., inputs], *arrays, **settings)
+            for inputs, arrays, settings in self._parts[1]
         ]
         y = sum(others, start=first).astype(x.dtype)
         return y + self["bias"] if "bias" in self else y
@@ -271,21 +279,23 @@ class MixedLinear(nn.Module):
 LAYERS = {"lut": LUTLinear, "mixed": MixedLinear}
 
 
-def own_layer(kind: str, linear: nn.Module | None, settings: dict) -> nn.Module | None:
-    """Return an empty layer of `LAYERS` in the place of `linear`; None where that is not linear."""
-    if linear is None or type(linear) is not nn.Linear:
+def quantized_layer(kind: str, linear: nn.Module | None, settings: dict) -> nn.Module | None:
+    """Return an uninitialized layer of the shape of `linear`; None if not a linear layer."""
+    if type(linear) is not nn.Linear:
         return None
     return LAYERS[kind](*reversed(linear.weight.shape), "bias" in linear, **settings)
 
 
-class Undivided(nn.Module):
-    """Refuse what mlx-lm's `shard` would do."""
+class NotSharded(nn.Module):
+    """Mixin that overrides mlx-lm's `shard`, which does not support these layers."""
 
     def shard(self, group: mx.distributed.Group | None = None) -> None:
         """Raise ValueError."""
-        raise ValueError("its layers are not divided: use another method than lut or salience")
+        raise ValueError(
+            "layers of methods lut and salience cannot be sharded: convert with another method"
+        )
 
 
 def Model(args: Any) -> nn.Module:
-    """Build the model of the program that runs this, with its layers in place."""
-    return build_model(args, own_layer, Undivided)
+    """Build the model of mlx-lm or mlx-vlm with lookup-table or mixed-bit layers."""
+    return build_model(args, quantized_layer, NotSharded)

@@ -1,10 +1,10 @@
 """Split the layers of any mlx.nn model in memory, and quantize the split layers.
 
-    model = split_model(model)                     # same function, k parts a layer
-    model = quantize_split_layers(model, bits=4)   # the parts quantized
+    model = split_model(model)                     # same function, k parts per layer
+    model = quantize_split_layers(model, bits=4)   # quantized parts
 
-`SplitLinear` and `SplitConv` compute what the layer they come from computes; their
-`to_quantized` gives the quantized form, as in mlx.nn.
+`SplitLinear` and `SplitConv` compute the same function as the layer they are made from. Their
+`to_quantized` returns the quantized layer, as in mlx.nn.
 """
 
 import math
@@ -22,14 +22,14 @@ from splitquant_mlx.quantization.split import split
 
 
 class SplitLinear(nn.Module):
-    r"""Apply the k parts of a split linear layer: :math:`y = \sum_c x W_c^\top + b`.
+    r"""Linear layer split into k parts: :math:`y = \sum_c x W_c^\top + b`.
 
-    The parts stand side by side along the input axis, so that one matrix product with k copies
-    of x sums over them.
+    The parts are concatenated along the input axis, so that one matrix product with k copies of x
+    sums over them.
 
     Args:
         parts: k arrays (out, in) that sum to the weight.
-        bias: (out,), whole, or None.
+        bias: (out,), not split, or None.
     """
 
     def __init__(self, parts: list[mx.array], bias: mx.array | None = None):
@@ -66,7 +66,7 @@ class SplitLinear(nn.Module):
     def to_quantized(
         self, group_size: int = 64, bits: int = 4, granularity: str = "group"
     ) -> QuantizedSplitLinear:
-        """Quantize every part. Raises RecipeError when `group_size` does not divide the width."""
+        """Quantize every part. Raises RecipeError if `group_size` does not divide `in`."""
         quantized = quantize_parts(
             self.parts,
             bits=bits,
@@ -90,15 +90,15 @@ class SplitLinear(nn.Module):
 
 
 class SplitConv(nn.Module):
-    """Apply the k parts of a split convolution, clustered for every output kernel on its own.
+    """Convolution split into k parts, each output kernel clustered separately.
 
-    Takes the place of nn.Conv1d and nn.Conv2d. The parts sum to the kernel bit for bit, so they
-    are summed before the convolution, which then runs once.
+    Replaces nn.Conv1d and nn.Conv2d. The parts sum to the kernel exactly, so they are summed
+    before the convolution, which runs once.
 
     Args:
-        parts: k arrays of the shape of the convolution's weight, (out, ..., in).
+        parts: k arrays (out, ..., in), the shape of the convolution's weight.
         convolve: maps x and a weight to the output without bias.
-        bias: (out,), whole, or None.
+        bias: (out,), not split, or None.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class SplitConv(nn.Module):
 
     @property
     def parts(self) -> list[mx.array]:
-        """Return the k parts, each of the shape of the convolution's weight (out, ..., in)."""
+        """Return the k parts, (out, ..., in) each."""
         return list(self.weight)
 
     def _extra_repr(self) -> str:
@@ -144,10 +144,10 @@ class SplitConv(nn.Module):
 
 
 class QuantizedSplitConv(nn.Module):
-    """Hold the parts of a split convolution quantized, and dequantize them in the call.
+    """Split convolution with quantized parts, dequantized in each call.
 
-    mlx has no quantized convolution. Each kernel is one row of its flattened entries, padded
-    with zeros to a multiple of `group_size`; the k parts stand side by side.
+    mlx has no quantized convolution. Each output kernel is flattened to one row and padded with
+    zeros to a multiple of `group_size`. The k parts are concatenated along the row.
     """
 
     def __init__(self, conv: SplitConv, group_size: int, bits: int, granularity: str):
@@ -199,12 +199,12 @@ def split_model(
 
     Args:
         model: any mlx.nn model.
-        clusters: parts a layer is split into, 2 to 8.
+        clusters: parts per layer, 2 to 8.
         kmeans: "exact" or "sklearn".
-        predicate: called with path and module; layers it returns False for are left alone.
+        predicate: called with path and module; returns False for layers not to split.
 
     Returns:
-        The model, computing the same function.
+        `model`, which computes the same function.
     """
 
     def replace(module: nn.Module) -> nn.Module | None:
@@ -223,7 +223,7 @@ def quantize_split_layers(
     """Replace, in place, every split layer of `model` by its quantized form.
 
     Raises:
-        RecipeError: naming the linear layer whose width `group_size` does not divide.
+        RecipeError: `group_size` does not divide the inputs of a linear layer, which is named.
     """
 
     def replace(path: str, module: nn.Module) -> nn.Module | None:
@@ -238,15 +238,15 @@ def quantize_split_layers(
 
 
 def scale_dtype(weight_dtype: mx.Dtype) -> mx.Dtype | None:
-    """Return the type to store a split layer's scales in; None: whichever 16-bit type fits.
+    """Return the dtype of a split layer's scales; None: the better fitting 16-bit dtype.
 
-    A bfloat16 model gets bfloat16, since mlx's kernels want activations and scales of one type.
+    A bfloat16 model needs bfloat16: mlx's kernels expect activations and scales of one dtype.
     """
     return mx.bfloat16 if weight_dtype == mx.bfloat16 else None
 
 
 def sum_parts(parts: list[mx.array]) -> mx.array:
-    """Add up parts; unlike the built-in sum this starts from no +0.0, and so keeps every -0.0."""
+    """Return the sum of `parts`; unlike `sum`, which starts from 0, it preserves every -0.0."""
     total = parts[0]
     for part in parts[1:]:
         total = total + part
@@ -256,12 +256,12 @@ def sum_parts(parts: list[mx.array]) -> mx.array:
 def _replace_modules(
     model: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None]
 ) -> nn.Module:
-    found = [
+    replaced = [
         (path, new)
         for path, module in model.named_modules()
         if path and (new := replace(path, module)) is not None
     ]
-    model.update_modules(tree_unflatten(found))
+    model.update_modules(tree_unflatten(replaced))
     return model
 
 

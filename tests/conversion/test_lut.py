@@ -103,7 +103,7 @@ def test_ranks_are_refused_in_one_line(tables):
 
     config = json.loads((tables / "config.json").read_text())
     model = load_model(tables, lazy=True)
-    with pytest.raises(RecipeError, match="its layers are not divided: use another") as caught:
+    with pytest.raises(RecipeError, match="cannot be sharded: convert with another") as caught:
         divide(model, config, TwoRanks(), pipeline=False, path=tables)
     assert "\n" not in str(caught.value)
 

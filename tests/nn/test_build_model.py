@@ -1,4 +1,4 @@
-"""The file that a checkpoint carries builds the model of mlx-vlm, with layers of ours in it."""
+"""The model file of a checkpoint builds mlx-vlm's model with replaced layers."""
 
 import sys
 from types import ModuleType, SimpleNamespace
@@ -16,7 +16,7 @@ TABLES = {
 
 
 class Model(nn.Module):
-    """A model of mlx-vlm: the language model is a part of it."""
+    """Stub of an mlx-vlm model, which contains the language model as a submodule."""
 
     def __init__(self, config):
         super().__init__()
@@ -32,7 +32,7 @@ class ModelConfig(SimpleNamespace):
 
 @pytest.fixture
 def mlx_vlm(monkeypatch):
-    """Put a stand-in in the place of mlx-vlm, and return its module of the architecture."""
+    """Install a stub of mlx-vlm and return its module of the architecture."""
     llama = SimpleNamespace(Model=Model, ModelConfig=ModelConfig, VisionModel=object())
     utils = ModuleType("mlx_vlm.utils")
     vars(utils)["get_model_and_args"] = lambda config: (llama, config["model_type"])
@@ -41,8 +41,8 @@ def mlx_vlm(monkeypatch):
     return llama
 
 
-def carried(mode):
-    """Return a checkpoint's own file as a module, with nothing of this package in it."""
+def model_file(mode):
+    """Return a checkpoint's model file as a module; it must not import this package."""
     code = model_code([SimpleNamespace(mode=mode)])
     assert b"splitquant_mlx" not in code
     module = ModuleType("custom_model")
@@ -51,9 +51,9 @@ def carried(mode):
 
 
 @pytest.mark.parametrize("layer", TABLES)
-def test_mlx_vlm_is_given_its_own_model_with_our_layers(mlx_vlm, layer):
+def test_builds_the_model_of_mlx_vlm_with_replaced_layers(mlx_vlm, layer):
     table, settings = TABLES[layer]
-    code = carried(table)
+    code = model_file(table)
     with pytest.raises(AttributeError, match="VisionModel"):
         _ = code.VisionModel
     config = {"model_type": "llama", "model_file": "x.py", "splitquant": {table: {"up": settings}}}
@@ -64,9 +64,9 @@ def test_mlx_vlm_is_given_its_own_model_with_our_layers(mlx_vlm, layer):
 
 
 @pytest.mark.parametrize("layer", TABLES)
-def test_a_layer_that_the_model_lacks_is_named(mlx_vlm, layer):
+def test_missing_layer_is_named(mlx_vlm, layer):
     table, settings = TABLES[layer]
-    code = carried(table)
+    code = model_file(table)
     config = {"model_type": "llama", "splitquant": {table: {"down": settings}}}
-    with pytest.raises(ValueError, match=f"{table} has 'down', which is no linear layer"):
+    with pytest.raises(ValueError, match=f"{table} has 'down', which is not a linear layer"):
         code.Model(code.ModelConfig.from_dict(config))

@@ -1,4 +1,4 @@
-"""A layer of lookup tables computes what its weight does, and so does the kernel's source."""
+"""Lookup-table and mixed-bit layers compute the product; the GPU kernel is tested as C++."""
 
 import ctypes
 import shutil
@@ -13,8 +13,8 @@ from splitquant_mlx.nn import neighbour_file
 from splitquant_mlx.nn.neighbour_file import MixedLinear
 from splitquant_mlx.quantization.affine import pack
 
-# the kernel's source as C++: lane after lane runs up to the next exchange between the lanes that
-# share a row, and all begin again with what was exchanged so far
+# The kernel's source as C++. Each lane runs up to the next unknown exchange between the lanes of a
+# row; then all lanes restart, with the values exchanged so far.
 SHIM = """
 #include <cstddef>
 #include <cstdint>
@@ -25,15 +25,15 @@ struct Stop {};
 static Place thread_position_in_grid, blockIdx, blockDim, threadIdx;
 static float exchanges[8][32];
 static int this_lane, known, made;
-static float exchanged(float value, int step) {  // of the lane that differs by `step`; 0: of all
+static float exchanged(float value, int step) {  // value of lane ^ step; 0: sum over lanes
     int now = made++;
     if (now == known) {
         exchanges[now][this_lane] = value;
         throw Stop();
     }
-    float found = step ? exchanges[now][this_lane ^ step] : 0;
-    for (int i = 0; !step && i < 32; i++) found += exchanges[now][i];
-    return found;
+    float result = step ? exchanges[now][this_lane ^ step] : 0;
+    for (int i = 0; !step && i < 32; i++) result += exchanges[now][i];
+    return result;
 }
 namespace metal { [[maybe_unused]] static float simd_sum(float v) { return exchanged(v, 0); } }
 [[maybe_unused]] static float __shfl_xor_sync(unsigned, float v, int step) {
@@ -76,9 +76,9 @@ TYPES = {"float": mx.float32, "_Float16": mx.float16}
     scope="module", params=[("metal", "float"), ("cuda", "float"), ("cuda", "_Float16")]
 )
 def kernel(request, tmp_path_factory):
-    """Return the kernel compiled for the CPU, to be called as mlx's kernels are, and its dtype.
+    """Return the kernel compiled for the CPU, with the call signature of mlx's kernels.
 
-    Skips where there is no compiler, or one without the type.
+    Skips without a compiler, or if it lacks the type.
     """
     if shutil.which("g++") is None:
         pytest.skip("no g++")
@@ -91,7 +91,7 @@ def kernel(request, tmp_path_factory):
     command = ["g++", "-std=c++17", "-O2", "-Wall", "-Werror", "-shared", "-fPIC"]
     probe = [*command[:2], "-xc++", "-fsyntax-only", "-"]
     if subprocess.run(probe, input=f"{kind} x;".encode(), capture_output=True).returncode:
-        pytest.skip(f"g++ knows no {kind}")
+        pytest.skip(f"g++ does not support {kind}")
     subprocess.run([*command, "-o", "lut.so", "lut.cpp"], cwd=directory, check=True)
     run = ctypes.CDLL(str(directory / "lut.so")).run
     calls = []
@@ -102,7 +102,7 @@ def kernel(request, tmp_path_factory):
         arrays = [np.ascontiguousarray(np.array(array)) for array in inputs]
         y = np.full(output_shapes[0], np.nan, np.array(inputs[0]).dtype)
         pointers = [array.ctypes.data_as(ctypes.c_void_p) for array in (*arrays, y)]
-        threads = -(-grid[0] // threadgroup[0]) * threadgroup[0]  # some of no row
+        threads = -(-grid[0] // threadgroup[0]) * threadgroup[0]  # some threads have no row
         run(*pointers, *sizes, threads, grid[1], threadgroup[0])
         calls.append(grid)
         return [mx.array(y)]
@@ -116,22 +116,22 @@ def random_layer(inputs, outputs, bits, outliers, bias=True):
     layer = LUTLinear(inputs, outputs, bias, bits=bits, outliers=outliers)
     layer.weight = mx.array(rng.integers(0, 2**32, layer.weight.shape, np.uint32))
     if outliers:
-        picked = [rng.permutation(inputs)[:outliers] for _ in range(outputs)]
-        layer.indices = mx.array(np.array(picked).astype(np.uint16))
+        columns = [rng.permutation(inputs)[:outliers] for _ in range(outputs)]
+        layer.indices = mx.array(np.array(columns).astype(np.uint16))
     for leaf in ("codebook", *(["outliers"] if outliers else []), *(["bias"] if bias else [])):
         layer[leaf] = mx.array(rng.standard_normal(layer[leaf].shape).astype(np.float32))
     return layer
 
 
 def numpy_weight(layer, inputs):
-    """Look the codes up bit by bit."""
+    """Unpack the codes bit by bit and look them up."""
     words, codebook = np.array(layer.weight), np.array(layer.codebook)
     stream = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
     codes = stream.reshape(len(words), inputs, layer.bits) @ (1 << np.arange(layer.bits))
     w = np.take_along_axis(codebook, codes, axis=1).astype(np.float64)
     if "outliers" in layer:
-        for row, (places, values) in enumerate(zip(layer.indices, layer.outliers, strict=True)):
-            w[row, np.array(places)] += np.array(values)
+        for row, (columns, values) in enumerate(zip(layer.indices, layer.outliers, strict=True)):
+            w[row, np.array(columns)] += np.array(values)
     return w
 
 
@@ -145,13 +145,13 @@ def test_kernel_and_operations_compute_the_product(
     layer.set_dtype(kernel.dtype)
     w = numpy_weight(layer, inputs)
     x = mx.random.normal((1, 3, inputs), key=mx.random.key(bits)).astype(kernel.dtype)
-    wanted = np.array(x, np.float64) @ w.T + (np.array(layer.bias) if "bias" in layer else 0)
-    limit = (1e-5 if kernel.dtype == mx.float32 else 2e-3) * abs(wanted).max()
+    expected = np.array(x, np.float64) @ w.T + (np.array(layer.bias) if "bias" in layer else 0)
+    limit = (1e-5 if kernel.dtype == mx.float32 else 2e-3) * abs(expected).max()
     np.testing.assert_allclose(np.array(layer.dense()), w, rtol=0, atol=limit)
-    np.testing.assert_allclose(np.array(layer(x)), wanted, rtol=0, atol=limit)
+    np.testing.assert_allclose(np.array(layer(x)), expected, rtol=0, atol=limit)
     calls = len(kernel.calls)
     monkeypatch.setattr(neighbour_file, "_kernel", lambda: kernel)
-    np.testing.assert_allclose(np.array(layer(x)), wanted, rtol=0, atol=limit)
+    np.testing.assert_allclose(np.array(layer(x)), expected, rtol=0, atol=limit)
     assert len(kernel.calls) == calls + 1
     assert layer(mx.ones((9, inputs))).shape == (9, outputs) and len(kernel.calls) == calls + 1
     assert f"bits={bits}, outliers={outliers}" in repr(layer) and f"dims={inputs}" in repr(layer)
@@ -169,20 +169,20 @@ def test_output_has_the_dtype_of_the_input():
 def test_mixed_bits_compute_the_product(bits, group_size):
     rng = np.random.default_rng(bits)
     widths = rng.permutation(np.repeat([bits - 1, bits, bits, bits, bits + 1], group_size))
-    found, dense = [], np.empty((24, len(widths)))
+    parts, dense = [], np.empty((24, len(widths)))
     for width in (bits - 1, bits, bits + 1):
-        own = np.flatnonzero(widths == width)
-        codes = rng.integers(0, 2**width, (24, len(own)))
-        line = rng.standard_normal((2, 24, len(own) // group_size)).astype(np.float32)
-        scales, biases = np.repeat(line, group_size, axis=2)
-        dense[:, own] = scales * codes + biases
-        arrays = (pack(mx.array(codes), width), *map(mx.array, line))
-        found.append([array.reshape(-1) for array in arrays])
+        inputs = np.flatnonzero(widths == width)
+        codes = rng.integers(0, 2**width, (24, len(inputs)))
+        per_group = rng.standard_normal((2, 24, len(inputs) // group_size)).astype(np.float32)
+        scales, biases = np.repeat(per_group, group_size, axis=2)
+        dense[:, inputs] = scales * codes + biases
+        arrays = (pack(mx.array(codes), width), *map(mx.array, per_group))
+        parts.append([array.reshape(-1) for array in arrays])
     layer = MixedLinear(5 * group_size, 24, bits=bits, group_size=group_size)
     stored = dict(
         zip(
             ("weight", "scales", "biases"),
-            map(mx.concatenate, zip(*found, strict=True)),
+            map(mx.concatenate, zip(*parts, strict=True)),
             strict=True,
         )
     )
@@ -194,9 +194,9 @@ def test_mixed_bits_compute_the_product(bits, group_size):
     np.testing.assert_allclose(np.array(layer.dense()), dense, rtol=1e-6, atol=1e-5)
     for shape in ((5 * group_size,), (1, 5 * group_size), (2, 9, 5 * group_size)):
         x = mx.random.normal(shape)
-        wanted = np.array(x, np.float64) @ dense.T + np.array(stored["bias"])
+        expected = np.array(x, np.float64) @ dense.T + np.array(stored["bias"])
         np.testing.assert_allclose(
-            np.array(layer(x)), wanted, rtol=0, atol=1e-5 * abs(wanted).max()
+            np.array(layer(x)), expected, rtol=0, atol=1e-5 * abs(expected).max()
         )
     for dtype in (mx.float16, mx.bfloat16):
         layer.set_dtype(dtype)

@@ -1,4 +1,4 @@
-"""Split layers compute what the layers they come from compute, in any mlx.nn model."""
+"""Split layers compute the same function as the layers they replace, in any mlx.nn model."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,8 +35,8 @@ class ConvNet(nn.Module):
         return self.head(x.mean(axis=1))
 
 
-def relative(found, wanted):
-    return (mx.abs(found - wanted).max() / mx.abs(wanted).max()).item()
+def relative(actual, expected):
+    return (mx.abs(actual - expected).max() / mx.abs(expected).max()).item()
 
 
 def test_split_linear_computes_the_same():
@@ -46,8 +46,8 @@ def test_split_linear_computes_the_same():
     x = mx.random.normal((2, 5, 96))
     assert relative(layer(x), linear(x)) < 1e-6
     assert mx.array_equal(layer.bias, linear.bias)
-    for part, wanted in zip(layer.parts, split(linear.weight, 4), strict=True):
-        assert mx.array_equal(part, wanted)
+    for part, expected in zip(layer.parts, split(linear.weight, 4), strict=True):
+        assert mx.array_equal(part, expected)
     assert "clusters=4" in repr(layer) and "input_dims=96" in repr(layer)
 
 
@@ -60,9 +60,9 @@ def test_quantized_split_linear_is_the_sum_of_its_parts(bits, bias):
     assert isinstance(quantized, QuantizedSplitLinear)
     x = mx.random.normal((3, 128))
     words, groups = 128 * bits // 32, 128 // 32
-    wanted = layer.bias if bias else 0
+    expected = layer.bias if bias else 0
     for c in range(3):
-        wanted = wanted + mx.quantized_matmul(
+        expected = expected + mx.quantized_matmul(
             x,
             mx.contiguous(quantized.weight[:, c * words : (c + 1) * words]),
             scales=mx.contiguous(quantized.scales[:, c * groups : (c + 1) * groups]),
@@ -70,7 +70,7 @@ def test_quantized_split_linear_is_the_sum_of_its_parts(bits, bias):
             group_size=32,
             bits=bits,
         )
-    assert relative(quantized(x), wanted) < 1e-5
+    assert relative(quantized(x), expected) < 1e-5
     assert f"bits={bits}" in repr(quantized)
 
 
@@ -93,14 +93,14 @@ def test_more_bits_are_closer():
 
 
 @pytest.mark.parametrize("clusters", [2, 3, 8])
-def test_conv_net_splits_without_changing_and_quantizes(clusters):
+def test_split_conv_net_computes_the_same_and_quantizes(clusters):
     mx.random.seed(3)
     model = ConvNet()
     x = mx.random.normal((2, 12, 12, 3))
-    wanted = model(x)
+    expected = model(x)
     weights = {name: m.weight for name, m in model.named_modules() if "weight" in m}
     split_model(model, clusters)
-    assert relative(model(x), wanted) < 1e-5
+    assert relative(model(x), expected) < 1e-5
     assert isinstance(model.stem, SplitConv) and isinstance(model.head, SplitLinear)
     for name in ("stem", "depthwise", "grouped", "sequence"):
         parts = model[name].parts
@@ -119,17 +119,17 @@ def test_quantized_conv_net_stays_close():
     mx.random.seed(4)
     model = ConvNet()
     x = mx.random.normal((2, 12, 12, 3))
-    wanted = model(x)
+    expected = model(x)
     split_model(model, predicate=lambda path, module: path != "head")
     assert type(model.head) is nn.Linear
     quantize_split_layers(model, bits=8)
     assert isinstance(model.stem, QuantizedSplitConv)
-    assert relative(model(x), wanted) < 0.01
+    assert relative(model(x), expected) < 0.01
     assert model.stem.weight.dtype == mx.uint32
 
 
-def test_kernels_are_clustered_one_by_one():
-    """A kernel of small weights beside one of large ones still has three parts of its own."""
+def test_kernels_are_clustered_separately():
+    """A kernel of small weights next to one of large weights still has three non-zero parts."""
     conv = nn.Conv2d(4, 2, 3)
     conv.weight = mx.random.normal(conv.weight.shape) * mx.array([1.0, 1000.0]).reshape(2, 1, 1, 1)
     parts = SplitConv.from_conv(conv).parts
