@@ -9,6 +9,7 @@
 
 import math
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import mlx.core as mx
@@ -247,10 +248,7 @@ def scale_dtype(weight_dtype: mx.Dtype) -> mx.Dtype | None:
 
 def sum_parts(parts: list[mx.array]) -> mx.array:
     """Return the sum of `parts`; unlike `sum`, which starts from 0, it preserves every -0.0."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+    return reduce(mx.add, parts)
 
 
 def _replace_modules(

@@ -1,5 +1,7 @@
 """Split layers compute the same function as the layers they replace, in any mlx.nn model."""
 
+from functools import reduce
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -105,9 +107,7 @@ def test_split_conv_net_computes_the_same_and_quantizes(clusters):
     for name in ("stem", "depthwise", "grouped", "sequence"):
         parts = model[name].parts
         assert len(parts) == clusters
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
+        total = reduce(mx.add, parts)
         assert np.array_equal(
             np.array(total.view(mx.uint32)), np.array(weights[name].view(mx.uint32))
         )
