@@ -156,7 +156,7 @@ def _gptq(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
     sizes = {"bits": layer.bits, "group_size": layer.group_size}
     assert inputs is not None
     spread = _spread(w.size, on_cpu=not kernel_works())
-    return Outcome(gptq_quantize(w, inputs, **sizes, sweeps=layer.sweeps, spread=spread))
+    return Outcome(gptq_quantize(w, inputs, **sizes, sweeps=layer.sweeps, map_blocks=spread))
 
 
 def _lut(w: mx.array, layer: LayerPlan, inputs: Mean | None) -> Outcome:

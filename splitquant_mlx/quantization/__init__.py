@@ -1,1 +1,1 @@
-"""Arrays in, arrays out: k-means, split, affine codes, imatrix, GPTQ, allocation of bits."""
+"""Quantization on arrays: k-means, split, affine codes, imatrix, GPTQ, bit allocation."""

@@ -1,13 +1,12 @@
-"""Quantize weights to mlx's affine format, and back.
+"""Quantize weights to mlx's affine format, and dequantize them.
 
-A code q of `bits` bits stands for w = scale * q + bias, with one scale and bias for every
-`group_size` inputs of an output row. Codes are packed into uint32 words as a little-endian bit
-stream. Coarser granularities use the same format with the one scale and bias repeated, so that
-mlx's own kernels run them.
+A code q of `bits` bits represents w = scale * q + bias, with one scale and bias per `group_size`
+inputs of an output row. Codes are packed into uint32 words as a little-endian bit stream. Coarser
+granularities use the same format with repeated scales and biases, so that mlx's kernels run them.
 
-`quantize` gives what `mlx.core.quantize` gives. `quantize_parts` is for parts of a split weight,
-most of whose entries are zero: it makes the zero exact, which 16-bit scales otherwise are not,
-since zero = scale * q0 + bias survives rounding of scale and bias only by luck.
+`quantize` is equivalent to `mlx.core.quantize`. `quantize_parts` is for the parts of a split
+weight, most of whose entries are zero: it represents zero exactly, whereas in general
+scale * q0 + bias is no longer zero once scale and bias are rounded to 16 bits.
 """
 
 from collections.abc import Sequence
@@ -23,12 +22,12 @@ GRANULARITIES = ("group", "channel", "tensor")
 
 
 class Quantized(NamedTuple):
-    """One quantized weight in mlx's layout.
+    """Quantized weight in mlx's layout.
 
     Attributes:
         weight: packed codes, uint32 (..., out, in * bits / 32).
         scales: (..., out, in / group_size).
-        biases: like scales; None in the modes that have none.
+        biases: like scales; None in modes without biases.
     """
 
     weight: mx.array
@@ -49,25 +48,25 @@ def quantize(
     granularity: str = "group",
     mode: str = "affine",
 ) -> Quantized:
-    """Quantize `w` (..., out, in), round to nearest; scales and biases have the dtype of `w`.
+    """Quantize `w` (..., out, in) by round to nearest; scales and biases have the dtype of `w`.
 
     Args:
         w: float weight, at least 2-D; `in` must be a multiple of `group_size`.
         bits: 2, 3, 4, 5, 6 or 8.
         group_size: 32, 64 or 128 (mode "affine").
-        granularity: "group" is `mlx.core.quantize`; "channel" and "tensor" fit one scale and
-            bias to each output row, or to the last two axes, by the same formula.
-        mode: mlx's quantization mode; all but "affine" at granularity "group" only.
+        granularity: "group" is `mlx.core.quantize`; "channel" and "tensor" compute one scale and
+            bias per output row, or per matrix of the last two axes, by the same formula.
+        mode: mlx's quantization mode; modes other than "affine" require granularity "group".
 
     Raises:
-        RecipeError: when a setting has another value, does not fit the others, or the last axis is
-            not a multiple of `group_size`; when `w` is no float weight of two axes or more.
+        RecipeError: a setting is invalid or contradicts another, `in` is not a multiple of
+            `group_size`, or `w` is not a float array of two or more axes.
     """
     _check(w, bits, group_size, granularity, mode)
     if w.shape[-1] % group_size:
         raise RecipeError(
             f"group_size {group_size} does not divide the width {w.shape[-1]} of a weight of "
-            f"shape {tuple(w.shape)}: take one of 32, 64, 128 that does, or keep this layer"
+            f"shape {tuple(w.shape)}: use one of 32, 64, 128 that does, or keep this layer"
         )
     if granularity == "group":
         weight, scales, *biases = mx.quantize(w, group_size, bits, mode)
@@ -85,20 +84,20 @@ def quantize(
 
 
 def _check(w: mx.array, bits: int, group_size: int, granularity: str, mode: str) -> None:
-    """Raise RecipeError for what mlx, or the formula here, would not take or not notice."""
-    usual = mode == "affine"
+    """Raise RecipeError for settings and weights that `quantize` does not support."""
+    affine = mode == "affine"
     for name, value, allowed in (
         ("mode", mode, tuple(MODES)),
-        ("granularity", granularity, GRANULARITIES if usual else GRANULARITIES[:1]),
-        ("bits", bits, BITS if usual else (MODES.get(mode, (0, 0))[1],)),
-        ("group_size", group_size, GROUP_SIZES if usual else (MODES.get(mode, (0, 0))[0],)),
+        ("granularity", granularity, GRANULARITIES if affine else GRANULARITIES[:1]),
+        ("bits", bits, BITS if affine else (MODES.get(mode, (0, 0))[1],)),
+        ("group_size", group_size, GROUP_SIZES if affine else (MODES.get(mode, (0, 0))[0],)),
     ):
         if value not in allowed:
             choices = ", ".join(map(repr, allowed))
             raise RecipeError(f"{name}: expected one of {choices}, got {value!r:.40}")
     if w.ndim < 2 or not mx.issubdtype(w.dtype, mx.floating):
         raise RecipeError(
-            f"expected a float weight of two axes or more, got {w.dtype} of shape {tuple(w.shape)}"
+            f"expected a float weight of two or more axes, got {w.dtype} of shape {tuple(w.shape)}"
         )
 
 
@@ -110,23 +109,23 @@ def quantize_parts(
     granularity: str = "group",
     scale_dtype: mx.Dtype | None = None,
 ) -> Quantized:
-    """Quantize the parts of a split weight, each on its own, with an exact zero.
+    """Quantize the parts of a split weight separately, with an exact zero.
 
-    Two codings of a group are equal but for rounding: (scale, bias, q) and (-scale,
-    bias + (2^bits - 1) * scale, 2^bits - 1 - q). Where zero is the top code, as in a part that
-    lies on one side of zero, the second has zero at code 0 and so bias 0, exactly. Elsewhere the
-    bias is set to -q0 * scale after scale is rounded.
+    Up to rounding, (scale, bias, q) and (-scale, bias + (2^bits - 1) * scale, 2^bits - 1 - q)
+    represent the same group. If zero has the highest code, as in a part on one side of zero, the
+    second form is used: zero has code 0 and the bias is exactly 0. Otherwise the bias is set to
+    -q0 * scale after scale is rounded.
 
     Args:
         parts: k arrays (..., out, in), zero where the weight belongs to another part.
-        bits: bits of a code.
-        group_size: inputs of a part that share one scale.
-        granularity: "group", "channel" or "tensor" (of a part).
-        scale_dtype: type to store scales and biases in; None picks, of float16 and bfloat16,
-            the one that rounds the scales with less error.
+        bits: bits per code.
+        group_size: inputs of a part that share a scale and a bias.
+        granularity: "group", "channel" or "tensor" (per part).
+        scale_dtype: dtype of scales and biases; None selects float16 or bfloat16, whichever rounds
+            the scales with less error.
 
     Returns:
-        The parts side by side along the last axis: weight (..., out, k * in * bits / 32), scales
+        The parts concatenated along the last axis: weight (..., out, k * in * bits / 32), scales
         and biases (..., out, k * in / group_size).
     """
     settings = {"bits": bits, "group_size": group_size, "granularity": granularity}
@@ -136,7 +135,7 @@ def quantize_parts(
 def code_parts(
     parts: Sequence[mx.array], *, bits: int, group_size: int, granularity: str
 ) -> Quantized:
-    """Do the first half of `quantize_parts`: codes, with scales and biases still in float32."""
+    """Compute codes and float32 scales and biases: the first step of `quantize_parts`."""
     settings = {"bits": bits, "group_size": group_size, "granularity": granularity}
     coded = [
         _zero_at_code_0(quantize(part.astype(mx.float32), **settings), bits)  # type: ignore[arg-type]
@@ -146,7 +145,7 @@ def code_parts(
 
 
 def round_scales(quantized: Quantized, bits: int, dtype: mx.Dtype | None) -> Quantized:
-    """Do the second half of `quantize_parts`: cast scales and biases, keeping the zero exact."""
+    """Round scales and biases, keeping zero exact: the second step of `quantize_parts`."""
     weight, scales, biases = quantized
     assert biases is not None
     zero_code = mx.round(-biases / scales)
@@ -159,22 +158,22 @@ def round_scales(quantized: Quantized, bits: int, dtype: mx.Dtype | None) -> Qua
 def pack_groups(
     codes: Sequence[Any], scales: Sequence[Any], biases: Sequence[Any], bits: int, dtype: mx.Dtype
 ) -> Quantized:
-    """Return a weight in mlx's layout from its groups of channels, arrays of numpy or mlx.
+    """Pack the codes, scales and biases of groups, numpy or mlx arrays, into mlx's layout.
 
     Args:
-        codes: of each group (group_size, out), whole numbers.
-        scales: of each group, (out,).
+        codes: per group, (group_size, out), integer values.
+        scales: per group, (out,).
         biases: like scales.
-        bits: bits of a code.
-        dtype: of the scales and biases that are stored.
+        bits: bits per code.
+        dtype: of the stored scales and biases.
     """
-    whole = mx.contiguous(mx.concatenate([mx.array(group) for group in codes]).T)
-    stored = (mx.stack([mx.array(x) for x in of], axis=1) for of in (scales, biases))
-    return Quantized(pack(whole, bits), *(x.astype(dtype) for x in stored))
+    rows = mx.contiguous(mx.concatenate([mx.array(group) for group in codes]).T)
+    stacked = (mx.stack([mx.array(x) for x in groups], axis=1) for groups in (scales, biases))
+    return Quantized(pack(rows, bits), *(x.astype(dtype) for x in stacked))
 
 
 def concatenate(pieces: Sequence[Quantized], axis: int) -> Quantized:
-    """Join pieces along the input (-1) or the output (-2) axis."""
+    """Concatenate pieces along the input (-1) or the output (-2) axis."""
     weight = mx.concatenate([piece.weight for piece in pieces], axis=axis)
     scales = mx.concatenate([piece.scales for piece in pieces], axis=axis)
     biases = [piece.biases for piece in pieces if piece.biases is not None]
@@ -197,10 +196,10 @@ def _zero_at_code_0(quantized: Quantized, bits: int) -> Quantized:
 def dequantize(
     quantized: Quantized, *, bits: int = 4, group_size: int = 64, mode: str = "affine"
 ) -> mx.array:
-    """Return the weight (..., out, in) that the codes stand for, in float32.
+    """Return the dequantized weight (..., out, in) in float32.
 
     Raises:
-        RecipeError: when the settings are not those that `quantized` was made with.
+        RecipeError: the settings do not match the shapes in `quantized`.
     """
     weight, scales, biases = quantized
     if mode == "affine" and biases is not None:
@@ -208,7 +207,9 @@ def dequantize(
     try:
         w = mx.dequantize(weight, scales, biases, group_size, bits, mode)
     except ValueError as exc:
-        raise RecipeError(f"bits, group_size and mode do not fit: {one_line(exc)}") from exc
+        raise RecipeError(
+            f"bits, group_size or mode do not match the weight: {one_line(exc)}"
+        ) from exc
     return w.astype(mx.float32)
 
 
@@ -225,7 +226,7 @@ def pack(codes: mx.array, bits: int) -> mx.array:
 
 
 def _fit_range(lo: mx.array, hi: mx.array, bits: int) -> tuple[mx.array, mx.array]:
-    """Return scale and bias for a range, by mlx's formula: the larger extreme and 0 are exact."""
+    """Return scale and bias of a range by mlx's formula: the larger extreme and 0 are exact."""
     top = 2**bits - 1
     low_edge = mx.abs(lo) > mx.abs(hi)
     scale = mx.maximum((hi - lo) / top, EPS)
@@ -241,5 +242,5 @@ def _closer_dtype(scales: mx.array) -> mx.Dtype:
     def error(dtype: mx.Dtype) -> float:
         return mx.sum(mx.abs(scales.astype(dtype).astype(mx.float32) - scales)).item()  # type: ignore
 
-    # strictly less, so that a range beyond float16, with an infinite error, falls to bfloat16
+    # strictly less: bfloat16 for a range beyond float16, whose error is infinite
     return mx.float16 if error(mx.float16) < error(mx.bfloat16) else mx.bfloat16

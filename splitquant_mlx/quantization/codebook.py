@@ -1,35 +1,35 @@
-"""Give each row of a weight its own codebook: exact weighted 1-D k-means of all rows at once.
+"""Compute one codebook per row of a weight: exact weighted 1-D k-means, vectorized over rows.
 
-In one dimension the best clusters are intervals of the sorted values (see `kmeans`). With m_i the
-importance of a value x_i, and sums over a cluster, the weighted inertia of a row is
+In one dimension the optimal clusters are intervals of the sorted values (see `kmeans`). With m_i
+the importance of value x_i, and inner sums over a cluster, the weighted inertia of a row is
 
     sum_i m_i x_i^2 - sum over clusters (sum m_i x_i)^2 / sum m_i,
 
-so that the best cuts maximise the second term. Dynamic programming over the last cut finds the
-global optimum; as the best last cut never moves left when values are added, a row of n values
-takes O(k n log n). The rows of a block go through the same steps together.
+so the optimal cuts maximise the second term. Dynamic programming over the last cut finds the global
+optimum. The optimal last cut never moves left as values are added, so a row of n values takes
+O(k n log n).
 
-SqueezeLLM (Kim et al., arXiv:2306.07629) clusters rows so, by Lloyd's iterations, with importances
-from the diagonal of the Hessian.
+SqueezeLLM (Kim et al., arXiv:2306.07629) clusters rows the same way by Lloyd's iterations, with
+importances from the diagonal of the Hessian.
 """
 
 import numpy as np
 
-BLOCK = 1 << 15  # values of a block of rows, whose sums stay in the processor's cache
+BLOCK = 1 << 15  # entries per block of rows, so that prefix sums fit in the CPU cache
 TINY = np.finfo(np.float64).tiny
-POWER_SCALES = np.linspace(0.4, 1.2, 33, dtype=np.float32)  # of the largest value of a row
+POWER_SCALES = np.linspace(0.4, 1.2, 33, dtype=np.float32)  # relative to the row maximum
 
 
 def row_codebooks(w: np.ndarray, importance: np.ndarray, k: int) -> np.ndarray:
-    """Return the k values for each row that are nearest to its entries: the global optimum.
+    """Return the codebook of each row with the least weighted squared error: the global optimum.
 
     Args:
         w: (rows, n) float.
-        importance: like w, not negative: the weight of the squared error of each entry.
-        k: values of a codebook.
+        importance: (rows, n), not negative: the weight of each entry's squared error.
+        k: values per codebook.
 
     Returns:
-        (rows, k) float32, ascending; values repeat where a row has fewer distinct entries.
+        (rows, k) float32, ascending; values repeat if a row has fewer distinct entries.
     """
     rows = max(1, BLOCK // w.shape[1])
     blocks = [
@@ -40,17 +40,17 @@ def row_codebooks(w: np.ndarray, importance: np.ndarray, k: int) -> np.ndarray:
 
 
 def power_codebooks(w: np.ndarray, importance: np.ndarray, k: int) -> np.ndarray:
-    """Return codebooks (rows, k) of plus and minus powers of two, times one scale for each row."""
+    """Return codebooks (rows, k) of signed powers of two times the best of some scales per row."""
     powers = 2.0 ** -np.arange(k // 2, dtype=np.float32)
     unit = np.concatenate((-powers, powers[::-1]))
-    scales = np.abs(w).max(1) * POWER_SCALES[:, None]  # (tries, rows)
-    tried = scales[..., None] * unit
-    errors = [(importance * (w - nearest(w, levels)) ** 2).sum(1) for levels in tried]
-    return tried[np.argmin(errors, axis=0), np.arange(len(w))]
+    scales = np.abs(w).max(1) * POWER_SCALES[:, None]  # (candidates, rows)
+    candidates = scales[..., None] * unit
+    errors = [(importance * (w - nearest(w, levels)) ** 2).sum(1) for levels in candidates]
+    return candidates[np.argmin(errors, axis=0), np.arange(len(w))]
 
 
 def nearest(w: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Return for w (rows, n) the nearest values of its row's codebook, levels (rows, k)."""
+    """Return for each entry of w (rows, n) the nearest of its row's levels (rows, k)."""
     middles = (levels[:, 1:] + levels[:, :-1]) / 2
     codes = np.zeros(w.shape, np.intp)
     for middle in middles.T:
@@ -73,13 +73,13 @@ def _codebooks(w: np.ndarray, importance: np.ndarray, k: int) -> np.ndarray:
     cuts = [np.full(len(x), x.shape[1])]
     if k > 1:
         cuts.append(np.argmax(best + _gain(mass[:, -1:] - mass, moment[:, -1:] - moment), axis=1))
-    each = np.arange(len(x))
+    rows = np.arange(len(x))
     for choice in reversed(choices):
-        cuts.append(choice[each, cuts[-1]])
+        cuts.append(choice[rows, cuts[-1]])
     bounds = np.stack([np.zeros_like(cuts[0]), *cuts[::-1]], axis=1)
     masses, moments = (np.diff(np.take_along_axis(a, bounds, 1), axis=1) for a in (mass, moment))
-    between = np.take_along_axis(x, np.minimum(bounds[:, :-1], x.shape[1] - 1), axis=1)
-    return np.where(masses > 0, middle + moments / np.maximum(masses, TINY), between)
+    at_cut = np.take_along_axis(x, np.minimum(bounds[:, :-1], x.shape[1] - 1), axis=1)
+    return np.where(masses > 0, middle + moments / np.maximum(masses, TINY), at_cut)
 
 
 def _gain(mass: np.ndarray, moment: np.ndarray) -> np.ndarray:
@@ -91,8 +91,8 @@ def _best_last_cuts(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Maximise before[i] + the gain of entries i to j over i <= j: maxima and first argmaxima.
 
-    All arrays are (rows, n + 1). The positions j halfway between those that are done are searched
-    next, each from the cut of its left neighbour to that of its right one.
+    All arrays are (rows, n + 1). Each round computes the positions j halfway between computed
+    ones; the argmax lies between those of the two neighbours.
     """
     rows, size = before.shape
     best, choice = before.copy(), np.zeros((rows, size), np.intp)
@@ -109,12 +109,12 @@ def _best_last_cuts(
         begins = np.cumsum(widths) - widths
         starts = np.arange(widths.sum()) + np.repeat((first + offsets).ravel() - begins, widths)
         ends = (stops + offsets).ravel()
-        found = flat_before[starts] + _gain(
+        gains = flat_before[starts] + _gain(
             np.repeat(flat_mass[ends], widths) - flat_mass[starts],
             np.repeat(flat_moment[ends], widths) - flat_moment[starts],
         )
-        maxima = np.maximum.reduceat(found, begins)
-        hits = np.flatnonzero(found == np.repeat(maxima, widths))
+        maxima = np.maximum.reduceat(gains, begins)
+        hits = np.flatnonzero(gains == np.repeat(maxima, widths))
         cuts = starts[hits[np.searchsorted(hits, begins)]].reshape(rows, -1) - offsets
         best[:, stops], choice[:, stops] = maxima.reshape(rows, -1), cuts
     return best, choice

@@ -1,26 +1,26 @@
 """GPTQ: compensate each column's rounding error in the columns not yet quantized.
 
-With X the inputs that a layer sees, an error E = W - W_hat (out, in) costs
+With X the inputs of a layer, the cost of an error E = W - W_hat (out, in) is
 
-    |X E^T|^2 = tr(E H E^T),   H = X^T X / n   (the Hessian, halved).
+    |X E^T|^2 = tr(E H E^T),   H = X^T X / n   (half the Hessian).
 
-`compensated_grid` goes through the channels in order and moves every weight, before it is rounded,
-to where it best compensates the errors already made: GPTQ (Frantar et al., arXiv:2210.17323), in
-the form that QuIP (Chee et al., arXiv:2307.13304, section 3) shows to be the same, which needs no
-inverse: with H = U D U^T, U unit upper triangular, channel k is rounded to the grid point nearest
-to w_k + sum_{j<k} e_j U_jk.
+`compensated_grid` quantizes the channels in order. Before rounding, it shifts each weight so as to
+compensate the errors of the previous channels: GPTQ (Frantar et al., arXiv:2210.17323), in the
+equivalent form of QuIP (Chee et al., arXiv:2307.13304, section 3) that needs no inverse: with
+H = U D U^T, U unit upper triangular, channel k is rounded to the grid point nearest to
+w_k + sum_{j<k} e_j U_jk.
 
-`sweep` then improves codes and scales, group after group. Coordinate descent over the codes
-(QuantEase, Behdin et al., arXiv:2309.01885) gives each weight its best code with all others fixed.
-A refit gives each group the scale and bias, rounded as they are stored, that are best for its codes
-with all others fixed. Neither raises the cost, and both need the same product of H and the error.
+`sweep` then improves codes and scales, group by group. Coordinate descent over the codes
+(QuantEase, Behdin et al., arXiv:2309.01885) sets each weight to its optimal code with all others
+fixed. A refit sets the scale and bias of a group, rounded to the storage dtype, to the optimum for
+its codes with all else fixed. Neither raises the cost; both use the same product of H and E.
 
-H is measured on a few thousand tokens, and what it says of pairs of channels holds less well for
-other texts than what it says of single ones. `damped_hessian` therefore scales the entries off the
-diagonal down; with none of them left, the cost is that of `imatrix`.
+H is estimated on a few thousand tokens; its off-diagonal entries generalise to other texts less
+well than its diagonal. `damped_hessian` therefore shrinks them; without them the cost is that of
+`imatrix`.
 
-Arrays here are transposed, (in, out), so that a channel is contiguous. On the CPU they are
-numpy's, which threads compute with side by side; elsewhere mlx's.
+Arrays are transposed, (in, out), so that a channel is contiguous. On the CPU they are numpy arrays,
+which several threads can process at once, otherwise mlx arrays.
 """
 
 from collections.abc import Callable, Iterable
@@ -33,15 +33,15 @@ from splitquant_mlx.quantization.affine import Quantized, concatenate, pack_grou
 from splitquant_mlx.quantization.group_fit import fit_group, stored_as, vanishes
 from splitquant_mlx.quantization.rounding import kernel_works, round_group
 
-# twelve layers of SmolLM2-135M, calibrated on 18,000 tokens of its own: the divergence predicted on
-# WikiText-2 is 13 % higher with 0.1 and 15 % with 0.6 (geometric means)
+# measured on twelve layers of SmolLM2-135M, calibrated on 18,000 generated tokens: the predicted
+# divergence on WikiText-2 is 13 % higher with 0.1 and 15 % higher with 0.6 (geometric means)
 OFF_DIAGONAL_SHRINKAGE = 0.3
-DAMPING = 1e-3  # of the mean of the diagonal
+DAMPING = 1e-3  # relative to the mean of the diagonal
 FACTOR_BLOCK = 256  # channels
 SWEEPS = 1
 BLOCK = 1 << 22  # entries
 KERNEL_BLOCK = 1 << 24  # entries; a GPU needs many rows to be busy
-Rounded = Callable[[slice], Quantized]
+RowQuantizer = Callable[[slice], Quantized]
 
 
 def gptq_quantize(
@@ -51,28 +51,28 @@ def gptq_quantize(
     bits: int = 4,
     group_size: int = 64,
     sweeps: int = SWEEPS,
-    spread: Callable[[Rounded, Iterable[slice]], Iterable[Quantized]] = map,
+    map_blocks: Callable[[RowQuantizer, Iterable[slice]], Iterable[Quantized]] = map,
 ) -> Quantized:
     """Quantize `w` by GPTQ, then improve codes and scales `sweeps` times, and the codes once more.
 
-    Rows do not depend on one another: a large weight is quantized in blocks of them.
+    Rows are independent: a large weight is quantized in blocks of rows.
 
     Args:
         w: float weight (out, in), `in` a multiple of `group_size`.
         hessian: mean of x x^T over the layer's inputs x, (in, in) float32.
-        bits: bits of a code.
-        group_size: inputs that share scale and bias.
+        bits: bits per code.
+        group_size: inputs that share a scale and a bias.
         sweeps: rounds of coordinate descent with refits; 0 is GPTQ alone.
-        spread: applies a function to blocks of rows, as `map` does; perhaps to several at once.
+        map_blocks: applies a function to blocks of rows, like `map`, possibly in parallel.
 
     Returns:
-        Codes, scales and biases, the latter in the dtype of `w`.
+        Codes, scales and biases; scales and biases have the dtype of `w`.
     """
     h: Any = damped_hessian(np.asarray(hessian))
     h = mx.array(h) if kernel_works() else h
     feedback = unit_upper(h).T
 
-    def rounded(rows: slice) -> Quantized:
+    def quantize_rows(rows: slice) -> Quantized:
         columns: Any = mx.contiguous(w[rows].astype(mx.float32).T)
         if isinstance(h, np.ndarray):
             columns = np.array(columns)
@@ -87,59 +87,59 @@ def gptq_quantize(
 
     rows = max(1, block_entries() // w.shape[1])
     blocks = [slice(start, start + rows) for start in range(0, len(w), rows)]
-    return concatenate(list(spread(rounded, blocks)), axis=0)
+    return concatenate(list(map_blocks(quantize_rows, blocks)), axis=0)
 
 
 def block_entries() -> int:
-    """Return how many entries of a weight are in memory as floats together, in each thread."""
+    """Return the number of weight entries that one thread quantizes at a time, as float32."""
     return KERNEL_BLOCK if kernel_works() else BLOCK
 
 
 def damped_hessian(hessian: np.ndarray) -> np.ndarray:
-    """Return `hessian` over its mean diagonal, shrunk off the diagonal, damped on it."""
+    """Return `hessian` over the mean of its diagonal, shrunk off the diagonal and damped on it."""
     diagonal = np.diagonal(hessian)
-    unit = float(diagonal.mean()) or 1.0
-    h = (hessian * ((1 - OFF_DIAGONAL_SHRINKAGE) / unit)).astype(np.float32, copy=False)
-    np.fill_diagonal(h, diagonal / unit + DAMPING)
+    mean = float(diagonal.mean()) or 1.0
+    h = (hessian * ((1 - OFF_DIAGONAL_SHRINKAGE) / mean)).astype(np.float32, copy=False)
+    np.fill_diagonal(h, diagonal / mean + DAMPING)
     return h
 
 
 def unit_upper(h: Any) -> Any:
-    """Return U, unit upper triangular, of h = U D U^T, by numpy or mlx as `h` is.
+    """Return U, unit upper triangular, of h = U D U^T; a numpy or mlx array like `h`.
 
-    Blocks of channels are factorized by LAPACK, the last first; what they have in common with those
-    before them is left to products of matrices, in which a BLAS or a GPU is faster.
+    Diagonal blocks are factorized by LAPACK, from the last to the first; the blocks above them are
+    matrix products, which a BLAS or a GPU computes faster.
     """
     xp: Any = np if isinstance(h, np.ndarray) else mx
-    rest, factor = xp.array(h), xp.zeros_like(h)
+    schur, factor = xp.array(h), xp.zeros_like(h)
     for start in reversed(range(0, len(h), FACTOR_BLOCK)):
-        own, before = slice(start, min(start + FACTOR_BLOCK, len(h))), slice(0, start)
-        # the lower factor of a block with its channels reversed, reversed again
-        upper = np.linalg.cholesky(np.array(rest[own, own])[::-1, ::-1])[::-1, ::-1]
+        block, before = slice(start, min(start + FACTOR_BLOCK, len(h))), slice(0, start)
+        # U U^T from Cholesky's L L^T: reverse the order of the channels before and after
+        upper = np.linalg.cholesky(np.array(schur[block, block])[::-1, ::-1])[::-1, ::-1]
         scale = np.ascontiguousarray(np.diagonal(upper))
-        factor[own, own] = xp.array(upper / scale)
+        factor[block, block] = xp.array(upper / scale)
         if start:
-            above = rest[before, own] @ xp.array(np.linalg.inv(upper).T)
-            factor[before, own] = above / xp.array(scale)
-            rest[before, before] -= above @ above.T
+            above = schur[before, block] @ xp.array(np.linalg.inv(upper).T)
+            factor[before, block] = above / xp.array(scale)
+            schur[before, before] -= above @ above.T
     return factor
 
 
 class Grid:
-    """The codes of a weight, with the scales and biases that they are read by.
+    """Codes, scales and biases of a weight, and its quantization error.
 
     Args:
-        columns: the weight (in, out) float32.
-        h: damped Hessian (in, in) float32, of the same kind as `columns`.
-        dtype: of the scales and biases that are stored.
-        bits: bits of a code; a list has those of each group.
-        group_size: inputs that share scale and bias.
+        columns: the weight (in, out) float32, a numpy or mlx array.
+        h: damped Hessian (in, in) float32, numpy or mlx like `columns`.
+        dtype: of the stored scales and biases.
+        bits: bits per code, or a list of them per group.
+        group_size: inputs that share a scale and a bias.
 
     Attributes:
-        codes: of each group, (group_size, out) float32, whole numbers.
-        scales: of each group, (out,) float32, of values that `dtype` has.
+        codes: per group, (group_size, out) float32, integer values.
+        scales: per group, (out,) float32, representable in `dtype`.
         biases: like scales.
-        error: the weight less what the codes stand for, (in, out) float32.
+        error: the weight minus the dequantized weight, (in, out) float32.
     """
 
     def __init__(
@@ -162,57 +162,58 @@ class Grid:
         return [slice(i, i + self.group_size) for i in range(0, len(self.h), self.group_size)]
 
     def values(self) -> np.ndarray:
-        """Return the weight (in, out) that the codes stand for."""
-        read = zip(self.codes, self.scales, self.biases, strict=True)
-        return np.concatenate([np.array(codes * scale + bias) for codes, scale, bias in read])
+        """Return the dequantized weight (in, out)."""
+        groups = zip(self.codes, self.scales, self.biases, strict=True)
+        return np.concatenate([np.array(codes * scale + bias) for codes, scale, bias in groups])
 
     def packed(self) -> Quantized:
-        """Return the weight in mlx's layout, where all groups have the same bits."""
+        """Return the weight in mlx's layout; all groups must have the same bits."""
         return pack_groups(self.codes, self.scales, self.biases, self.bits[0], self.dtype)
 
     def add(self, target: Any, feedback: Any) -> None:
-        """Fit and round the next group, whose error is compensated in the groups after it.
+        """Fit scales to the next group and round it.
 
         Args:
-            target: its channels, with the errors before them compensated, (group_size, out).
-            feedback: (group_size, group_size), of the errors in the group itself.
+            target: its channels, compensated for the errors of previous groups, (group_size, out).
+            feedback: (group_size, group_size), compensates errors within the group.
         """
-        own = self.slices()[len(self.codes)]
-        importance = self.diagonal[own]
+        group = self.slices()[len(self.codes)]
+        importance = self.diagonal[group]
         top = 2 ** self.bits[len(self.codes)] - 1
         scale, bias = fit_group(target, importance, top=top, stored=self._stored)
-        columns = self.error[own]
+        columns = self.error[group]
         codes, error = round_group(target, columns, feedback, scale, bias, top)
-        self.error[own] = error
+        self.error[group] = error
         self.codes.append(codes)
         self.scales.append(scale)
         self.biases.append(bias)
-        self._settle(-1)
+        self._evaluate(-1)
 
     def sweep(self, *, refit: bool = True) -> None:
-        """Give each weight its best code and each group its best scale and bias, all else fixed."""
-        for group, own in enumerate(self.slices()):
-            scale, bias, part = self.scales[group], self.biases[group], self.h[own, own]
-            gradient = self.h[own] @ self.error
+        """Optimize each weight's code, then each group's scale and bias, with all else fixed."""
+        for group, channels in enumerate(self.slices()):
+            scale, bias, h = self.scales[group], self.biases[group], self.h[channels, channels]
+            gradient = self.h[channels] @ self.error
             values = self.codes[group] * scale + bias
-            diagonal = self.diagonal[own][:, None]
+            diagonal = self.diagonal[channels][:, None]
             top = 2 ** self.bits[group] - 1
-            codes, moved = round_group(
-                values + gradient / diagonal, values, part / diagonal, scale, bias, top
+            codes, change = round_group(
+                values + gradient / diagonal, values, h / diagonal, scale, bias, top
             )
             self.codes[group] = codes
-            self.error[own] += moved
+            self.error[channels] += change
             if refit:
-                self._refit(group, own, part, gradient + part @ moved)
-            self._settle(group)
+                self._refit(group, channels, h, gradient + h @ change)
+            self._evaluate(group)
 
-    def _refit(self, group: int, own: slice, part: Any, gradient: Any) -> None:
+    def _refit(self, group: int, channels: slice, h: Any, gradient: Any) -> None:
+        """Optimize scale and bias of a group, given its block of the Hessian and h @ error."""
         codes, where = self.codes[group], self._xp.where
-        by_codes = part @ codes
-        qq, q1, one = (codes * by_codes).sum(0), by_codes.sum(0), part.sum()
+        h_codes = h @ codes
+        qq, q1, one = (codes * h_codes).sum(0), h_codes.sum(0), h.sum()
         gq, g1 = (codes * gradient).sum(0), gradient.sum(0)
         determinant = qq * one - q1 * q1
-        flat = determinant <= 1e-5 * qq * one  # stays as it is
+        flat = determinant <= 1e-5 * qq * one  # nearly singular: leave the row unchanged
         determinant = where(flat, np.inf, determinant)
         scale, bias = self.scales[group], self.biases[group]
         new_scale = self._stored(scale + (one * gq - q1 * g1) / determinant)
@@ -222,10 +223,10 @@ class Grid:
         better = (gain > 0) & ~vanishes(new_scale)
         self.scales[group] = where(better, new_scale, scale)
         self.biases[group] = where(better, new_bias, bias)
-        self.error[own] -= where(better, codes * ds + db, 0.0)
+        self.error[channels] -= where(better, codes * ds + db, 0.0)
 
-    def _settle(self, group: int) -> None:
-        """Have mlx compute now what is asked for, so that no more is in memory than is needed."""
+    def _evaluate(self, group: int) -> None:
+        """Evaluate mlx arrays now, to release the memory of intermediate results."""
         if self._xp is mx:
             mx.eval(self.error, self.codes[group], self.scales[group], self.biases[group])
 
@@ -238,17 +239,17 @@ def compensated_grid(
     bits: int | list[int],
     group_size: int,
 ) -> Grid:
-    """Round `columns` (in, out) channel by channel, compensating the errors of those before.
+    """Quantize `columns` (in, out) channel by channel, compensating the errors of previous ones.
 
-    All are numpy's arrays, or mlx's; `feedback` is the transpose of h's `unit_upper`. A group's
-    scales are fitted to its compensated weights, under the diagonal of h, right before its first
-    channel is rounded.
+    All arrays are numpy arrays or all mlx arrays; `feedback` is the transpose of `unit_upper(h)`.
+    The scales of a group are fitted to its compensated weights, under the diagonal of h, before its
+    first channel is rounded.
     """
     grid = Grid(columns, h, dtype, bits, group_size)
-    for own in grid.slices():
-        before = slice(0, own.start)
-        target = columns[own] + feedback[own, before] @ grid.error[before]
-        grid.add(target, feedback[own, own])
+    for group in grid.slices():
+        before = slice(0, group.start)
+        target = columns[group] + feedback[group, before] @ grid.error[before]
+        grid.add(target, feedback[group, group])
     return grid
 
 

@@ -1,9 +1,9 @@
-"""Fit scale and bias to one group of channels, for all rows at once.
+"""Fit scale and bias of one group of channels, for all rows at once.
 
-The squared error is weighted by the importance of each channel. Ranges of several widths are tried,
-that of round to nearest among them; the codes of each give a regression, whose line gives new
-codes, and so on. Of all scales and biases, rounded as they are stored, the best are kept, so that
-the result is never worse than round to nearest.
+The squared error is weighted by the importance of each channel. The search starts from ranges of
+several widths, including that of round to nearest, and alternates: nearest codes for a scale and
+bias, then a weighted linear regression on these codes. The result is the best of all scales and
+biases, rounded to the storage dtype, so it is never worse than round to nearest.
 """
 
 from collections.abc import Callable
@@ -14,45 +14,45 @@ import numpy as np
 
 SHRINKS = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 REFITS = 6
-LEAST_SCALE = 1e-30
+MIN_SCALE = 1e-30
 
 
 def fit_group(
     columns: Any, importance: Any, *, top: int, stored: Callable[[Any], Any]
 ) -> tuple[Any, Any]:
-    """Return the scale and bias of each row, (out,) float32, of values that `stored` has.
+    """Return the scale and bias of each row, (out,) float32, rounded by `stored`.
 
-    A scale that `vanishes` is 1.
+    A scale that `vanishes` is replaced by 1.
 
     Args:
-        columns: weights (group_size, out) float32, of numpy or mlx.
+        columns: weights (group_size, out) float32, a numpy or mlx array.
         importance: of each channel, not negative, (group_size,) float32.
-        top: the largest code.
-        stored: rounds values as they are stored.
+        top: the highest code.
+        stored: rounds values to the storage dtype; see `stored_as`.
     """
     group = _Group(columns, importance, top)
     xp, ranges = group.xp, group.ranges()
     line = group.line(ranges[0][0], group.codes(*ranges[0]))
     for scale, bias in ranges[1:]:
-        found = group.line(scale, group.codes(scale, bias))
-        better = found.explained > line.explained
-        line = _Line(*(xp.where(better, *pair) for pair in zip(found, line, strict=True)))
+        new = group.line(scale, group.codes(scale, bias))
+        better = new.explained > line.explained
+        line = _Line(*(xp.where(better, *pair) for pair in zip(new, line, strict=True)))
     scale, bias = map(stored, ranges[-1])
-    kept = group.error(group.codes(scale, bias), scale, bias), scale, bias
+    best = group.error(group.codes(scale, bias), scale, bias), scale, bias
     for _ in range(REFITS):
         scale, bias = stored(line.scale), stored(line.bias)
         codes = group.codes(scale, bias)
         new = group.error(codes, scale, bias), scale, bias
-        # a scale that vanishes or overflows in 16 bits has an error of NaN or infinity
-        better = new[0] < kept[0]
-        kept = tuple(xp.where(better, *pair) for pair in zip(new, kept, strict=True))
+        # False if the scale vanishes or overflows in 16 bits: the error is NaN or infinite
+        better = new[0] < best[0]
+        best = tuple(xp.where(better, *pair) for pair in zip(new, best, strict=True))
         line = group.line(scale, codes)
-    _, scale, bias = kept
+    _, scale, bias = best
     return xp.where(vanishes(scale), 1.0, scale).astype(scale.dtype), bias
 
 
 def stored_as(dtype: mx.Dtype) -> Callable[[Any], Any]:
-    """Return a function that rounds float32 values, of numpy or mlx, to those that `dtype` has."""
+    """Return a function that rounds float32 arrays, of numpy or mlx, to values of `dtype`."""
 
     def stored(values: Any) -> Any:
         xp: Any = np if isinstance(values, np.ndarray) else mx
@@ -62,7 +62,7 @@ def stored_as(dtype: mx.Dtype) -> Callable[[Any], Any]:
 
 
 def nearest_codes(w: Any, scale: Any, bias: Any, top: int) -> Any:
-    """Return the codes nearest to weights, float32, of numpy or mlx; shapes broadcast."""
+    """Return the nearest codes of weights as float32, for numpy or mlx arrays that broadcast."""
     xp: Any = np if isinstance(w, np.ndarray) else mx
     inverse = 1 / xp.where(vanishes(scale), 1.0, scale)
     nearest = xp.round((w - bias) * inverse)
@@ -70,12 +70,12 @@ def nearest_codes(w: Any, scale: Any, bias: Any, top: int) -> Any:
 
 
 def vanishes(scale: Any) -> Any:
-    """Return where a scale is none: 0, or so small that one over it is near the end of float32."""
-    return abs(scale) < LEAST_SCALE
+    """Return where a scale is 0, or so small that its reciprocal may overflow float32."""
+    return abs(scale) < MIN_SCALE
 
 
 class _Line(NamedTuple):
-    """A regression of the weights on their codes; `explained` is the squares that it does."""
+    """Regression of weights on their codes; `explained` is the explained sum of squares."""
 
     explained: Any
     scale: Any
@@ -83,12 +83,12 @@ class _Line(NamedTuple):
 
 
 class _Group:
-    """Weights of a group with what does not depend on their codes."""
+    """Weights of a group, and statistics that do not depend on the codes."""
 
     def __init__(self, columns: Any, importance: Any, top: int):
         self.xp: Any = np if isinstance(columns, np.ndarray) else mx
         mean = importance.mean()
-        # channels that were never seen have a little weight, and groups of them an even one
+        # a minimum weight for unused channels, uniform weights for groups of them
         relative = importance / self.xp.where(mean > 0, mean, 1.0)
         self.h = self.xp.where(mean > 0, relative, 1.0) + 1e-4
         self.columns, self.top = columns, top
@@ -96,11 +96,11 @@ class _Group:
         self.mean = self.h @ columns / self.total
 
     def ranges(self) -> list[tuple[Any, Any]]:
-        """Return scales and biases to begin with; the last are those of round to nearest."""
+        """Return initial scales and biases; the last pair is that of round to nearest."""
         xp, top = self.xp, self.top
         low, high = self.columns.min(axis=0), self.columns.max(axis=0)
         width = (high - low) / top
-        # its grid begins at the end that is further from zero, and has a point at zero
+        # round to nearest: code 0 is the extreme of larger magnitude, and zero is on the grid
         at_low = -low > high
         edge = xp.where(at_low, -low, high)
         steps = xp.maximum(xp.round(edge / xp.where(width > 0, width, 1.0)), 1.0)
@@ -114,13 +114,13 @@ class _Group:
         return nearest_codes(self.columns, scale, bias, self.top)
 
     def line(self, scale: Any, codes: Any) -> _Line:
-        """Return the regression on `codes`; where they are all alike, that with `scale`."""
+        """Return the regression on `codes`, with slope `scale` where all codes are equal."""
         xp = self.xp
         mean = self.h @ codes / self.total
         square = self.h @ (codes * codes)
         variance = square - mean * mean * self.total
         covariance = self.h @ (codes * self.columns) - mean * self.mean * self.total
-        flat = variance <= 1e-5 * square  # of which float32 leaves no more
+        flat = variance <= 1e-5 * square  # rounding error of float32
         slope = xp.where(flat, scale, covariance / xp.where(flat, 1.0, variance))
         explained = xp.where(flat, -1.0, slope * covariance)
         return _Line(explained, slope, self.mean - slope * mean)

@@ -1,14 +1,14 @@
-"""Summarise a weight array by runs of neighbouring values, with sums that keep about 32 digits.
+"""Summarise a weight array by runs of neighbouring values, with sums of about 32 digits.
 
-The 16 high bits of a float hold its sign, exponent and leading digits, so a histogram over them
-sorts an array without comparing anything. For float16 and bfloat16 they are the whole number. For
-float32 each bin is a run of values `corner + step * low`, with `low` the 16 remaining bits, and
-the integer sums of `low` and its square give the bin's moments without a rounding error.
+The 16 high bits of a float are its sign, exponent and leading digits, so a histogram over them
+sorts an array without comparisons. For float16 and bfloat16 they are the whole number. For float32
+each bin is a run of values `corner + step * low`, with `low` the 16 low bits, and the integer sums
+of `low` and its square give the exact moments of the bin.
 
-The squared distance of a run to its mean is a small difference of large sums. Each sum is
-therefore a pair of float64, the second holding what the first rounds away (Dekker 1971; Ogita,
-Rump & Oishi 2005, "Accurate sum and dot product"). Prefix sums start at zero and go outward, so
-that no small weight is ever added to a large one: an outlier of 1e38 costs the others no digit.
+The squared distance of a run to its mean is a small difference of large sums. Each sum is therefore
+a pair of float64, the second being the rounding error of the first (Dekker 1971; Ogita, Rump &
+Oishi 2005, "Accurate sum and dot product"). Prefix sums start at zero and go outward, so no small
+weight is added to a large one: an outlier of 1e38 does not reduce the precision of the others.
 """
 
 import math
@@ -19,25 +19,25 @@ from dataclasses import dataclass
 import numpy as np
 
 Pair = tuple[np.ndarray, np.ndarray]
-"""A sum as float64 high and low halves, to be added."""
+"""A sum as the unevaluated sum of two float64, high and low."""
 
 KEYS = 1 << 16
 ASCENDING = np.concatenate((np.arange(KEYS - 1, KEYS // 2 - 1, -1), np.arange(KEYS // 2)))
-"""Sign-and-magnitude bit patterns in the order of the numbers they stand for."""
+"""Sign-and-magnitude bit patterns by ascending value."""
 
-CHUNK = 1 << 17  # entries; bounds the temporaries, and keeps sums of squared low bits below 2^53
+CHUNK = 1 << 17  # entries; limits temporaries, and keeps sums of squared low bits below 2^53
 
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """The m runs of neighbouring values in ascending order, as prefix sums over the entries.
+    """The m runs of neighbouring values in ascending order, with prefix sums over the entries.
 
     Attributes:
-        low: (m,) float64, no entry of the run is below it, none of the run before above it.
-        high: (m,) float64, the same from above; equal to `low` if all entries are known equal.
-        count: (m + 1,) float64, entries before each boundary.
-        total: (m + 1,) pair, sums of the entries between zero and each boundary.
-        square: (m + 1,) pair, the same for their squares.
+        low: (m,) float64, lower bound of the run's entries, upper bound of the previous run's.
+        high: (m,) float64, upper bound; equal to `low` if all entries are known to be equal.
+        count: (m + 1,) float64, number of entries before each boundary.
+        total: (m + 1,) pair, sum of the entries between zero and each boundary.
+        square: (m + 1,) pair, sum of their squares.
     """
 
     low: np.ndarray
@@ -50,7 +50,7 @@ class Runs:
     def build(
         cls, low: np.ndarray, high: np.ndarray, count: np.ndarray, total: Pair, square: Pair
     ) -> "Runs":
-        """Accumulate each run's own (m,) count, sum and sum of squares."""
+        """Build from the (m,) count, sum and sum of squares of each run."""
         pivot = int(np.searchsorted(low, 0.0))
         return cls(
             low=low,
@@ -62,26 +62,27 @@ class Runs:
 
     @property
     def size(self) -> int:
-        """Count the runs."""
+        """Return the number of runs."""
         return self.low.size
 
     def moments(self, start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, Pair, Pair]:
-        """Return count, sum and sum of squares of the runs start..stop-1, element by element."""
+        """Return count, sum and sum of squares of the runs start..stop-1, elementwise."""
         return (
             self.count[stop] - self.count[start],
             _difference(self.total, start, stop),
             _difference(self.square, start, stop),
         )
 
-    def spread(
+    def statistics(
         self, start: np.ndarray, stop: np.ndarray, slack: float = 0.0
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return count, mean and inertia of the runs start..stop-1, zeros where there are none.
+        """Return count, mean and inertia of the runs start..stop-1; zeros if start == stop.
 
         Args:
             start: (n,) boundaries.
             stop: (n,) boundaries, not below `start`.
-            slack: shifts the inertia by this fraction of the sum of squares, to bound it.
+            slack: fraction of the sum of squares to add to the inertia, for an upper bound on it
+                (for a lower bound, if negative).
         """
         count, total, square = self.moments(start, stop)
         divisor = np.maximum(count, 1.0)
@@ -89,19 +90,19 @@ class Runs:
         right, right_low = _two_product(total[0], total[0])
         rest = (left_low + count * square[1]) - (right_low + 2.0 * total[0] * total[1])
         inertia = ((left - right) + rest) / divisor + slack * square[0]
-        # Rounding left over from a huge lone value would drown the inertia of everything else.
+        # The rounding error of one huge value would exceed the inertia of all others.
         first = np.minimum(start, self.size - 1)
         inertia[(stop - start == 1) & (self.low[first] == self.high[first])] = 0.0
         return count, total[0] / divisor, np.maximum(inertia, 0.0, out=inertia)
 
     def inertia(self, cuts: np.ndarray, slack: float = 0.0) -> float:
-        """Add up the inertia of the clusters between ascending boundaries `cuts`."""
+        """Return the total inertia of the clusters between ascending boundaries `cuts`."""
         edges = np.concatenate(([0], cuts, [self.size]))
-        return math.fsum(self.spread(edges[:-1], edges[1:], slack)[2])
+        return math.fsum(self.statistics(edges[:-1], edges[1:], slack)[2])
 
 
 def count_patterns(bits: np.ndarray) -> np.ndarray:
-    """Count each uint16 bit pattern; -0.0 counts as +0.0. Returns (65536,) int64."""
+    """Return the count of each uint16 bit pattern, (65536,) int64; -0.0 counts as +0.0."""
     threads = min(os.cpu_count() or 1, -(-bits.size // CHUNK))
     with ThreadPoolExecutor(threads) as pool:
         counts = sum(pool.map(_count, np.array_split(bits, threads)), np.zeros(KEYS, np.int64))
@@ -111,11 +112,10 @@ def count_patterns(bits: np.ndarray) -> np.ndarray:
 
 
 def _count(keys: np.ndarray) -> np.ndarray:
-    """Count keys below 65536. Returns (65536,) int64.
+    """Return the counts of keys below 65536, (65536,) int64.
 
-    A column of a sparse matrix with a one in the row of each key, entries of a row not added up,
-    times one. numpy.bincount does the same, but on indices of twice the width, and while it does
-    no other thread runs.
+    Computed as a product with a sparse column that has a one, not summed, for each key:
+    unlike numpy.bincount, this needs no wider indices and releases the GIL.
     """
     from scipy.sparse import csc_array
 
@@ -132,11 +132,11 @@ def _count(keys: np.ndarray) -> np.ndarray:
 
 
 def runs_of_equal(value: np.ndarray, count: np.ndarray) -> Runs:
-    """Build one run for each distinct value.
+    """Build one run per distinct value.
 
     Args:
         value: (m,) ascending float64, finite and exact in float32.
-        count: (m,) how often each occurs.
+        count: (m,) occurrences of each.
     """
     count = count.astype(np.float64)
     return Runs.build(
@@ -152,7 +152,7 @@ def runs_of_bins(values: np.ndarray) -> tuple[np.ndarray, Runs]:
     """Summarise a flat float32 array by the high half of its bit patterns.
 
     Returns:
-        The (m,) high halves that occur, by ascending value, and one run for each.
+        The (m,) high halves present, by ascending value, and one run for each.
     """
     counts, sums, squares = (np.zeros(KEYS, np.int64) for _ in range(3))
     for start in range(0, values.size, CHUNK):
@@ -187,7 +187,7 @@ def runs_of_bins(values: np.ndarray) -> tuple[np.ndarray, Runs]:
 def expand(
     values: np.ndarray, keys: np.ndarray, bins: Runs, edges: np.ndarray, alive: np.ndarray
 ) -> tuple[Runs, np.ndarray]:
-    """Replace the stretches that are alive by their distinct values, each other one by one run.
+    """Replace each stretch that is alive by runs of its distinct values, each other by one run.
 
     Args:
         values: flat float32 array that `keys` and `bins` summarise.
@@ -197,25 +197,25 @@ def expand(
         alive: (n,) bool.
 
     Returns:
-        The new runs, and the boundaries of the same stretches among them.
+        The new runs, and the boundaries of the same stretches in them.
     """
     stretch_of_key = np.full(KEYS, -1)
     width = np.diff(edges)
     stretch_of_key[keys] = np.repeat(np.where(alive, np.arange(width.size), -1), width)
-    wanted = stretch_of_key >= 0
-    chosen = []
+    is_alive = stretch_of_key >= 0
+    selected = []
     for start in range(0, values.size, CHUNK):
         chunk = _positive_zero(values[start : start + CHUNK])
-        chosen.append(chunk[wanted[chunk.view(np.uint32) >> 16]])
-    fine, fine_count = np.unique(np.concatenate(chosen), return_counts=True)
+        selected.append(chunk[is_alive[chunk.view(np.uint32) >> 16]])
+    fine, fine_count = np.unique(np.concatenate(selected), return_counts=True)
 
     rest = np.flatnonzero(~alive)
     stretch = np.concatenate((rest, stretch_of_key[fine.view(np.uint32) >> 16]))
     order = np.argsort(stretch, kind="stable")
-    every = np.arange(fine.size)
+    each = np.arange(fine.size)
     inside = runs_of_equal(fine.astype(np.float64), fine_count)
     count, total, square = bins.moments(edges[rest], edges[rest + 1])
-    own_count, own_total, own_square = inside.moments(every, every + 1)
+    fine_count, fine_total, fine_square = inside.moments(each, each + 1)
 
     def merge(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
         return np.concatenate((outer, inner))[order]
@@ -223,9 +223,9 @@ def expand(
     runs = Runs.build(
         merge(bins.low[edges[rest]], inside.low),
         merge(bins.high[edges[rest + 1] - 1], inside.high),
-        merge(count, own_count),
-        (merge(total[0], own_total[0]), merge(total[1], own_total[1])),
-        (merge(square[0], own_square[0]), merge(square[1], own_square[1])),
+        merge(count, fine_count),
+        (merge(total[0], fine_total[0]), merge(total[1], fine_total[1])),
+        (merge(square[0], fine_square[0]), merge(square[1], fine_square[1])),
     )
     return runs, np.searchsorted(stretch[order], np.arange(edges.size))
 
@@ -233,11 +233,11 @@ def expand(
 def require_finite(values: np.ndarray) -> None:
     """Raise ValueError unless every value is finite."""
     if not np.isfinite(values).all():
-        raise ValueError("weights hold NaN or infinite values: there is no mean to cluster around")
+        raise ValueError("expected finite weights to cluster, got NaN or infinite values")
 
 
 def _positive_zero(values: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):  # a signalling NaN is reported later, with all others
+    with np.errstate(invalid="ignore"):  # signalling NaN; `require_finite` reports it
         return values + np.float32(0.0)
 
 

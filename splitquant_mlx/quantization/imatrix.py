@@ -1,16 +1,16 @@
 """Fit affine scales and biases to a weight under an importance per input channel.
 
-Round to nearest takes scale and bias from the range of a group, whatever its inputs are like. With
-h_j the mean squared input of channel j, the error that the layer's output sees is close to
+Round to nearest computes scale and bias from the range of a group, whatever the inputs are. With
+h_j the mean squared input of channel j, the error of one layer output is approximately
 
     sum_j h_j (w_j - scale * q_j - bias)^2
 
-for one output row (llama.cpp's "importance matrix"). For given codes q the best scale and bias are
-a weighted linear regression; for given scale and bias the best codes are the nearest ones: see
+(llama.cpp's "importance matrix"). For given codes q, the optimal scale and bias are a weighted
+linear regression; for given scale and bias, the optimal codes are the nearest ones: see
 `group_fit`.
 
-`code_parts_weighted` does the like for a part of a split weight, where only entries of the part
-count, and the scale alone is free: the zeros that stand for entries of other parts stay exact.
+`code_parts_weighted` does the same for the parts of a split weight. Only entries of the part are
+weighted, and only the scale is fitted: the zeros in place of other parts' entries stay exact.
 """
 
 from collections.abc import Sequence
@@ -42,12 +42,12 @@ def quantize_weighted(
     Args:
         w: float weight (out, in), `in` a multiple of `group_size`.
         importance: (in,), not negative: the mean squared input of every channel.
-        bits: bits of a code.
-        group_size: inputs that share scale and bias.
+        bits: bits per code.
+        group_size: inputs that share a scale and a bias.
 
     Returns:
-        Codes, scales and biases, the latter in the dtype of `w`, whose error under `importance`
-        is in no group above that of `mlx.core.quantize`.
+        Codes, scales and biases; scales and biases have the dtype of `w`. In each group, the error
+        under `importance` is at most that of `mlx.core.quantize`.
     """
     on_cpu, top = mx.default_device() == mx.cpu, 2**bits - 1
     importance = importance.astype(mx.float32)
@@ -59,9 +59,9 @@ def quantize_weighted(
         columns = np.array(columns) if on_cpu else columns
         groups = []
         for first in range(0, len(columns), group_size):
-            own = slice(first, first + group_size)
-            scale, bias = fit_group(columns[own], h[own], top=top, stored=stored_as(w.dtype))
-            codes = nearest_codes(columns[own], scale, bias, top)
+            group = slice(first, first + group_size)
+            scale, bias = fit_group(columns[group], h[group], top=top, stored=stored_as(w.dtype))
+            codes = nearest_codes(columns[group], scale, bias, top)
             groups.append((codes, scale, bias))
         codes, scales, biases = zip(*groups, strict=True)
         pieces.append(pack_groups(codes, scales, biases, bits, w.dtype))
@@ -72,12 +72,12 @@ def quantize_weighted(
 def code_parts_weighted(
     parts: Sequence[mx.array], importance: mx.array, *, bits: int, group_size: int
 ) -> Quantized:
-    """Do as `affine.code_parts`, with scales fitted under `importance`; to be rounded alike.
+    """Quantize parts like `affine.code_parts`, with scales fitted under `importance`.
 
     Args:
         parts: k arrays (out, in) float32, zero where the weight belongs to another part.
         importance: (in,), as for `quantize_weighted`.
-        bits: bits of a code.
+        bits: bits per code.
         group_size: inputs of a part that share a scale.
     """
     return concatenate([_fit_part(part, importance, bits, group_size) for part in parts], axis=-1)
@@ -90,7 +90,7 @@ def _fit_part(part: mx.array, importance: mx.array, bits: int, group_size: int) 
     h = mx.where(grouped == 0, 0, _positive(importance.reshape(-1, group_size)))
     low, high = mx.minimum(grouped.min(-1), 0), mx.maximum(grouped.max(-1), 0)
     width = mx.where(high > low, high - low, 1)
-    # zero at code 0 wherever it is at an end
+    # code 0 for zero if it is the minimum or maximum
     sign = mx.where(high > -low, 1, -1)
     zero = mx.round(mx.minimum(-low, high) / width * top)
     best = [_part_error(grouped, h, dequantize(plain, bits=bits, group_size=group_size)), *plain]
@@ -104,13 +104,13 @@ def _fit_part(part: mx.array, importance: mx.array, bits: int, group_size: int) 
             scale = mx.where(fitted * sign > 0, fitted, scale)
         steps = _steps(grouped, scale, zero, top)
         codes = pack((steps + zero[..., None]).reshape(part.shape), bits)
-        found = _part_error(grouped, h, steps * scale[..., None]), codes, scale, -zero * scale
-        best = _better(found, best)
+        new = _part_error(grouped, h, steps * scale[..., None]), codes, scale, -zero * scale
+        best = _better(new, best)
     return Quantized(*best[1:])
 
 
 def _steps(grouped: mx.array, scale: mx.array, zero: mx.array, top: int) -> mx.array:
-    """Return codes less the code of zero, as floats."""
+    """Return codes minus the code of zero, as floats."""
     nearest = mx.floor(grouped / scale[..., None] + 0.5)
     return mx.clip(nearest, -zero[..., None], top - zero[..., None])
 
@@ -119,18 +119,17 @@ def _part_error(grouped: mx.array, h: mx.array, values: mx.array) -> mx.array:
     return (mx.square(grouped - values.reshape(grouped.shape)) * h).sum(-1)
 
 
-def _better(found: Sequence[mx.array], best: Sequence[mx.array]) -> list[mx.array]:
-    """Choose between two of (error, arrays of each group, ...), group by group."""
-    better = found[0] < best[0]
-    chosen = []
-    for new, old in zip(found, best, strict=True):
-        shape = (*better.shape, -1)  # codes are several words a group
-        picked = mx.where(better[..., None], new.reshape(shape), old.reshape(shape))
-        chosen.append(picked.reshape(old.shape))
-    return chosen
+def _better(candidate: Sequence[mx.array], best: Sequence[mx.array]) -> list[mx.array]:
+    """Select the (error, arrays of each group, ...) of lower error, group by group."""
+    better = candidate[0] < best[0]
+    shape = (*better.shape, -1)  # codes are several words per group
+    return [
+        mx.where(better[..., None], new.reshape(shape), old.reshape(shape)).reshape(old.shape)
+        for new, old in zip(candidate, best, strict=True)
+    ]
 
 
 def _positive(h: mx.array) -> mx.array:
-    """Give channels that were never seen a little weight, and groups of them an even one."""
+    """Return relative importances: a minimum for unused channels, uniform for groups of them."""
     mean = h.mean(-1, keepdims=True)
     return mx.where(mean > 0, h / mx.where(mean > 0, mean, 1), 1) + 1e-4

@@ -1,19 +1,19 @@
 """Cluster the entries of a weight array into k groups of least inertia: exact 1-D k-means.
 
-In one dimension the best clusters are intervals, so k-means is the choice of k - 1 cuts in the
+In one dimension the optimal clusters are intervals, so k-means is the choice of k - 1 cuts in the
 sorted values, and dynamic programming over the last cut finds the global optimum (Wang & Song
-2011, Ckmeans.1d.dp). The best last cut moves right as values are added, so that divide and conquer
+2011, Ckmeans.1d.dp). The optimal last cut moves right as values are added, so divide and conquer
 fills a row for m values in O(m log m) (Gronlund et al. 2017, arXiv:1701.07204).
 
-Nearly all cuts can be ruled out before that. Let each cut fall somewhere inside a stretch of
-neighbouring values. The entries of that stretch left of the cut belong to the cluster on the left;
-moving them all down to the stretch's bottom brings them closer to that cluster and to one another,
-so the inertia cannot rise. Likewise those right of the cut, moved up to the top. The inertia is
-now concave in the number that went left, so it is least where all or none did. Dynamic programming
-over stretches and these two choices thus gives, for every cut and stretch, a lower bound on all
-clusterings with that cut there. Where it exceeds the inertia of a clustering already in hand, no
-optimal cut lies. The other stretches are divided and tested again, until little is left for the
-exact recursion: its result is the global optimum over all entries.
+Nearly all cuts can be excluded beforehand by a lower bound. Let each cut be somewhere inside a
+stretch of neighbouring values. The entries of that stretch left of the cut belong to the cluster on
+the left; moving them all down to the stretch's minimum brings them closer to that cluster and to
+each other, so the inertia cannot rise. Likewise those right of the cut, moved up to the maximum.
+The inertia is now concave in the number of entries on the left, so it is least for all or none of
+them. Dynamic programming over stretches and these two choices thus gives, for every cut and
+stretch, a lower bound on all clusterings with that cut there. Stretches where it exceeds the
+inertia of a known clustering contain no optimal cut. The others are divided and tested again, until
+few boundaries are left for the exact recursion: its result is the global optimum over all entries.
 """
 
 import math
@@ -27,13 +27,13 @@ from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.quantization import histogram
 from splitquant_mlx.quantization.histogram import Runs
 
-SMALL = 1 << 16  # float32 entries; below this, sorting them is faster than the histogram
-STRETCHES = 32  # tested in one round for each cut
-CROWD = 512  # stretches for one cut that end the rounds: tests rule out too little
-FEW = 512  # boundaries between runs that the exact recursion takes without further tests
+SMALL = 1 << 16  # float32 entries; below this, sorting is faster than the histogram
+STRETCHES = 32  # per cut and round
+CROWD = 512  # stretches per cut at which the rounds end, as the tests exclude too little
+FEW = 512  # boundaries between runs at which the exact recursion needs no further tests
 BRANCH = 4  # fewer levels than 2: numpy's call overhead outweighs the extra costs evaluated
-SLACK = 2.0**-60  # bounds the rounding error of an inertia, as a fraction of the sum of squares
-ROUNDING = 2.0**-46  # bounds that of a short float64 sum, as a fraction of its terms
+SLACK = 2.0**-60  # bound on the rounding error of an inertia, relative to the sum of squares
+ROUNDING = 2.0**-46  # bound on the rounding error of a short float64 sum, relative to its terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +57,15 @@ class Clustering:
 
 
 def cluster(values: np.ndarray, k: int = 3) -> Clustering:
-    """Find the clusters of least inertia: the global optimum, whatever the order of the entries.
+    """Find the clusters of least inertia: the global optimum, independent of the entries' order.
 
-    Ties go to the lowest last cut. No entry is ever equal to a cut point, as moving it to the other
-    side would lower the inertia, so `upper_bounds` and `cut_points` split the entries alike.
+    Ties go to the lowest last cut. No entry is equal to a cut point, as moving it to the other side
+    would lower the inertia, so `upper_bounds` and `cut_points` divide the entries identically.
 
     Args:
-        values: any shape; float16, float32, or uint16 holding the bits of bfloat16, which numpy
+        values: any shape; float16, float32, or uint16 with the bits of bfloat16, which numpy
             lacks (in mlx: `np.array(w.view(mx.uint16))`).
-        k: clusters, 2 to 8.
+        k: number of clusters, 2 to 8.
 
     Raises:
         RecipeError: k out of range.
@@ -78,13 +78,13 @@ def cluster_sklearn(values: np.ndarray, k: int = 3, n_init: int = 10) -> Cluster
     """Cluster with scikit-learn's KMeans, as the SplitQuantV2 paper does (arXiv:2503.07657).
 
     Hundreds of times slower than `cluster`, and only a local optimum: for tests and timings. The
-    centers are the float64 means of its clusters, so where it stopped short of convergence a
-    few entries may lie on the other side of a cut point.
+    centers are the float64 means of its clusters, so if KMeans stopped before convergence, a few
+    entries may be on the other side of a cut point.
 
     Args:
         values: as for `cluster`.
-        k: clusters, 2 to 8.
-        n_init: starts, of which the best is kept.
+        k: number of clusters, 2 to 8.
+        n_init: number of initializations; the best result is returned.
 
     Raises:
         RecipeError, ValueError: as for `cluster`.
@@ -96,7 +96,7 @@ def cluster_sklearn(values: np.ndarray, k: int = 3, n_init: int = 10) -> Cluster
     histogram.require_finite(numbers)
     model = KMeans(
         min(k, np.unique(numbers).size),
-        n_init=n_init,  # pyright: ignore[reportArgumentType]  it takes the default for the type
+        n_init=n_init,  # pyright: ignore[reportArgumentType]  inferred from the default, "auto"
         random_state=0,
     )
     labels = np.asarray(model.fit_predict(numbers[:, None]))
@@ -133,7 +133,7 @@ def _flat(values: np.ndarray, k: int) -> np.ndarray:
     if k not in range(2, 9):
         raise RecipeError(f"clusters: expected 2 to 8, got {k!r:.40}")
     if values.size == 0:
-        raise ValueError(f"array of shape {values.shape} is empty: nothing to cluster")
+        raise ValueError(f"expected a non-empty array to cluster, got shape {values.shape}")
     if values.dtype not in (np.float16, np.float32, np.uint16):
         raise ValueError(
             f"dtype: expected float16, float32 or uint16 (bits of bfloat16), got {values.dtype}"
@@ -161,18 +161,18 @@ def _runs_of_distinct(flat: np.ndarray) -> Runs:
 def _narrow(
     runs: Runs, edges: np.ndarray, alive: np.ndarray, few: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Divide and test stretches until those that may hold a cut are single runs, or `few` runs.
+    """Divide and test stretches until those that may contain a cut are single or `few` runs.
 
-    Stretch b lies between boundaries edges[b] and edges[b + 1], `edges` (n + 1,), and may hold
+    Stretch b is between boundaries edges[b] and edges[b + 1], `edges` (n + 1,), and may contain
     cut c if alive[c, b], `alive` (parts - 1, n).
     """
     measure, upper = _measure(runs), math.inf
     while True:
-        held = np.any(alive, axis=0)
-        start, stop = edges[:-1][held], edges[1:][held]
+        any_alive = np.any(alive, axis=0)
+        start, stop = edges[:-1][any_alive], edges[1:][any_alive]
         crowd = max(alive.sum(axis=1), default=0)
-        # A bound is loose by about this much. Halving stretches far below the loosest crowds the
-        # test and decides nothing; where the loosest are single bins, it is time to expand them.
+        # The approximate slack of each bound. Dividing stretches far below the loosest one adds
+        # tests that exclude nothing; if the loosest are single bins, they must be expanded first.
         loose = (runs.count[stop] - runs.count[start]) * (runs.high[stop - 1] - runs.low[start])
         due = (stop - start > 1) & (loose > loose.max(initial=0.0) / 16)
         if not due.any() or np.sum(stop - start) <= few or crowd > CROWD:
@@ -185,7 +185,7 @@ def _narrow(
 
 
 def _measure(runs: Runs) -> np.ndarray:
-    # Equal shares of entries suit a smooth bulk, of squares a few outliers, of runs many scales.
+    # The share of entries suits smooth distributions, of squares outliers, of runs many scales.
     square = runs.square[0] - runs.square[0][0]
     return (
         runs.count / runs.count[-1]
@@ -195,7 +195,7 @@ def _measure(runs: Runs) -> np.ndarray:
 
 
 def _inner(measure: np.ndarray, start: np.ndarray, stop: np.ndarray, pieces: int) -> np.ndarray:
-    """Divide each stretch into pieces of equal measure, and at its middle to halve it for sure."""
+    """Divide each stretch into pieces of equal measure, and also at its middle run."""
     share = np.arange(pieces) / pieces
     goal = measure[start] + np.outer(share, measure[stop] - measure[start])
     inner = np.clip(np.searchsorted(measure, goal), start, stop)
@@ -205,9 +205,9 @@ def _inner(measure: np.ndarray, start: np.ndarray, stop: np.ndarray, pieces: int
 def _test(
     runs: Runs, edges: np.ndarray, alive: np.ndarray, upper: float
 ) -> tuple[np.ndarray, float]:
-    """Keep the stretches where a cut may give an inertia up to `upper`, after lowering that.
+    """Lower `upper`, then keep the stretches where a cut may give an inertia up to `upper`.
 
-    The recursion runs over pairs: the stretch a cut falls in, and where its entries go.
+    The recursion runs over pairs: the stretch of a cut, and the side to which its entries go.
     """
     stretches = [(edges[:-1][row], edges[1:][row]) for row in alive]
     ends = (np.array([0]),) * 2, (np.array([runs.size]),) * 2
@@ -224,10 +224,10 @@ def _test(
     choice = [np.unravel_index(np.argmin(bound), bound.shape) for bound in bounds]
     cuts = [stretch[1 - side][b] for stretch, (b, side) in zip(stretches, choice, strict=True)]
     upper = min(upper, runs.inertia(np.maximum.accumulate(cuts), SLACK) * (1.0 + ROUNDING))
-    kept = np.zeros_like(alive)
-    for row, old, bound in zip(kept, alive, bounds, strict=True):
+    still_alive = np.zeros_like(alive)
+    for row, old, bound in zip(still_alive, alive, bounds, strict=True):
         row[old] = bound.min(axis=1) <= upper
-    return kept, upper
+    return still_alive, upper
 
 
 def _between(
@@ -236,19 +236,19 @@ def _between(
     """Bound the inertia of a cluster that starts in one stretch and ends in another.
 
     Args:
-        runs: what the stretches are made of.
+        runs: runs of the whole array.
         left: (n,) starts and (n,) stops of the stretches it may start in.
         right: (m,) starts and (m,) stops of those it may end in.
 
     Returns:
-        (n, 2, m, 2): the entries of either stretch go left [0] or right [1] as a whole. Infinite
-        where the stretches are in the wrong order, 0 for a cluster inside one stretch.
+        (n, 2, m, 2): all entries of either stretch go left [0] or right [1]. Infinite if the
+        stretches are in the wrong order, 0 for a cluster inside one stretch.
     """
     bounds = np.full((left[0].size, 2, right[0].size, 2), np.inf)
     a, b = np.nonzero(left[0][:, None] == right[0])
     bounds[a, :, b, :] = 0.0
     a, b = np.nonzero(left[1][:, None] <= right[0])
-    middle = runs.spread(left[1][a], right[0][b], -SLACK)
+    middle = runs.statistics(left[1][a], right[0][b], -SLACK)
     above = (runs.count[left[1]] - runs.count[left[0]])[a], runs.high[left[1] - 1][a]
     bottom = runs.low[np.minimum(right[0], runs.size - 1)]
     below = (runs.count[right[1]] - runs.count[right[0]])[b], bottom[b]
@@ -261,7 +261,7 @@ def _between(
 def _join(
     count: np.ndarray, mean: np.ndarray, inertia: np.ndarray, extra: np.ndarray, place: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Add `extra` entries, all at `place`, to a cluster; rounds the inertia down."""
+    """Add `extra` entries of value `place` to a cluster; rounds the inertia down."""
     total = count + extra
     share = extra / np.maximum(total, 1.0)
     shift = np.abs(place - mean)
@@ -270,20 +270,20 @@ def _join(
 
 
 def _boundaries(edges: np.ndarray, alive: np.ndarray) -> np.ndarray:
-    # A cut has a run on either side, and both of their stretches must be alive to hold it.
-    held = np.repeat(np.any(alive, axis=0), np.diff(edges))
-    return np.flatnonzero(held[:-1] & held[1:]) + 1
+    # A cut needs a run on either side whose stretch is alive.
+    run_alive = np.repeat(np.any(alive, axis=0), np.diff(edges))
+    return np.flatnonzero(run_alive[:-1] & run_alive[1:]) + 1
 
 
 def _best_cuts(runs: Runs, positions: np.ndarray, parts: int) -> np.ndarray:
-    """Return the parts - 1 boundaries out of ascending `positions` that cost least."""
+    """Return the parts - 1 of the ascending boundaries `positions` with the least inertia."""
     if parts == 1:
         return positions[:0]
     stops = np.append(positions, runs.size)
     starts = np.insert(positions, 0, 0)
 
     def segment(first: np.ndarray, last: np.ndarray) -> np.ndarray:
-        return runs.spread(starts[first], stops[last])[2]
+        return runs.statistics(starts[first], stops[last])[2]
 
     every = np.arange(stops.size)
     best = segment(np.zeros_like(every), every)
@@ -323,16 +323,16 @@ def _row_minima(
         width = np.minimum(last, rows) - first + 1
         offset = np.cumsum(width) - width
         columns = np.arange(width.sum()) + np.repeat(first - offset, width)
-        found = before[columns] + cost(columns, np.repeat(rows, width))
-        best[rows] = np.minimum.reduceat(found, offset)
-        hits = np.flatnonzero(found == np.repeat(best[rows], width))
+        sums = before[columns] + cost(columns, np.repeat(rows, width))
+        best[rows] = np.minimum.reduceat(sums, offset)
+        hits = np.flatnonzero(sums == np.repeat(best[rows], width))
         choice[rows] = columns[hits[np.searchsorted(hits, offset)]]
     return best, choice
 
 
 def _summary(runs: Runs, cuts: np.ndarray) -> Clustering:
     edges = np.concatenate(([0], cuts, [runs.size]))
-    count, centers, _ = runs.spread(edges[:-1], edges[1:])
+    count, centers, _ = runs.statistics(edges[:-1], edges[1:])
     return Clustering(
         centers=tuple(centers.tolist()),
         cut_points=_midpoints(centers),

@@ -1,7 +1,7 @@
-"""Round the channels of a group one after the other, each after the errors of those before it.
+"""Round the channels of a group in order, with feedback of each error to later channels.
 
-Every row of a weight goes through its channels by itself. On a GPU each has a thread of its own,
-which keeps the group in registers; on the CPU numpy takes all rows at once.
+Rows are independent. On a GPU, each row has one thread, with the group in registers; on the CPU,
+numpy processes all rows at once.
 """
 
 from functools import cache
@@ -10,27 +10,27 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-RUN = 8  # channels between two matrix products, on the CPU
-ROWS = 256  # of a group of threads, on a GPU
+RUN = 8  # channels between two matrix products (CPU)
+ROWS = 256  # rows per thread group (GPU)
 ROW_INDEX = {
     "metal": "uint row = thread_position_in_grid.x;",
     "cuda": "unsigned int row = cooperative_groups::this_grid().thread_rank();",
 }
 SOURCE = """
     if (row < OUT) {
-        float wanted[GROUP];
+        float goal[GROUP];
         for (int k = 0; k < GROUP; ++k) {
-            wanted[k] = target[k * OUT + row];
+            goal[k] = target[k * OUT + row];
         }
         float step = scale[row], zero = bias[row], inverse = 1 / step;
         for (int k = 0; k < GROUP; ++k) {
-            float code = rint((wanted[k] - zero) * inverse);
+            float code = rint((goal[k] - zero) * inverse);
             code = code < 0 ? 0 : (code > TOP ? TOP : code);
             float error = reference[k * OUT + row] - (code * step + zero);
             codes[k * OUT + row] = code;
             errors[k * OUT + row] = error;
             for (int j = k + 1; j < GROUP; ++j) {
-                wanted[j] += feedback[j * GROUP + k] * error;
+                goal[j] += feedback[j * GROUP + k] * error;
             }
         }
     }
@@ -47,14 +47,14 @@ def round_group(
         target_k + sum_{j<k} feedback_kj error_j,   error_j = reference_j - (c_j scale + bias)
 
     Args:
-        target: (group_size, out) float32; changed when it is numpy's.
+        target: (group_size, out) float32; overwritten if it is a numpy array.
         reference: (group_size, out) float32.
-        feedback: (group_size, group_size) float32, of which the part below the diagonal counts.
+        feedback: (group_size, group_size) float32; only the part below the diagonal is used.
         scale: (out,) float32, not 0.
         bias: (out,) float32.
-        top: the largest code.
+        top: the highest code.
 
-    All are numpy's arrays, or all are mlx's: a GPU computes with those.
+    The arrays are all numpy arrays, or all mlx arrays, which need a GPU.
     """
     if isinstance(target, np.ndarray):
         return _by_numpy(target, reference, feedback, scale, bias, top)
@@ -119,17 +119,17 @@ def _kernel() -> Any:
 
 @cache
 def kernel_works() -> bool:
-    """Return whether the default device has the kernel, and it does here what numpy does."""
+    """Return whether the default device supports the kernel, with the same results as numpy."""
     if mx.default_device() == mx.cpu:
         return False
     try:
         return kernel_difference() < 1e-3
-    except Exception:  # what mlx raises where a kernel cannot be compiled is not documented
+    except Exception:  # mlx does not document what it raises if compilation fails
         return False
 
 
 def kernel_difference() -> float:
-    """Return the largest difference of errors between kernel and numpy on a made-up group."""
+    """Return the largest difference between the errors of kernel and numpy on a random group."""
     rng = np.random.default_rng(0)
     target, reference = rng.standard_normal((2, 64, ROWS + 3)).astype(np.float32)
     feedback = (0.1 * rng.standard_normal((64, 64))).astype(np.float32)
@@ -137,5 +137,5 @@ def kernel_difference() -> float:
     arguments: list[Any] = [target, reference, feedback, scale, -4 * scale, 15]
     _, expected = _by_numpy(target.copy(), *arguments[1:])
     arguments[:5] = map(mx.array, arguments[:5])
-    _, found = _by_kernel(*arguments)
-    return float(np.abs(np.array(found) - expected).max())
+    _, actual = _by_kernel(*arguments)
+    return float(np.abs(np.array(actual) - expected).max())

@@ -1,9 +1,9 @@
-"""Split and code a weight on the CPU, with numpy.
+"""Split and quantize a weight on the CPU with numpy.
 
-What `parts.parts_of` and `affine.code_parts` do one after the other, in about half the time (12 to
-17 against 24 to 27 ns a weight in one thread; two threads wait for each other at numpy's many calls
-and gain less). Scales and biases are the same; a code may be another one where an entry lies
-halfway between two.
+Equivalent to `split.parts_of` followed by `affine.code_parts` in about half the time (12 to 17
+instead of 24 to 27 ns per weight in one thread; the gain is smaller with two threads, which contend
+for the GIL). Scales and biases are identical; a code may differ where an entry is halfway between
+two codes.
 """
 
 from collections.abc import Sequence
@@ -15,20 +15,21 @@ import numpy as np
 from splitquant_mlx.quantization.affine import EPS, Quantized, pack
 from splitquant_mlx.quantization.host import host_values
 
-BLOCK = 1 << 17  # entries that fit in the processor's cache, with what is made of them
+BLOCK = 1 << 17  # entries that fit in the CPU cache together with their parts and codes
 
 
 def code_split(
     w: mx.array, bounds: Sequence[float], parts: int, *, bits: int, group_size: int
 ) -> Quantized:
-    """Quantize the parts of `w`, scales and biases still in float32; to be rounded alike.
+    """Quantize the parts of `w`; returns float32 scales and biases, like `affine.code_parts`.
 
     Args:
         w: (out, in) float, finite, `in` a multiple of `group_size`.
-        bounds: largest entry of each part but the last, ascending; fewer leave parts empty.
-        parts: how many.
-        bits: bits of a code.
-        group_size: inputs of a part that share a scale.
+        bounds: largest entry of each part but the last, ascending; with fewer bounds, the last
+            parts are empty.
+        parts: number of parts.
+        bits: bits per code.
+        group_size: inputs of a part that share a scale and a bias.
     """
     out, width = w.shape
     groups = width // group_size
@@ -36,35 +37,36 @@ def code_split(
     scales = np.empty((out, parts, groups), np.float32)
     biases = np.empty_like(scales)
     rows = min(out, max(1, BLOCK // width))
-    # the entries of a group lie apart, so that numpy goes through many groups at a time; the arrays
-    # are used again, as getting new ones from the system would take a fifth of the time
+    # groups are columns, so that numpy vectorizes over many groups; buffers are reused, since
+    # allocating new ones would take a fifth of the time
     columns = np.empty((group_size, rows * groups), np.float32)
     split = np.empty((group_size, parts, rows * groups), np.float32)
     code = np.empty_like(split, np.uint8)
     values = host_values(w)
     for start in range(0, out, rows):
-        own = slice(start, start + rows)
-        block = _as_float32(values[own]).reshape(-1, group_size)
+        block_rows = slice(start, start + rows)
+        block = _as_float32(values[block_rows]).reshape(-1, group_size)
         if len(block) < columns.shape[1]:
             columns, split, code = (x[..., : len(block)] for x in (columns, split, code))
         columns[...] = block.T
         _split(columns, bounds, split)
         scale, bias = _quantize(split, bits, code)
-        scales[own] = scale.reshape(parts, -1, groups).swapaxes(0, 1)
-        biases[own] = bias.reshape(parts, -1, groups).swapaxes(0, 1)
-        codes[own] = _packed(code, bits).reshape(parts, -1, codes.shape[-1]).swapaxes(0, 1)
+        scales[block_rows] = scale.reshape(parts, -1, groups).swapaxes(0, 1)
+        biases[block_rows] = bias.reshape(parts, -1, groups).swapaxes(0, 1)
+        words = _packed(code, bits).reshape(parts, -1, codes.shape[-1])
+        codes[block_rows] = words.swapaxes(0, 1)
     return Quantized(*(mx.array(array.reshape(out, -1)) for array in (codes, scales, biases)))
 
 
 def _as_float32(values: np.ndarray) -> np.ndarray:
-    """Return floats; uint16 are the bits of bfloat16, which are the high ones of float32."""
+    """Return float32; uint16 are bfloat16 bit patterns, the high half of float32."""
     if values.dtype == np.uint16:
         return np.left_shift(values, 16, dtype=np.uint32).view(np.float32)
     return values.astype(np.float32, copy=False)
 
 
 def _split(w: np.ndarray, bounds: Sequence[float], split: np.ndarray) -> None:
-    """Set `split` (group_size, parts, n) to the parts of `w` (group_size, n)."""
+    """Write the parts of `w` (group_size, n) into `split` (group_size, parts, n)."""
     above = [np.ones_like(w, bool), *(w > np.float32(bound) for bound in bounds)]
     above += [np.zeros_like(above[0])] * (split.shape[1] + 1 - len(above))
     for part, (low, high) in zip(split.swapaxes(0, 1), pairwise(above), strict=True):
@@ -72,16 +74,16 @@ def _split(w: np.ndarray, bounds: Sequence[float], split: np.ndarray) -> None:
 
 
 def _quantize(split: np.ndarray, bits: int, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Set `codes`; returns scales and biases (parts, n). `split` is overwritten."""
+    """Write `codes` and return scales and biases (parts, n); `split` is overwritten."""
     low, high = split.min(0), split.max(0)
     scale, bias = _fit(low, high, bits)
-    steps = 1 / scale
-    split *= steps
-    # elsewhere the codes run from 0, for zero, to the top
+    inverse = 1 / scale
+    split *= inverse
+    # other parts have bias 0 and codes in range
     around_zero = ((low < 0) & (high > 0)).any(-1) | bias.any(-1)
     parts = split.swapaxes(0, 1)
     for c in np.flatnonzero(around_zero):
-        parts[c] -= bias[c] * steps[c]
+        parts[c] -= bias[c] * inverse[c]
     np.rint(split, out=split)
     for c in np.flatnonzero(around_zero):
         np.clip(parts[c], 0, 2**bits - 1, out=parts[c])
@@ -90,7 +92,7 @@ def _quantize(split: np.ndarray, bits: int, codes: np.ndarray) -> tuple[np.ndarr
 
 
 def _fit(low: np.ndarray, high: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return scales and biases of ranges by mlx's formula, zero at code 0 rather than the top."""
+    """Return scales and biases by mlx's formula; zero has code 0 instead of the highest code."""
     top = np.float32(2**bits - 1)
     low_edge = -low > high
     scale = np.maximum((high - low) / top, np.float32(EPS))
@@ -103,7 +105,7 @@ def _fit(low: np.ndarray, high: np.ndarray, bits: int) -> tuple[np.ndarray, np.n
 
 
 def _packed(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Return codes (group_size, parts, n) as words (parts, n, group_size * bits / 32)."""
+    """Pack codes (group_size, parts, n) into words (parts, n, group_size * bits / 32)."""
     if bits != 4:
         return np.array(pack(mx.array(codes.transpose(1, 2, 0)), bits))
     words = codes

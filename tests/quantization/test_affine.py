@@ -1,4 +1,4 @@
-"""Affine quantization against mlx's own, and against what the format promises."""
+"""Affine quantization: equal to mlx.core.quantize, and within the error bounds of the format."""
 
 import mlx.core as mx
 import numpy as np
@@ -61,14 +61,14 @@ def test_group_granularity_is_mlx_quantize(mode):
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 1000), exponent=st.integers(-5, 5), shift=st.floats(-2, 2))
 def test_error_is_within_a_scale(granularity, bits, seed, exponent, shift):
-    """|w - w_hat| <= |scale|: half a step of rounding, and up to half by which 0 moves the grid."""
+    """|w - w_hat| <= |scale|: half a step of rounding, up to half a step to put 0 on the grid."""
     w = (weight(4, 128, seed, scale=1.0) + shift) * 10.0**exponent
     q = quantize(w, bits=bits, group_size=32, granularity=granularity)
     bound = mx.repeat(mx.abs(q.scales), 32, axis=-1) * 1.001
     assert mx.all(mx.abs(w - dequantize(q, bits=bits, group_size=32)) <= bound)
 
 
-def test_one_scale_a_channel_and_a_tensor():
+def test_one_scale_per_channel_or_tensor():
     w = weight()
     channel = quantize(w, granularity="channel")
     tensor = quantize(w, granularity="tensor")
@@ -78,7 +78,7 @@ def test_one_scale_a_channel_and_a_tensor():
 
 
 def test_channel_granularity_of_one_group_is_mlx_quantize():
-    """Where a row is one group, the two granularities are the same thing."""
+    """If a row is one group, granularities "channel" and "group" are equivalent."""
     w = weight(32, 64)
     for a, b in zip(quantize(w, granularity="channel"), mx.quantize(w, 64, 4), strict=True):
         assert mx.allclose(a.astype(mx.float32), b.astype(mx.float32), rtol=1e-6)
@@ -87,7 +87,7 @@ def test_channel_granularity_of_one_group_is_mlx_quantize():
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
 def test_zero_of_one_sided_parts_is_exact(bits, dtype):
-    """Residues of zeros would add up over the parts: there are none in the outer two."""
+    """The outer two parts dequantize zeros exactly: errors of zeros would add up over parts."""
     w = weight(64, 512, scale=0.05)
     for part in (split(w)[0], split(w)[2]):
         q = quantize_parts([part], bits=bits, scale_dtype=dtype)
@@ -96,7 +96,7 @@ def test_zero_of_one_sided_parts_is_exact(bits, dtype):
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_zeros_cost_less_than_with_rounded_mlx_parameters(dtype):
+def test_zeros_have_a_lower_error_than_with_rounded_mlx_scales(dtype):
     w = weight(256, 512, scale=0.05)
     parts = split(w)
     ours = dequantize(quantize_parts(parts, scale_dtype=dtype))
@@ -122,12 +122,12 @@ def test_scale_dtype_follows_the_range(magnitude):
     w = weight(32, 128, scale=1.0) * magnitude
     w_hat = dequantize(quantize_parts(split(w))).reshape(32, 3, 128).sum(axis=1)
     assert mx.all(mx.isfinite(w_hat))
-    if magnitude > 1e-20:  # below mlx's smallest scale, 1e-7, there is nothing but zero
+    if magnitude > 1e-20:  # below mlx's smallest scale, 1e-7, all is zero
         error = mx.abs(w - w_hat).max() / mx.abs(w).max()
         assert error.item() < 0.1 or magnitude < 1e-5
 
 
-def test_width_that_no_group_divides_is_refused():
+def test_indivisible_width_is_rejected():
     with pytest.raises(RecipeError, match=r"group_size 64 does not divide the width 172"):
         quantize(mx.zeros((8, 172)))
     with pytest.raises(RecipeError, match="172"):
@@ -154,12 +154,12 @@ def test_settings_are_checked(settings):
 
 
 @pytest.mark.parametrize("w", [mx.zeros(64), mx.zeros((2, 64), mx.int32)])
-def test_what_is_no_weight_is_refused(w):
-    with pytest.raises(RecipeError, match="float weight of two axes"):
+def test_non_weights_are_rejected(w):
+    with pytest.raises(RecipeError, match="float weight of two or more axes"):
         quantize(w)
 
 
 @pytest.mark.parametrize("settings", [{"bits": 3}, {"group_size": 32}, {"mode": "mxfp4"}])
-def test_settings_of_another_weight_are_refused(settings):
-    with pytest.raises(RecipeError, match="do not fit"):
+def test_settings_of_another_weight_are_rejected(settings):
+    with pytest.raises(RecipeError, match="do not match the weight"):
         dequantize(quantize(mx.zeros((8, 128))), **settings)

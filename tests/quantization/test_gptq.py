@@ -1,4 +1,4 @@
-"""GPTQ and coordinate descent: against brute force, and what each step promises."""
+"""GPTQ and coordinate descent: against brute force and the published form of GPTQ."""
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +22,7 @@ from splitquant_mlx.quantization.imatrix import quantize_weighted
 
 
 def problem(seed, out=24, channels=128, tokens=400, rank=12):
-    """Return a weight and the Gram matrix of correlated inputs with a few loud channels."""
+    """Return a weight and the Hessian of correlated inputs with a few large channels."""
     rng = np.random.default_rng(seed)
     mix = rng.standard_normal((rank, channels)) * 2
     x = rng.standard_normal((tokens, rank)) @ mix + rng.standard_normal((tokens, channels))
@@ -43,7 +43,7 @@ def output_error(w, quantized, h, **settings_):
     group_size=st.sampled_from([32, 64]),
     dtype=st.sampled_from([mx.float16, mx.bfloat16, mx.float32]),
 )
-def test_the_cost_never_rises(seed, bits, group_size, dtype):
+def test_cost_never_rises(seed, bits, group_size, dtype):
     w, hessian = problem(seed)
     h = damped_hessian(hessian)
     columns = np.ascontiguousarray(w.T)
@@ -66,19 +66,19 @@ def test_the_cost_never_rises(seed, bits, group_size, dtype):
 def test_better_methods_have_a_lower_error(bits):
     w, hessian = problem(5, out=64, channels=256)
     h = damped_hessian(hessian).astype(np.float64)
-    array, own = mx.array(w), {"bits": bits, "group_size": 64}
+    array, sizes = mx.array(w), {"bits": bits, "group_size": 64}
     plain = Quantized(*mx.quantize(array, 64, bits))
-    fitted = quantize_weighted(array, mx.array(np.diagonal(hessian).copy()), **own)
-    compensated = gptq_quantize(array, hessian, **own, sweeps=0)
-    swept = gptq_quantize(array, hessian, **own, sweeps=3)
-    errors = [output_error(w, q, h, **own) for q in (plain, fitted, compensated, swept)]
+    fitted = quantize_weighted(array, mx.array(np.diagonal(hessian).copy()), **sizes)
+    compensated = gptq_quantize(array, hessian, **sizes, sweeps=0)
+    swept = gptq_quantize(array, hessian, **sizes, sweeps=3)
+    errors = [output_error(w, q, h, **sizes) for q in (plain, fitted, compensated, swept)]
     assert errors[1] < 0.95 * errors[0]
     assert errors[2] < 0.9 * errors[1]
     assert errors[3] < 0.97 * errors[2]
 
 
-def test_mlx_computes_what_numpy_does(monkeypatch):
-    """With numpy in the place of the kernel that a GPU has."""
+def test_mlx_and_numpy_agree(monkeypatch):
+    """With numpy in place of the GPU kernel."""
     monkeypatch.setattr(
         rounding,
         "_by_kernel",
@@ -95,27 +95,27 @@ def test_mlx_computes_what_numpy_does(monkeypatch):
     for grid in grids:
         grid.sweep()
         grid.sweep(refit=False)
-    expected, found = (cost(columns, grid, h) for grid in grids)
-    assert found == pytest.approx(expected, rel=0.01)
+    expected, actual = (cost(columns, grid, h) for grid in grids)
+    assert actual == pytest.approx(expected, rel=0.01)
     same = [a == np.array(b) for a, b in zip(grids[0].codes, grids[1].codes, strict=True)]
     assert np.mean(same) > 0.98
     packed = grids[1].packed()
     assert packed.weight.shape == (40, 128 // 8) and packed.scales.shape == (40, 2)
 
 
-def test_blocks_of_rows_are_the_rows_of_the_whole(monkeypatch):
+def test_blocks_of_rows_equal_the_whole(monkeypatch):
     w, hessian = problem(4, out=50, channels=128)
     whole = gptq_quantize(mx.array(w), hessian)
     monkeypatch.setattr(gptq, "BLOCK", 16 * 128)
     with ThreadPoolExecutor(3) as threads:
-        found = gptq_quantize(mx.array(w), hessian, spread=threads.map)
-    values = [np.array(dequantize(q, bits=4, group_size=64)) for q in (found, whole)]
+        blocks = gptq_quantize(mx.array(w), hessian, map_blocks=threads.map)
+    values = [np.array(dequantize(q, bits=4, group_size=64)) for q in (blocks, whole)]
     assert np.isclose(*values).mean() > 0.99
 
 
 @pytest.mark.parametrize("channels", [64, 256, 600])
 @pytest.mark.parametrize("kind", [np.array, mx.array])
-def test_the_factor_is_unit_upper(channels, kind):
+def test_factor_is_unit_upper_triangular(channels, kind):
     h = damped_hessian(problem(2, out=1, channels=channels)[1])
     u = np.array(unit_upper(kind(h)), np.float64)
     np.testing.assert_array_equal(np.tril(u), np.eye(channels))
@@ -124,8 +124,8 @@ def test_the_factor_is_unit_upper(channels, kind):
     assert np.diagonal(d).min() > 0
 
 
-def test_compensation_is_gptq_as_published():
-    """Against the inverse-Hessian form of the paper (algorithm 1), one row, fixed scales."""
+def test_compensation_equals_published_gptq():
+    """Against the inverse-Hessian form of the paper (algorithm 1), with fixed scales."""
     w, hessian = problem(7, out=5, channels=64)
     h = damped_hessian(hessian)
     columns = np.ascontiguousarray(w.T)
@@ -141,7 +141,7 @@ def test_compensation_is_gptq_as_published():
         np.testing.assert_array_equal(codes, grid.codes[0][k])
 
 
-def test_descent_ends_where_no_single_code_can_be_better():
+def test_descent_converges_to_a_local_optimum():
     w, hessian = problem(9, out=3, channels=32)
     h = damped_hessian(hessian)
     columns = np.ascontiguousarray(w.T)
@@ -157,7 +157,7 @@ def test_descent_ends_where_no_single_code_can_be_better():
 
 
 @pytest.mark.parametrize(
-    "spoil",
+    "degrade",
     [
         lambda hessian: hessian * 0,
         lambda hessian: hessian * np.outer(np.arange(128) > 3, np.arange(128) > 3),
@@ -167,9 +167,9 @@ def test_descent_ends_where_no_single_code_can_be_better():
     ],
     ids=["no input", "dead channels", "rank one", "huge", "tiny"],
 )
-def test_degenerate_inputs(spoil):
+def test_degenerate_inputs(degrade):
     w, hessian = problem(11)
-    quantized = gptq_quantize(mx.array(w), spoil(hessian).astype(np.float32))
+    quantized = gptq_quantize(mx.array(w), degrade(hessian).astype(np.float32))
     error = np.abs(w - np.array(dequantize(quantized)))
     assert np.isfinite(error).all()
     assert error.max() < 3
@@ -177,8 +177,8 @@ def test_degenerate_inputs(spoil):
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
 @pytest.mark.parametrize("bits", [2, 8])
-def test_weights_that_have_all_but_vanished(bits, dtype):
-    """As those of an expert that was never chosen, after long weight decay."""
+def test_vanishing_weights(bits, dtype):
+    """Like those of an unused expert after long weight decay."""
     w, hessian = problem(11)
     w[: len(w) // 2] *= 1e-39
     hessian[:, 20:] = hessian[20:] = 0

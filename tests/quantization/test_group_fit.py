@@ -1,4 +1,4 @@
-"""Scale and bias of a group: closer than round to nearest, by numpy and mlx alike."""
+"""Fitted scale and bias of a group: better than round to nearest, in numpy and mlx."""
 
 import mlx.core as mx
 import numpy as np
@@ -19,20 +19,20 @@ def error(columns, scale, bias, importance, top):
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
-def test_it_is_closer_than_rtn(bits):
+def test_lower_error_than_rtn(bits):
     rng = np.random.default_rng(bits)
     columns = rng.standard_t(5, (64, 200)).astype(np.float32)
     importance = np.exp(rng.standard_normal(64)).astype(np.float32)
     w = mx.array(columns.T).astype(mx.float16)
     columns = np.array(w.astype(mx.float32)).T
-    found = error(
+    fitted = error(
         columns,
         *fit_group(columns, importance, top=2**bits - 1, stored=half),
         importance,
         2**bits - 1,
     )
     plain = np.array(mx.dequantize(*mx.quantize(w, 64, bits), 64, bits).astype(mx.float32)).T
-    assert found.sum() < 0.9 * (importance @ (columns - plain) ** 2).sum()
+    assert fitted.sum() < 0.9 * (importance @ (columns - plain) ** 2).sum()
 
 
 def test_mlx_and_numpy_agree():
@@ -43,12 +43,12 @@ def test_mlx_and_numpy_agree():
         fit_group(kind(columns), kind(importance), top=15, stored=half)
         for kind in (np.array, mx.array)
     ]
-    sums = [error(columns, *map(np.array, of), importance, 15).sum() for of in fitted]
+    sums = [error(columns, *map(np.array, pair), importance, 15).sum() for pair in fitted]
     assert sums[1] == pytest.approx(sums[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.7, -1e-7, 1e-40])
-def test_weights_that_are_all_alike(value):
+def test_constant_weights(value):
     columns = np.full((32, 3), value, np.float32)
     scale, bias = fit_group(columns, np.ones(32, np.float32), top=15, stored=half)
     assert (scale != 0).all()

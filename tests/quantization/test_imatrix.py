@@ -1,4 +1,4 @@
-"""Fitted scales: never worse than round to nearest on what they are fitted to."""
+"""Fitted scales: never worse than round to nearest under the given importance."""
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +14,7 @@ DTYPES = [mx.float16, mx.bfloat16, mx.float32]
 
 
 def weighted_errors(w, quantized, importance, bits, group_size):
-    """Sum h (w - w_hat)^2 by group, in float64."""
+    """Return the sum of h (w - w_hat)^2 per group, in float64."""
     w_hat = np.array(dequantize(quantized, bits=bits, group_size=group_size), np.float64)
     error = (np.array(w.astype(mx.float32), np.float64) - w_hat) ** 2 * importance
     return error.reshape(w.shape[0], -1, group_size).sum(-1)
@@ -43,7 +43,7 @@ def test_no_group_is_worse_than_rtn(seed, bits, group_size, dtype, spread, scale
     assert np.all(ours <= theirs * 1.01 + 1e-7 * scale**2)
 
 
-def test_unequal_importance_is_what_it_gains_by():
+def test_unequal_importance_lowers_the_error():
     rng = np.random.default_rng(0)
     w = mx.array(rng.standard_normal((64, 512)), mx.float32)
     importance = np.exp(2 * rng.standard_normal(512)).astype(np.float32)
@@ -61,12 +61,12 @@ def test_codes_are_the_nearest_to_the_stored_scales():
     scales, biases = (np.array(a.astype(mx.float32))[..., None] for a in fitted[1:])
     levels = scales * np.arange(8) + biases
     nearest = np.abs(values[..., None] - levels[:, :, None, :]).min(-1)
-    found = np.array(dequantize(fitted, bits=3, group_size=32)).reshape(16, 4, 32)
-    np.testing.assert_allclose(np.abs(values - found), nearest, atol=1e-5)
+    w_hat = np.array(dequantize(fitted, bits=3, group_size=32)).reshape(16, 4, 32)
+    np.testing.assert_allclose(np.abs(values - w_hat), nearest, atol=1e-5)
 
 
 @pytest.mark.parametrize("importance", [np.zeros(64), np.eye(64)[3] * 1e-30, np.full(64, 1e30)])
-def test_importance_that_says_nothing(importance):
+def test_degenerate_importance(importance):
     w = mx.array(np.random.default_rng(2).standard_normal((4, 64)), mx.float32)
     fitted = quantize_weighted(w, mx.array(importance.astype(np.float32)))
     error = mx.abs(w - dequantize(fitted)).max().item()
@@ -89,9 +89,7 @@ def test_constant_and_tiny_groups(dtype):
     clusters=st.integers(2, 4),
     shift=st.sampled_from([0.0, 0.5, 3.0]),
 )
-def test_no_group_of_a_part_is_worse_and_its_zeros_stay_exact(
-    seed, bits, group_size, clusters, shift
-):
+def test_no_group_of_a_part_is_worse_and_zeros_stay_exact(seed, bits, group_size, clusters, shift):
     rng = np.random.default_rng(seed)
     w = mx.array(0.1 * rng.standard_t(4, (8, 256)) + 0.1 * shift, mx.float32)
     importance = np.exp(2 * rng.standard_normal(256)).astype(np.float32)
@@ -113,7 +111,7 @@ def test_no_group_of_a_part_is_worse_and_its_zeros_stay_exact(
     assert np.abs(values[~inside]).max(initial=0) <= 1e-6 * np.abs(np.array(w)).max()
 
 
-def test_parts_gain_by_it():
+def test_fitted_parts_have_a_lower_error():
     rng = np.random.default_rng(3)
     w = mx.array(rng.standard_normal((64, 512)), mx.float32)
     importance = np.exp(2 * rng.standard_normal(512)).astype(np.float32)

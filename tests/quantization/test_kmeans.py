@@ -76,7 +76,7 @@ FINITE = {
     "float16": [b for b in range(1 << 16) if b >> 10 & 0x1F != 0x1F],
     "bfloat16": [b for b in range(1 << 16) if b >> 7 & 0xFF != 0xFF],
 }
-# made once: hypothesis looks at every element whenever it is given a list
+# built once: hypothesis inspects every element of a list it is given
 PATTERNS = {
     **{kind: st.sampled_from(patterns) for kind, patterns in FINITE.items()},
     "float32": st.integers(0, (1 << 32) - 1).filter(lambda b: b >> 23 & 0xFF != 0xFF),
@@ -123,7 +123,7 @@ def test_is_the_global_optimum(values, k):
 
 @settings(max_examples=120, deadline=None)
 @given(values=small_arrays(), k=st.integers(2, 8))
-def test_ruling_out_stretches_keeps_the_global_optimum(values, k):
+def test_pruning_keeps_the_global_optimum(values, k):
     result = _cluster(values, k, small=0, few=0)
     check_optimal(result, values, k)
     check_consistent(result, values, k)
@@ -191,7 +191,7 @@ def test_float32_bins_and_full_sort_agree(name, k):
 
 @pytest.mark.parametrize("spread", [0.0, 2.0**-23, 1e-3])
 @pytest.mark.parametrize("outlier", [3e38, 1e9])
-def test_outliers_cost_the_bulk_no_digit(outlier, spread):
+def test_outliers_do_not_reduce_precision(outlier, spread):
     rng = np.random.default_rng(3)
     bulk = rng.standard_normal(100_000).astype(np.float32) * np.float32(0.02)
     values = np.append(bulk, (outlier * (1 - np.arange(3) * spread)).astype(np.float32))
@@ -203,7 +203,7 @@ def test_outliers_cost_the_bulk_no_digit(outlier, spread):
 
 
 @pytest.mark.parametrize("seed", range(12, 18))
-def test_repeated_outliers_leave_no_rounding_behind(seed):
+def test_repeated_outliers_do_not_reduce_precision(seed):
     rng = np.random.default_rng(seed)
     bulk = (rng.standard_normal(30_000) * 0.02).astype(np.float32)
     for outlier in (10.0 ** rng.uniform(0, 38, 4)).astype(np.float32):
@@ -273,7 +273,7 @@ def test_fewer_values_than_clusters():
     assert cluster(np.repeat(values, 20_000), 8).counts == (40_000, 20_000, 20_000)
 
 
-def test_the_rest_goes_right_of_the_lowest_of_equal_cuts():
+def test_ties_go_to_the_lowest_cut():
     assert cluster(np.array([1, 2, 3], np.float16), 2).counts == (1, 2)
 
 
@@ -290,8 +290,8 @@ def test_bin_moments_are_exact():
         assert all(bins.low[i] <= x <= bins.high[i] for x in inside)
         for pair, power in ((total, 1), (square, 2)):
             got = Fraction(float(pair[0][i])) + Fraction(float(pair[1][i]))
-            want = sum(x**power for x in inside)
-            assert abs(got - want) <= abs(want) * Fraction(1, 2**85)
+            expected = sum(x**power for x in inside)
+            assert abs(got - expected) <= abs(expected) * Fraction(1, 2**85)
 
 
 @pytest.mark.parametrize("k", [-1, 0, 1, 9])
@@ -303,7 +303,7 @@ def test_k_out_of_range(find, k):
 
 @pytest.mark.parametrize("find", [cluster, cluster_sklearn])
 def test_unusable_arrays(find):
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="expected a non-empty array"):
         find(np.ones((0, 4), np.float16))
     for dtype in ("float64", "int16", "uint8", ">f4"):
         with pytest.raises(ValueError, match="expected float16, float32 or uint16"):

@@ -1,4 +1,4 @@
-"""Codebooks are the optimum of each row, and what alternates with codes lowers the error."""
+"""Codebooks are optimal for each row; optimizing them in turn with codes lowers the error."""
 
 from itertools import combinations, pairwise, product
 
@@ -24,33 +24,33 @@ def test_row_codebooks_are_the_optimum(k, n):
     w, m = rng.standard_normal((6, n)), rng.uniform(0.01, 1, (6, n))
     w[5] = np.round(w[5])  # equal entries
     m[4] = rng.choice([1e-4, 1e2], n)
-    found = (m * (w - nearest(w, row_codebooks(w, m, k))) ** 2).sum(axis=1)
+    inertias = (m * (w - nearest(w, row_codebooks(w, m, k))) ** 2).sum(axis=1)
     for row in range(6):
         order = np.argsort(w[row])
         x, mass = w[row][order], m[row][order]
         cuts = ((0, *inner, n) for inner in combinations(range(1, n), k - 1))
         best = min(inertia(x, mass, c) for c in cuts)
-        assert found[row] == pytest.approx(best, rel=1e-5, abs=1e-9)
+        assert inertias[row] == pytest.approx(best, rel=1e-5, abs=1e-9)
 
 
-def test_no_assignment_at_all_is_better():
-    """Clusters that are no intervals among them."""
+def test_codebook_is_optimal_over_all_assignments():
+    """Including clusters that are not intervals."""
     rng = np.random.default_rng(0)
     w, m = rng.standard_normal((1, 8)), rng.uniform(0.01, 1, (1, 8))
     best = np.inf
     for labels in product(range(3), repeat=8):
-        places = np.equal.outer(range(3), labels)
-        masses = np.maximum((places * m).sum(1), 1e-30)
-        means = (places * m * w).sum(1) / masses
+        members = np.equal.outer(range(3), labels)
+        masses = np.maximum((members * m).sum(1), 1e-30)
+        means = (members * m * w).sum(1) / masses
         best = min(best, (m[0] * (w[0] - means[list(labels)]) ** 2).sum())
-    found = (m * (w - nearest(w, row_codebooks(w, m, 3))) ** 2).sum()
-    assert found == pytest.approx(best, rel=1e-6)
+    result = (m * (w - nearest(w, row_codebooks(w, m, 3))) ** 2).sum()
+    assert result == pytest.approx(best, rel=1e-6)
 
 
-def test_a_row_of_fewer_values_than_codes_is_exact():
+def test_row_with_fewer_values_than_codes_is_exact():
     w = np.random.default_rng(0).integers(0, 5, (3, 64)).astype(np.float32)
     m = np.ones_like(w)
-    m[1, :32] = 0  # entries that do not count
+    m[1, :32] = 0  # ignored entries
     levels = row_codebooks(w, m, 8)
     assert (np.diff(levels, axis=1) >= 0).all()
     assert np.array_equal(nearest(w, levels)[m > 0], w[m > 0])
@@ -66,14 +66,14 @@ def layer():
     return mx.array(w), (x.T @ x / 2000).astype(np.float32)
 
 
-def row_errors(w, found, hessian):
-    error = np.array(w - found.astype(mx.float32)).T
+def row_errors(w, w_hat, hessian):
+    error = np.array(w - w_hat.astype(mx.float32)).T
     return ((damped_hessian(hessian) @ error) * error).sum(axis=0)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_published_order_holds(layer, bits):
-    """SqueezeLLM before rtn, GANQ before SqueezeLLM, and outliers help either."""
+    """SqueezeLLM beats rtn, GANQ beats SqueezeLLM, and outliers improve both."""
     w, hessian = layer
     rtn = dequantize(quantize(w, bits=bits, group_size=128), bits=bits, group_size=128)
     errors = {
@@ -95,28 +95,28 @@ def test_published_order_holds(layer, bits):
     assert errors["ganq"].sum() < gptq.sum()
 
 
-def test_more_bits_are_closer_and_bfloat16_stays(layer):
+def test_more_bits_have_a_lower_error_and_dtype_is_preserved(layer):
     w, hessian = layer[0].astype(mx.bfloat16), layer[1]
-    found = [lut_quantize(w, hessian, bits=bits, outliers=1, sweeps=1) for bits in (2, 3, 4)]
-    errors = [row_errors(w, lut_weight(*lut), hessian).sum() for lut in found]
+    luts = [lut_quantize(w, hessian, bits=bits, outliers=1, sweeps=1) for bits in (2, 3, 4)]
+    errors = [row_errors(w, lut_weight(*lut), hessian).sum() for lut in luts]
     assert errors == sorted(errors, reverse=True)
-    assert all(lut.codebook.dtype == lut.outliers.dtype == mx.bfloat16 for lut in found)
+    assert all(lut.codebook.dtype == lut.outliers.dtype == mx.bfloat16 for lut in luts)
 
 
-def test_powers_of_two_are_one_scale_a_row(layer):
+def test_powers_of_two_have_one_scale_per_row(layer):
     w, hessian = layer
     lut = lut_quantize(w, hessian, bits=4, powers=True)
     ratios = np.log2(np.abs(np.array(lut.codebook)) / np.array(lut.codebook)[:, -1:])
     assert np.array_equal(ratios[:, :8], np.broadcast_to(-np.arange(8), (48, 8)))
     nearest_codes = lut_quantize(w, hessian, bits=4, powers=True, sweeps=0)
-    errors = [row_errors(w, lut_weight(*found), hessian).sum() for found in (lut, nearest_codes)]
+    errors = [row_errors(w, lut_weight(*x), hessian).sum() for x in (lut, nearest_codes)]
     assert errors[0] < 0.9 * errors[1]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("w", [np.ones((3, 64)), np.zeros((3, 64)), np.eye(64)[:1] * 1e4])
 @pytest.mark.parametrize("hessian", [np.eye(64), np.zeros((64, 64)), np.ones((64, 64))])
-def test_weights_and_inputs_without_any_difference(w, hessian, bits):
+def test_degenerate_weights_and_inputs(w, hessian, bits):
     for outliers in (0, 1, 6):
         settings = {"bits": bits, "outliers": outliers}
         lut = lut_quantize(mx.array(w, mx.float16), hessian.astype(np.float32), **settings)

@@ -1,4 +1,6 @@
-"""The split: parts that sum to the weight bit for bit, cut where k-means says."""
+"""The split: parts that sum exactly to the weight, divided at the cuts of k-means."""
+
+from functools import reduce
 
 import mlx.core as mx
 import numpy as np
@@ -14,13 +16,6 @@ DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 def bits_of(w):
     return np.array(w.view(mx.uint32 if w.dtype == mx.float32 else mx.uint16))
-
-
-def total(parts):
-    result = parts[0]
-    for part in parts[1:]:
-        result = result + part
-    return result
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -40,19 +35,19 @@ def test_parts_sum_to_the_weight_bitwise(dtype, values, k):
     parts = split(w, k)
     assert len(parts) == k
     assert all(part.dtype == w.dtype and part.shape == w.shape for part in parts)
-    assert np.array_equal(bits_of(total(parts)), bits_of(w))
+    assert np.array_equal(bits_of(reduce(mx.add, parts)), bits_of(w))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_entry_is_in_the_part_the_cut_points_say(dtype):
+def test_cut_points_divide_the_entries(dtype):
     w = mx.array(np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32))
     w = w.astype(DTYPES[dtype])
     clustering = cluster_weight(w)
     low, high = clustering.cut_points
     values = np.array(w.astype(mx.float32), dtype=np.float64)
-    wanted = (values > low).astype(int) + (values > high)
+    labels = (values > low).astype(int) + (values > high)
     for c, part in enumerate(split(w)):
-        assert np.array_equal(np.array((part == w) & (w != 0)), (wanted == c) & (values != 0))
+        assert np.array_equal(np.array((part == w) & (w != 0)), (labels == c) & (values != 0))
     lower, middle, upper = split(w)
     assert mx.max(lower).item() <= 0 and mx.min(upper).item() >= 0
     assert np.all(np.abs(np.array(middle.astype(mx.float32))) <= max(-low, high))
@@ -65,7 +60,7 @@ def test_parts_cover_narrower_ranges():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_and_infinity_are_refused(bad):
+def test_nan_and_infinity_are_rejected(bad):
     with pytest.raises(ValueError, match="NaN or infinite"):
         split(mx.array([1.0, bad, 2.0]))
 

@@ -1,4 +1,4 @@
-"""Parts coded in numpy against the same parts quantized by mlx."""
+"""Parts quantized in numpy against the same parts quantized by mlx."""
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +12,7 @@ from splitquant_mlx.quantization.split_cpu import BLOCK, code_split
 
 
 def check(w, clusters, bits, group_size):
-    """Scales and biases are mlx's; each code is as near to its entry as mlx's."""
+    """Scales and biases equal mlx's; no code is further from its entry than mlx's."""
     clustering = cluster_weight(w, clusters)
     parts = parts_of(w.astype(mx.float32), clustering, clusters)
     settings = {"bits": bits, "group_size": group_size}
@@ -20,8 +20,8 @@ def check(w, clusters, bits, group_size):
     theirs = code_parts(parts, **settings, granularity="group")
     assert mx.array_equal(ours.scales, theirs.scales)
     assert mx.array_equal(ours.biases, theirs.biases)
-    wanted = mx.concatenate(parts, axis=-1)
-    error, allowed = (mx.abs(wanted - dequantize(q, **settings)) for q in (ours, theirs))
+    w_split = mx.concatenate(parts, axis=-1)
+    error, allowed = (mx.abs(w_split - dequantize(q, **settings)) for q in (ours, theirs))
     slack = mx.repeat(mx.abs(ours.scales), group_size, axis=-1) * 1e-4
     assert mx.all(error <= allowed + slack)
 
@@ -38,27 +38,25 @@ def check(w, clusters, bits, group_size):
     bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
     group_size=st.sampled_from([32, 64, 128]),
 )
-def test_coded_as_mlx_does(
-    seed, shape, dtype, values, shift, magnitude, clusters, bits, group_size
-):
+def test_matches_mlx(seed, shape, dtype, values, shift, magnitude, clusters, bits, group_size):
     rng = np.random.default_rng(seed)
     w = rng.choice(rng.standard_normal(values), shape) + shift
     w = mx.array((w * magnitude).astype(np.float32)).astype(dtype)
     check(w, clusters, bits, group_size)
 
 
-def test_the_last_block_of_rows_is_a_shorter_one():
+def test_shorter_last_block_of_rows():
     rows = BLOCK // 256 + 3
     w = np.random.default_rng(0).standard_normal((rows, 256)).astype(np.float32)
     check(mx.array(w), 3, 4, 64)
 
 
-def test_a_row_wider_than_a_block():
+def test_row_wider_than_a_block():
     w = np.random.default_rng(0).standard_normal((2, 2 * BLOCK)).astype(np.float32)
     check(mx.array(w), 3, 4, 128)
 
 
-def test_zeros_and_a_lone_outlier():
+def test_zeros_and_single_outliers():
     w = np.zeros((4, 256), np.float32)
     w[1, 7], w[2, 200] = 3.0, -5.0
     check(mx.array(w), 3, 4, 64)
