@@ -161,11 +161,6 @@ class Grid:
         """Return the channels of each group."""
         return [slice(i, i + self.group_size) for i in range(0, len(self.h), self.group_size)]
 
-    def values(self) -> np.ndarray:
-        """Return the dequantized weight (in, out)."""
-        groups = zip(self.codes, self.scales, self.biases, strict=True)
-        return np.concatenate([np.array(codes * scale + bias) for codes, scale, bias in groups])
-
     def packed(self) -> Quantized:
         """Return the weight in mlx's layout; all groups must have the same bits."""
         return pack_groups(self.codes, self.scales, self.biases, self.bits[0], self.dtype)
@@ -251,9 +246,3 @@ def compensated_grid(
         target = columns[group] + feedback[group, before] @ grid.error[before]
         grid.add(target, feedback[group, group])
     return grid
-
-
-def cost(columns: np.ndarray, grid: Grid, h: np.ndarray) -> float:
-    """Return tr(E^T h E) of the error E (in, out) of a grid."""
-    error = columns - grid.values()
-    return float(np.sum((h @ error) * error, dtype=np.float64))

@@ -51,6 +51,13 @@ def fit_group(
     return xp.where(vanishes(scale), 1.0, scale).astype(scale.dtype), bias
 
 
+def relative_importance(importance: Any) -> Any:
+    """Divide by the mean of the last axis; unused channels get 1e-4, groups of them 1 each."""
+    xp: Any = np if isinstance(importance, np.ndarray) else mx
+    mean = importance.mean(-1, keepdims=True)
+    return xp.where(mean > 0, importance / xp.where(mean > 0, mean, 1.0), 1.0) + 1e-4
+
+
 def stored_as(dtype: mx.Dtype) -> Callable[[Any], Any]:
     """Return a function that rounds float32 arrays, of numpy or mlx, to values of `dtype`."""
 
@@ -87,10 +94,7 @@ class _Group:
 
     def __init__(self, columns: Any, importance: Any, top: int):
         self.xp: Any = np if isinstance(columns, np.ndarray) else mx
-        mean = importance.mean()
-        # a minimum weight for unused channels, uniform weights for groups of them
-        relative = importance / self.xp.where(mean > 0, mean, 1.0)
-        self.h = self.xp.where(mean > 0, relative, 1.0) + 1e-4
+        self.h = relative_importance(importance)
         self.columns, self.top = columns, top
         self.total = self.h.sum()
         self.mean = self.h @ columns / self.total

@@ -27,7 +27,12 @@ from splitquant_mlx.quantization.affine import (
     pack,
     pack_groups,
 )
-from splitquant_mlx.quantization.group_fit import fit_group, nearest_codes, stored_as
+from splitquant_mlx.quantization.group_fit import (
+    fit_group,
+    nearest_codes,
+    relative_importance,
+    stored_as,
+)
 
 SHRINKS = (1.0, 0.9, 0.8)
 REFITS = 4
@@ -87,7 +92,7 @@ def _fit_part(part: mx.array, importance: mx.array, bits: int, group_size: int) 
     top = 2**bits - 1
     plain = code_parts([part], bits=bits, group_size=group_size, granularity="group")
     grouped = part.reshape(part.shape[0], -1, group_size)
-    h = mx.where(grouped == 0, 0, _positive(importance.reshape(-1, group_size)))
+    h = mx.where(grouped == 0, 0, relative_importance(importance.reshape(-1, group_size)))
     low, high = mx.minimum(grouped.min(-1), 0), mx.maximum(grouped.max(-1), 0)
     width = mx.where(high > low, high - low, 1)
     # code 0 for zero if it is the minimum or maximum
@@ -127,9 +132,3 @@ def _better(candidate: Sequence[mx.array], best: Sequence[mx.array]) -> list[mx.
         mx.where(better[..., None], new.reshape(shape), old.reshape(shape)).reshape(old.shape)
         for new, old in zip(candidate, best, strict=True)
     ]
-
-
-def _positive(h: mx.array) -> mx.array:
-    """Return relative importances: a minimum for unused channels, uniform for groups of them."""
-    mean = h.mean(-1, keepdims=True)
-    return mx.where(mean > 0, h / mx.where(mean > 0, mean, 1), 1) + 1e-4

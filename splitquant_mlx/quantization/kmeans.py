@@ -26,6 +26,7 @@ import numpy as np
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.quantization import histogram
 from splitquant_mlx.quantization.histogram import Runs
+from splitquant_mlx.quantization.host import as_float32
 
 SMALL = 1 << 16  # float32 entries; below this, sorting is faster than the histogram
 STRETCHES = 32  # per cut and round
@@ -92,7 +93,7 @@ def cluster_sklearn(values: np.ndarray, k: int = 3, n_init: int = 10) -> Cluster
     from sklearn.cluster import KMeans
 
     flat = _flat(values, k)
-    numbers = _bfloat16(flat) if flat.dtype == np.uint16 else flat.astype(np.float32)
+    numbers = as_float32(flat)
     histogram.require_finite(numbers)
     model = KMeans(
         min(k, np.unique(numbers).size),
@@ -141,10 +142,6 @@ def _flat(values: np.ndarray, k: int) -> np.ndarray:
     return np.ascontiguousarray(values).reshape(-1)
 
 
-def _bfloat16(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
 def _runs_of_distinct(flat: np.ndarray) -> Runs:
     if flat.dtype == np.float32:
         histogram.require_finite(flat)
@@ -152,7 +149,7 @@ def _runs_of_distinct(flat: np.ndarray) -> Runs:
     else:
         counts = histogram.count_patterns(flat.view(np.uint16))
         keys = histogram.ASCENDING[counts[histogram.ASCENDING] > 0].astype(np.uint16)
-        value = _bfloat16(keys) if flat.dtype == np.uint16 else keys.view(flat.dtype)
+        value = as_float32(keys.view(flat.dtype))
         count = counts[keys]
         histogram.require_finite(value)
     return histogram.runs_of_equal(value.astype(np.float64), count)

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from splitquant_mlx.quantization.affine import EPS, Quantized, pack
-from splitquant_mlx.quantization.host import host_values
+from splitquant_mlx.quantization.host import as_float32, host_values
 
 BLOCK = 1 << 17  # entries that fit in the CPU cache together with their parts and codes
 
@@ -45,7 +45,7 @@ def code_split(
     values = host_values(w)
     for start in range(0, out, rows):
         block_rows = slice(start, start + rows)
-        block = _as_float32(values[block_rows]).reshape(-1, group_size)
+        block = as_float32(values[block_rows]).reshape(-1, group_size)
         if len(block) < columns.shape[1]:
             columns, split, code = (x[..., : len(block)] for x in (columns, split, code))
         columns[...] = block.T
@@ -56,13 +56,6 @@ def code_split(
         words = _packed(code, bits).reshape(parts, -1, codes.shape[-1])
         codes[block_rows] = words.swapaxes(0, 1)
     return Quantized(*(mx.array(array.reshape(out, -1)) for array in (codes, scales, biases)))
-
-
-def _as_float32(values: np.ndarray) -> np.ndarray:
-    """Return float32; uint16 are bfloat16 bit patterns, the high half of float32."""
-    if values.dtype == np.uint16:
-        return np.left_shift(values, 16, dtype=np.uint32).view(np.float32)
-    return values.astype(np.float32, copy=False)
 
 
 def _split(w: np.ndarray, bounds: Sequence[float], split: np.ndarray) -> None:
