@@ -1,17 +1,17 @@
-"""Learn block by block, by gradient steps, how a model's linear layers are to be quantized.
+"""Learn the quantization of linear layers block by block, by gradient descent.
 
-A block's layers are replaced by ones that round in the forward pass, and take the rounding for the
-identity in the backward pass. Adam then lowers the squared difference of the block's output from
-the original block's, on the same inputs. What is trained:
+The layers of a block are replaced by layers that round in the forward pass, with a straight-through
+estimator in the backward pass. Adam then lowers the squared difference between the outputs of this
+block and of the original block on the same inputs. Trained parameters:
 
 - "omniquant" (Shao et al., arXiv:2308.13137): clipping strengths. The ends of a group's range are
-  its largest and smallest weight times the logistic function of a parameter. Its channel scales
-  are left out: where they fold into the weights alone, from `up_proj` to `down_proj`, a block of a
-  tiny Llama at 2 bits kept 1.2 times the error that it kept without, after as many steps.
-- "efficientqat" (Chen et al., arXiv:2407.11062), its first phase: the weights as well, in steps of
-  their group's grid. Its second phase is `refine`, roughly.
+  its largest and smallest weight times the logistic function of a parameter. Channel scales are
+  omitted: where they can be folded into the weights, from `up_proj` to `down_proj`, they raised the
+  error of a block of a tiny Llama at 2 bits by a factor of 1.2 for the same number of steps.
+- "efficientqat" (Chen et al., arXiv:2407.11062), its first phase: also the weights, in steps of
+  the quantization grid. The second phase is similar to `refine`.
 
-Each block is fed what the original's block is fed, so that blocks do not depend on one another.
+Each block gets the inputs of the original block, so blocks are independent.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -27,8 +27,8 @@ from splitquant_mlx.calibration.statistics import InputStatistics, Statistic, ou
 from splitquant_mlx.conversion.plan import LayerPlan
 from splitquant_mlx.errors import RecipeError, one_line
 
-CLIP_RATE, SHIFT_RATE = 0.1, 0.005  # of Adam, falling to nothing
-OPEN = 4.0  # where the logistic function is 0.98
+CLIP_RATE, SHIFT_RATE = 0.1, 0.005  # initial learning rates
+OPEN = 4.0  # the logistic function is 0.98 here
 BATCH_TOKENS = 512
 
 
@@ -38,46 +38,46 @@ def learn_blocks(
     layers: Mapping[str, LayerPlan],
     outer: Mapping[str, Statistic],
 ) -> Iterator[InputStatistics]:
-    """Run a model block by block, and yield what was learned of the layers of each.
+    """Run a model block by block and yield what is learned for the layers of each block.
 
     Args:
         load: loads the unquantized model lazily.
-        tokens: (texts, length) that it is run on.
+        tokens: (texts, length), the inputs.
         layers: plans of the linear layers to learn, by path.
-        outer: statistics of the layers that are in no block, as for `iterate_blocks`.
+        outer: statistics for layers outside blocks, as for `iterate_blocks`.
 
     Yields:
-        In place of the mean of a statistic of each layer, (out, in + 2 * in / group_size) float32:
-        weights to round, then scales, then biases.
+        For each layer, in place of the mean of a statistic, (out, in + 2 * in / group_size)
+        float32: weights to round, scales and biases, concatenated.
 
     Raises:
-        RecipeError: when the model is not built of blocks that can be called one by one, or a
-            block has no gradients.
+        RecipeError: the blocks of the model cannot be called separately, or one has no gradient.
     """
     run = start_pass(load, tokens, BATCH_TOKENS)
     for index, prefix in enumerate(run.prefixes):
-        own = below(prefix, layers)
+        block_layers = below(prefix, layers)
         states = list(run.states)
         run.advance(index)
         try:
-            learned = _learn(run, index, states, own) if own else {}
-        except Exception as exc:  # a block without gradients raises whatever it meets
+            learned = _learn(run, index, states, block_layers) if block_layers else {}
+        except Exception as exc:  # the class depends on the operation without a gradient
             raise RecipeError(
                 f"{prefix[:-1]} cannot be learned, {type(exc).__name__}: {one_line(exc)}: use "
                 "--method gptq"
             ) from exc
         run.release(index)
-        found = {f"{prefix}{path}": array for path, array in learned.items()}
-        yield InputStatistics(prefix=prefix, means=found, rare={})
+        means = {f"{prefix}{path}": array for path, array in learned.items()}
+        yield InputStatistics(prefix=prefix, means=means, rare={})
     yield outer_statistics(run, outer, tokens.size)
 
 
 class LearnedLinear(nn.Module):
-    """Stand in for a linear layer while it is learned how to quantize it.
+    """Linear layer with fake quantization, whose quantization parameters are trained.
 
     Attributes:
         high, low: clipping strengths, (out, groups, 1).
-        shift: of the weights, (out, groups, group_size), steps of the grid; where it is trained.
+        shift: change of the weights, (out, groups, group_size), in steps of the grid; with
+            "efficientqat" only.
     """
 
     def __init__(self, linear: nn.Linear, layer: LayerPlan):
@@ -102,7 +102,7 @@ class LearnedLinear(nn.Module):
         return w, scales, low
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Return x (..., in) times the transpose of the rounded weights, plus the bias."""
+        """Map x (..., in) to (..., out) with the rounded weights."""
         w, scales, biases = self.grid()
         steps = mx.clip((w - biases) / scales, 0, self._top)
         codes = steps + mx.stop_gradient(mx.round(steps) - steps)
@@ -133,9 +133,9 @@ def _learn(
     for step in range(passes * len(states)):
         optimizer.update(block, gradient(step % len(states))[1])
         mx.eval(block.trainable_parameters(), optimizer.state)
-    found = {}
+    results = {}
     for path, layer in learned.items():
         grid = layer.grid()
-        found[path] = mx.concatenate([part.reshape(len(part), -1) for part in grid], axis=1)
-    mx.eval(found)
-    return found
+        results[path] = mx.concatenate([part.reshape(len(part), -1) for part in grid], axis=1)
+    mx.eval(results)
+    return results

@@ -1,6 +1,6 @@
-"""Convert a checkpoint's parameters as planned, and write them.
+"""Convert the parameters of a checkpoint as planned, and write them.
 
-Reading, converting and writing overlap. Only a few weights are in memory at a time, so its peak
+Reading, converting and writing overlap. Only a few weights are in memory at a time, so peak memory
 depends on the largest tensors and the number of cores, not on the number of layers.
 """
 
@@ -30,20 +30,20 @@ from splitquant_mlx.progress import Progress
 from splitquant_mlx.runtime.blas import one_thread
 
 FLOAT_TYPES = tuple(FLOATS.values())
-SIDE_BY_SIDE_BYTES = 2 << 30  # of the statistics of a block that waits for the next one's
+OVERLAP_BYTES = 2 << 30  # max. statistics of a block to keep while the next block is run
 
 
 class Converter:
-    """Convert every parameter of the model as planned, and write it.
+    """Convert and write all parameters of a model as planned.
 
-    This thread reads, calibrates and writes. Threads of a pool, one per core, convert weights
-    meanwhile: on the CPU all of them, so that one block is calibrated while the one before it is
-    quantized; beside a GPU those whose quantizer computes with numpy, while the GPU runs the next
-    block. What a GPU quantizes it does in this thread, one weight at a time. At most one block's
-    weights wait, without calibration two more large ones than are being worked on. A block whose
-    statistics are large, such as the Hessians of a hundred experts, is finished before the next.
+    The calling thread reads, calibrates and writes. A thread pool, one thread per core, converts
+    weights: on the CPU all weights, so that a block is calibrated while the previous one is
+    quantized; with a GPU those whose quantizer uses numpy, while the GPU runs the next block. Other
+    weights are quantized on the GPU by the calling thread, one at a time. The queue is limited to
+    the weights of one block; without calibration, to one large weight more than threads. A block
+    with large statistics, such as the Hessians of a hundred experts, is finished before the next.
 
-    What the conversion's state holds already is not done again.
+    Parameters that `state` records as done are skipped.
     """
 
     def __init__(
@@ -54,17 +54,17 @@ class Converter:
         self.writer = writer
         self.state = state
         self._threads = os.cpu_count() or 1
-        self._limit = 1  # large weights that may wait
+        self._limit = 1  # large weights in the queue
         self._rare: dict[str, list[int]] = {}
 
     def run(
         self, progress: Progress, calibration: Iterable[InputStatistics] | None = None
     ) -> list[LayerRecord]:
-        """Write all tensors, the layers of one block after the other.
+        """Convert and write all tensors, block by block.
 
         Args:
             progress: progress reporter.
-            calibration: statistics of the layers' inputs; None where no quantizer needs any.
+            calibration: statistics of layer inputs; None if no quantizer needs them.
 
         Returns:
             A record of each planned layer.
@@ -72,16 +72,16 @@ class Converter:
         splits = any(layer.action == "split" for layer in self.plan.layers.values())
         label = "Splitting and quantizing" if splits else "Quantizing"
         on_cpu = mx.default_device() == mx.cpu
-        side_by_side = on_cpu or any(uses_cpu(x.quantizer) for x in self.plan.layers.values())
+        uses_pool = on_cpu or any(uses_cpu(x.quantizer) for x in self.plan.layers.values())
         self._limit = self._threads + 1 if on_cpu else 1
         total = sum(array.nbytes for array in self.checkpoint.weights.values())
-        waiting: deque[tuple[str, float, Callable[[], Converted]]] = deque()
+        queue: deque[tuple[str, float, Callable[[], Converted]]] = deque()
         if resumed := len(self.state.records):
             progress.note(f"Resuming: {resumed} of {len(self.plan.layers)} layers done")
-        large = 0  # norms and biases would fill the queue while a core has nothing to do
+        large = 0  # weights of layers in the queue; norms and biases do not count
         with (
             progress.task(label, total) as advance,
-            one_thread(numpy_only=True) if side_by_side else nullcontext(),
+            one_thread(numpy_only=True) if uses_pool else nullcontext(),
             _pool(self._threads) as submit,
         ):
             for name, inputs in self._inputs(calibration):
@@ -91,18 +91,18 @@ class Converter:
                     advance(nbytes)
                 else:
                     work = partial(self._convert, name, self._read(name), inputs)
-                    apart = on_cpu or (layer is not None and uses_cpu(layer.quantizer))
-                    done = submit(partial(work, on_cpu=True)).result if apart else work
-                    waiting.append((name, nbytes, done))
+                    in_pool = on_cpu or (layer is not None and uses_cpu(layer.quantizer))
+                    result = submit(partial(work, on_cpu=True)).result if in_pool else work
+                    queue.append((name, nbytes, result))
                     large += layer is not None
-                    del work, done
+                    del work, result
                 del inputs
-                alone = layer is not None and is_large_stack(layer)
-                while large > (0 if alone else self._limit):
-                    large -= self.plan.layer_of(waiting[0][0]) is not None
-                    advance(self._finish(*waiting.popleft()))
-            while waiting:
-                advance(self._finish(*waiting.popleft()))
+                limit = 0 if layer is not None and is_large_stack(layer) else self._limit
+                while large > limit:
+                    large -= self.plan.layer_of(queue[0][0]) is not None
+                    advance(self._finish(*queue.popleft()))
+            while queue:
+                advance(self._finish(*queue.popleft()))
         with self.state.timed("write"):
             self.writer.close()
         return [self.state.records[path] for path in self.plan.layers]
@@ -110,10 +110,10 @@ class Converter:
     def _inputs(
         self, calibration: Iterable[InputStatistics] | None
     ) -> Iterator[tuple[str, Mean | None]]:
-        """Yield the parameters in the order of conversion, with what their layers are fed."""
-        left = list(parameters(self.checkpoint.model))
+        """Yield parameter names in the order of conversion, with the statistics of their inputs."""
+        remaining = list(parameters(self.checkpoint.model))
         if calibration is None:
-            yield from ((name, None) for name in left)
+            yield from ((name, None) for name in remaining)
             return
         blocks, limit = iter(calibration), self._limit
         while True:
@@ -121,16 +121,16 @@ class Converter:
                 block = next(blocks, None)
             if block is None:
                 return
-            names = [name for name in left if name.startswith(block.prefix)]
-            left = [name for name in left if not name.startswith(block.prefix)]
+            names = [name for name in remaining if name.startswith(block.prefix)]
+            remaining = [name for name in remaining if not name.startswith(block.prefix)]
             planned = sum(self.plan.layer_of(name) is not None for name in names)
             self._limit = limit = max(limit, planned)
             self._rare |= block.rare
             for name in names:
-                if name == names[-1] and block.nbytes > SIDE_BY_SIDE_BYTES:
+                if name == names[-1] and block.nbytes > OVERLAP_BYTES:
                     self._limit = 0
                 yield name, block.means.get(name.removesuffix(".weight"))
-            del block  # before the next one is run
+            del block  # release memory before the next block is run
 
     def _read(self, name: str) -> mx.array:
         with self.state.timed("read"):
@@ -138,7 +138,7 @@ class Converter:
             del self.checkpoint.weights[name]
             try:
                 mx.eval(w)
-            except Exception as exc:  # a file that changed or became unreadable under us
+            except Exception as exc:  # the file was changed or became unreadable
                 raise CheckpointError(
                     f"{self.checkpoint.path}: tensor {name!r} cannot be read: {exc}"
                 ) from exc
@@ -157,63 +157,63 @@ class Converter:
             check_unchanged(self.checkpoint)
             raise CheckpointError(
                 f"{self.checkpoint.path}: tensor {name!r} {exc} as "
-                f"{str(w.dtype).rpartition('.')[2]}: the checkpoint is damaged, or needs --dtype "
-                "bfloat16 or float32, or this layer is to be kept (--exclude)"
+                f"{str(w.dtype).rpartition('.')[2]}: the checkpoint is damaged, or use --dtype "
+                "bfloat16 or float32, or keep this layer (--exclude)"
             ) from exc
 
     def _finish(self, name: str, nbytes: float, result: Callable[[], Converted]) -> float:
-        """Wait for a weight and write it; returns the size of its source."""
-        found, layer = result(), self.plan.layer_of(name)
-        for stage, seconds in found.seconds.items():
+        """Wait for a converted weight and write it; returns the size of its source."""
+        converted, layer = result(), self.plan.layer_of(name)
+        for stage, seconds in converted.seconds.items():
             self.state.seconds[stage] += seconds
         prefix = f"{layer.path}." if layer else ""
         with self.state.timed("write"):
-            for leaf, tensor in found.tensors.items():
+            for leaf, tensor in converted.tensors.items():
                 self.writer.add(prefix + leaf, tensor)
         if layer:
-            self.state.add(_record(layer, found, self._rare.get(layer.path, [])))
+            self.state.add(_record(layer, converted, self._rare.get(layer.path, [])))
         return nbytes
 
 
 @cache
-def _threads(number: int) -> ThreadPoolExecutor:
-    """Return threads that stay: each in which mlx computes leaves one of mlx's own behind."""
+def _executor(number: int) -> ThreadPoolExecutor:
+    """Return a cached thread pool: mlx leaks one thread for each that uses it."""
     return ThreadPoolExecutor(number)
 
 
 @contextmanager
 def _pool(threads: int) -> Iterator[Callable[[Callable[[], Any]], Future[Any]]]:
-    """Yield a function that has work done; drop, on an error or Ctrl-C, what has not begun."""
+    """Yield a function that submits work; pending work is cancelled at the end of the block."""
     futures: WeakSet[Future[Any]] = WeakSet()
 
     def submit(work: Callable[[], Any]) -> Future[Any]:
-        future = _threads(threads).submit(work)
+        future = _executor(threads).submit(work)
         futures.add(future)
         return future
 
     try:
         yield submit
     finally:
-        left = tuple(futures)
-        for future in left:
+        unfinished = tuple(futures)
+        for future in unfinished:
             future.cancel()
-        wait(left)
+        wait(unfinished)
 
 
 def source_array(checkpoint: Checkpoint, dtype: mx.Dtype | None, name: str) -> mx.array:
-    """Return a parameter of a checkpoint, unread, cast to `dtype` where that applies to it."""
+    """Return a parameter of a checkpoint lazily, cast to `dtype` if the model allows it."""
     w = checkpoint.weights[name]
     casts = getattr(checkpoint.model, "cast_predicate", lambda name: True)
     return w.astype(dtype) if dtype and w.dtype in FLOAT_TYPES and casts(name) else w
 
 
-def _record(layer: LayerPlan, found: Converted, rare: list[int]) -> LayerRecord:
+def _record(layer: LayerPlan, converted: Converted, rare: list[int]) -> LayerRecord:
     notes = [layer.note] if layer.note else []
     if rare:
         named = f"expert{'s' * (len(rare) > 1)} {', '.join(map(str, rare))}"
         notes.append(f"{named} saw few tokens: calibrated mostly on those of all experts")
-    nbytes = sum(tensor.nbytes for tensor in found.tensors.values())
-    kept = layer.action == "keep"
+    nbytes = sum(tensor.nbytes for tensor in converted.tensors.values())
+    is_kept = layer.action == "keep"
     return LayerRecord(
         path=layer.path,
         kind=layer.kind,
@@ -221,12 +221,12 @@ def _record(layer: LayerPlan, found: Converted, rare: list[int]) -> LayerRecord:
         shape=layer.shape,
         nbytes=nbytes,
         bits_per_weight=8 * nbytes / math.prod(layer.shape),
-        bits=None if kept else layer.bits,
-        group_size=None if kept else layer.group_size,
-        mode=None if kept else layer.mode,
+        bits=None if is_kept else layer.bits,
+        group_size=None if is_kept else layer.group_size,
+        mode=None if is_kept else layer.mode,
         clusters=layer.clusters if layer.action == "split" else None,
-        cut_points=found.cut_points,
-        snr_db=found.snr_db,
+        cut_points=converted.cut_points,
+        snr_db=converted.snr_db,
         outliers=layer.outliers or None,
         note="; ".join(notes),
         head=layer.head,

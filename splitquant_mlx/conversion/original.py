@@ -1,4 +1,4 @@
-"""Compare a converted checkpoint with the model that it was made from, weight by weight."""
+"""Compare a converted checkpoint with its original, weight by weight."""
 
 import json
 from pathlib import Path
@@ -28,52 +28,51 @@ from splitquant_mlx.quantization.lut import Lut
 from splitquant_mlx.quantization.salience import Mixed
 from splitquant_mlx.recipe import Recipe
 
-# what says nothing of the function, or is compared elsewhere
-NOT_SETTINGS = ("_name_or_path", "torch_dtype", "dtype", "quantization", "quantization_config")
+# keys that do not affect the outputs, or are checked elsewhere
+IGNORED_KEYS = ("_name_or_path", "torch_dtype", "dtype", "quantization", "quantization_config")
 TOLERANCE_DB = 0.05
-# a sample of rows has another ratio than the whole weight, but not by far
-WHOLE_TOLERANCE_DB = 3.0
-EXACT_DB = 150.0  # float32 has no more
+WHOLE_TOLERANCE_DB = 3.0  # between a sample of rows and the whole weight
+EXACT_DB = 150.0  # the limit of float32
 
 
-def _differing_settings(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Name the keys of config.json that make the converted model another function."""
-    found, wanted = (json.loads(to_json(config)) for config in (found, wanted))
+def _differing_settings(actual: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Return one line for each differing key of config.json that affects the outputs."""
+    actual, expected = (json.loads(to_json(config)) for config in (actual, expected))
     return [
-        f"config.json: {key} is {found.get(key)!r:.80}, expected {wanted[key]!r:.80}"
-        for key in wanted
-        if key not in NOT_SETTINGS and found.get(key) != wanted[key]
+        f"config.json: {key}: expected {expected[key]!r:.80}, got {actual.get(key)!r:.80}"
+        for key in expected
+        if key not in IGNORED_KEYS and actual.get(key) != expected[key]
     ]
 
 
 def compare(directory: Path, manifest: Manifest, original: Path, progress: Progress) -> list[str]:
-    """Return what is not as it should be, one line each.
+    """Return the problems of a converted checkpoint, one line each.
 
-    Converted layers are dequantized; their signal-to-noise ratio must be the recorded one over the
-    rows it was taken from, and about the same over all rows. Everything else must be the original
-    cast to the type it is stored in.
+    Converted layers are dequantized. Their signal-to-noise ratio must equal the recorded one over
+    the sampled rows, and be similar over all rows. All other tensors must equal the original, cast
+    to the stored dtype.
 
     Args:
-        directory: of the converted checkpoint.
-        manifest: of it.
-        original: directory of the model it was made from.
+        directory: the converted checkpoint.
+        manifest: its manifest.
+        original: directory of the original model.
         progress: progress reporter.
 
     Raises:
-        CheckpointError: when one of the two is not usable.
+        CheckpointError: one of the checkpoints cannot be read.
     """
     checkpoint = open_checkpoint(original)
     try:
         recipe = Recipe.from_dict(manifest.recipe)
     except RecipeError as exc:
-        return [f"the manifest's recipe is none: {exc}"]
+        return [f"the manifest's recipe is invalid: {exc}"]
     copies = [f"{x.head}.{leaf}" for x in manifest.layers if x.head for leaf in COPIED]
     stored = {name: array for name, array in _load(directory).items() if name not in copies}
     converted = {layer.path: layer for layer in manifest.layers if layer.action != "keep"}
     problems = []
     if checkpoint.source_bytes != manifest.source_bytes:
         problems.append(
-            f"the original has {checkpoint.source_bytes} bytes, the manifest says "
+            f"source_bytes: expected {checkpoint.source_bytes}, the size of the original, got "
             f"{manifest.source_bytes}"
         )
     names, dtype = list(checkpoint.weights), stored_dtype(recipe, checkpoint.config)
@@ -84,24 +83,24 @@ def compare(directory: Path, manifest: Manifest, original: Path, progress: Progr
             layer = converted.pop(path, None) if leaf == "weight" else None
             tensors = {
                 part: stored.pop(f"{path}.{part}", None)
-                for part in ((leaf,) if layer is None else _kind(layer)._fields)
+                for part in ((leaf,) if layer is None else _tensor_class(layer)._fields)
             }
             w = source_array(checkpoint, dtype, name)
             del checkpoint.weights[name]
-            found = tensors[leaf]
-            if found is None:
+            tensor = tensors[leaf]
+            if tensor is None:
                 problems.append(f"{name} is missing")
             elif layer is None:
-                if found.dtype != w.dtype or not mx.array_equal(found, w):
-                    problems.append(f"{name} is not that of the original")
-            elif wrong := _layer_problem(w, tensors, layer):
-                problems.append(f"{path}: {wrong}")
+                if tensor.dtype != w.dtype or not mx.array_equal(tensor, w):
+                    problems.append(f"{name} differs from the original")
+            elif problem := _layer_problem(w, tensors, layer):
+                problems.append(f"{path}: {problem}")
             advance(1)
-    problems += [f"{path} is in the manifest, and not in the original" for path in converted]
+    problems += [f"{path} is in the manifest, but not in the original" for path in converted]
     return problems + [f"{name} is not in the original" for name in stored]
 
 
-def _kind(layer: LayerRecord) -> type[Quantized] | type[Lut] | type[Mixed]:
+def _tensor_class(layer: LayerRecord) -> type[Quantized] | type[Lut] | type[Mixed]:
     return {"lut": Lut, "mixed": Mixed}.get(layer.mode or "", Quantized)
 
 
@@ -110,32 +109,32 @@ def _load(directory: Path) -> dict[str, mx.array]:
     for file in sorted({header.file for header in read_headers(directory).values()}):
         try:
             tensors.update(mx.load(str(file)))  # type: ignore[arg-type]
-        except Exception as exc:  # of mlx, which names no class
+        except Exception as exc:  # mlx does not document the class
             raise CheckpointError(f"{file} cannot be read: {one_line(exc)}") from exc
     return tensors
 
 
 def _layer_problem(w: mx.array, tensors: dict[str, mx.array | None], layer: LayerRecord) -> str:
     if layer.shape != w.shape:
-        return f"its shape is {list(layer.shape)}, that of the original {list(w.shape)}"
+        return f"shape: expected {list(w.shape)}, got {list(layer.shape)}"
     try:
         sampled_db, whole_db = _signal_to_noise(w, tensors, layer)
-    except Exception as exc:  # tensors that are no quantized weight, which mlx notices
+    except Exception as exc:  # mlx rejects the tensors
         return f"it cannot be dequantized: {one_line(exc)}"
     recorded_db = EXACT_DB if layer.snr_db is None else layer.snr_db
     if not abs(min(sampled_db, EXACT_DB) - min(recorded_db, EXACT_DB)) <= TOLERANCE_DB:
-        return f"its signal-to-noise ratio is {sampled_db:.2f} dB, recorded is {recorded_db:.2f}"
+        return f"signal-to-noise ratio: expected {recorded_db:.2f} dB, got {sampled_db:.2f} dB"
     if not whole_db >= recorded_db - WHOLE_TOLERANCE_DB:
-        return f"its ratio over all rows is {whole_db:.2f} dB, recorded is {recorded_db:.2f}"
+        return f"ratio over all rows: expected {recorded_db:.2f} dB, got {whole_db:.2f} dB"
     return ""
 
 
 def _signal_to_noise(
     w: mx.array, tensors: dict[str, mx.array | None], layer: LayerRecord
 ) -> tuple[float, float]:
-    """Return the ratio over the rows that `LayerRecord.snr_db` is taken over, and over all, dB."""
+    """Return the ratio over the rows sampled for `LayerRecord.snr_db`, and over all rows, dB."""
     w = w.reshape(-1, w.shape[-1])
-    stored = _kind(layer)(**tensors)  # type: ignore[arg-type]
+    stored = _tensor_class(layer)(**tensors)  # type: ignore[arg-type]
     sizes = {"bits": layer.bits, "group_size": layer.group_size, "mode": layer.mode}
     signal, noise = [], []
     step = max(1, BLOCK // w.shape[1])

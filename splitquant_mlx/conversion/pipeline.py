@@ -1,4 +1,4 @@
-"""Convert a checkpoint: the one place that knows the order of the stages."""
+"""Convert a model: the stages of a conversion in order."""
 
 import json
 import math
@@ -70,27 +70,27 @@ def convert(
 ) -> Manifest:
     """Quantize a model and save it as a checkpoint that mlx-lm and `load` run.
 
-    After a kill or a power cut, the same call goes on where it was, up to 20 s before.
+    After a kill or a power cut, the same call resumes the conversion; at most 20 s are lost.
 
     Args:
-        model: hub repo id, directory, .gguf file, or a source already resolved.
-        mlx_path: directory to write; it appears when it is complete.
+        model: hub repo id, directory, .gguf file, or a resolved source.
+        mlx_path: directory to write; it is created once it is complete.
         recipe: the settings; None is SplitQuantV2 with 3 clusters, 4 bits, groups of 64.
         revision: branch, tag or commit of a hub repo.
-        overwrite: replace `mlx_path` when it exists and is a model directory.
+        overwrite: replace `mlx_path` if it exists and is a model directory.
         progress: progress reporter.
-        max_shard_bytes: largest safetensors file to write, bytes.
-        on_forecast: called with what an "auto" recipe chose, before the conversion.
+        max_shard_bytes: maximum size of a safetensors file, bytes.
+        on_forecast: called with the result of an "auto" recipe before the conversion.
 
     Returns:
         The manifest, which is also saved in `mlx_path` as splitquant.json.
 
     Warns:
-        SplitQuantWarning: when the model has no usable tokenizer.
+        SplitQuantWarning: the model has no usable tokenizer.
 
     Raises:
-        SplitQuantError: when the source is not found or not usable, the recipe does not fit it, or
-            the target cannot be written. Nothing is left behind.
+        SplitQuantError: the source cannot be found or used, the recipe is not valid for it, or the
+            target cannot be written. Nothing is written in this case.
     """
     recipe, target = recipe or Recipe(), Path(mlx_path)
     started = time.perf_counter()
@@ -101,9 +101,9 @@ def convert(
         staged(target, overwrite=overwrite, source=source.path) as staging,
         _opened(source, staging, progress) as (original, checkpoint),
     ):
-        # a calibration, which needs one, is refused without
+        # with calibration, a missing tokenizer is an error later on
         if recipe.calibration is None and (problem := tokenizer_problem(original.path)):
-            note = "the result will hold the weights alone, which chat and eval do not run"
+            note = "the result will contain only weights, which chat and eval cannot run"
             warnings.warn(f"{problem}: {note}", SplitQuantWarning, stacklevel=2)
         job = Job(original, checkpoint, staging, progress, max_shard_bytes)
         chosen = job.decide_bits(recipe, on_forecast)
@@ -120,14 +120,14 @@ def convert(
 
 @dataclass(eq=False)
 class Written:
-    """The tensors of a conversion, all on the disk.
+    """Result of writing the tensors of a conversion.
 
     Attributes:
-        records: of each planned layer.
-        nbytes: of all tensors.
-        parameters: entries of the source's tensors.
-        hashes: SHA-256 by the name of the file.
-        state: with the seconds of each stage.
+        records: one per planned layer.
+        nbytes: size of all tensors, bytes.
+        parameters: number of entries of the source's tensors.
+        hashes: file name -> SHA-256.
+        state: the conversion's state, with the seconds of each stage.
     """
 
     records: list[LayerRecord]
@@ -143,11 +143,11 @@ class Job:
 
     Attributes:
         original: the model to convert.
-        checkpoint: its tensors, unread.
-        staging: directory in the place of the target until all is there.
+        checkpoint: its tensors, loaded lazily.
+        staging: directory to write to until the conversion is complete.
         progress: progress reporter.
-        max_shard_bytes: largest safetensors file to write, bytes.
-        seconds: of the stages before the first weight is written.
+        max_shard_bytes: maximum size of a safetensors file, bytes.
+        seconds: time of each stage before the first weight is written, s.
     """
 
     original: LazyModel
@@ -163,7 +163,7 @@ class Job:
         return self.staging / MODEL
 
     def decide_bits(self, recipe: Recipe, on_forecast: Callable[[Forecast], None] | None) -> Recipe:
-        """Return the recipe with bits and group size of every layer, where "auto" has to choose."""
+        """Return the recipe; an "auto" recipe with bits and group size chosen for every layer."""
         if recipe.method != "auto":
             return recipe
         with timed(self.seconds, "choose bits"):
@@ -173,26 +173,26 @@ class Job:
         return forecast.recipe
 
     def texts(self, recipe: Recipe, plan: Plan) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Return the tokens to calibrate on, and those to refine on; None where not needed."""
+        """Return the tokens for calibration and for refinement; None where not needed."""
         tokens = training = None
         if _statistics(plan) or recipe.method in LEARNED:
             with timed(self.seconds, "sample text"):
                 tokens = calibration_tokens(self.original, recipe.texts, self.progress)
         if recipe.refine:
-            more = training_texts(recipe.texts)
+            settings = training_texts(recipe.texts)
             with timed(self.seconds, "sample text"):
-                training = calibration_tokens(self.original, more, self.progress)
+                training = calibration_tokens(self.original, settings, self.progress)
             require_texts(training)
         return tokens, training
 
     def write(self, recipe: Recipe, plan: Plan, tokens: np.ndarray | None) -> Written:
-        """Convert every weight, except what an interrupted conversion has done before."""
+        """Convert and write all weights that an interrupted conversion has not written."""
         checkpoint = self.checkpoint
         sources = {name: source_array(checkpoint, plan.dtype, name) for name in checkpoint.weights}
         tensors, stored_bytes = plan.tensors(sources), plan.stored_bytes(sources)
         parameters = sum(array.size for array in sources.values())
         del sources
-        key = {  # all that the bytes of a conversion depend on
+        key = {  # everything that the written bytes depend on
             "recipe": {key: v for key, v in recipe.to_dict().items() if key != "refine"},
             "device": str(mx.default_device()),
             "max_shard_bytes": self.max_shard_bytes,
@@ -221,7 +221,7 @@ class Job:
     ) -> Iterator[InputStatistics] | None:
         if tokens is None:
             return None
-        wanted = {
+        statistics = {
             path: statistic
             for path, statistic in _statistics(plan).items()
             if not state.is_done(f"{path}.weight", plan.layers[path])
@@ -232,20 +232,20 @@ class Job:
             if layer.quantizer in LEARNED and not state.is_done(f"{path}.weight", layer)
         }
         if learned:
-            return learn_blocks(self._unread, tokens, learned, wanted)
-        return iterate_blocks(self._unread, tokens, wanted)
+            return learn_blocks(self._load_lazily, tokens, learned, statistics)
+        return iterate_blocks(self._load_lazily, tokens, statistics)
 
-    def _unread(self) -> nn.Module:
+    def _load_lazily(self) -> nn.Module:
         return load_model(self.original.path, lazy=True, dequantize=True)
 
     def refine(self, written: Written, training: np.ndarray, recipe: Recipe) -> dict[str, float]:
-        """Refine the converted model in place; returns its divergence before and after."""
+        """Refine the converted model in place; return its divergence before and after."""
         seed = recipe.texts.seed
-        depends = repr((sorted(written.hashes.items()), seed)).encode() + training.tobytes()
-        unfinished = Unfinished(self.staging / REFINEMENT / sha256(depends).hexdigest())
+        key = repr((sorted(written.hashes.items()), seed)).encode() + training.tobytes()
+        unfinished = Unfinished(self.staging / REFINEMENT / sha256(key).hexdigest())
         settings = {"progress": self.progress, "unfinished": unfinished}
         with written.state.timed("refine"):
-            predictions = predict(self._unread, training, **settings)
+            predictions = predict(self._load_lazily, training, **settings)
             refined = refine(load_model(self.output), predictions, training, seed=seed, **settings)
             written.hashes.update(replace_tensors(self.output, refined.tensors))
         return {"before": refined.before, "after": refined.after}
@@ -258,7 +258,7 @@ class Job:
         refinement: dict[str, float],
         started: float,
     ) -> Manifest:
-        """Return the record of the conversion, which began at `started`."""
+        """Return the manifest of the conversion, which started at `started`."""
         return Manifest(
             source=source.name,
             revision=source.revision,
@@ -285,25 +285,25 @@ class Job:
 def _opened(
     source: Source, staging: Path, progress: Progress
 ) -> Iterator[tuple[LazyModel, Checkpoint]]:
-    """Open the original; a GGUF file is unpacked in `staging`, and stamped in place of that."""
+    """Open the original; a GGUF file is imported into `staging`, and checked for changes itself."""
     files = gguf_files(source.path) if source.path.is_file() else []
-    own = {file: stamp(file) for file in files if file.is_file()}  # a missing part is named below
+    stamps = {file: stamp(file) for file in files if file.is_file()}  # missing files: see below
     with as_directory(source, progress, scratch=staging) as directory:
         checkpoint = open_checkpoint(directory)
-        if own:
+        if stamps:
             checkpoint.stamps.clear()
-            checkpoint.stamps.update(own)
+            checkpoint.stamps.update(stamps)
         yield LazyModel(directory, progress=progress), checkpoint
 
 
 def _statistics(plan: Plan) -> dict[str, Callable[[mx.array], mx.array]]:
-    """Return what has to be measured of the inputs of layers, by path."""
-    wanted = {
+    """Return the statistic of the inputs that each layer's quantizer needs, by path."""
+    statistics = {
         path: QUANTIZERS[layer.quantizer].statistic
         for path, layer in plan.layers.items()
         if layer.quantizer
     }
-    return {path: statistic for path, statistic in wanted.items() if statistic}
+    return {path: statistic for path, statistic in statistics.items() if statistic}
 
 
 def _linear_bits_per_weight(records: Sequence[LayerRecord]) -> float:

@@ -1,4 +1,4 @@
-"""Decide from recipe and model what happens to every layer, before any weight is read."""
+"""Plan the conversion of every layer from recipe and model, before any weight is read."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -24,25 +24,25 @@ Predicate = Callable[[str, nn.Module], bool | dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """Everything that happens to one layer that holds a weight matrix.
+    """Plan for one layer with a weight matrix.
 
     Attributes:
         path: the module's path, such as "model.layers.0.mlp.up_proj".
         kind: "linear", "lm_head", "embedding", "experts" (a stack of expert matrices) or "other".
         action: "split", "quantize" or "keep".
         shape: of the weight, (..., out, in).
-        quantizer: name in `quantizers.QUANTIZERS`; empty when kept.
-        bits: per code; 0 when kept.
-        group_size: inputs that share a scale; 0 when kept.
-        mode: mlx's quantization mode, "lut" (a codebook for each row) or "mixed" (bits on average).
+        quantizer: name in `quantizers.QUANTIZERS`; empty for "keep".
+        bits: bits per code; 0 for "keep".
+        group_size: inputs that share a scale; 0 for "keep".
+        mode: mlx's quantization mode, "lut" (one codebook per row) or "mixed" (`bits` on average).
         granularity: one scale per "group", "channel" or "tensor".
-        clusters: parts the weight is split into; 1 unless split.
+        clusters: parts that the weight is split into; 1 unless split.
         kmeans: "exact" or "sklearn".
-        sweeps: rounds of coordinate descent of gptq and salience, of codes and codebooks of lut.
-        outliers: entries of each row that lut keeps.
-        codebook: of lut, "kmeans" or "powers".
-        note: why this layer is not treated as the recipe says for its kind; empty if it is.
-        head: name that the scales and biases are stored under once more; see `LayerRecord`.
+        sweeps: rounds of coordinate descent (gptq, salience) or of codes and codebooks (lut).
+        outliers: unquantized entries per row (lut).
+        codebook: "kmeans" or "powers" (lut).
+        note: why the layer deviates from the recipe's settings for its kind; empty if it does not.
+        head: path under which scales and biases are stored a second time; see `LayerRecord`.
     """
 
     path: str
@@ -63,31 +63,31 @@ class LayerPlan:
     head: str = ""
 
     def tensors(self, dtype: mx.Dtype) -> dict[str, tuple[mx.Dtype, tuple[int, ...]]]:
-        """Return type and shape of what is stored of a weight of type `dtype`, by leaf name."""
+        """Return dtype and shape of the tensors stored for a weight of type `dtype`, by leaf."""
         if self.action == "keep":
             return {"weight": (dtype, self.shape)}
         *rows, width = self.shape
         width *= self.clusters
-        found = {"weight": (mx.uint32, (*rows, width * self.bits // 32))}
+        tensors = {"weight": (mx.uint32, (*rows, width * self.bits // 32))}
         if self.mode == "lut":
-            found["codebook"] = dtype, (*rows, 2**self.bits)
+            tensors["codebook"] = dtype, (*rows, 2**self.bits)
             if self.outliers:
-                found["outliers"] = dtype, (*rows, self.outliers)
-                found["indices"] = index_dtype(width), (*rows, self.outliers)
-            return found
+                tensors["outliers"] = dtype, (*rows, self.outliers)
+                tensors["indices"] = index_dtype(width), (*rows, self.outliers)
+            return tensors
         scales = (*rows, width // self.group_size)
         if self.mode == "mixed":
-            flat = {"weight": found["weight"], "scales": (dtype, scales), "biases": (dtype, scales)}
-            found = {leaf: (kind, (math.prod(shape),)) for leaf, (kind, shape) in flat.items()}
-            return {**found, "widths": (mx.uint8, (width,))}
+            tensors |= {"scales": (dtype, scales), "biases": (dtype, scales)}
+            flat = {leaf: (kind, (math.prod(shape),)) for leaf, (kind, shape) in tensors.items()}
+            return {**flat, "widths": (mx.uint8, (width,))}
         if self.mode != "affine":
-            return {**found, "scales": (mx.uint8, scales)}
-        # a split float16 or float32 layer may have scales in bfloat16, which is as large
+            return {**tensors, "scales": (mx.uint8, scales)}
+        # a split float16 or float32 layer may have bfloat16 scales, of the same size as float16
         kind = (scale_dtype(dtype) or mx.float16) if self.action == "split" else dtype
-        return {**found, "scales": (kind, scales), "biases": (kind, scales)}
+        return {**tensors, "scales": (kind, scales), "biases": (kind, scales)}
 
     def stored_bytes(self, dtype: mx.Dtype) -> int:
-        """Return the stored size of a weight of type `dtype`, copies for a head included, bytes."""
+        """Return the stored bytes of a weight of type `dtype`, including copies for a head."""
         return sum(
             kind.size * math.prod(shape) * (2 if self.head and leaf in COPIED else 1)
             for leaf, (kind, shape) in self.tensors(dtype).items()
@@ -96,38 +96,37 @@ class LayerPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The whole plan.
+    """Plan for a whole model.
 
     Attributes:
-        layers: one entry for each layer with a weight, by path, in model order.
-        dtype: type that floating tensors are cast to before they are converted or stored; None
-            leaves them in their own.
+        layers: plan of each layer with a weight, by path, in model order.
+        dtype: type that floating tensors are cast to before conversion; None keeps their types.
     """
 
     layers: Mapping[str, LayerPlan]
     dtype: mx.Dtype | None
 
     def layer_of(self, name: str) -> LayerPlan | None:
-        """Return the layer whose weight is parameter `name`; None for any other parameter."""
+        """Return the layer whose weight is parameter `name`; None for other parameters."""
         path, _, leaf = name.rpartition(".")
         return self.layers.get(path) if leaf == "weight" else None
 
     def tensors(
         self, arrays: Mapping[str, mx.array]
     ) -> dict[str, tuple[mx.Dtype, tuple[int, ...]]]:
-        """Return type and shape of every tensor of the converted checkpoint, by name.
+        """Return dtype and shape of every tensor of the converted checkpoint, by name.
 
         Args:
-            arrays: the parameters by name, in the types that they are converted in.
+            arrays: the parameters by name, cast to `dtype`.
         """
-        found = {}
+        tensors = {}
         for name, array in arrays.items():
             if layer := self.layer_of(name):
                 stored = layer.tensors(array.dtype)
-                found |= {f"{layer.path}.{leaf}": kind for leaf, kind in stored.items()}
+                tensors |= {f"{layer.path}.{leaf}": kind for leaf, kind in stored.items()}
             else:
-                found[name] = array.dtype, tuple(array.shape)
-        return found
+                tensors[name] = array.dtype, tuple(array.shape)
+        return tensors
 
     def stored_bytes(self, arrays: Mapping[str, mx.array]) -> int:
         """Return the size of all tensors of the converted checkpoint, bytes; see `tensors`."""
@@ -142,12 +141,12 @@ def make_plan(recipe: Recipe, model: nn.Module, config: Mapping[str, Any]) -> Pl
 
     Args:
         recipe: the settings.
-        model: mlx-lm's model; only names, types and shapes are looked at.
+        model: mlx-lm's model; only names, types and shapes are used.
         config: its config.json.
 
     Raises:
-        RecipeError: when no layer is selected, a pattern of the recipe matches no layer, or the
-            group size fits none of them.
+        RecipeError: no layer is selected, a pattern of the recipe matches no layer, or the group
+            size divides the width of no layer.
     """
     predicate = getattr(model, "quant_predicate", None)
     modules = dict(model.named_modules())
@@ -163,8 +162,8 @@ def make_plan(recipe: Recipe, model: nn.Module, config: Mapping[str, Any]) -> Pl
     }
     if unknown := [path for path in recipe.layers if path not in layers]:
         raise RecipeError(
-            f"the recipe has settings for {unknown[0]!r}, which is no layer of this model: take "
-            "the recipe that was made for it"
+            f"the recipe has settings for {unknown[0]!r}, which is not a layer of this model: use "
+            "a recipe made for this model"
         )
     _require_matches(recipe, layers)
     _require_convertible_layer(recipe, layers)
@@ -174,7 +173,7 @@ def make_plan(recipe: Recipe, model: nn.Module, config: Mapping[str, Any]) -> Pl
 
 
 def _with_head(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
-    """Plan copies for a head where the embedding is quantized."""
+    """Return `layers` with the head set for a quantized embedding."""
     return {
         path: replace(layer, head=path.replace("model.embed_tokens", "lm_head"))
         if layer.kind == "embedding" and layer.action == "quantize"
@@ -184,7 +183,7 @@ def _with_head(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
 
 
 def stored_dtype(recipe: Recipe, config: Mapping[str, Any]) -> mx.Dtype | None:
-    """Return the type that recipe or checkpoint want unquantized tensors in; None: as they are."""
+    """Return the dtype of unquantized tensors by recipe or config; None keeps their types."""
     text_config = config.get("text_config") or {}
     name = (
         recipe.dtype or config.get("torch_dtype") or config.get("dtype") or text_config.get("dtype")
@@ -216,27 +215,27 @@ def _plan_layer(
 
     if kind == "other":
         return keep(f"a {type(module).__name__} has no quantized form")
-    action, note = _wanted_action(recipe, path, kind, module)
+    action, note = _action(recipe, path, kind, module)
     if action == "keep":
         return keep(note)
     bits, group_size, mode = _settings(recipe, path, kind)
-    own_form = recipe.method in OWN_LAYERS and kind == "linear"
+    is_custom = recipe.method in OWN_LAYERS and kind == "linear"
     if predicate is not None:
-        asked = predicate(path, module)
-        if asked is False:
+        settings = predicate(path, module)
+        if settings is False:
             return keep("this architecture keeps it unquantized")
-        if isinstance(asked, dict) and action == "quantize" and path not in recipe.layers:
-            bits, mode = asked.get("bits", bits), asked.get("mode", "affine")  # as in to_quantized
-            group_size = asked.get("group_size", MODES[mode][0])
+        if isinstance(settings, dict) and action == "quantize" and path not in recipe.layers:
+            bits, mode = settings.get("bits", bits), settings.get("mode", "affine")
+            group_size = settings.get("group_size", MODES[mode][0])  # defaults of to_quantized
             note = note or f"this architecture asks for {bits} bits"
-            own_form = False
+            is_custom = False
     sizes = [group_size, *reversed(GROUP_SIZES)] if mode == "affine" else [group_size]
     fitting = [size for size in sizes if size <= group_size and shape[-1] % size == 0]
     if not fitting:
         return keep(f"no group size fits its width {shape[-1]}")
     if fitting[0] != group_size:
-        other = f"group size {fitting[0]}, as {group_size} does not divide its width {shape[-1]}"
-        note = f"{other}; {note}" if note else other
+        reason = f"group size {fitting[0]}, as {group_size} does not divide its width {shape[-1]}"
+        note = f"{reason}; {note}" if note else reason
     layer = LayerPlan(
         path=path,
         kind=kind,
@@ -252,11 +251,11 @@ def _plan_layer(
         sweeps=recipe.sweeps or 0,
         note=note,
     )
-    return _own_form(recipe, layer) if own_form else layer
+    return _custom_layer(recipe, layer) if is_custom else layer
 
 
-def _own_form(recipe: Recipe, layer: LayerPlan) -> LayerPlan:
-    """Return the plan of a linear layer in the form of its method, which mlx has none for."""
+def _custom_layer(recipe: Recipe, layer: LayerPlan) -> LayerPlan:
+    """Return the plan of a linear layer for methods lut and salience, with layers not in mlx."""
     method, path, allowed = recipe.method, layer.path, OWN_LAYERS[recipe.method]
     if layer.bits not in allowed:
         raise RecipeError(
@@ -279,17 +278,18 @@ def _own_form(recipe: Recipe, layer: LayerPlan) -> LayerPlan:
 
 
 def _settings(recipe: Recipe, path: str, kind: str) -> tuple[int, int, str]:
-    """Return bits, group_size and mode that the recipe has for a layer."""
-    own = recipe.layers.get(path, {})
+    """Return bits, group_size and mode of a layer by the recipe."""
+    settings = recipe.layers.get(path, {})
     assert recipe.bits is not None and recipe.group_size is not None  # filled in by Recipe
     bits = recipe.bits
     if kind in ("embedding", "lm_head"):
         bits = recipe.embedding_bits or bits
-    return own.get("bits", bits), own.get("group_size", recipe.group_size), recipe.mode
+    group_size = settings.get("group_size", recipe.group_size)
+    return settings.get("bits", bits), group_size, recipe.mode
 
 
-def _wanted_action(recipe: Recipe, path: str, kind: str, module: nn.Module) -> tuple[str, str]:
-    """Return the action for a layer and, where the recipe cannot have it, why it differs."""
+def _action(recipe: Recipe, path: str, kind: str, module: nn.Module) -> tuple[str, str]:
+    """Return the action for a layer, and a note if it deviates from the recipe."""
     if any(fnmatchcase(path, pattern) for pattern in recipe.exclude):
         return "keep", "excluded"
     if recipe.include and not any(fnmatchcase(path, pattern) for pattern in recipe.include):
@@ -299,22 +299,22 @@ def _wanted_action(recipe: Recipe, path: str, kind: str, module: nn.Module) -> t
     if kind == "lm_head":
         return str(recipe.lm_head), ""
     if kind == "experts" and recipe.method != "rtn" and not is_expert_stack(module):
-        done = "not split" if recipe.method == "splitquant" else "quantized as by rtn"
+        done = "not split" if recipe.method == "splitquant" else "quantized by rtn"
         return "quantize", f"a {type(module).__name__} is {done}"
     if kind == "experts" and recipe.method in (*OWN_LAYERS, *LEARNED):
-        like = "gptq" if recipe.method in OWN_LAYERS else "rtn"
-        return "quantize", f"a stack of experts is quantized as by {like}"
+        method = "gptq" if recipe.method in OWN_LAYERS else "rtn"
+        return "quantize", f"a stack of experts is quantized by {method}"
     return ("split" if recipe.method == "splitquant" else "quantize"), ""
 
 
 def _quantizer_for(recipe: Recipe, module: nn.Module, kind: str, action: str, tied: bool) -> str:
-    """Return the quantizer's name: only layers that are fed hidden states can be calibrated."""
-    fed = kind in ("linear", "lm_head") or (kind == "embedding" and tied)
-    fed = fed or is_expert_stack(module)
-    calibrated = fed and recipe.calibration is not None
+    """Return the quantizer's name; only layers whose inputs are hidden states are calibrated."""
+    has_inputs = kind in ("linear", "lm_head") or (kind == "embedding" and tied)
+    has_inputs = has_inputs or is_expert_stack(module)
+    calibrated = has_inputs and recipe.calibration is not None
     if action == "split":
         return "splitquant_imatrix" if calibrated else "splitquant"
-    if not calibrated or recipe.method == "rtn":  # which refine may calibrate
+    if not calibrated or recipe.method == "rtn":  # a calibration of rtn is for refine
         return "rtn"
     if recipe.method in LEARNED and kind in ("linear", "experts"):
         return recipe.method if kind == "linear" else "rtn"
@@ -343,9 +343,9 @@ def _require_convertible_layer(recipe: Recipe, layers: Mapping[str, LayerPlan]) 
                 "include and exclude leave no layer to convert: embeddings and lm_head are "
                 f"{recipe.embeddings!r} and {recipe.lm_head!r} in this recipe"
             )
-        raise RecipeError("this model has no linear layer to convert")
-    unfit = ("group size", "no group size", "its width", "this architecture")
-    if all(layer.note.startswith(unfit) for layer in selected):
+        raise RecipeError("this model has no linear layers to convert")
+    prefixes = ("group size", "no group size", "its width", "this architecture")
+    if all(layer.note.startswith(prefixes) for layer in selected):
         if all(layer.note.startswith("this architecture") for layer in selected):
             return
         widths = ", ".join(str(n) for n in sorted({layer.shape[-1] for layer in selected})[:4])

@@ -1,6 +1,6 @@
-"""The quantizers by name: each makes codes, scales and biases of a weight, as its plan says.
+"""Quantizers by name: each computes codes, scales and biases of a weight as its plan says.
 
-A new method is a function here, its entry in `QUANTIZERS`, and the rule in `plan` that chooses it.
+A new method needs a function here, an entry in `QUANTIZERS`, and a rule in `plan` to select it.
 """
 
 import math
@@ -44,20 +44,20 @@ from splitquant_mlx.quantization.split_cpu import code_split
 from splitquant_mlx.recipe import OWN_LAYERS
 
 Stored = Quantized | Lut | Mixed
-# names of their tensors, each once
+# names of all their tensors
 LEAVES = tuple(dict.fromkeys((*Quantized._fields, *Lut._fields, *Mixed._fields)))
 BLOCK = 1 << 19  # entries
-LARGE = 1 << 24  # entries that one core is not left alone with
-HELPER = "helper"  # begins the names of the threads that share a large weight
+LARGE = 1 << 24  # entries from which a weight is quantized on all cores
+THREAD_PREFIX = "helper"  # of the names of these threads
 
 
 class Outcome(NamedTuple):
     """Result of a quantizer.
 
     Attributes:
-        quantized: codes, scales and biases; of a split weight, the parts side by side.
-        cut_points: of a split weight, ascending; none of a stack of experts.
-        cluster_s: time of the clustering, s.
+        quantized: the stored tensors; parts of a split weight are concatenated.
+        cut_points: of a split weight, ascending; empty for a stack of experts.
+        cluster_s: time for clustering, s.
     """
 
     quantized: Stored
@@ -70,13 +70,13 @@ Apply = Callable[[mx.array, LayerPlan, Mean | None], Outcome]
 
 @dataclass(frozen=True, kw_only=True)
 class Quantizer:
-    """One way to quantize a weight.
+    """Quantization method.
 
     Attributes:
-        apply: makes an `Outcome` of a weight (..., out, in), its plan, and the mean of the
-            statistic over the layer's inputs, None where there is no `statistic`. Raises
-            ValueError for a weight that it cannot quantize.
-        statistic: of the layer's inputs, which it needs; None where it needs none.
+        apply: maps a weight (..., out, in), its plan, and the mean of `statistic` over the layer's
+            inputs (None without a statistic) to an `Outcome`. Raises ValueError for a weight that
+            it cannot quantize.
+        statistic: the statistic of the layer's inputs that is needed; None if none is.
     """
 
     apply: Apply
@@ -84,65 +84,65 @@ class Quantizer:
 
 
 def _rtn(w: mx.array, layer: LayerPlan, inputs: Mean | None) -> Outcome:
-    """Round to nearest, on all cores where one would be at it when all other layers are done."""
+    """Round to nearest; large weights on all cores, so that no single core finishes last."""
 
-    def rounded(rows: mx.array) -> Quantized:
-        found = quantize(
+    def quantize_rows(rows: mx.array) -> Quantized:
+        quantized = quantize(
             rows,
             bits=layer.bits,
             group_size=layer.group_size,
             granularity=layer.granularity,
             mode=layer.mode,
         )
-        mx.eval([array for array in found if array is not None])
-        return found
+        mx.eval([array for array in quantized if array is not None])
+        return quantized
 
-    apart = w.ndim == 2 and layer.granularity != "tensor" and mx.default_device() == mx.cpu
-    if not apart or w.size <= LARGE:
-        return Outcome(rounded(w))
+    by_rows = w.ndim == 2 and layer.granularity != "tensor" and mx.default_device() == mx.cpu
+    if not by_rows or w.size <= LARGE:
+        return Outcome(quantize_rows(w))
     rows = max(1, LARGE // w.shape[1])
-    spread = _spread(w.size, on_cpu=True)
-    pieces = spread(lambda start: rounded(w[start : start + rows]), range(0, len(w), rows))
+    blocks = (slice(start, start + rows) for start in range(0, len(w), rows))
+    pieces = _map_for(w.size, on_cpu=True)(lambda block: quantize_rows(w[block]), blocks)
     return Outcome(concatenate(list(pieces), axis=0))
 
 
 @cache
-def _helpers() -> ThreadPoolExecutor:
-    """Return threads that stay, as mlx keeps something for each in which it computes."""
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix=HELPER)
+def _executor() -> ThreadPoolExecutor:
+    """Return a cached thread pool: mlx retains memory for each thread that uses it."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix=THREAD_PREFIX)
 
 
-def _spread(size: int, *, on_cpu: bool) -> Callable[..., Iterable[Any]]:
-    """Return `map`; for a large weight one on all cores, if this thread is not one of those."""
-    helping = current_thread().name.startswith(HELPER)
-    return _helpers().map if on_cpu and size > LARGE and not helping else map
+def _map_for(size: int, *, on_cpu: bool) -> Callable[..., Iterable[Any]]:
+    """Return `map`, parallel for a weight of many entries unless called in a pool thread."""
+    in_pool = current_thread().name.startswith(THREAD_PREFIX)
+    return _executor().map if on_cpu and size > LARGE and not in_pool else map
 
 
 def is_large_stack(layer: LayerPlan) -> bool:
-    """Return whether a layer is a stack of experts of which one at a time is to be in memory."""
+    """Return whether a layer is a stack of experts too large for two of them in memory."""
     return len(layer.shape) == 3 and math.prod(layer.shape) > LARGE
 
 
 def _per_expert(apply: Callable[[mx.array, LayerPlan, mx.array | None], Outcome]) -> Apply:
-    """Return `apply` for stacks (experts, out, in), too; experts of a large one go to all cores."""
+    """Extend `apply` to stacks (experts, out, in); large stacks are quantized on all cores."""
 
-    def applied(w: mx.array, layer: LayerPlan, inputs: Mean | None) -> Outcome:
+    def apply_stacked(w: mx.array, layer: LayerPlan, inputs: Mean | None) -> Outcome:
         if w.ndim == 2:
             assert not isinstance(inputs, ExpertMeans)
             return apply(w, layer, inputs)
 
-        def of_expert(expert: int) -> Outcome:
-            own = apply(w[expert], layer, None if inputs is None else inputs[expert])
-            mx.eval([array for array in own.quantized if array is not None])
-            return own
+        def apply_one(expert: int) -> Outcome:
+            outcome = apply(w[expert], layer, None if inputs is None else inputs[expert])
+            mx.eval([array for array in outcome.quantized if array is not None])
+            return outcome
 
-        spread = _spread(w.size, on_cpu=mx.default_device() == mx.cpu)
-        found = list(spread(of_expert, range(len(w))))
-        arrays = zip(*(own.quantized for own in found), strict=True)
-        stacked = Quantized(*(mx.stack(list(each)) for each in arrays))
-        return Outcome(stacked, cluster_s=sum(own.cluster_s for own in found))
+        map_experts = _map_for(w.size, on_cpu=mx.default_device() == mx.cpu)
+        outcomes = list(map_experts(apply_one, range(len(w))))
+        tensors = zip(*(outcome.quantized for outcome in outcomes), strict=True)
+        stacked = Quantized(*(mx.stack(list(arrays)) for arrays in tensors))
+        return Outcome(stacked, cluster_s=sum(outcome.cluster_s for outcome in outcomes))
 
-    return applied
+    return apply_stacked
 
 
 @_per_expert
@@ -155,8 +155,8 @@ def _imatrix(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
 def _gptq(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
     sizes = {"bits": layer.bits, "group_size": layer.group_size}
     assert inputs is not None
-    spread = _spread(w.size, on_cpu=not kernel_works())
-    return Outcome(gptq_quantize(w, inputs, **sizes, sweeps=layer.sweeps, map_blocks=spread))
+    map_blocks = _map_for(w.size, on_cpu=not kernel_works())
+    return Outcome(gptq_quantize(w, inputs, **sizes, sweeps=layer.sweeps, map_blocks=map_blocks))
 
 
 def _lut(w: mx.array, layer: LayerPlan, inputs: Mean | None) -> Outcome:
@@ -171,7 +171,7 @@ def _salience(w: mx.array, layer: LayerPlan, inputs: Mean | None) -> Outcome:
 
 
 def _learned(w: mx.array, layer: LayerPlan, inputs: Any) -> Outcome:
-    """Round what was learned of the layer, see `blockwise`; or itself, where it is in no block."""
+    """Round the learned weights, see `blockwise`; a layer outside blocks is rounded to nearest."""
     if inputs is None:
         return _rtn(w, layer, inputs)
     width, groups = layer.shape[-1], layer.shape[-1] // layer.group_size
@@ -185,10 +185,10 @@ def _learned(w: mx.array, layer: LayerPlan, inputs: Any) -> Outcome:
 
 @_per_expert
 def _splitquant(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outcome:
-    """Split by k-means, and quantize every part; with `inputs`, under the importance of channels.
+    """Split by k-means and quantize every part; `inputs` are the importance of the channels.
 
-    Large weights go through in blocks of rows, whose intermediate arrays fit in the processor's
-    cache and do not add to the peak of memory.
+    Large weights are processed in blocks of rows, whose intermediate arrays fit in the CPU cache
+    and do not increase peak memory.
     """
     started = time.perf_counter()
     clustering = cluster_weight(w, layer.clusters, layer.kmeans)
@@ -197,7 +197,7 @@ def _splitquant(w: mx.array, layer: LayerPlan, inputs: mx.array | None) -> Outco
     if inputs is None and layer.granularity == "group" and mx.default_device() == mx.cpu:
         coded = code_split(w, clustering.upper_bounds, layer.clusters, **sizes)
     else:
-        # one scale per tensor has to see the whole tensor
+        # one scale per tensor needs all rows at once
         rows = len(w) if layer.granularity == "tensor" else max(1, BLOCK // w.shape[1])
         blocks = []
         for start in range(0, len(w), rows):
@@ -228,5 +228,5 @@ QUANTIZERS = {
 
 
 def uses_cpu(quantizer: str) -> bool:
-    """Return whether a quantizer computes with numpy, whatever the default device."""
+    """Return whether a quantizer computes with numpy on every default device."""
     return quantizer in OWN_LAYERS or (quantizer == "gptq" and not kernel_works())

@@ -1,8 +1,8 @@
-"""Record what is finished of a conversion, and resume it when it was interrupted.
+"""Record the progress of a conversion, and resume an interrupted one.
 
-A journal beside the shards has one record for every finished one, and, every `SAVE_S` seconds, one
-for the shard that is still written. It is resumed only by a conversion of the same source with the
-same settings and versions, and a shard only where its hash is still the recorded one.
+A journal next to the shards has one record per finished shard, and one for the unfinished shard,
+appended every `SAVE_S` seconds. Only a conversion of the same source with the same settings and
+versions resumes it. A shard is reused only if its hash equals the recorded one.
 """
 
 import dataclasses
@@ -27,15 +27,15 @@ STAGES = ("read", "cluster", "quantize", "write")
 
 @record
 class SavedShard:
-    """Record of a shard that is on the disk, whole or as far as it was written.
+    """Record of a finished or unfinished shard on disk.
 
     Attributes:
-        number: of the shard, from 1.
-        sha256: of its file; of an unfinished one, of the data.
-        layers: records of the layers that it completed.
-        seconds: of each stage up to then, and wall time in "total", s.
-        header: of an unfinished one, its tensors so far; else empty.
-        nbytes: of their data.
+        number: number of the shard, from 1.
+        sha256: hash of its file; of the tensor data if it is unfinished.
+        layers: records of the layers completed by this shard.
+        seconds: time of each stage so far, and wall time in "total", s.
+        header: tensors written so far if it is unfinished, else empty.
+        nbytes: size of their data.
     """
 
     number: int
@@ -47,7 +47,7 @@ class SavedShard:
 
 
 def open_journal(path: Path, key: Mapping[str, Any]) -> Journal:
-    """Open a conversion's journal; what is no journal makes place for one. Raises TargetError."""
+    """Open a conversion's journal, replacing an invalid file. Raises TargetError."""
     try:
         return Journal(path, key)
     except TargetError:
@@ -56,11 +56,11 @@ def open_journal(path: Path, key: Mapping[str, Any]) -> Journal:
 
 
 class ConversionState:
-    """State of a conversion, beginning with what an interrupted one finished.
+    """Progress of a conversion, initialized from the journal of an interrupted one.
 
     Attributes:
-        records: of the layers done, by path, in model order.
-        seconds: of each stage, to be added to.
+        records: records of the finished layers, by path, in model order.
+        seconds: time of each stage, s.
     """
 
     def __init__(self, journal: Journal, writer: ShardWriter) -> None:
@@ -76,18 +76,18 @@ class ConversionState:
             header=last.header, nbytes=last.nbytes, sha256=last.sha256
         )
         digests = [shard.sha256 for shard in shards if not shard.header]
-        taken = writer.resume(digests, unfinished)
-        for shard in shards[:taken]:
+        resumed = writer.resume(digests, unfinished)
+        for shard in shards[:resumed]:
             self.records.update({layer.path: layer for layer in shard.layers})
             self.seconds.update(shard.seconds)
             self._earlier_s = self.seconds.pop("total", 0.0)
             if not shard.header:
                 self._journaled = len(self.records)
         self._started = self._saved = time.perf_counter()
-        writer.on_finished = self._keep
+        writer.on_finished = self._record_finished
 
     def add(self, record: LayerRecord) -> None:
-        """Add a layer all of whose tensors were given to the writer."""
+        """Add a layer whose tensors were all passed to the writer."""
         self.records[record.path] = record
         if time.perf_counter() - self._saved > SAVE_S:
             if shard := self._writer.save_point():
@@ -96,21 +96,21 @@ class ConversionState:
             self._saved = time.perf_counter()
 
     def is_done(self, name: str, layer: LayerPlan | None) -> bool:
-        """Return whether all tensors made of parameter `name`, the weight of `layer`, are there."""
+        """Return whether all tensors of parameter `name`, the weight of `layer`, are written."""
         if layer is None:
             return name not in self._writer.missing
         names = {f"{layer.path}.{leaf}" for leaf in LEAVES}
         return layer.path in self.records and not names & self._writer.missing
 
     def seconds_since(self, started: float) -> dict[str, float]:
-        """Return the seconds of each stage and in all, where this process began at `started`."""
+        """Return the seconds of each stage and in total; this process started at `started`."""
         return {**self.seconds, "total": self._earlier_s + time.perf_counter() - started}
 
     def timed(self, stage: str) -> AbstractContextManager[None]:
-        """Add the seconds of the block to those of `stage`."""
+        """Add the time of the block to `seconds[stage]`."""
         return timed(self.seconds, stage)
 
-    def _keep(self, number: int, sha256: str) -> None:
+    def _record_finished(self, number: int, sha256: str) -> None:
         self._append(number, sha256)
         self._journaled = len(self.records)
 
@@ -127,25 +127,25 @@ class ConversionState:
 
 @contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the seconds of the block to those of `stage`."""
+    """Add the time of the block to `seconds[stage]`."""
     started = time.perf_counter()
     yield
     seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started
 
 
 def _saved_shards(records: Iterable[Mapping[str, Any]]) -> list[SavedShard]:
-    """Return the shards of a journal in order, up to the first that it does not tell of properly.
+    """Return the shards of a journal in order, up to the first missing or invalid record.
 
-    Of a shard that has several records the last one holds. Nothing follows an unfinished one.
+    The last record of a shard counts. No shard follows an unfinished one.
     """
-    found: dict[int, SavedShard] = {}
+    by_number: dict[int, SavedShard] = {}
     for entry in records:
         try:
             shard = load_json(SavedShard, entry)
         except ValueError:
             break
-        found[shard.number] = shard
+        by_number[shard.number] = shard
     shards = []
-    while len(shards) + 1 in found and not (shards and shards[-1].header):
-        shards.append(found[len(shards) + 1])
+    while len(shards) + 1 in by_number and not (shards and shards[-1].header):
+        shards.append(by_number[len(shards) + 1])
     return shards

@@ -1,4 +1,4 @@
-"""Write what stands beside the weights of a converted checkpoint: config, tokenizer, licence."""
+"""Write the files of a converted checkpoint other than weights: config, tokenizer, licence."""
 
 import shutil
 from collections.abc import Sequence
@@ -14,29 +14,30 @@ from splitquant_mlx.models.config import to_json
 from splitquant_mlx.runtime.disk import sha256
 from splitquant_mlx.sizes import size
 
-DIFFERING = {
-    "internlm3": "turns rotary embeddings twice as far, but for a linear scaling",
-    "lfm2_moe": "weights experts by a softmax, where the original takes sigmoids",
+# deviations of mlx-vlm from transformers, by model type
+DEVIATIONS = {
+    "internlm3": "doubles the angles of rotary embeddings unless they are scaled linearly",
+    "lfm2_moe": "weights experts by softmax instead of sigmoid",
 }
-BUILD_IMPORT = b"from splitquant_mlx.nn.build_model import build_model\n"  # of the model files
+BUILD_IMPORT = b"from splitquant_mlx.nn.build_model import build_model\n"  # in the model files
 TABLES = ("quantization", "quantization_config", "splitquant", "model_file")
 
 
 def require_space(directory: Path, needed_bytes: int) -> None:
-    """Raise TargetError when the disk of `directory` has less than `needed_bytes` free."""
+    """Raise TargetError if the disk of `directory` has less than `needed_bytes` free."""
     free = shutil.disk_usage(directory).free
     if free < needed_bytes:
         raise TargetError(
-            f"disk of {directory.parent} is too full: the converted model needs "
+            f"not enough disk space in {directory.parent}: the converted model needs "
             f"{size(needed_bytes)}, {size(free)} are free"
         )
 
 
 def copy_companions(source: Path, directory: Path) -> None:
-    """Copy tokenizer, chat templates, generation settings and licence; no code, no weights.
+    """Copy tokenizer, chat templates, generation settings and licence, but no code or weights.
 
     Raises:
-        CheckpointError: when a file cannot be read, or is a link that is not followed.
+        CheckpointError: a file cannot be read, or is a link that is not followed.
     """
     for file in companions(source):
         target = directory / file.relative_to(source)
@@ -49,7 +50,7 @@ def copy_companions(source: Path, directory: Path) -> None:
 
 
 def write_config(config: dict[str, Any], layers: list[LayerRecord], directory: Path) -> None:
-    """Write config.json, and the model file of layers that mlx has no form of."""
+    """Write config.json, and the model file if mlx lacks some of the layers."""
     config = {**config, **config_tables(layers)}
     config.pop("_name_or_path", None)
     if "model_file" in config:
@@ -58,32 +59,32 @@ def write_config(config: dict[str, Any], layers: list[LayerRecord], directory: P
 
 
 def model_code(layers: Sequence[LayerRecord]) -> bytes:
-    """Return the model file of a checkpoint that needs one: layers, and what builds the model."""
-    own = any(layer.mode in OWN_MODES for layer in layers)
-    home = resources.files("splitquant_mlx.nn")
-    code = home.joinpath("neighbour_file.py" if own else "model_file.py").read_bytes()
-    return code.replace(BUILD_IMPORT, home.joinpath("build_model.py").read_bytes())
+    """Return the model file for these layers, with `build_model` inlined."""
+    is_custom = any(layer.mode in OWN_MODES for layer in layers)
+    sources = resources.files("splitquant_mlx.nn")
+    code = sources.joinpath("neighbour_file.py" if is_custom else "model_file.py").read_bytes()
+    return code.replace(BUILD_IMPORT, sources.joinpath("build_model.py").read_bytes())
 
 
 def config_tables(layers: Sequence[LayerRecord]) -> dict[str, Any]:
-    """Return the entries of config.json that say how layers are stored, those of TABLES.
+    """Return the entries of config.json that specify how layers are stored: those of TABLES.
 
-    Plainly quantized layers are listed in mlx's `quantization` table, split layers in a
-    `splitquant` table of their own, as are those of lookup tables and of mixed bits.
+    mlx's `quantization` table lists the layers that mlx supports, the `splitquant` table split,
+    lookup-table and mixed-bit layers.
     """
     tables: dict[str, Any] = {}
     plain = [layer for layer in layers if layer.action == "quantize" and not layer.needs_code]
     split = [layer for layer in layers if layer.action == "split"]
     if plain:
         settings = [_settings(layer) for layer in plain]
-        usual = max(settings, key=settings.count)
-        table: dict[str, Any] = dict(usual)
+        default = max(settings, key=settings.count)
+        table: dict[str, Any] = dict(default)
         table.update(
             {
-                path: own
-                for layer, own in zip(plain, settings, strict=True)
+                path: entry
+                for layer, entry in zip(plain, settings, strict=True)
                 for path in filter(None, (layer.path, layer.head))
-                if own != usual
+                if entry != default
             }
         )
         tables["quantization"] = tables["quantization_config"] = table
@@ -100,16 +101,16 @@ def config_tables(layers: Sequence[LayerRecord]) -> dict[str, Any]:
             }
         }
     for mode, setting in OWN_MODES.items():
-        if own := [layer for layer in layers if layer.mode == mode]:
+        if custom := [layer for layer in layers if layer.mode == mode]:
             tables["model_file"] = MODEL_FILE
             tables["splitquant"] = {
-                mode: {x.path: {"bits": x.bits, setting: getattr(x, setting) or 0} for x in own}
+                mode: {x.path: {"bits": x.bits, setting: getattr(x, setting) or 0} for x in custom}
             }
     return tables
 
 
 def hash_files(directory: Path, known: dict[str, str]) -> dict[str, str]:
-    """Return the SHA-256 of every file of `directory`; those in `known` are not read again."""
+    """Return the SHA-256 of every file in `directory`, by name; `known` hashes are reused."""
     files = sorted(file for file in directory.rglob("*") if file.is_file())
     names = {file.relative_to(directory).as_posix(): file for file in files}
     return {name: known.get(name) or sha256(file) for name, file in names.items()}
@@ -120,15 +121,15 @@ def _settings(layer: LayerRecord) -> dict[str, Any]:
 
 
 def neighbour_notes(config: dict[str, Any], layers: Sequence[LayerRecord]) -> list[str]:
-    """Return a sentence for each program that does not run a conversion of these layers.
+    """Return a warning for each program that does not run a conversion of these layers correctly.
 
-    mlx-vlm's Gemma 3 takes the embedding's weight for its head, whether the head is tied or not.
-    Other models of it compute something else than transformers and mlx-lm.
+    mlx-vlm's Gemma 3 always uses the embedding as head, even if the head is not tied. Some of its
+    other models deviate from transformers and mlx-lm.
     """
     kind = config["model_type"]
     name = f"mlx-vlm's {kind}"
-    if kind in DIFFERING:
-        return [f"{name} {DIFFERING[kind]}: use mlx-lm"]
+    if kind in DEVIATIONS:
+        return [f"{name} {DEVIATIONS[kind]}: use mlx-lm"]
     if kind in HEAD_FROM_EMBEDDING and any(layer.kind == "lm_head" for layer in layers):
-        return [f"{name} takes the embedding for the head, whatever is stored: use mlx-lm"]
+        return [f"{name} uses the embedding as head and ignores the stored head: use mlx-lm"]
     return []

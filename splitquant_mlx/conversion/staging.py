@@ -1,9 +1,9 @@
-"""Put a converted checkpoint in its place: all of it, or nothing.
+"""Write a converted checkpoint atomically.
 
-Everything that a conversion writes lies in one hidden directory beside the target, which is held
-with a lock: the `model` to be, the journal of what is finished, an unpacked source. At the end the
-model is synchronized and renamed to the target. A process that is killed leaves that directory, and
-the next conversion into the same target takes it over.
+A conversion writes to one hidden, locked directory next to the target: the `model`, the journal of
+finished work, an unpacked source. At the end the model is synchronized to disk and renamed to the
+target. If the process is killed, the directory remains, and the next conversion to the same target
+resumes from it.
 """
 
 import os
@@ -18,29 +18,28 @@ from splitquant_mlx.runtime.workspace import empty, workspace
 MODEL = "model"
 JOURNAL = "journal"
 REFINEMENT = "refinement"
-OLD = "replaced"  # the former target while it is replaced
+OLD = "replaced"  # the previous target while it is being replaced
 MAX_JOURNAL_BYTES = 1 << 28
 
 
 @contextmanager
 def staged(target: Path, *, overwrite: bool = False, source: Path | None = None) -> Iterator[Path]:
-    """Yield a directory to work in, whose `model` becomes `target` when the block ends well.
+    """Yield a working directory whose `model` becomes `target` when the block ends.
 
-    Of a conversion that was killed, the directory holds the JOURNAL and the `model` as they were
-    left. On an error it is removed, and on an interrupt where no file of weights was finished;
-    `target` is as it was.
+    After a killed conversion, the directory contains its JOURNAL and `model`. The directory is
+    removed on an error, and on an interrupt if no shard was finished; `target` is then unchanged.
 
     Raises:
-        TargetError: when `target` exists and `overwrite` is not set, when it exists and is not a
-            model directory or holds `source`, when another process writes it, or when it cannot
-            be written or the disk is full.
+        TargetError: `target` exists and `overwrite` is not set, it exists and is not a model
+            directory or contains `source`, another process writes it, it cannot be written, or the
+            disk is full.
     """
     target = _absolute(target)
     check_target(target, overwrite=overwrite, source=source)
     staging = _staging(target)
     with (
         as_target_error(target),
-        _made_parents(target),
+        _created_parents(target),
         workspace(
             staging,
             f"a conversion into {target}",
@@ -48,30 +47,32 @@ def staged(target: Path, *, overwrite: bool = False, source: Path | None = None)
         ),
     ):
         try:
-            _tidy(staging)
+            _remove_foreign(staging)
             (staging / MODEL).mkdir(exist_ok=True)
             yield staging
             for path in (staging / MODEL, *(staging / MODEL).rglob("*")):
                 sync(path)
-            check_target(target, overwrite=overwrite, source=source)  # hours may have passed
-            _put(staging, target)
+            check_target(
+                target, overwrite=overwrite, source=source
+            )  # it may have changed meanwhile
+            _move(staging, target)
         finally:
             if os.path.lexists(staging / OLD) and not os.path.lexists(target):
                 (staging / OLD).rename(target)
 
 
 def sweep(target: Path) -> None:
-    """Remove what a conversion leaves that was killed when `target` was in its place already."""
+    """Remove the directory of a conversion that was killed after `target` was renamed."""
     target = _absolute(target)
     staging = _staging(target)
     with suppress(TargetError, OSError):
         if os.path.lexists(target) and staging.is_dir() and not (staging / MODEL).exists():
             with workspace(staging, ""):
-                pass  # its end removes it
+                pass  # removed at the end of the block
 
 
 def check_target(target: Path, *, overwrite: bool = False, source: Path | None = None) -> None:
-    """Raise TargetError when `target` may not be written; see `staged`."""
+    """Raise TargetError if `target` must not be written; see `staged`."""
     target = _absolute(target)
     with as_target_error(target):
         parent = next((p for p in target.parents if os.path.lexists(p)), target)
@@ -96,10 +97,10 @@ def check_target(target: Path, *, overwrite: bool = False, source: Path | None =
                 "overwritten: choose another --mlx-path"
             )
         if os.path.ismount(target):
-            raise TargetError(f"{target} is a mount point: give a directory inside it")
+            raise TargetError(f"{target} is a mount point: use a directory inside it")
         if source is not None and source.resolve().is_relative_to(target.resolve()):
             raise TargetError(
-                f"{target} holds the model to convert: it is never overwritten, choose another "
+                f"{target} contains the model to convert: it is never overwritten, choose another "
                 "--mlx-path"
             )
 
@@ -107,8 +108,10 @@ def check_target(target: Path, *, overwrite: bool = False, source: Path | None =
 def _absolute(target: Path) -> Path:
     try:
         if "\0" in str(target):
-            raise TargetError(f"cannot write {str(target)!r}: a path holds no NUL character")
-        str(target).encode()  # mlx writes to no other path
+            raise TargetError(
+                f"cannot write {str(target)!r}: a path cannot contain a NUL character"
+            )
+        str(target).encode()  # mlx requires UTF-8 paths
         return Path(os.path.abspath(target.expanduser()))
     except RuntimeError as exc:
         raise TargetError(f"cannot write {target}: there is no such user's home") from exc
@@ -121,19 +124,19 @@ def _absolute(target: Path) -> Path:
 
 def _staging(target: Path) -> Path:
     if not target.name:
-        raise TargetError(f"cannot write {target}: give a directory inside it")
+        raise TargetError(f"cannot write {target}: use a directory inside it")
     return target.with_name(f".{target.name}.partial")
 
 
 def _has_finished_shards(journal: Path) -> bool:
     try:
-        return len(journal.read_bytes().splitlines()) > 1  # the first line says what of
+        return len(journal.read_bytes().splitlines()) > 1  # the first line is the key
     except OSError:
         return False
 
 
-def _tidy(staging: Path) -> None:
-    """Leave only what can be gone on with; somebody may have put the rest there."""
+def _remove_foreign(staging: Path) -> None:
+    """Remove everything that a conversion cannot resume from, or that others put there."""
     empty(staging, keep=(MODEL, JOURNAL, REFINEMENT, OLD))
     for name in (MODEL, JOURNAL, REFINEMENT, OLD):
         path = staging / name
@@ -144,23 +147,23 @@ def _tidy(staging: Path) -> None:
 
 
 @contextmanager
-def _made_parents(target: Path) -> Iterator[None]:
-    """Make the directories above `target`; they go again when the block ends with an error."""
-    made = [parent for parent in target.parents if not parent.exists()]
+def _created_parents(target: Path) -> Iterator[None]:
+    """Create the parents of `target`; remove them if the block ends with an error."""
+    created = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for parent in made:
+        for parent in created:
             sync(parent.parent)
         yield
     except BaseException:
-        for parent in made:
+        for parent in created:
             with suppress(OSError):
                 parent.rmdir()
         raise
 
 
-def _put(staging: Path, target: Path) -> None:
-    """Rename the model to the target; a former one is moved aside first."""
+def _move(staging: Path, target: Path) -> None:
+    """Rename the model to the target; move a previous target aside first."""
     if os.path.lexists(target):
         remove(staging / OLD)
         target.rename(staging / OLD)

@@ -1,7 +1,7 @@
 """Check a converted checkpoint: against its manifest, by running it, and against its original.
 
-A manifest is a claim like any other. Whoever can change a weight file can change the hash of it
-too; that the weights are those of the original is known only by comparing them with it.
+A manifest alone proves little: whoever changes a weight file can also change its hash. Only the
+comparison with the original shows that the weights are its weights.
 """
 
 import math
@@ -39,7 +39,7 @@ class Check:
     Attributes:
         name: what was checked.
         detail: what it was checked for.
-        problems: one line each; empty when all is well.
+        problems: one line each; empty if the check passed.
     """
 
     name: str
@@ -56,16 +56,16 @@ def verify(
     """Check a checkpoint that `convert` wrote.
 
     Args:
-        directory: of the checkpoint.
-        source: the model it was made from, to compare the weights with: hub repo id, directory,
-            .gguf file, or a source already resolved.
+        directory: directory of the checkpoint.
+        source: the original model, to compare the weights with: hub repo id, directory, .gguf
+            file, or a resolved source.
         progress: progress reporter.
 
     Returns:
-        The checks, each with the problems it found.
+        The results of all checks.
 
     Raises:
-        SplitQuantError: when there is no manifest, or the source cannot be read.
+        SplitQuantError: there is no manifest, or the source cannot be read.
     """
     directory = Path(directory)
     manifest = load_manifest(directory)
@@ -98,10 +98,10 @@ def check_files(directory: Path, manifest: Manifest, progress: Progress) -> Chec
             try:
                 if Path(name).is_absolute() or ".." in Path(name).parts or not file.is_file():
                     problems.append(
-                        f"{name!r} is in the manifest, and is no file of this directory"
+                        f"{name!r} is in the manifest, but is not a file in this directory"
                     )
                 elif sha256(file) != digest:
-                    problems.append(f"{name} is not the file that was written")
+                    problems.append(f"{name} has changed: its SHA-256 differs from the manifest")
             except (OSError, ValueError) as exc:
                 problems.append(f"{name!r} cannot be read: {exc}")
             advance(1)
@@ -132,17 +132,17 @@ def _tensors(directory: Path, manifest: Manifest) -> list[str]:
     }
     for copy, name in copies.items():
         if copy not in headers or not same_bytes(headers[copy], headers[name]):
-            problems.append(f"{copy} is not what {name} is")
+            problems.append(f"{copy} differs from {name}")
     for layer in manifest.layers:
-        found = {
+        tensors = {
             leaf: headers[f"{layer.path}.{leaf}"]
             for leaf in LEAVES
             if f"{layer.path}.{leaf}" in headers
         }
         if layer.path in recorded:
             problems.append(f"{layer.path} is in the manifest twice")
-        elif wrong := _layer_problem(layer, found):
-            problems.append(f"{layer.path}: {wrong}")
+        elif problem := _layer_problem(layer, tensors):
+            problems.append(f"{layer.path}: {problem}")
         elif layer.kind in ("linear", "experts") and layer.action != "keep":
             bits, entries = bits + 8 * layer.nbytes, entries + math.prod(layer.shape)
         recorded.add(layer.path)
@@ -150,9 +150,12 @@ def _tensors(directory: Path, manifest: Manifest) -> list[str]:
         return problems
     stored_bytes = sum(header.nbytes for header in headers.values())
     if stored_bytes != manifest.stored_bytes:
-        problems.append(f"stored_bytes is {manifest.stored_bytes}, the files hold {stored_bytes}")
+        problems.append(f"stored_bytes: expected {stored_bytes}, got {manifest.stored_bytes}")
     if not _equal(manifest.linear_bits_per_weight * entries, bits):
-        problems.append(f"linear_bits_per_weight is {manifest.linear_bits_per_weight}")
+        problems.append(
+            f"linear_bits_per_weight: expected {bits / max(entries, 1):.4f}, got "
+            f"{manifest.linear_bits_per_weight:.4f}"
+        )
     parameters = sum(math.prod(layer.shape) for layer in manifest.layers)
     for name, header in headers.items():
         if name in copies:
@@ -161,45 +164,48 @@ def _tensors(directory: Path, manifest: Manifest) -> list[str]:
         if path not in recorded or leaf not in LEAVES:
             parameters += math.prod(header.shape)
             if leaf == "scales" or (leaf == "weight" and len(header.shape) > 1):
-                problems.append(f"tensor {name} is of no layer in the manifest")
+                problems.append(f"tensor {name} belongs to no layer in the manifest")
     if not _equal(manifest.bits_per_weight * parameters, 8 * stored_bytes):
         problems.append(
-            f"bits_per_weight is {manifest.bits_per_weight:.4f}, {stored_bytes} bytes for "
-            f"{parameters} parameters are {8 * stored_bytes / max(parameters, 1):.4f}"
+            f"bits_per_weight: expected {8 * stored_bytes / max(parameters, 1):.4f}, "
+            f"{stored_bytes} bytes for {parameters} parameters, got {manifest.bits_per_weight:.4f}"
         )
     return problems
 
 
-def _layer_problem(layer: LayerRecord, found: Headers) -> str:
-    """Tell what of a layer's record does not fit its tensors; "" when all does."""
+def _layer_problem(layer: LayerRecord, tensors: Headers) -> str:
+    """Return how a layer's record contradicts its tensors; "" if it does not."""
     expected = _shapes(layer)
-    if expected and found.keys() != expected.keys():
-        return f"expected {', '.join(sorted(expected))}, got {', '.join(found) or 'no tensor'}"
-    shapes = {leaf: header.shape for leaf, header in found.items()}
-    if shapes != expected or (layer.action != "keep" and found["weight"].dtype != "U32"):
+    if expected and tensors.keys() != expected.keys():
+        return f"expected {', '.join(sorted(expected))}, got {', '.join(tensors) or 'no tensor'}"
+    shapes = {leaf: header.shape for leaf, header in tensors.items()}
+    if shapes != expected or (layer.action != "keep" and tensors["weight"].dtype != "U32"):
         shown = ", ".join(f"{leaf} {list(shape)}" for leaf, shape in shapes.items())
-        return f"{shown} do not fit {layer.action}, shape {list(layer.shape)}, bits {layer.bits}"
-    nbytes = sum(header.nbytes for header in found.values())
+        record = f"{layer.action}, shape {list(layer.shape)}, bits {layer.bits}"
+        return f"{shown} do not match the manifest: {record}"
+    nbytes = sum(header.nbytes for header in tensors.values())
     if nbytes != layer.nbytes:
-        return f"it has {nbytes} bytes, the manifest says {layer.nbytes}"
-    if not _equal(layer.bits_per_weight * math.prod(layer.shape), 8 * nbytes):
-        return f"it has not the {layer.bits_per_weight} bits/weight of the manifest"
+        return f"nbytes: expected {nbytes}, got {layer.nbytes}"
+    entries = math.prod(layer.shape)
+    if not _equal(layer.bits_per_weight * entries, 8 * nbytes):
+        expected_bits = 8 * nbytes / max(entries, 1)
+        return f"bits_per_weight: expected {expected_bits:.4f}, got {layer.bits_per_weight:.4f}"
     return ""
 
 
 def _shapes(layer: LayerRecord) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors of a layer, by its record; none where it is no layer's."""
+    """Return the shapes of a layer's tensors by its record; empty if the record is invalid."""
     *rows, width = layer.shape or (0,)
     bits, group_size = layer.bits or 0, layer.group_size or 0
     clusters = (layer.clusters or 1) if layer.action == "split" else 1
     if layer.action == "keep":
-        fits = bool(rows)
+        valid = bool(rows)
     elif layer.mode == "lut":
-        fits = len(rows) == 1 and bits in OWN_LAYERS["lut"] and width % 32 == 0
+        valid = len(rows) == 1 and bits in OWN_LAYERS["lut"] and width % 32 == 0
     else:
-        fits = bool(rows and bits and group_size and width * clusters * bits % 32 == 0)
-        fits = fits and width * clusters % group_size == 0
-    if not fits:
+        valid = bool(rows and bits and group_size and width * clusters * bits % 32 == 0)
+        valid = valid and width * clusters % group_size == 0
+    if not valid:
         return {}
     plan = LayerPlan(
         path=layer.path,
@@ -220,11 +226,11 @@ def _equal(a: float, b: float) -> bool:
 
 
 def _config(directory: Path, manifest: Manifest) -> list[str]:
-    config, wanted = read_config(directory), config_tables(manifest.layers)
+    config, expected = read_config(directory), config_tables(manifest.layers)
     return [
-        f"its {table} is not that of the manifest"
+        f"{table} differs from the layers in the manifest"
         for table in TABLES
-        if config.get(table) != wanted.get(table)
+        if config.get(table) != expected.get(table)
     ]
 
 
@@ -234,6 +240,6 @@ def _forward(directory: Path, progress: Progress) -> list[str]:
         try:
             logits = model(mx.array([[0, 1, 2, 3]]))
             finite = mx.all(mx.isfinite(logits)).item()
-        except Exception as exc:  # mlx-lm's models raise whatever their arithmetic meets
+        except Exception as exc:  # mlx-lm's models may raise anything
             raise CheckpointError(f"the model does not run: {type(exc).__name__}: {exc}") from exc
-    return [] if finite else ["the logits hold NaN or infinite values"]
+    return [] if finite else ["the logits contain NaN or infinite values"]

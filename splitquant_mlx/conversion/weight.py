@@ -1,4 +1,4 @@
-"""Convert one weight as planned, and measure what was lost."""
+"""Convert one weight as planned, and measure the error."""
 
 import math
 import time
@@ -15,8 +15,8 @@ from splitquant_mlx.quantization.affine import Quantized, dequantize
 from splitquant_mlx.quantization.lut import Lut
 from splitquant_mlx.quantization.salience import Mixed
 
-SAMPLE = 1 << 18  # entries that the signal-to-noise ratio is taken over
-# bits of the exponent, all of which are set in NaN and infinite values alone
+SAMPLE = 1 << 18  # entries sampled for the signal-to-noise ratio
+# exponent bits, which are all set only in NaN and infinite values
 EXPONENT = {
     mx.float16: (mx.uint16, 0x7C00),
     mx.bfloat16: (mx.uint16, 0x7F80),
@@ -29,10 +29,10 @@ class Converted:
     """Result of converting a weight.
 
     Attributes:
-        tensors: what is stored, by leaf name: those of `Quantized`, `Lut` or `Mixed`.
+        tensors: stored tensors of `Quantized`, `Lut` or `Mixed`, by leaf name.
         cut_points: of a split weight, ascending.
         snr_db: 10 log10(sum w^2 / sum (w - w_hat)^2), dB, over a sample of evenly spaced rows
-            where there are more than 2^18 entries; None without any error.
+            if there are more than 2^18 entries; None if the error is zero.
         seconds: time of each stage, s.
     """
 
@@ -43,19 +43,19 @@ class Converted:
 
 
 def convert_weight(w: mx.array, layer: LayerPlan, inputs: Mean | None = None) -> Converted:
-    """Convert `w` (..., out, in), float16, bfloat16 or float32, in this thread's stream.
+    """Convert `w` (..., out, in), float16, bfloat16 or float32, in the stream of this thread.
 
     Args:
         w: the weight.
-        layer: what to do with it.
-        inputs: mean of the statistic of the layer's inputs that its quantizer needs, of a stack
-            of experts by expert.
+        layer: its plan.
+        inputs: mean of the statistic of the layer's inputs that its quantizer needs; per expert
+            for a stack of experts.
 
     Raises:
-        ValueError: when `w` holds NaN or infinite values, or values too large to quantize.
+        ValueError: `w` contains NaN or infinite values, or values too large to quantize.
     """
     started = time.perf_counter()
-    if layer.action != "split":  # clustering notices by itself, and says less well what it met
+    if layer.action != "split":  # clustering checks this itself
         require_finite(w)
     if layer.action == "keep":
         return Converted(tensors={"weight": w})
@@ -76,7 +76,7 @@ def convert_weight(w: mx.array, layer: LayerPlan, inputs: Mean | None = None) ->
 
 
 def require_finite(w: mx.array) -> None:
-    """Raise ValueError when the float array `w` holds NaN or infinite values."""
+    """Raise ValueError if the float array `w` contains NaN or infinite values."""
     if w.dtype not in EXPONENT:
         return
     unsigned, exponent = EXPONENT[w.dtype]
@@ -87,28 +87,28 @@ def require_finite(w: mx.array) -> None:
 
 
 def _require_in_range(w: mx.array, quantized: Stored, bits: int, noise: float) -> None:
-    """Raise ValueError where scale * code or a bias is more than their type holds, or NaN.
+    """Raise ValueError if scale * code or a bias overflows its dtype, or is NaN.
 
-    `noise` of a sample of rows is infinite or NaN where those are.
+    `noise` of a sample of rows is then infinite or NaN.
     """
     fits = math.isfinite(noise)
     if isinstance(quantized, Quantized) and quantized.biases is not None:
         largest = mx.finfo(quantized.scales.dtype).max
-        steps, ends = (mx.abs(x).max().item() for x in (quantized.scales, quantized.biases))
-        fits = fits and steps * (2**bits - 1) <= largest and ends <= largest  # type: ignore[operator]
+        scale, bias = (mx.abs(x).max().item() for x in (quantized.scales, quantized.biases))
+        fits = fits and scale * (2**bits - 1) <= largest and bias <= largest  # type: ignore[operator]
     if not fits:
         raise ValueError(f"holds values up to {mx.abs(w).max().item()}, too large to quantize")
 
 
 def stored_rows(stored: Stored, rows: slice, *, bits: int, group_size: int, mode: str) -> mx.array:
-    """Return rows of the float32 weight, of all experts together, that stored tensors stand for."""
+    """Return `rows` of the dequantized float32 weight, with the rows of all experts in one axis."""
     if isinstance(stored, Mixed):
         return mixed_weight(*stored, rows)
-    own = (None if a is None else a.reshape(-1, a.shape[-1])[rows] for a in stored)
+    arrays = (None if a is None else a.reshape(-1, a.shape[-1])[rows] for a in stored)
     if isinstance(stored, Lut):
-        return lut_weight(*own).astype(mx.float32)  # type: ignore[arg-type]
+        return lut_weight(*arrays).astype(mx.float32)  # type: ignore[arg-type]
     settings = {"bits": bits, "group_size": group_size, "mode": mode}
-    return dequantize(Quantized(*own), **settings)  # type: ignore[arg-type]
+    return dequantize(Quantized(*arrays), **settings)  # type: ignore[arg-type]
 
 
 def _snr_db(w: mx.array, quantized: Stored, layer: LayerPlan) -> float | None:
@@ -121,11 +121,11 @@ def _snr_db(w: mx.array, quantized: Stored, layer: LayerPlan) -> float | None:
 
 
 def row_squares(w: mx.array, w_hat: mx.array) -> tuple[np.ndarray, np.ndarray]:
-    """Return sum w^2 and sum (w - w_hat)^2 of every row (out,), float64.
+    """Return sum w^2 and sum (w - w_hat)^2 of every row, (out,) float64.
 
     Args:
         w: the weight (out, in).
-        w_hat: what the codes stand for, (out, k * in) float32: k parts side by side, to be summed.
+        w_hat: the dequantized weight, (out, k * in) float32: k concatenated parts to be summed.
     """
     exact = np.array(w.astype(mx.float32)).astype(np.float64)
     parts = np.array(w_hat).reshape(len(exact), -1, exact.shape[1])
@@ -134,5 +134,5 @@ def row_squares(w: mx.array, w_hat: mx.array) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decibels(signal: float, noise: float) -> float:
-    """Return 10 log10(signal / noise), infinite where one of them is zero."""
+    """Return 10 log10(signal / noise), infinite if one of them is zero."""
     return 10 * math.log10(signal / noise) if signal and noise else math.inf

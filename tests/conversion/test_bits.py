@@ -1,4 +1,4 @@
-"""Bits chosen for every layer of a real tiny checkpoint."""
+"""Bits chosen for every layer of a tiny trained checkpoint."""
 
 import pytest
 import tiny
@@ -25,32 +25,32 @@ def cache(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_targets_are_kept_and_what_was_measured_is_kept_for_the_next(stories, cache, monkeypatch):
+def test_targets_are_met_and_sensitivities_are_cached(stories, cache, monkeypatch):
     small = choose_bits(LazyModel(stories), auto(target_bpw=4.5), Silent())
     assert small.bits_per_weight <= 4.5
     monkeypatch.setattr("splitquant_mlx.conversion.bits.predict_divergence", None)
     large = choose_bits(LazyModel(stories), auto(target_bpw=6.5), Silent())
     assert 4.5 < large.bits_per_weight <= 6.5
-    lost = [sum(found.divergence.values()) for found in (small, large)]
-    assert lost[1] < lost[0] / 2
-    close = choose_bits(LazyModel(stories), auto(max_kl=lost[1]), Silent())
-    assert sum(close.divergence.values()) <= lost[1]
+    kl = [sum(result.divergence.values()) for result in (small, large)]
+    assert kl[1] < kl[0] / 2
+    close = choose_bits(LazyModel(stories), auto(max_kl=kl[1]), Silent())
+    assert sum(close.divergence.values()) <= kl[1]
     assert close.bits_per_weight == pytest.approx(large.bits_per_weight, rel=0.02)
-    (kept,) = (cache / "sensitivity").iterdir()
-    kept.write_text('{"damaged": []}')
+    (cached,) = (cache / "sensitivity").iterdir()
+    cached.write_text('{"damaged": []}')
     with pytest.raises(TypeError):
         choose_bits(LazyModel(stories), auto(target_bpw=4.5), Silent())
 
 
-def test_what_the_recipe_says_of_a_layer_stands(stories, cache):
+def test_settings_of_a_layer_are_respected(stories, cache):
     path = "model.layers.0.mlp.up_proj"
     recipe = auto(target_bpw=5.0, layers={path: {"bits": 8, "group_size": 32}})
-    found = choose_bits(LazyModel(stories), recipe, Silent()).recipe.layers
-    assert found[path]["bits"] == 8
-    assert len({layer["bits"] for layer in found.values()}) > 1
+    layers = choose_bits(LazyModel(stories), recipe, Silent()).recipe.layers
+    assert layers[path]["bits"] == 8
+    assert len({layer["bits"] for layer in layers.values()}) > 1
 
 
-def test_a_width_that_64_does_not_divide_may_have_any_bits():
+def test_groups_of_32_may_have_any_bits():
     assert {bits for bits, size in OPTIONS if size == 32} == set(BITS)
 
 
@@ -58,52 +58,50 @@ def test_a_width_that_64_does_not_divide_may_have_any_bits():
     ("architecture", "kilobytes", "shard_bytes"),
     [("llama", 90, 10**9), ("llama", 150, 40_000), ("qwen3_moe", 200, 10**9)],
 )
-def test_files_take_what_was_asked_for(
+def test_files_have_the_target_size(
     tmp_path, cache, monkeypatch, architecture, kilobytes, shard_bytes
 ):
     def predict(model, tokens, options, **settings):
-        return {path: {o: o[1] / 4 ** o[0] for o in own} for path, own in options.items()}
+        return {path: {o: o[1] / 4 ** o[0] for o in x} for path, x in options.items()}
 
     monkeypatch.setattr("splitquant_mlx.conversion.bits.predict_divergence", predict)
     source = tiny.write_checkpoint(tmp_path / "source", architecture)
     recipe = auto(target_size=f"{kilobytes}kB")
-    told = []
-    settings = {"max_shard_bytes": shard_bytes, "on_forecast": told.append}
+    forecasts = []
+    settings = {"max_shard_bytes": shard_bytes, "on_forecast": forecasts.append}
     manifest = convert(source, tmp_path / "target", recipe=recipe, **settings)
     files = list((tmp_path / "target").glob("*.safetensors"))
-    taken, target = sum(file.stat().st_size for file in files), 1000 * kilobytes
+    nbytes, target = sum(file.stat().st_size for file in files), 1000 * kilobytes
     assert manifest.recipe["target_size"] == f"{kilobytes}kB"
-    assert 0.98 * target < told[0].total_bytes <= target
-    assert taken <= told[0].total_bytes
-    assert len(files) > 1 if shard_bytes < target else taken > 0.98 * target
-    larger = told[0].next_size
-    assert told[0].mixture == (architecture == "qwen3_moe")
-    assert told[0].total_bytes < larger.total_bytes
-    assert larger.divergence < sum(told[0].divergence.values())
+    assert 0.98 * target < forecasts[0].total_bytes <= target
+    assert nbytes <= forecasts[0].total_bytes
+    assert len(files) > 1 if shard_bytes < target else nbytes > 0.98 * target
+    larger = forecasts[0].next_size
+    assert forecasts[0].mixture == (architecture == "qwen3_moe")
+    assert forecasts[0].total_bytes < larger.total_bytes
+    assert larger.divergence < sum(forecasts[0].divergence.values())
     routers = [layer for layer in manifest.layers if layer.path.endswith(".gate")]
     assert {layer.bits for layer in routers} == ({8} if architecture == "qwen3_moe" else set())
 
 
-def test_there_is_no_larger_size_than_the_best(tmp_path, cache, monkeypatch):
-    def predict(model, tokens, options, **settings):  # groups of 64 are the best ones
-        return {
-            path: {o: abs(o[1] - 64) + 4.0 ** -o[0] for o in own} for path, own in options.items()
-        }
+def test_no_next_size_after_the_best(tmp_path, cache, monkeypatch):
+    def predict(model, tokens, options, **settings):  # groups of 64 are best
+        return {path: {o: abs(o[1] - 64) + 4.0 ** -o[0] for o in x} for path, x in options.items()}
 
     monkeypatch.setattr("splitquant_mlx.conversion.bits.predict_divergence", predict)
     source = tiny.write_checkpoint(tmp_path / "source", "llama")
-    found = choose_bits(LazyModel(source, progress=Silent()), auto(target_size="1TB"), Silent())
-    assert found.next_size is None
+    result = choose_bits(LazyModel(source, progress=Silent()), auto(target_size="1TB"), Silent())
+    assert result.next_size is None
 
 
-def test_what_a_machine_has_room_for(stories):
+def test_budget_for_the_memory_of_a_machine(stories):
     checkpoint = open_checkpoint(stories)
 
-    def left(memory):
+    def budget(memory):
         recipe = auto(fits=memory)
         return find_budget(recipe, measure_sizes(recipe, checkpoint), checkpoint)
 
-    small, large = left("16GB"), left("64 GiB")
+    small, large = budget("16GB"), budget("64 GiB")
     # 5 layers of 4 heads of 8 for keys, as many for values, 2 bytes each, 512 tokens
     context = 2 * 5 * 4 * 8 * 2 * 512
     assert small.total_bytes == pytest.approx(16e9 * 2 / 3 - 0.3e9 - context, abs=1)
@@ -119,6 +117,6 @@ def test_what_a_machine_has_room_for(stories):
         ({"fits": "450.6MB"}, r"fits: .* leave 7\d.\d kB for the model: .* takes 19\d.\d kB"),
     ],
 )
-def test_what_is_too_small_is_refused_with_the_figures(stories, target, message):
+def test_target_that_is_too_small(stories, target, message):
     with pytest.raises(RecipeError, match=message):
         choose_bits(LazyModel(stories), auto(**target), Silent())

@@ -1,4 +1,4 @@
-"""Layers that are learned block by block are closer than rounded ones, and plain mlx layers."""
+"""Layers learned block by block have a lower error than rounded ones, and are mlx layers."""
 
 import mlx.core as mx
 import numpy as np
@@ -29,8 +29,8 @@ def converted(stories, tmp_path_factory):
     return {name: home / name for name in RECIPES}
 
 
-def test_each_is_closer_to_the_original_than_rtn(converted, stories, story_text):
-    """Of a thousand tokens to learn from; which of the two is closer takes more."""
+def test_divergence_is_lower_than_with_rtn(converted, stories, story_text):
+    """With a thousand tokens; comparing the two methods would need more."""
     original, tokenizer = load(stories)
     tokens = mx.array(np.array(tokenizer.encode(story_text[:8000])[:512]).reshape(4, 128))
     p = mx.softmax(original(tokens), axis=-1)
@@ -42,7 +42,7 @@ def test_each_is_closer_to_the_original_than_rtn(converted, stories, story_text)
 
 
 @pytest.mark.parametrize("method", ["omniquant", "efficientqat"])
-def test_the_result_is_a_plain_mlx_model(converted, stories, method):
+def test_result_is_a_plain_mlx_model(converted, stories, method):
     directory = converted[method]
     assert not (directory / "splitquant_model.py").exists()
     for check in verify(directory, source=resolve(str(stories))):
@@ -53,5 +53,5 @@ def test_the_result_is_a_plain_mlx_model(converted, stories, method):
 
 @pytest.mark.parametrize("method", ["lut", "salience", "omniquant", "efficientqat"])
 def test_time_and_size_are_estimated(stories, method):
-    found = estimate(stories, Recipe(method=method, bits=3, group_size=32))
-    assert found.seconds > 2 and found.stored_bytes < found.source_bytes
+    result = estimate(stories, Recipe(method=method, bits=3, group_size=32))
+    assert result.seconds > 2 and result.stored_bytes < result.source_bytes

@@ -1,6 +1,6 @@
 """The same model and recipe give the same bytes on the same device, in every process.
 
-(With another number of BLAS threads, products of matrices differ in their last bits.)
+With a different number of BLAS threads, matrix products may differ in their last bits.
 """
 
 import json
@@ -43,7 +43,7 @@ for name, recipe in RECIPES.items():
 
 
 def contents(directory):
-    """Return the bytes of every file, of the manifest without its times."""
+    """Return the bytes of every file, and the manifest without its times."""
     files = {file.name: file.read_bytes() for file in directory.iterdir()}
     manifest = json.loads(files.pop("splitquant.json"))
     assert manifest.pop("seconds")
@@ -57,20 +57,20 @@ def source(tmp_path_factory):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_two_conversions_are_the_same_bytes(source, tmp_path, monkeypatch, name):
-    found = []
+    results = []
     for number in ("1", "2"):
         monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / f"cache-{number}"))
         convert(source, tmp_path / number, recipe=RECIPES[name])
-        found.append(contents(tmp_path / number))
-    assert found[0] == found[1]
+        results.append(contents(tmp_path / number))
+    assert results[0] == results[1]
 
 
 @pytest.mark.slow
 def test_another_process_writes_the_same_bytes(source, tmp_path):
     paths = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     for number in ("1", "2"):
-        own = {"SPLITQUANT_CACHE": str(tmp_path / f"cache-{number}")}
+        cache = {"SPLITQUANT_CACHE": str(tmp_path / f"cache-{number}")}
         command = [sys.executable, "-c", PROGRAM, str(source), str(tmp_path / number)]
-        subprocess.run(command, env=os.environ | paths | own, check=True, timeout=300)
+        subprocess.run(command, env=os.environ | paths | cache, check=True, timeout=300)
     for name in RECIPES:
         assert contents(tmp_path / "1" / name) == contents(tmp_path / "2" / name)

@@ -87,8 +87,8 @@ def logits(path):
 @pytest.mark.parametrize("method", RECIPES)
 def test_experts_go_through_every_method(source, tmp_path, method):
     manifest = convert(source, tmp_path / "target", recipe=RECIPES[method])
-    found = np.corrcoef(logits(tmp_path / "target").ravel(), logits(source).ravel())[0, 1]
-    assert found > 0.6  # at 4 bits, many tokens of random weights change their expert
+    correlation = np.corrcoef(logits(tmp_path / "target").ravel(), logits(source).ravel())[0, 1]
+    assert correlation > 0.6  # at 4 bits, many tokens of random weights change their expert
     model = load(source)[0]
     stacks = {path for path, m in model.named_modules() if isinstance(m, SwitchLinear)}
     actions = {layer.action for layer in manifest.layers if layer.path in stacks}
@@ -99,7 +99,7 @@ def test_experts_go_through_every_method(source, tmp_path, method):
 
 
 @pytest.mark.parametrize("mode", ["mxfp4", "nvfp4", "mxfp8"])
-def test_routers_are_affine_in_every_mode_as_in_mlx_lm(mixture, tmp_path, mode):
+def test_routers_are_affine_as_in_mlx_lm(mixture, tmp_path, mode):
     convert(mixture, tmp_path / "ours", recipe=Recipe(method="rtn", mode=mode))
     theirs, config = quantize_model(*mlx_lm_load_model(mixture), None, None, mode=mode)
     ours, _ = load(tmp_path / "ours")
@@ -111,8 +111,8 @@ def test_routers_are_affine_in_every_mode_as_in_mlx_lm(mixture, tmp_path, mode):
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 40])
-def test_large_statistics_of_a_block_are_gone_when_the_next_is_run(tmp_path, monkeypatch, limit):
-    left = []
+def test_large_statistics_are_released_before_the_next_block(tmp_path, monkeypatch, limit):
+    alive = []
 
     def watched(*args):
         seen = []
@@ -120,23 +120,23 @@ def test_large_statistics_of_a_block_are_gone_when_the_next_is_run(tmp_path, mon
             seen += [weakref.ref(x) for x in block.means.values() if isinstance(x, ExpertMeans)]
             yield block
             del block
-            left.append(sum(mean() is not None for mean in seen))
+            alive.append(sum(mean() is not None for mean in seen))
 
     monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(pipeline, "iterate_blocks", watched)
-    monkeypatch.setattr(converter, "SIDE_BY_SIDE_BYTES", limit)
-    # threads that are still busy hold what they were given
-    monkeypatch.setattr(converter, "_threads", lambda number: Slow(number))
+    monkeypatch.setattr(converter, "OVERLAP_BYTES", limit)
+    # busy threads still reference their inputs
+    monkeypatch.setattr(converter, "_executor", lambda number: Slow(number))
     source = tiny.write_checkpoint(tmp_path / "source", "qwen3_moe")
     convert(source, tmp_path / "target", recipe=RECIPES["gptq"])
-    assert (max(left) == 0) == (limit == 0)
+    assert (max(alive) == 0) == (limit == 0)
 
 
 @pytest.mark.parametrize(
-    ("method", "like", "calibrated"),
+    ("method", "quantizer", "calibrated"),
     [("lut", "gptq", True), ("salience", "gptq", True), ("omniquant", "rtn", False)],
 )
-def test_it_is_said_how_a_stack_is_quantized(tmp_path, monkeypatch, method, like, calibrated):
+def test_notes_name_the_quantizer_of_a_stack(tmp_path, monkeypatch, method, quantizer, calibrated):
     monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
     source = tiny.write_checkpoint(tmp_path / "source", "qwen3_moe")
     few = Calibration(num_samples=2, sequence_length=8)
@@ -144,8 +144,8 @@ def test_it_is_said_how_a_stack_is_quantized(tmp_path, monkeypatch, method, like
     manifest = convert(source, tmp_path / "target", recipe=recipe)
     notes = {layer.note for layer in manifest.layers if layer.kind == "experts"}
     rare = "experts 0, 1, 2, 3 saw few tokens: calibrated mostly on those of all experts"
-    said = f"a stack of experts is quantized as by {like}"
-    assert notes == {f"{said}; {rare}" if calibrated else said}
+    note = f"a stack of experts is quantized by {quantizer}"
+    assert notes == {f"{note}; {rare}" if calibrated else note}
 
 
 class Slow(ThreadPoolExecutor):
@@ -159,7 +159,7 @@ class Slow(ThreadPoolExecutor):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("texts", [1, 40])  # few tokens are not sorted by expert, many are
-def test_a_split_stack_is_the_sum_of_its_parts(texts, bias):
+def test_split_stack_is_the_sum_of_its_parts(texts, bias):
     mx.random.seed(texts)
     stack = QuantizedSplitSwitchLinear(4, 64, 24, bias, clusters=3, group_size=32, bits=4)
     w = mx.random.normal((4, 24, 3 * 64))
@@ -176,27 +176,27 @@ def test_a_split_stack_is_the_sum_of_its_parts(texts, bias):
     assert "input_dims=64, output_dims=24" in repr(stack)
 
 
-class Helpers(ThreadPoolExecutor):
-    """Threads that count how often they are asked for help."""
+class CountingPool(ThreadPoolExecutor):
+    """Thread pool that counts calls of `map`."""
 
-    asked = 0
+    calls = 0
 
     def map(self, *arguments, **options):
-        self.asked += 1
+        self.calls += 1
         return super().map(*arguments, **options)
 
 
 @pytest.mark.parametrize("method", ["gptq", "imatrix", "splitquant"])
-def test_a_stack_that_all_cores_share_comes_out_the_same(method, tmp_path, monkeypatch):
+def test_parallel_quantization_of_a_stack_gives_the_same_bytes(method, tmp_path, monkeypatch):
     shape = replace(SHAPES["tiny"], num_experts=6, num_experts_per_tok=2)
     write_random_checkpoint(tmp_path / "source", shape)
-    found = []
-    for name, large in (("alone", quantizers.LARGE), ("shared", 64)):
-        helpers = Helpers(2, thread_name_prefix=quantizers.HELPER)
-        monkeypatch.setattr(quantizers, "_helpers", lambda helpers=helpers: helpers)
+    contents = []
+    for name, large in (("serial", quantizers.LARGE), ("parallel", 64)):
+        pool = CountingPool(2, thread_name_prefix=quantizers.THREAD_PREFIX)
+        monkeypatch.setattr(quantizers, "_executor", lambda pool=pool: pool)
         monkeypatch.setattr(quantizers, "LARGE", large)
         convert(tmp_path / "source", tmp_path / name, recipe=RECIPES[method])
-        helpers.shutdown()
-        assert (helpers.asked > 0) == (name == "shared")
-        found.append((tmp_path / name / "model.safetensors").read_bytes())
-    assert found[0] == found[1]
+        pool.shutdown()
+        assert (pool.calls > 0) == (name == "parallel")
+        contents.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert contents[0] == contents[1]

@@ -1,4 +1,4 @@
-"""Gemma 3 has a file for mlx-vlm: what its head lacks of a tied embedding that is quantized."""
+"""Gemma 3 conversions have a file with the head's copies of embedding scales, for mlx-vlm."""
 
 import json
 import shutil
@@ -27,8 +27,8 @@ def source(tmp_path):
 
 
 def problems(out, source=None):
-    found = verify(out, source=source and resolve(str(source)))
-    return [problem for check in found for problem in check.problems]
+    checks = verify(out, source=source and resolve(str(source)))
+    return [problem for check in checks for problem in check.problems]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def problems(out, source=None):
         {"method": "lut", "calibration": Calibration(num_samples=2)},
     ],
 )
-def test_scales_and_biases_of_the_embedding_are_those_of_the_head_too(source, tmp_path, settings):
+def test_scales_and_biases_of_the_embedding_are_copied_for_the_head(source, tmp_path, settings):
     out = tmp_path / "out"
     manifest = convert(source, out, recipe=Recipe(**settings))
     assert manifest.warnings == ()
@@ -65,29 +65,29 @@ def test_scales_and_biases_of_the_embedding_are_those_of_the_head_too(source, tm
         assert estimate(source, Recipe(**settings)).stored_bytes == stored
 
 
-def test_other_programs_do_without(source, tmp_path):
-    """mlx-lm neither reads nor fetches the file."""
+def test_other_programs_do_not_need_the_file(source, tmp_path):
+    """mlx-lm neither reads nor downloads it."""
     from mlx_lm.utils import load_model
 
     out = tmp_path / "out"
     convert(source, out, recipe=RTN)
-    wanted = load(out)[0](TOKENS)
-    assert mx.array_equal(load_model(out)[0](TOKENS), wanted)
+    expected = load(out)[0](TOKENS)
+    assert mx.array_equal(load_model(out)[0](TOKENS), expected)
     (out / HEAD_FILE).unlink()
-    assert mx.array_equal(load(out)[0](TOKENS), wanted)
-    assert "is not the file" in problems(out)[0] or "no file" in problems(out)[0]
+    assert mx.array_equal(load(out)[0](TOKENS), expected)
+    assert "is not a file" in problems(out)[0]
 
 
-def test_a_changed_copy_is_found(source, tmp_path):
+def test_changed_copy_is_detected(source, tmp_path):
     out = tmp_path / "out"
     convert(source, out, recipe=RTN)
     copies = mx.load(str(out / HEAD_FILE))
     copies["lm_head.scales"] += 1
     mx.save_safetensors(str(out / HEAD_FILE), copies)
-    assert any("lm_head.scales is not what" in problem for problem in problems(out))
+    assert any("lm_head.scales differs from" in problem for problem in problems(out))
 
 
-def test_it_is_no_part_of_an_original(source, tmp_path):
+def test_file_is_ignored_in_an_original(source, tmp_path):
     out = tmp_path / "out"
     convert(source, out, recipe=RTN)
     again = open_checkpoint(out)
@@ -96,7 +96,7 @@ def test_it_is_no_part_of_an_original(source, tmp_path):
     assert problems(tmp_path / "again", out) == []
 
 
-def test_a_head_of_its_own_in_a_file_of_that_name_is_used(source, tmp_path):
+def test_untied_head_in_a_file_of_that_name_is_used(source, tmp_path):
     head = mx.random.normal((tiny.VOCAB, tiny.HIDDEN))
     mx.save_safetensors(str(source / HEAD_FILE), {"lm_head.weight": head})
     names = mx.load(str(source / "model.safetensors"))
@@ -116,13 +116,13 @@ def test_a_head_of_its_own_in_a_file_of_that_name_is_used(source, tmp_path):
         ("qwen3", {"method": "rtn"}),
     ],
 )
-def test_where_nothing_lacks_there_is_no_such_file(tmp_path, architecture, settings):
+def test_no_file_where_none_is_needed(tmp_path, architecture, settings):
     source = tiny.write_checkpoint(tmp_path / "source", architecture)
     manifest = convert(source, tmp_path / "out", recipe=Recipe(**settings))
     assert not (tmp_path / "out" / HEAD_FILE).exists() and manifest.warnings == ()
 
 
-def test_a_snapshot_that_mlx_lm_fetched_is_whole(source, tmp_path, monkeypatch):
+def test_snapshot_downloaded_by_mlx_lm_is_complete(source, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     from splitquant_mlx.models.source import cached

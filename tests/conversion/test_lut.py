@@ -1,4 +1,4 @@
-"""Checkpoints of lookup tables: converted, resumed, inspected, checked, run; else refused."""
+"""Checkpoints of lookup tables: converted, resumed, inspected, verified, run or rejected."""
 
 import json
 
@@ -38,7 +38,7 @@ def tables(stories, tmp_path_factory):
     return directory / "lut"
 
 
-def test_what_is_recorded_is_stored(tables, stories):
+def test_manifest_matches_the_files(tables, stories):
     for check in verify(tables, source=resolve(str(stories))):
         assert not check.problems
     layers = {layer.path: layer for layer in load_manifest(tables).layers}
@@ -51,7 +51,7 @@ def test_what_is_recorded_is_stored(tables, stories):
     assert layers["model.embed_tokens"].mode == "affine"
 
 
-def test_a_changed_record_is_noticed(tables, tmp_path):
+def test_changed_record_is_detected(tables, tmp_path):
     manifest = json.loads((tables / "splitquant.json").read_text())
     next(x for x in manifest["layers"] if x["path"] == PATH)["outliers"] = 2
     for file in tables.iterdir():
@@ -61,7 +61,7 @@ def test_a_changed_record_is_noticed(tables, tmp_path):
     assert PATH in problems["tensors"][0] and problems["config.json"]
 
 
-def test_it_runs_here_and_is_described(tables):
+def test_model_runs_and_is_described(tables):
     model, tokenizer = load(tables)
     assert isinstance(model.model.layers[0].mlp.up_proj, LUTLinear)
     logits = model(mx.array([tokenizer.encode("Once upon a time")]))
@@ -73,7 +73,7 @@ def test_it_runs_here_and_is_described(tables):
     assert check_converted(tables).needs_code
 
 
-def test_an_interrupted_conversion_goes_on(tables, stories, tmp_path, monkeypatch):
+def test_interrupted_conversion_is_resumed(tables, stories, tmp_path, monkeypatch):
     monkeypatch.setenv("SPLITQUANT_CACHE", str(tables.parent / "cache"))
     monkeypatch.setattr(resume, "SAVE_S", 0.0)
     convert_weight = converter.convert_weight
@@ -93,7 +93,7 @@ def test_an_interrupted_conversion_goes_on(tables, stories, tmp_path, monkeypatc
     assert written == (tables / "model.safetensors").read_bytes()
 
 
-def test_ranks_are_refused_in_one_line(tables):
+def test_sharding_is_rejected_in_one_line(tables):
     class TwoRanks:
         def size(self):
             return 2
@@ -122,12 +122,12 @@ def test_ranks_are_refused_in_one_line(tables):
         ({"method": "gptq", "codebook": "powers"}, "codebook: not for method 'gptq'"),
     ],
 )
-def test_bad_settings_are_refused(settings, message):
+def test_bad_settings_are_rejected(settings, message):
     with pytest.raises(RecipeError, match=message):
         Recipe(**{"method": "lut", **settings})
 
 
-def test_bits_that_no_codebook_has_are_refused(stories, tmp_path):
+def test_bits_without_codebooks_are_rejected(stories, tmp_path):
     recipe = Recipe(method="lut", layers={PATH: {"bits": 6}})
     with pytest.raises(RecipeError, match=r"up_proj.bits: expected 2, 3, 4 with method 'lut'"):
         convert(stories, tmp_path / "lut", recipe=recipe)

@@ -1,4 +1,4 @@
-"""What the calibrated methods are for: a real checkpoint stays closer to itself, on unseen text."""
+"""Calibrated methods lower the KL divergence of a real checkpoint on unseen text."""
 
 import mlx.core as mx
 import numpy as np
@@ -25,71 +25,71 @@ RECIPES = {
 }
 
 
-def measuring(source, text, directory):
+def measure_on(source, text, directory):
     """Return a function that converts and returns the KL divergence and the manifest."""
     original, tokenizer = load(source)
     tokens = np.array(tokenizer.encode(text[:20_000])[: 8 * 256]).reshape(8, 256).tolist()
-    wanted = [log_probabilities(original, row) for row in tokens]
+    expected = [log_probabilities(original, row) for row in tokens]
 
     def measure(recipe):
         manifest = convert(source, directory / "model", recipe=recipe, overwrite=True)
         model = load(directory / "model")[0]
-        got = (log_probabilities(model, row) for row in tokens)
-        return divergence(wanted, got).kl_mean, manifest
+        actual = (log_probabilities(model, row) for row in tokens)
+        return divergence(expected, actual).kl_mean, manifest
 
     return measure
 
 
 @pytest.fixture(scope="module")
-def measured(story_text, stories, tmp_path_factory):
+def measure(story_text, stories, tmp_path_factory):
     directory = tmp_path_factory.mktemp("methods")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPLITQUANT_CACHE", str(directory / "cache"))
-        yield measuring(stories, story_text, directory)
+        yield measure_on(stories, story_text, directory)
 
 
 @pytest.fixture(scope="module")
-def found(measured):
-    return {name: measured(recipe) for name, recipe in RECIPES.items()}
+def results(measure):
+    return {name: measure(recipe) for name, recipe in RECIPES.items()}
 
 
-def test_each_method_stays_closer_than_the_one_before(found):
-    kl = {name: value for name, (value, _) in found.items()}
+def test_each_method_has_a_lower_divergence_than_the_previous(results):
+    kl = {name: value for name, (value, _) in results.items()}
     assert kl["imatrix"] < 0.8 * kl["rtn"]
     assert kl["gptq"] < 0.95 * kl["imatrix"]
     assert kl["auto"] < kl["gptq"]
 
 
 @pytest.mark.slow
-def test_refinement_brings_it_closer_at_the_same_size(measured):
+def test_refinement_lowers_the_divergence_at_the_same_size(measure):
     recipes = (Recipe(method="gptq", refine=refine, **CALIBRATED) for refine in (False, True))
-    (plain, before), (refined, after) = map(measured, recipes)
+    (plain, before), (refined, after) = map(measure, recipes)
     assert refined < plain
     assert after.stored_bytes == before.stored_bytes
 
 
-def test_sizes_are_alike(found):
-    bits = {name: manifest.bits_per_weight for name, (_, manifest) in found.items()}
+def test_sizes_are_equal(results):
+    bits = {name: manifest.bits_per_weight for name, (_, manifest) in results.items()}
     assert bits["imatrix"] == bits["gptq"] == pytest.approx(bits["rtn"])
     assert bits["auto"] <= bits["rtn"]
     assert bits["splitquant, calibrated"] == bits["splitquant"]
 
 
-def test_calibration_helps_the_parts_of_a_split(found):
-    plain, fitted = (found[name][0] for name in ("splitquant", "splitquant, calibrated"))
+def test_calibration_improves_split_layers(results):
+    plain, fitted = (results[name][0] for name in ("splitquant", "splitquant, calibrated"))
     assert fitted < 0.9 * plain
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [3, 4])
-def test_auto_keeps_three_times_as_much_of_a_mixture_as_rounding(
+def test_auto_divides_the_divergence_of_a_mixture_by_three(
     mixture, story_text, tmp_path, monkeypatch, bits
 ):
     monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
-    measure = measuring(mixture, story_text, tmp_path)
+    measure = measure_on(mixture, story_text, tmp_path)
     plain, before = measure(Recipe(method="rtn", bits=bits, dtype="float16"))
-    kept, after = measure(Recipe(method="auto", target_bpw=bits + 0.5, dtype="float16"))
-    assert kept < 0.35 * plain
+    allocated, after = measure(Recipe(method="auto", target_bpw=bits + 0.5, dtype="float16"))
+    assert allocated < 0.35 * plain
     assert after.stored_bytes <= before.stored_bytes
 
 

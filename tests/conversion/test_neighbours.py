@@ -1,4 +1,4 @@
-"""A conversion says where another program does not run it."""
+"""Warnings about programs that do not run a conversion correctly."""
 
 import json
 
@@ -11,27 +11,29 @@ from splitquant_mlx.conversion.save import neighbour_notes
 
 
 @pytest.mark.parametrize(
-    ("architecture", "changes", "said"),
+    ("architecture", "changes", "expected"),
     [
         ("gemma3_text", {}, ""),
-        ("gemma3_text", {"tie_word_embeddings": False}, "takes the embedding for the head"),
+        ("gemma3_text", {"tie_word_embeddings": False}, "uses the embedding as head"),
         ("llama", {}, ""),
     ],
 )
-def test_a_head_that_mlx_vlm_takes_from_the_embedding(tmp_path, architecture, changes, said):
+def test_head_that_mlx_vlm_ignores(tmp_path, architecture, changes, expected):
     source = tiny.write_checkpoint(tmp_path / "source", architecture, **changes)
     manifest = convert(source, tmp_path / "out", recipe=Recipe(method="rtn"))
-    assert len(manifest.warnings) == bool(said)
-    assert said in "".join(manifest.warnings)
+    assert len(manifest.warnings) == bool(expected)
+    assert expected in "".join(manifest.warnings)
 
 
-@pytest.mark.parametrize(("kind", "said"), [("lfm2_moe", "softmax"), ("internlm3", "twice as far")])
-def test_a_model_that_mlx_vlm_computes_otherwise(kind, said):
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("lfm2_moe", "softmax"), ("internlm3", "doubles the angles")]
+)
+def test_models_that_mlx_vlm_computes_differently(kind, expected):
     (note,) = neighbour_notes({"model_type": kind}, [])
-    assert note.startswith(f"mlx-vlm's {kind}") and said in note and note.endswith("use mlx-lm")
+    assert note.startswith(f"mlx-vlm's {kind}") and expected in note and note.endswith("use mlx-lm")
 
 
-def test_numbers_that_are_not_finite_are_written_so_that_every_program_reads_them(tmp_path):
+def test_infinite_numbers_are_written_as_valid_json(tmp_path):
     limits = [0.0, float("inf"), float("-inf")]
     source = tiny.write_checkpoint(tmp_path / "source", time_step_limit=limits)
     convert(source, tmp_path / "out", recipe=Recipe(method="rtn"))

@@ -1,4 +1,4 @@
-"""A conversion from end to end on real tiny checkpoints."""
+"""Conversions end to end on tiny trained checkpoints."""
 
 import json
 
@@ -35,12 +35,12 @@ def reference_of(original):
 
 
 def kl_to(reference, path):
-    wanted, tokens = reference
-    found = log_probabilities(dequantized(load_model(path)), tokens)
-    return divergence([wanted], [found]).kl_mean
+    expected, tokens = reference
+    actual = log_probabilities(dequantized(load_model(path)), tokens)
+    return divergence([expected], [actual]).kl_mean
 
 
-def test_manifest_says_what_is_in_the_files(stories, split_stories):
+def test_manifest_matches_the_files(stories, split_stories):
     manifest = load_manifest(split_stories)
     weights = mx.load(str(split_stories / "model.safetensors"))
     assert manifest.stored_bytes == sum(w.nbytes for w in weights.values())
@@ -67,12 +67,12 @@ def test_manifest_says_what_is_in_the_files(stories, split_stories):
 
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4"])
-def test_a_large_weight_is_quantized_in_pieces_to_the_same_bytes(
+def test_large_weight_quantized_in_blocks_gives_the_same_bytes(
     stories, tmp_path, monkeypatch, mode
 ):
     recipe = Recipe(method="rtn", mode=mode)
     hashes = []
-    for target, large in (("whole", 1 << 24), ("pieces", 1 << 12)):
+    for target, large in (("whole", 1 << 24), ("blocks", 1 << 12)):
         monkeypatch.setattr(quantizers, "LARGE", large)
         hashes.append(convert(stories, tmp_path / target, recipe=recipe).files)
     assert hashes[0] == hashes[1]
@@ -86,18 +86,18 @@ def test_signal_to_noise_ratio_is_that_of_the_stored_weights(stories, split_stor
             continue
         w = np.array(original[f"{layer.path}.weight"], np.float64)
         noise = w - np.array(dense_weight(modules[layer.path]), np.float64)
-        wanted = 10 * np.log10((w**2).sum() / (noise**2).sum())
-        assert layer.snr_db == pytest.approx(wanted, abs=0.01)
+        expected = 10 * np.log10((w**2).sum() / (noise**2).sum())
+        assert layer.snr_db == pytest.approx(expected, abs=0.01)
 
 
-def test_before_quantization_the_logits_are_those_of_the_original(stories):
+def test_split_model_has_the_logits_of_the_original(stories):
     tokens = mx.array([list(range(1, 200))])
-    wanted = load_model(stories)(tokens)
-    found = split_model(load_model(stories))(tokens)
-    assert (mx.abs(found - wanted).max() / mx.abs(wanted).max()).item() < 1e-5
+    expected = load_model(stories)(tokens)
+    actual = split_model(load_model(stories))(tokens)
+    assert (mx.abs(actual - expected).max() / mx.abs(expected).max()).item() < 1e-5
 
 
-def test_loaded_model_has_split_layers_and_answers_the_same(stories, split_stories):
+def test_loaded_model_has_split_layers_and_generates_the_same(stories, split_stories):
     from mlx_lm import generate
 
     model, tokenizer = load(split_stories)
@@ -118,7 +118,7 @@ def test_dense_scoring_agrees_with_the_quantized_kernels(split_stories, tmp_path
         assert (mx.abs(quantized - dense).max() / mx.abs(dense).max()).item() < 1e-4
 
 
-def test_split_is_closer_to_the_original_than_rtn(stories, tmp_path):
+def test_split_has_a_lower_divergence_than_rtn(stories, tmp_path):
     reference, kl = reference_of(stories), {}
     for method in ("rtn", "splitquant"):
         recipe = Recipe(method=method, embeddings="keep")
@@ -127,7 +127,7 @@ def test_split_is_closer_to_the_original_than_rtn(stories, tmp_path):
     assert 0 < kl["splitquant"] < 0.3 * kl["rtn"]
 
 
-def test_more_bits_and_finer_granularity_are_closer(stories, tmp_path):
+def test_more_bits_and_finer_granularity_lower_the_divergence(stories, tmp_path):
     reference = reference_of(stories)
 
     def kl(**settings):
@@ -137,11 +137,11 @@ def test_more_bits_and_finer_granularity_are_closer(stories, tmp_path):
 
     by_bits = [kl(bits=bits) for bits in (2, 4, 8)]
     assert by_bits == sorted(by_bits, reverse=True)
-    by_grain = [kl(bits=3, granularity=g) for g in ("tensor", "channel", "group")]
-    assert by_grain == sorted(by_grain, reverse=True)
+    by_granularity = [kl(bits=3, granularity=g) for g in ("tensor", "channel", "group")]
+    assert by_granularity == sorted(by_granularity, reverse=True)
 
 
-def test_recipe_chooses_layers(stories, tmp_path):
+def test_recipe_selects_layers(stories, tmp_path):
     patterns = ("*.mlp.*", "*.embed_tokens")
     recipe = Recipe(include=patterns, exclude=("*.4.*",), embeddings="quantize", clusters=2)
     manifest = convert(stories, tmp_path / "out", recipe=recipe)
@@ -172,7 +172,7 @@ def test_conversion_is_deterministic(stories, split_stories, tmp_path):
         assert (split_stories / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
-def test_sklearn_finds_nothing_better(stories, split_stories, tmp_path):
+def test_sklearn_finds_similar_cut_points(stories, split_stories, tmp_path):
     manifest = convert(stories, tmp_path / "out", recipe=Recipe(kmeans="sklearn"))
     exact = load_manifest(split_stories)
     for ours, theirs in zip(exact.layers, manifest.layers, strict=True):
@@ -180,7 +180,7 @@ def test_sklearn_finds_nothing_better(stories, split_stories, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_dtype_is_that_of_what_stays_unquantized(stories, tmp_path, dtype):
+def test_dtype_of_unquantized_tensors(stories, tmp_path, dtype):
     convert(stories, tmp_path / "out", recipe=Recipe(dtype=dtype))
     weights = mx.load(str(tmp_path / "out" / "model.safetensors"))
     assert weights["model.norm.weight"].dtype == getattr(mx, dtype)
@@ -190,7 +190,7 @@ def test_dtype_is_that_of_what_stays_unquantized(stories, tmp_path, dtype):
     assert mx.all(mx.isfinite(model(mx.array([[1, 2, 3]]))))
 
 
-def test_target_is_refused_kept_and_replaced(stories, tmp_path):
+def test_existing_target_is_kept_or_replaced(stories, tmp_path):
     target = tmp_path / "deep" / "er" / "out"
     with pytest.raises(RecipeError):
         convert(stories, target, recipe=Recipe(group_size=128))
@@ -205,25 +205,25 @@ def test_target_is_refused_kept_and_replaced(stories, tmp_path):
     assert [p.name for p in target.parent.iterdir()] == ["out"]
 
 
-def test_conversion_of_a_converted_model_is_refused(split_stories, tmp_path):
+def test_converted_model_is_rejected(split_stories, tmp_path):
     from splitquant_mlx import CheckpointError
 
     with pytest.raises(CheckpointError, match="quantized already"):
         convert(split_stories, tmp_path / "out")
 
 
-def test_parameters_are_not_lost(stories, split_stories):
-    """Every tensor that is not converted is stored as it was."""
+def test_other_parameters_are_unchanged(stories, split_stories):
+    """Every tensor that is not converted equals the original."""
     original = mx.load(str(stories / "model.safetensors"))
-    found = mx.load(str(split_stories / "model.safetensors"))
-    kept = [name for name in original if f"{name.removesuffix('weight')}scales" not in found]
-    assert len(kept) == 5 + 1 + 11  # unsplittable layers, embedding, norms
-    for name in kept:
-        assert mx.array_equal(found[name], original[name]), name
+    converted = mx.load(str(split_stories / "model.safetensors"))
+    unquantized = [x for x in original if f"{x.removesuffix('weight')}scales" not in converted]
+    assert len(unquantized) == 5 + 1 + 11  # unsplittable layers, embedding, norms
+    for name in unquantized:
+        assert mx.array_equal(converted[name], original[name]), name
 
 
 def test_one_weight_at_a_time_gives_the_same(tmp_path, monkeypatch):
-    """As on a GPU, without a thread pool; random float32 weights leave no ties to round."""
+    """As on a GPU, without a thread pool; random float32 weights have no ties to round."""
     source = write_checkpoint(tmp_path / "source")
     convert(source, tmp_path / "pool")
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
@@ -233,7 +233,7 @@ def test_one_weight_at_a_time_gives_the_same(tmp_path, monkeypatch):
     assert written == (tmp_path / "pool" / "model.safetensors").read_bytes()
 
 
-def test_a_shard_is_gone_on_with_where_it_was_saved(stories, split_stories, tmp_path, monkeypatch):
+def test_unfinished_shard_is_resumed(stories, split_stories, tmp_path, monkeypatch):
     monkeypatch.setattr(resume, "SAVE_S", 0.0)
     convert_weight, seen = converter.convert_weight, []
 

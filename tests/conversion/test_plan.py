@@ -1,4 +1,4 @@
-"""What a recipe's patterns select, on a model whose parameters are never read."""
+"""Plans: layers selected by a recipe's patterns, notes and sizes, without reading weights."""
 
 import math
 
@@ -35,8 +35,8 @@ def test_every_layer_is_converted_without_patterns(model):
 
 @pytest.mark.parametrize("pattern", ["*embed*", "lm_head", "*.1.mlp.up_proj"])
 def test_exclude_reaches_every_kind_of_layer(model, pattern):
-    left = converted(model) - converted(model, exclude=(pattern,))
-    assert left == {{"*embed*": EMBEDDING, "lm_head": HEAD}.get(pattern, MLP)}
+    excluded = converted(model) - converted(model, exclude=(pattern,))
+    assert excluded == {{"*embed*": EMBEDDING, "lm_head": HEAD}.get(pattern, MLP)}
 
 
 @pytest.mark.parametrize("path", [EMBEDDING, HEAD, MLP])
@@ -45,12 +45,12 @@ def test_include_selects_one_layer_alone(model, path):
 
 
 @pytest.mark.parametrize("option", ["include", "exclude"])
-def test_pattern_that_matches_nothing_is_named(model, option):
+def test_pattern_without_a_match_is_named(model, option):
     with pytest.raises(RecipeError, match=rf"{option} pattern '\*\.nosuch' matches no layer"):
         converted(model, **{option: ("*.mlp.*", "*.nosuch")})
 
 
-def test_patterns_that_leave_nothing_are_refused(model):
+def test_patterns_that_select_no_layer_are_rejected(model):
     with pytest.raises(RecipeError, match="leave no layer to convert"):
         converted(model, exclude=("*",))
 
@@ -60,11 +60,11 @@ def test_patterns_that_leave_nothing_are_refused(model):
     [
         ("rtn", ""),
         ("splitquant", "a MultiLinear is not split"),
-        ("gptq", "a MultiLinear is quantized as by rtn"),
-        ("lut", "a MultiLinear is quantized as by rtn"),
+        ("gptq", "a MultiLinear is quantized by rtn"),
+        ("lut", "a MultiLinear is quantized by rtn"),
     ],
 )
-def test_it_is_said_how_matrices_of_latent_attention_are_quantized(method, note):
+def test_notes_on_matrices_of_latent_attention(method, note):
     sizes = {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 64, "v_head_dim": 64}
     args = deepseek_v3.ModelArgs(num_hidden_layers=1, q_lora_rank=None, hidden_size=64, **sizes)
     plan = make_plan(Recipe(method=method), deepseek_v3.Model(args), {})

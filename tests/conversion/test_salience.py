@@ -1,4 +1,4 @@
-"""Checkpoints whose layers have inputs of different bits: converted, checked, run, described."""
+"""Checkpoints of mixed-bit layers: converted, verified, run, described or rejected."""
 
 import json
 
@@ -38,7 +38,7 @@ def mixed(stories, tmp_path_factory):
     return directory / "mixed"
 
 
-def test_what_is_recorded_is_stored(mixed, stories):
+def test_manifest_matches_the_files(mixed, stories):
     for check in verify(mixed, source=resolve(str(stories))):
         assert not check.problems
     layers = {layer.path: layer for layer in load_manifest(mixed).layers}
@@ -47,13 +47,13 @@ def test_what_is_recorded_is_stored(mixed, stories):
     assert layers[PATH].mode == "mixed" and layers["model.embed_tokens"].mode == "affine"
 
 
-def test_it_runs_here_and_is_described(mixed):
+def test_model_runs_and_is_described(mixed):
     model, tokenizer = load(mixed)
     layer = model.model.layers[0].mlp.up_proj
     assert isinstance(layer, MixedLinear)
     tokens = mx.array([tokenizer.encode("Once upon a time")])
     logits = model(tokens)
-    layer.biases = layer.biases + 1  # what was read of the layer before is not taken for this
+    layer.biases = layer.biases + 1  # cached parts must be recomputed
     assert not mx.allclose(model(tokens), logits).item()
     overview = describe(mixed)
     assert overview.method == "salience" and "trust-remote-code" in overview.runs_in
@@ -61,7 +61,7 @@ def test_it_runs_here_and_is_described(mixed):
 
 
 @pytest.mark.parametrize("widths", [[3] * 63 + [4], [2] * 64, [0] * 64, [9] * 64])
-def test_damaged_widths_are_noticed(mixed, tmp_path, stories, widths):
+def test_damaged_widths_are_detected(mixed, tmp_path, stories, widths):
     for file in mixed.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     file = tmp_path / "model.safetensors"
@@ -74,7 +74,7 @@ def test_damaged_widths_are_noticed(mixed, tmp_path, stories, widths):
     assert any("up_proj" in problem for problem in problems)
 
 
-def test_experts_and_what_an_architecture_asks_for_are_as_by_gptq(mixture, tmp_path, monkeypatch):
+def test_experts_and_layers_with_fixed_bits_use_gptq(mixture, tmp_path, monkeypatch):
     monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
     for method in ("salience", "lut"):
         recipe = Recipe(method=method, **SETTINGS)
@@ -97,21 +97,21 @@ def test_experts_and_what_an_architecture_asks_for_are_as_by_gptq(mixture, tmp_p
         ({"mode": "mxfp4"}, "mode"),
     ],
 )
-def test_bad_settings_are_refused(settings, message):
+def test_bad_settings_are_rejected(settings, message):
     with pytest.raises(RecipeError, match=message):
         Recipe(**{"method": "salience", **settings})
 
 
 @pytest.mark.parametrize(
-    ("method", "own", "message"),
+    ("method", "settings", "message"),
     [
         ("salience", {"bits": 8}, "up_proj.bits: expected 2, 3, 4, 5 with method 'salience'"),
         ("lut", {"group_size": 32}, "up_proj.group_size: not for method 'lut': leave it out"),
     ],
 )
-def test_settings_of_a_layer_that_it_cannot_have(stories, tmp_path, method, own, message):
+def test_bad_settings_of_a_layer_are_rejected(stories, tmp_path, method, settings, message):
     with pytest.raises(RecipeError, match=message):
-        convert(stories, tmp_path / "out", recipe=Recipe(method=method, layers={PATH: own}))
+        convert(stories, tmp_path / "out", recipe=Recipe(method=method, layers={PATH: settings}))
 
 
 def test_config_names_the_layers(mixed):
@@ -122,7 +122,7 @@ def test_config_names_the_layers(mixed):
 
 @pytest.mark.parametrize("method", ["lut", "salience"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_no_numbers_are_named(stories, tmp_path, method, value):
+def test_nan_and_infinite_weights_are_rejected(stories, tmp_path, method, value):
     source = tmp_path / "source"
     source.mkdir()
     for file in stories.iterdir():

@@ -1,4 +1,4 @@
-"""Directories beside the target as a killed conversion left them, or as somebody made them."""
+"""Directories next to the target, left by a killed conversion or created by others."""
 
 import json
 import os
@@ -38,15 +38,15 @@ def half(source, tmp_path):
 
 @pytest.fixture(scope="module")
 def common(tmp_path_factory):
-    """Return a source, what a killed conversion of it left, and what a whole one gives."""
-    room = tmp_path_factory.mktemp("common")
-    source = tiny.write_checkpoint(room / "source")
-    convert(source, room / "whole", max_shard_bytes=SHARD_BYTES)
-    return source, half_converted(source, room / "target"), content(room / "whole")
+    """Return a source, the directory of a killed conversion, and the complete conversion."""
+    directory = tmp_path_factory.mktemp("common")
+    source = tiny.write_checkpoint(directory / "source")
+    convert(source, directory / "whole", max_shard_bytes=SHARD_BYTES)
+    return source, half_converted(source, directory / "target"), content(directory / "whole")
 
 
 def half_converted(source, target, recipe=None):
-    """Return what a conversion leaves that is killed after five shards and a half."""
+    """Return the directory of a conversion killed after five and a half shards."""
 
     def add(writer, name, tensor):
         original(writer, name, tensor)
@@ -63,8 +63,8 @@ def half_converted(source, target, recipe=None):
 
 
 @pytest.fixture
-def taken(monkeypatch):
-    """Return the list that receives how many shards each conversion takes over."""
+def resumed(monkeypatch):
+    """Return a list that receives the number of shards that each conversion reuses."""
     numbers, resume = [], ShardWriter.resume
 
     def counted(writer, *args):
@@ -103,7 +103,7 @@ def link(half):
 
 
 def edit_journal(change):
-    """Return an edit of the records after the first line; `change` gets the list."""
+    """Return an edit that calls `change` with the list of records after the first line."""
 
     def edit(half):
         opening, *lines = (half / "journal").read_text().splitlines()
@@ -137,12 +137,12 @@ def litter(half):
     (half / "model" / "evil.py").write_text("raise SystemExit")
     (half / "model" / "deep").mkdir()
     (half / "replaced").symlink_to("../source")
-    (half / "held-by").write_text("1\n")  # a process that lives, and holds nothing
+    (half / "held-by").write_text("1\n")  # a live process without a lock
 
 
 LAYER = "model.layers.0.self_attn.k_proj"
 EDITS = {
-    "as it was left": (lambda half: None, 5),
+    "unchanged": (lambda half: None, 5),
     "a byte of a shard": (flip, 2),
     "a shard cut": (cut, 2),
     "two shards swapped": (swap, 2),
@@ -160,7 +160,7 @@ EDITS = {
     "a record of a text": (edit_journal(lambda records: records[1].update(layers="x")), 1),
     "a record of another form": (edit_journal(lambda records: records[1].update(x=1)), 1),
     "a number as text": (edit_journal(lambda records: records[1].update(number="2")), 1),
-    "all layers said to be done": (
+    "all layers marked as done": (
         edit_journal(lambda records: records[0].update(layers=records[4]["layers"])),
         5,
     ),
@@ -168,21 +168,21 @@ EDITS = {
 
 
 @pytest.mark.parametrize(("edit", "reused"), EDITS.values(), ids=EDITS)
-def test_what_was_left_is_checked(common, taken, tmp_path, edit, reused):
-    source, left, wanted = common
-    half = shutil.copytree(left, tmp_path / ".target.partial")
+def test_only_valid_shards_are_reused(common, resumed, tmp_path, edit, reused):
+    source, partial, expected = common
+    half = shutil.copytree(partial, tmp_path / ".target.partial")
     edit(half)
     outside = {path: path.read_bytes() for path in tmp_path.glob("elsewhere")}
     convert(source, tmp_path / "target", max_shard_bytes=SHARD_BYTES)
-    assert content(tmp_path / "target") == wanted
+    assert content(tmp_path / "target") == expected
     assert not any(path.is_symlink() for path in (tmp_path / "target").iterdir())
-    assert taken == [reused]
+    assert resumed == [reused]
     assert {path: path.read_bytes() for path in outside} == outside
     assert not half.exists()
 
 
 def change_source(source):
-    """Change a weight, with the file's size and time as they were."""
+    """Change a weight, but not the size and time of the file."""
     file = source / "model.safetensors"
     status = file.stat()
     with file.open("r+b") as opened:
@@ -193,7 +193,7 @@ def change_source(source):
 
 
 @pytest.mark.parametrize("what", ["source", "config", "recipe", "shards"])
-def test_another_conversion_begins_afresh(source, half, taken, tmp_path, what):
+def test_different_conversion_starts_over(source, half, resumed, tmp_path, what):
     options = {"recipe": Recipe(), "max_shard_bytes": SHARD_BYTES}
     if what == "source":
         change_source(source)
@@ -207,11 +207,11 @@ def test_another_conversion_begins_afresh(source, half, taken, tmp_path, what):
     convert(source, tmp_path / "target", **options)
     convert(source, tmp_path / "again", **options)
     assert content(tmp_path / "target") == content(tmp_path / "again")
-    assert taken == [0, 0]
+    assert resumed == [0, 0]
 
 
 @pytest.mark.parametrize("changed", [False, True])
-def test_another_calibration_text_begins_afresh(source, taken, tmp_path, changed):
+def test_different_calibration_text_starts_over(source, resumed, tmp_path, changed):
     text = tmp_path / "text.txt"
     text.write_text("w2 w3 w4 w5 w6 w7 w8 " * 50)
     calibration = Calibration(text=str(text), num_samples=4, sequence_length=16)
@@ -220,7 +220,7 @@ def test_another_calibration_text_begins_afresh(source, taken, tmp_path, changed
     if changed:
         text.write_text("w12 w3 w14 w5 w16 w7 w18 " * 50)
     convert(source, tmp_path / "target", recipe=recipe, max_shard_bytes=SHARD_BYTES)
-    assert (taken[-1] > 0) == (not changed)
+    assert (resumed[-1] > 0) == (not changed)
     convert(source, tmp_path / "again", recipe=recipe, max_shard_bytes=SHARD_BYTES)
     assert content(tmp_path / "target") == content(tmp_path / "again")
 
@@ -239,8 +239,8 @@ def test_source_that_changes_while_it_is_read(source, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
-def test_error_and_second_kill_lose_nothing_of_a_replaced_model(source, half, tmp_path):
-    """The kill came when the former model was moved aside, and the new one not yet in place."""
+def test_replaced_model_is_restored_after_a_kill_and_an_error(source, half, tmp_path):
+    """The kill came after the previous model was moved aside, before the new one was renamed."""
     target = tmp_path / "target"
     model_at(half / "replaced")
     with pytest.raises(Exception, match="group size 128"):
@@ -270,7 +270,7 @@ IN_THE_WAY = {
 
 
 @pytest.mark.parametrize("make", IN_THE_WAY.values(), ids=IN_THE_WAY)
-def test_what_is_not_of_this_program_is_left_alone(source, tmp_path, make):
+def test_foreign_files_are_not_touched(source, tmp_path, make):
     make(tmp_path / ".target.partial")
     before = tree(tmp_path)
     with pytest.raises(TargetError, match=r"\.target\.partial.* is in the way: it") as caught:
@@ -326,8 +326,8 @@ def test_two_conversions_into_one_target(source, tmp_path, holder, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
 
 
-def test_lock_ends_with_the_directory_it_was_on(tmp_path):
-    """Who waits between opening and locking must not hold a directory that is gone."""
+def test_lock_on_a_removed_directory_is_not_used(tmp_path):
+    """The directory may be removed between opening and locking."""
     place = tmp_path / "place"
     flock = workspace.fcntl.flock
 
@@ -342,8 +342,8 @@ def test_lock_ends_with_the_directory_it_was_on(tmp_path):
     assert not place.exists()
 
 
-def test_everything_is_on_the_disk_before_it_gets_its_name(source, tmp_path, monkeypatch):
-    """A power cut keeps what was synchronized, so the order of the calls is what counts."""
+def test_files_are_synchronized_before_the_rename(source, tmp_path, monkeypatch):
+    """A power cut loses everything that was not synchronized before."""
     target, events = tmp_path / "new" / "target", []
     fsync, rename = os.fsync, staging.Path.rename
 
@@ -360,7 +360,7 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(source, tmp_path, mon
         return rename(path, other)
 
     if not os.path.isdir("/proc/self/fd"):
-        pytest.skip("no /proc to tell the file of a descriptor by")
+        pytest.skip("needs /proc to find the file of a descriptor")
     monkeypatch.setattr(os, "fsync", seen_fsync)
     monkeypatch.setattr(staging.Path, "rename", seen_rename)
     convert(source, target, max_shard_bytes=SHARD_BYTES)
@@ -370,12 +370,12 @@ def test_everything_is_on_the_disk_before_it_gets_its_name(source, tmp_path, mon
     assert ("sync", str(tmp_path)) in kinds[:place], "the new parent's own name"
 
 
-def test_conversion_that_goes_on_wants_only_the_space_it_lacks(source, half, tmp_path, monkeypatch):
+def test_resumed_conversion_needs_only_the_remaining_space(source, half, tmp_path, monkeypatch):
     from splitquant_mlx.conversion import pipeline
 
-    asked = []
-    monkeypatch.setattr(pipeline, "require_space", lambda path, nbytes: asked.append(nbytes))
+    needed = []
+    monkeypatch.setattr(pipeline, "require_space", lambda path, nbytes: needed.append(nbytes))
     stored = sum(file.stat().st_size for file in (half / "model").iterdir())
     convert(source, tmp_path / "target", max_shard_bytes=SHARD_BYTES)
     convert(source, tmp_path / "other", max_shard_bytes=SHARD_BYTES)
-    assert 0.5 * stored < asked[1] - asked[0] < stored
+    assert 0.5 * stored < needed[1] - needed[0] < stored

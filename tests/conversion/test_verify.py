@@ -1,4 +1,4 @@
-"""`verify` finds what was changed: of files, of the manifest, and of both in accord."""
+"""`verify` detects changes of files, of the manifest, and consistent changes of both."""
 
 import hashlib
 import json
@@ -16,24 +16,24 @@ PATH = "model.layers.0.mlp.up_proj"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def conversions(tmp_path_factory):
     """Return a source and a directory of its conversions, by method."""
-    room = tmp_path_factory.mktemp("made")
-    source = tiny.write_checkpoint(room / "source", dtype=mx.bfloat16)
+    directory = tmp_path_factory.mktemp("conversions")
+    source = tiny.write_checkpoint(directory / "source", dtype=mx.bfloat16)
     for method in ("splitquant", "rtn"):
-        convert(source, room / method, recipe=Recipe(method=method))
-    return source, room
+        convert(source, directory / method, recipe=Recipe(method=method))
+    return source, directory
 
 
 @pytest.fixture
-def model(made, tmp_path):
+def model(conversions, tmp_path):
     """Return a copy of the split conversion."""
-    return shutil.copytree(made[1] / "splitquant", tmp_path / "model")
+    return shutil.copytree(conversions[1] / "splitquant", tmp_path / "model")
 
 
 @pytest.fixture
 def verify(capsys):
-    """Return a function that runs the command, and returns its code, output and message."""
+    """Return a function that runs the command and returns exit code, stdout and stderr."""
 
     def verified(path, *options):
         code = run(["verify", str(path), *map(str, options)])
@@ -65,7 +65,7 @@ def edit_layer(layer_path=PATH, **changes):
 
 
 def rehash(model):
-    """Make the manifest's hashes those of the files, as a liar would."""
+    """Update the hashes in the manifest."""
     names = [file.name for file in model.iterdir() if file.name != "splitquant.json"]
     hashes = {name: hashlib.sha256((model / name).read_bytes()).hexdigest() for name in names}
     edit_manifest(files=hashes)(model)
@@ -101,12 +101,12 @@ def edit_config(model):
 
 
 @pytest.mark.parametrize("method", ["splitquant", "rtn"])
-def test_what_was_converted_passes(made, verify, method):
-    source, room = made
-    code, out, _ = verify(room / method, "--source", source)
+def test_conversions_pass(conversions, verify, method):
+    source, directory = conversions
+    code, out, _ = verify(directory / method, "--source", source)
     assert code == 0 and out.count(" ok") == 5 and "FAILED" not in out
-    assert out.endswith(f"{room / method} is whole.\n")
-    code, out, _ = verify(room / method)
+    assert out.endswith(f"{directory / method} is whole.\n")
+    code, out, _ = verify(directory / method)
     assert code == 0 and out.count(" ok") == 4
 
 
@@ -121,50 +121,53 @@ def test_other_architectures_and_types_pass(verify, tmp_path, architecture, dtyp
 
 
 ALTERED = {
-    "a byte of the weights": (flip_byte, "model.safetensors is not the file that was written"),
+    "a byte of the weights": (flip_byte, "model.safetensors has changed: its SHA-256"),
     "the tokenizer": (
         lambda model: (model / "tokenizer.json").write_text("{}"),
-        "tokenizer.json is not the file",
+        "tokenizer.json has changed",
     ),
     "a file lost": (lambda m: (m / "tokenizer.json").unlink(), "'tokenizer.json' is in the"),
     "more weights": (second_weights, "model-more.safetensors has no hash in the manifest"),
     "no hashes": (edit_manifest(files={}), "config.json has no hash in the manifest"),
-    "a file elsewhere": (edit_manifest(files={"../x": "0"}), "'../x' is in the manifest, and is"),
-    "bits/weight": (edit_manifest(bits_per_weight=4.5), "bits_per_weight is 4.5000"),
-    "linear bits/weight": (edit_manifest(linear_bits_per_weight=4.5), "linear_bits_per_weight is"),
-    "stored bytes": (edit_manifest(stored_bytes=1), "stored_bytes is 1, the files hold"),
-    "no layers": (edit_manifest(layers=[]), "is of no layer in the manifest"),
-    "a layer's bytes": (edit_layer(nbytes=8), "bytes, the manifest says 8"),
-    "a layer's bits": (edit_layer(bits=8), "do not fit split, shape [128, 64], bits 8"),
-    "a layer's bits none": (edit_layer(bits=None), "do not fit split"),
-    "a layer's group size 0": (edit_layer(group_size=0), "do not fit split"),
-    "a layer's shape": (edit_layer(shape=[64, 64]), "do not fit split, shape [64, 64]"),
-    "a layer's shape huge": (edit_layer(shape=[2**62] * 99), "do not fit split"),
-    "a layer's shape empty": (edit_layer(shape=[]), "do not fit split"),
-    "a layer's bits/weight": (edit_layer(bits_per_weight=4.5), "not the 4.5 bits/weight"),
-    "a layer said to be kept": (
+    "a file elsewhere": (edit_manifest(files={"../x": "0"}), "'../x' is in the manifest, but"),
+    "bits/weight": (edit_manifest(bits_per_weight=4.5), "parameters, got 4.5000"),
+    "linear bits/weight": (
+        edit_manifest(linear_bits_per_weight=4.5),
+        "linear_bits_per_weight: expected",
+    ),
+    "stored bytes": (edit_manifest(stored_bytes=1), "stored_bytes: expected"),
+    "no layers": (edit_manifest(layers=[]), "belongs to no layer in the manifest"),
+    "a layer's bytes": (edit_layer(nbytes=8), ", got 8"),
+    "a layer's bits": (edit_layer(bits=8), "match the manifest: split, shape [128, 64], bits 8"),
+    "a layer's bits none": (edit_layer(bits=None), "match the manifest: split"),
+    "a layer's group size 0": (edit_layer(group_size=0), "match the manifest: split"),
+    "a layer's shape": (edit_layer(shape=[64, 64]), "match the manifest: split, shape [64, 64]"),
+    "a layer's shape huge": (edit_layer(shape=[2**62] * 99), "match the manifest: split"),
+    "a layer's shape empty": (edit_layer(shape=[]), "match the manifest: split"),
+    "a layer's bits/weight": (edit_layer(bits_per_weight=4.5), ", got 4.5000"),
+    "a layer marked as kept": (
         edit_layer(action="keep"),
         "expected weight, got weight, scales, biases",
     ),
     "a layer twice": (edit_layer("model.embed_tokens", path=PATH), "in the manifest twice"),
-    "the config": (edit_config, "its splitquant is not that of the manifest"),
+    "the config": (edit_config, "splitquant differs from the layers in the manifest"),
     "scales infinite": (
         edit_tensor(f"{PATH}.scales", lambda scales: scales * mx.inf),
-        "the logits hold NaN",
+        "the logits contain NaN",
     ),
     "a tensor of another shape": (
         edit_tensor(f"{PATH}.scales", lambda scales: scales[:, :-1]),
-        "do not fit split",
+        "do not match the manifest: split",
     ),
 }
 
 
-@pytest.mark.parametrize(("edit", "wanted"), ALTERED.values(), ids=ALTERED)
-def test_what_was_altered_is_found(model, verify, edit, wanted):
+@pytest.mark.parametrize(("edit", "problem"), ALTERED.values(), ids=ALTERED)
+def test_alterations_are_detected(model, verify, edit, problem):
     edit(model)
     code, out, err = verify(model)
     assert code == 2 and "FAILED" in out
-    assert wanted in out and "is not what its manifest says" in err
+    assert problem in out and "is not what its manifest says" in err
 
 
 def one_row(codes):
@@ -172,33 +175,33 @@ def one_row(codes):
     return mx.concatenate([codes[:-1], mx.zeros_like(codes[-1:])])
 
 
-# lies in accord: only the original tells
-LIES = {
-    "a better ratio": (edit_layer(snr_db=40.0), "dB, recorded is 40.00"),
-    "no error": (edit_layer(snr_db=None), "dB, recorded is 150.00"),
-    "codes of a row": (edit_tensor(f"{PATH}.weight", one_row), "its signal-to-noise ratio is"),
-    "a norm": (edit_tensor("model.norm.weight", lambda w: w * 2), "model.norm.weight is not that"),
+# consistent changes, which only the comparison with the original detects
+CONSISTENT = {
+    "a better ratio": (edit_layer(snr_db=40.0), "signal-to-noise ratio: expected 40.00 dB"),
+    "no error": (edit_layer(snr_db=None), "ratio: expected 150.00 dB"),
+    "codes of a row": (edit_tensor(f"{PATH}.weight", one_row), "signal-to-noise ratio: expected"),
+    "a norm": (edit_tensor("model.norm.weight", lambda w: w * 2), "model.norm.weight differs"),
     "a norm of more bits": (
         edit_tensor("model.norm.weight", lambda w: w.astype(mx.float32)),
-        "model.norm.weight is not that",
+        "model.norm.weight differs",
     ),
     "an embedding": (
         edit_tensor("model.embed_tokens.weight", one_row),
-        "model.embed_tokens.weight is not that of the original",
+        "model.embed_tokens.weight differs from the original",
     ),
-    "the source's bytes": (edit_manifest(source_bytes=7), "bytes, the manifest says 7"),
-    "the recipe": (edit_manifest(recipe={"bits": 99}), "the manifest's recipe is none"),
+    "the source's bytes": (edit_manifest(source_bytes=7), "the size of the original, got 7"),
+    "the recipe": (edit_manifest(recipe={"bits": 99}), "the manifest's recipe is invalid"),
 }
 
 
-@pytest.mark.parametrize(("edit", "wanted"), LIES.values(), ids=LIES)
-def test_the_original_tells_what_hashes_do_not(made, model, verify, edit, wanted):
+@pytest.mark.parametrize(("edit", "problem"), CONSISTENT.values(), ids=CONSISTENT)
+def test_comparison_with_the_original(conversions, model, verify, edit, problem):
     edit(model)
-    code, out, _ = verify(model, "--source", made[0])
-    assert code == 2 and wanted in out and out.count("FAILED") <= 2
+    code, out, _ = verify(model, "--source", conversions[0])
+    assert code == 2 and problem in out and out.count("FAILED") <= 2
 
 
-def test_rows_outside_of_the_sample_are_looked_at(verify, tmp_path):
+def test_rows_outside_the_sample_are_checked(verify, tmp_path):
     """The recorded ratio of a large weight is that of every second row."""
     wide = {"model.layers.0.mlp.up_proj.weight": mx.random.normal((128, 64))}
     source = tiny.write_checkpoint(tmp_path / "source", replace=wide)
@@ -211,20 +214,20 @@ def test_rows_outside_of_the_sample_are_looked_at(verify, tmp_path):
         assert verify(tmp_path / "model", "--source", source)[0] == 0
         edit_tensor(f"{PATH}.weight", one_row)(tmp_path / "model")
         code, out, _ = verify(tmp_path / "model", "--source", source)
-        assert code == 2 and f"{PATH}: its ratio over all rows is" in out
+        assert code == 2 and f"{PATH}: ratio over all rows: expected" in out
     finally:
         patch.undo()
 
 
-def test_the_wrong_original_is_no_original(model, verify, tmp_path):
+def test_wrong_original(model, verify, tmp_path):
     other = tiny.write_checkpoint(tmp_path / "other", "qwen2")
     code, out, _ = verify(model, "--source", other)
     assert code == 2 and "self_attn.q_proj.bias is missing" in out
 
 
-def test_what_cannot_be_verified(made, verify, tmp_path):
-    assert "has no splitquant.json" in verify(made[0])[2]
+def test_what_cannot_be_verified(conversions, verify, tmp_path):
+    assert "has no splitquant.json" in verify(conversions[0])[2]
     assert "has no splitquant.json" in verify(tmp_path / "nowhere")[2]
     (tmp_path / "splitquant.json").write_text("[]")
     assert "is not a splitquant-mlx manifest" in verify(tmp_path)[2]
-    assert "no such path" in verify(made[1] / "rtn", "--source", "/nowhere")[2]
+    assert "no such path" in verify(conversions[1] / "rtn", "--source", "/nowhere")[2]

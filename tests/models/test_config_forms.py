@@ -113,7 +113,7 @@ def test_verify_names_a_setting_that_was_lost(tmp_path):
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "rope_theta": 10_000.0}))
     found = {check.name: check.problems for check in verify(tmp_path / "out", source=source)}
-    assert "rope_theta is 10000.0, expected 250000.0" in found["original"][0]
+    assert "rope_theta: expected 250000.0, got 10000.0" in found["original"][0]
 
 
 def wrap(directory, architecture, **text):
