@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from splitquant_mlx.conversion.converter import source_array
-from splitquant_mlx.conversion.plan import LayerPlan, Plan, make_plan
+from splitquant_mlx.conversion.plan import LayerPlan, make_plan
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.formats.shard_writer import MAX_SHARD_BYTES, header_room, most_header_bytes
 from splitquant_mlx.models.checkpoint import Checkpoint
@@ -78,7 +78,9 @@ def measure_sizes(
     arrays = {name: source_array(checkpoint, plan.dtype, name) for name in checkpoint.weights}
     rest = plan.stored_bytes(arrays)
     layers, entries = {}, 0
-    for path, layer in choosable(plan).items():
+    for path, layer in plan.layers.items():
+        if layer.action != "quantize" or (layer.kind == "experts" and layer.quantizer != "gptq"):
+            continue
         dtype = arrays[f"{path}.weight"].dtype
         rest -= layer.stored_bytes(dtype)
         entries += math.prod(layer.shape)
@@ -90,15 +92,6 @@ def measure_sizes(
     headers = most_header_bytes(plan.tensors(arrays), largest, max_shard_bytes)
     headers += sum(8 + header_room([x.head] * 2) for x in plan.layers.values() if x.head)
     return Sizes(layers=layers, rest_bytes=rest + headers, entries=entries)
-
-
-def choosable(plan: Plan) -> dict[str, LayerPlan]:
-    """Return the layers whose bits are chosen, by path."""
-    return {
-        path: layer
-        for path, layer in plan.layers.items()
-        if layer.action == "quantize" and (layer.kind != "experts" or layer.quantizer == "gptq")
-    }
 
 
 def _options(layer: LayerPlan, recipe: Recipe) -> Sequence[Option]:

@@ -298,12 +298,11 @@ def _opened(
 
 def _statistics(plan: Plan) -> dict[str, Callable[[mx.array], mx.array]]:
     """Return the statistic of the inputs that each layer's quantizer needs, by path."""
-    statistics = {
-        path: QUANTIZERS[layer.quantizer].statistic
+    return {
+        path: statistic
         for path, layer in plan.layers.items()
-        if layer.quantizer
+        if layer.quantizer and (statistic := QUANTIZERS[layer.quantizer].statistic)
     }
-    return {path: statistic for path, statistic in statistics.items() if statistic}
 
 
 def _linear_bits_per_weight(records: Sequence[LayerRecord]) -> float:

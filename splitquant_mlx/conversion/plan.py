@@ -310,8 +310,7 @@ def _action(recipe: Recipe, path: str, kind: str, module: nn.Module) -> tuple[st
 def _quantizer_for(recipe: Recipe, module: nn.Module, kind: str, action: str, tied: bool) -> str:
     """Return the quantizer's name; only layers whose inputs are hidden states are calibrated."""
     has_inputs = kind in ("linear", "lm_head") or (kind == "embedding" and tied)
-    has_inputs = has_inputs or is_expert_stack(module)
-    calibrated = has_inputs and recipe.calibration is not None
+    calibrated = (has_inputs or is_expert_stack(module)) and recipe.calibration is not None
     if action == "split":
         return "splitquant_imatrix" if calibrated else "splitquant"
     if not calibrated or recipe.method == "rtn":  # a calibration of rtn is for refine
@@ -344,7 +343,7 @@ def _require_convertible_layer(recipe: Recipe, layers: Mapping[str, LayerPlan]) 
                 f"{recipe.embeddings!r} and {recipe.lm_head!r} in this recipe"
             )
         raise RecipeError("this model has no linear layers to convert")
-    prefixes = ("group size", "no group size", "its width", "this architecture")
+    prefixes = ("group size", "no group size", "this architecture")
     if all(layer.note.startswith(prefixes) for layer in selected):
         if all(layer.note.startswith("this architecture") for layer in selected):
             return
