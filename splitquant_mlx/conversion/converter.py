@@ -19,7 +19,7 @@ import mlx.core as mx
 from splitquant_mlx.calibration.statistics import InputStatistics, Mean
 from splitquant_mlx.conversion.plan import LayerPlan, Plan
 from splitquant_mlx.conversion.quantizers import is_large_stack, uses_cpu
-from splitquant_mlx.conversion.resume import ConversionState
+from splitquant_mlx.conversion.resume import ConversionState, timed
 from splitquant_mlx.conversion.weight import Converted, convert_weight, require_finite
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.manifest import LayerRecord
@@ -103,7 +103,7 @@ class Converter:
                     advance(self._finish(*queue.popleft()))
             while queue:
                 advance(self._finish(*queue.popleft()))
-        with self.state.timed("write"):
+        with timed(self.state.seconds, "write"):
             self.writer.close()
         return [self.state.records[path] for path in self.plan.layers]
 
@@ -117,7 +117,7 @@ class Converter:
             return
         blocks, limit = iter(calibration), self._limit
         while True:
-            with self.state.timed("calibrate"):
+            with timed(self.state.seconds, "calibrate"):
                 block = next(blocks, None)
             if block is None:
                 return
@@ -133,7 +133,7 @@ class Converter:
             del block  # release memory before the next block is run
 
     def _read(self, name: str) -> mx.array:
-        with self.state.timed("read"):
+        with timed(self.state.seconds, "read"):
             w = source_array(self.checkpoint, self.plan.dtype, name)
             del self.checkpoint.weights[name]
             try:
@@ -167,7 +167,7 @@ class Converter:
         for stage, seconds in converted.seconds.items():
             self.state.seconds[stage] += seconds
         prefix = f"{layer.path}." if layer else ""
-        with self.state.timed("write"):
+        with timed(self.state.seconds, "write"):
             for leaf, tensor in converted.tensors.items():
                 self.writer.add(prefix + leaf, tensor)
         if layer:

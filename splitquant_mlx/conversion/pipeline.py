@@ -244,7 +244,7 @@ class Job:
         key = repr((sorted(written.hashes.items()), seed)).encode() + training.tobytes()
         unfinished = Unfinished(self.staging / REFINEMENT / sha256(key).hexdigest())
         settings = {"progress": self.progress, "unfinished": unfinished}
-        with written.state.timed("refine"):
+        with timed(written.state.seconds, "refine"):
             predictions = predict(self._load_lazily, training, **settings)
             refined = refine(load_model(self.output), predictions, training, seed=seed, **settings)
             written.hashes.update(replace_tensors(self.output, refined.tensors))

@@ -8,7 +8,7 @@ versions resumes it. A shard is reused only if its hash equals the recorded one.
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -105,10 +105,6 @@ class ConversionState:
     def seconds_since(self, started: float) -> dict[str, float]:
         """Return the seconds of each stage and in total; this process started at `started`."""
         return {**self.seconds, "total": self._earlier_s + time.perf_counter() - started}
-
-    def timed(self, stage: str) -> AbstractContextManager[None]:
-        """Add the time of the block to `seconds[stage]`."""
-        return timed(self.seconds, stage)
 
     def _record_finished(self, number: int, sha256: str) -> None:
         self._append(number, sha256)

@@ -128,20 +128,19 @@ def quantize_parts(
         The parts concatenated along the last axis: weight (..., out, k * in * bits / 32), scales
         and biases (..., out, k * in / group_size).
     """
-    settings = {"bits": bits, "group_size": group_size, "granularity": granularity}
-    return round_scales(code_parts(parts, **settings), bits, scale_dtype)  # type: ignore[arg-type]
+    coded = code_parts(parts, bits=bits, group_size=group_size, granularity=granularity)
+    return round_scales(coded, bits, scale_dtype)
 
 
 def code_parts(
     parts: Sequence[mx.array], *, bits: int, group_size: int, granularity: str
 ) -> Quantized:
     """Compute codes and float32 scales and biases: the first step of `quantize_parts`."""
-    settings = {"bits": bits, "group_size": group_size, "granularity": granularity}
     coded = [
-        _zero_at_code_0(quantize(part.astype(mx.float32), **settings), bits)  # type: ignore[arg-type]
+        quantize(part.astype(mx.float32), bits=bits, group_size=group_size, granularity=granularity)
         for part in parts
     ]
-    return concatenate(coded, axis=-1)
+    return concatenate([_zero_at_code_0(quantized, bits) for quantized in coded], axis=-1)
 
 
 def round_scales(quantized: Quantized, bits: int, dtype: mx.Dtype | None) -> Quantized:
