@@ -1,1 +1,1 @@
-"""The main road: from a checkpoint to a quantized one."""
+"""Conversion of a checkpoint to a quantized one."""

@@ -1,1 +1,1 @@
-"""Layers that run a split model."""
+"""Layers of split and quantized models, and the model files of checkpoints."""

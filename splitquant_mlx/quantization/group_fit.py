@@ -77,7 +77,7 @@ def nearest_codes(w: Any, scale: Any, bias: Any, top: int) -> Any:
 
 
 def vanishes(scale: Any) -> Any:
-    """Return where a scale is 0, or so small that its reciprocal may overflow float32."""
+    """Return where a scale is 0, or too small for a reciprocal well within float32."""
     return abs(scale) < MIN_SCALE
 
 
