@@ -1,16 +1,16 @@
-"""Read GGUF files without trusting them: our own header checks, the gguf package's block formats.
+"""Read untrusted GGUF files: checked headers, and the gguf package's block formats.
 
-A little-endian GGUF file of version 2 or 3 is, in this order (ggml, docs/gguf.md),
+A little-endian GGUF file of version 2 or 3 consists of (ggml, docs/gguf.md)
 
     header        "GGUF", version u32, tensor count u64, metadata count u64
     metadata      key, value type u32, value
     tensor infos  name, rank u32, dimensions u64 (fastest first), type u32, offset u64
-    data          at the next multiple of `general.alignment`; offsets count from here
+    data          at the next multiple of `general.alignment`; offsets are relative to it
 
 A string is a u64 length and its bytes; an array is an element type u32, a u64 count and the
-elements. Each declared length is compared with the bytes that are left before anything is
-allocated or looped over, so a corrupt file costs an error, never memory or time. A model in
-several files, `NAME-00001-of-0000N.gguf`, has its metadata in the first.
+elements. Each declared length is checked against the remaining bytes before any allocation or
+loop, so a corrupt file raises an error and uses neither memory nor time. A model in several files,
+`NAME-00001-of-0000N.gguf`, has its metadata in the first.
 """
 
 import math
@@ -27,7 +27,7 @@ import numpy as np
 
 from splitquant_mlx.errors import CheckpointError, SourceError, some
 
-# The largest vocabularies in use need some 20 MB of metadata.
+# The largest vocabularies in use need about 20 MB of metadata.
 MAX_HEADER_BYTES = 1 << 26
 MAX_RANK = 4
 MAX_ARRAY_DEPTH = 4
@@ -40,13 +40,13 @@ SCALAR_KINDS = (0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12)
 SCALAR_DTYPES = map(np.dtype, "u1 i1 <u2 <i2 <u4 <i4 <f4 ? <u8 <i8 <f8".split())
 SCALARS = dict(zip(SCALAR_KINDS, SCALAR_DTYPES, strict=True))
 
-# The fewest bytes an entry can take: the empty name's length, then the fields it cannot go without.
+# minimum size of an entry: the length of an empty name, then the required fields
 MIN_METADATA_BYTES = 8 + 4 + 1
 MIN_TENSOR_INFO_BYTES = 8 + 4 + 8 + 4 + 8
 
 
 class TensorInfo(NamedTuple):
-    """Row-major shape (..., out, in), ggml type and place of a tensor: offset and size in bytes."""
+    """Location of a tensor: row-major shape (..., out, in), ggml type, offset and size in bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -58,7 +58,7 @@ class TensorInfo(NamedTuple):
 
 @dataclass(frozen=True)
 class Gguf:
-    """An open GGUF model: its metadata, its tensors' places and the mapped bytes of each file."""
+    """An open GGUF model: metadata, tensor locations and the memory map of each file."""
 
     path: Path
     metadata: dict[str, Any]
@@ -67,9 +67,9 @@ class Gguf:
 
 
 def gguf_files(path: Path) -> list[Path]:
-    """Return the files of the model that `path` belongs to, by its name; whether they exist or not.
+    """Return all files of the model that `path` belongs to, by name; they need not exist.
 
-    A file called `NAME-0000K-of-0000N.gguf` belongs to N files, any other stands alone.
+    A file named `NAME-0000K-of-0000N.gguf` is one of N; any other is a model by itself.
     """
     match = PART.fullmatch(path.name)
     if match is None:
@@ -79,25 +79,25 @@ def gguf_files(path: Path) -> list[Path]:
 
 
 def open_gguf(path: Path) -> Gguf:
-    """Map the file `path`, or all files of the model that it is a part of; read no tensor's values.
+    """Map the file `path`, or all files of the model it is part of; tensors are not read.
 
     Raises:
         SourceError: a file cannot be opened.
-        CheckpointError: a file is no GGUF file, truncated, corrupt, of an unsupported tensor type,
-            or a part that does not belong to the others.
+        CheckpointError: a file is not a GGUF file, is truncated or corrupt, has an unsupported
+            tensor type, or is not part of the same model.
     """
     files = gguf_files(path)
     count = len(files)
     if count > 1 and (missing := [file.name for file in files if not file.exists()]):
         raise SourceError(
-            f"{path}: the model is in {count} files by its name, of which {some(missing)} "
-            "are missing: fetch them into the same directory"
+            f"{path}: expected {count} files by its name, {some(missing)} not found: download all "
+            "into the same directory"
         )
     first = _open_file(files[0])
     if (declared := first.metadata.get("split.count", 1)) != count:
         raise CheckpointError(
-            f"{files[0]}: the model is in {declared!r:.80} files by its metadata, {count} by "
-            "its name; expected names such as model-00001-of-00003.gguf: rename the files"
+            f"{files[0]}: expected {declared!r:.80} files by its metadata, got {count} by its "
+            "name: rename the files, such as model-00001-of-00003.gguf"
         )
     tensors, parts = dict(first.tensors), list(first.parts)
     for number, file in enumerate(files[1:], start=1):
@@ -106,8 +106,8 @@ def open_gguf(path: Path) -> Gguf:
         if order != (number, count) or tensors.keys() & part.tensors.keys():
             raise CheckpointError(
                 f"{file}: expected part {number} of {count} (counted from 0) by its name, got "
-                f"{order!r:.80} by its metadata; it is renamed, or of another model: fetch all "
-                "parts again"
+                f"{order!r:.80} by its metadata; it was renamed, or is from another model: "
+                "download all parts again"
             )
         parts += part.parts
         tensors |= {name: info._replace(part=number) for name, info in part.tensors.items()}
@@ -115,7 +115,7 @@ def open_gguf(path: Path) -> Gguf:
 
 
 def read_tensor(gguf: Gguf, name: str, dtype: type[np.floating] = np.float32) -> np.ndarray:
-    """Return tensor `name` dequantized to `dtype`, converting a few rows at a time.
+    """Return tensor `name` dequantized to `dtype`, converted in chunks of rows.
 
     Raises:
         CheckpointError: the file has no tensor of this name.
@@ -125,14 +125,14 @@ def read_tensor(gguf: Gguf, name: str, dtype: type[np.floating] = np.float32) ->
 
     info = gguf.tensors.get(name)
     if info is None:
-        raise CheckpointError(f"{gguf.path}: no tensor {name!r}; the file is incomplete")
+        raise CheckpointError(f"{gguf.path}: tensor {name!r} not found; the file is incomplete")
     kind, width = GGMLQuantizationType[info.type], info.shape[-1]
     stored = np.frombuffer(gguf.parts[info.part], np.uint8, info.nbytes, info.offset)
     rows = stored.reshape(math.prod(info.shape[:-1]), -1)
     values = np.empty((len(rows), width), dtype)
 
     def convert(start: int) -> None:
-        # Scales of a corrupt file may be infinite; whoever casts the values checks them.
+        # scales of a corrupt file may be infinite; the caller checks the values
         with np.errstate(all="ignore"):
             values[start : start + step] = dequantize(rows[start : start + step], kind)
 
@@ -144,7 +144,7 @@ def read_tensor(gguf: Gguf, name: str, dtype: type[np.floating] = np.float32) ->
 
 @cache
 def block_types() -> dict[int, tuple[str, int, int]]:
-    """Return the types that the gguf package dequantizes: number -> name, entries and bytes."""
+    """Return the types that the gguf package dequantizes: number -> name, entries, bytes."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -162,9 +162,9 @@ def block_types() -> dict[int, tuple[str, int, int]]:
 def _open_file(path: Path) -> Gguf:
     data = _map(path)
     cursor = _Cursor(path, data)
-    cursor.claim(4, "the magic number")
+    cursor.advance(4, "the magic number")
     if data[:4] != b"GGUF":
-        raise CheckpointError(f"{path}: expected b'GGUF' first, got {data[:4]!r}; not a GGUF file")
+        raise CheckpointError(f"{path}: not a GGUF file: expected b'GGUF' first, got {data[:4]!r}")
     version = cursor.scalar("<u4", "the version")
     if version not in (2, 3):
         raise cursor.error(f"expected GGUF version 2 or 3 (little-endian), got {version}")
@@ -176,7 +176,7 @@ def _open_file(path: Path) -> Gguf:
 
 
 class _Cursor:
-    """Walk the header; no read goes past what the file holds."""
+    """A position in the header; reads are checked against the size of the file."""
 
     def __init__(self, path: Path, data: mmap.mmap):
         self.path = path
@@ -185,29 +185,29 @@ class _Cursor:
         self.end = min(len(data), MAX_HEADER_BYTES)
 
     def error(self, problem: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {problem}; truncated or corrupt, fetch it again")
+        return CheckpointError(f"{self.path}: {problem}; truncated or corrupt, download it again")
 
-    def claim(self, nbytes: int, what: str) -> int:
-        """Move past the next `nbytes` and return where they start."""
+    def advance(self, nbytes: int, what: str) -> int:
+        """Skip the next `nbytes` and return their offset."""
         start = self.position
         if nbytes > self.end - start:
-            raise self.error(f"{what} takes {nbytes} bytes, {self.end - start} are left")
+            raise self.error(f"{what}: expected {nbytes} bytes, {self.end - start} remain")
         self.position = start + nbytes
         return start
 
     def scalar(self, dtype: str | np.dtype, what: str) -> Any:
         dtype = np.dtype(dtype)
-        return np.frombuffer(self.data, dtype, 1, self.claim(dtype.itemsize, what))[0].item()
+        return np.frombuffer(self.data, dtype, 1, self.advance(dtype.itemsize, what))[0].item()
 
     def count(self, item_bytes: int, what: str) -> int:
-        """Read how many items of at least `item_bytes` each come next, if there is room."""
-        count = int.from_bytes(self.data[self.claim(8, what) : self.position], "little")
+        """Read a count of items of at least `item_bytes` each, checked against the file size."""
+        count = int.from_bytes(self.data[self.advance(8, what) : self.position], "little")
         if count * item_bytes > self.end - self.position:
-            raise self.error(f"{what} counts {count}, {self.end - self.position} bytes are left")
+            raise self.error(f"{what} is {count}, but {self.end - self.position} bytes remain")
         return count
 
     def string(self, what: str) -> str:
-        start = self.claim(self.count(1, what), what)
+        start = self.advance(self.count(1, what), what)
         return self.data[start : self.position].decode("utf-8", "replace")
 
 
@@ -215,7 +215,7 @@ def _map(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
             if file.seek(0, 2) == 0:
-                raise CheckpointError(f"{path}: the file is empty; fetch it again")
+                raise CheckpointError(f"{path}: the file is empty; download it again")
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as exc:
         raise SourceError(f"{path}: cannot be read ({exc.strerror}); check the path") from exc
@@ -245,9 +245,9 @@ def _read_value(cursor: _Cursor, kind: int, what: str, depth: int = 0) -> Any:
     if kind in SCALARS:
         dtype = SCALARS[kind]
         count = cursor.count(dtype.itemsize, what)
-        start = cursor.claim(count * dtype.itemsize, what)
+        start = cursor.advance(count * dtype.itemsize, what)
         return np.frombuffer(cursor.data, dtype, count, start).tolist()
-    # A string is at least its length; an array at least its element type and its count.
+    # a string has at least its length, an array its element type and count
     count = cursor.count(8 if kind == STRING else 12, what)
     return [_read_value(cursor, kind, what, depth + 1) for _ in range(count)]
 
@@ -269,7 +269,9 @@ def _read_tensor_infos(cursor: _Cursor, count: int, alignment: Any) -> dict[str,
             raise cursor.error(f"tensor {name!r:.80}: {expected}, got {info.offset}")
         end = info.offset + info.nbytes
         if base + end > len(cursor.data):
-            raise cursor.error(f"tensor {name!r:.80} ends at {base + end} of {len(cursor.data)}")
+            raise cursor.error(
+                f"tensor {name!r:.80} ends at byte {base + end} of {len(cursor.data)}"
+            )
     return {name: info._replace(offset=base + info.offset) for name, info in tensors.items()}
 
 
@@ -282,13 +284,15 @@ def _read_tensor_info(cursor: _Cursor, number: int) -> TensorInfo:
     shape = tuple(cursor.scalar("<u8", what) for _ in range(rank))[::-1]
     type_number = cursor.scalar("<u4", what)
     if type_number not in block_types():
-        known = ", ".join(name for name, _, _ in block_types().values())
+        known = " or ".join(name for name, _, _ in block_types().values())
         raise CheckpointError(
-            f"{cursor.path}: {what} is of ggml type {type_number}, expected one of {known}: take a "
-            "file of another type, or a newer gguf package (pip install -U gguf)"
+            f"{cursor.path}: {what}: expected ggml type {known}, got {type_number}: use a file of "
+            "another type, or a newer gguf package (pip install -U gguf)"
         )
     type_name, block_size, block_bytes = block_types()[type_number]
     if 0 in shape or shape[-1] % block_size:
-        raise cursor.error(f"{what}: expected rows of whole blocks of {block_size}, got {shape}")
+        raise cursor.error(
+            f"{what}: expected rows of a multiple of {block_size} entries, got {shape}"
+        )
     nbytes = math.prod(shape) // block_size * block_bytes
     return TensorInfo(name, shape, type_name, cursor.scalar("<u8", what), nbytes)

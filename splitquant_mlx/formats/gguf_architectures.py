@@ -1,6 +1,6 @@
-"""The architectures of GGUF files that are read, and how llama.cpp's converters change them.
+"""Supported GGUF architectures, and how llama.cpp's converters change their weights.
 
-A file leaves out what all models of its architecture share; that is in `ARCHITECTURES`.
+`ARCHITECTURES` has what GGUF files omit because all models of the architecture share it.
 """
 
 from collections.abc import Mapping
@@ -51,32 +51,30 @@ MULTIPLIERS = {
 SOFTCAPS = {
     f"{place}_logit_softcapping": f"{place}_logit_softcapping" for place in ("attn", "final")
 }
-
-
 LAYER_NORM = "attention.layer_norm_epsilon"
 GELU = {"hidden_act": "gelu_pytorch_tanh"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """How the models of one GGUF architecture are described in config.json.
+    """Mapping of one GGUF architecture to config.json.
 
     Args:
         model_type: mlx-lm's name of the architecture.
-        settings: keys of config.json, each with the metadata key that holds its number.
-        optional: the same with what it is where the file does not say.
-        fixed: what every model of the architecture has, and no file says.
-        sigmoid: its router's scores are no softmax.
-        latent: keys and values are projected up from a few channels (MLA).
-        layer_types: what layers are called that have key and value heads, and those without.
-        interleaved: the converter reordered the rows of the query and key projections: llama.cpp
-            rotates neighbouring channels, transformers channel i with channel i + head_dim / 2.
+        settings: config.json key -> metadata key of its value.
+        optional: config.json key -> metadata key and default.
+        fixed: config.json entries that all models of the architecture share.
+        sigmoid: the router's scores are sigmoids, not a softmax.
+        latent: multi-head latent attention (MLA).
+        layer_types: names of the layers with and without key and value heads.
+        interleaved: the converter permuted the rows of the query and key projections: llama.cpp
+            rotates adjacent channels, transformers channels i and i + head_dim / 2.
         biases: the settings that say which projections have biases.
-        norm_offset: what the converter added to the weights of norms.
-        partial_rotary: only a part of a head's channels may be rotated.
+        norm_offset: number that the converter added to the weights of norms.
+        partial_rotary: only some of a head's channels may be rotated.
         joined: parameters that the converter changed, by their names after "model.layers.N.".
-        inside: it is the language model of one that sees, too.
-        wide_range: activations outgrow float16.
+        multimodal: the model is the language model of a multimodal one.
+        wide_range: activations overflow float16.
     """
 
     model_type: str
@@ -91,7 +89,7 @@ class Architecture:
     norm_offset: float = 0.0
     partial_rotary: bool = False
     joined: Mapping[str, Joined] = field(default_factory=dict)
-    inside: bool = False
+    multimodal: bool = False
     wide_range: bool = False
 
 
@@ -133,10 +131,7 @@ def _lfm2(model_type: str, settings: Mapping[str, str], **fixed: Any) -> Archite
 ARCHITECTURES = {
     "llama": Architecture(model_type="llama", interleaved=True),
     "qwen2": Architecture(model_type="qwen2"),
-    "qwen2moe": Architecture(
-        model_type="qwen2_moe",
-        settings=SHARED_EXPERTS,
-    ),
+    "qwen2moe": Architecture(model_type="qwen2_moe", settings=SHARED_EXPERTS),
     "qwen3": Architecture(model_type="qwen3"),
     "qwen3moe": Architecture(
         model_type="qwen3_moe",
@@ -196,11 +191,7 @@ ARCHITECTURES = {
     ),
     "cohere2": Architecture(
         model_type="cohere2",
-        settings={
-            **WINDOW,
-            "layer_norm_eps": LAYER_NORM,
-            "logit_scale": "logit_scale",
-        },
+        settings={**WINDOW, "layer_norm_eps": LAYER_NORM, "logit_scale": "logit_scale"},
     ),
     "seed_oss": Architecture(
         model_type="seed_oss", biases=("attention_bias", "attention_out_bias", "mlp_bias")
@@ -277,8 +268,10 @@ ARCHITECTURES = {
         fixed={"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
         joined=DELTA_NET,
     ),
-    "qwen35": _delta_net("qwen3_5", {}, inside=True, joined=GROUPED_DELTA_NET),
-    "qwen35moe": _delta_net("qwen3_5_moe", SHARED_EXPERTS, inside=True, joined=GROUPED_DELTA_NET),
+    "qwen35": _delta_net("qwen3_5", {}, multimodal=True, joined=GROUPED_DELTA_NET),
+    "qwen35moe": _delta_net(
+        "qwen3_5_moe", SHARED_EXPERTS, multimodal=True, joined=GROUPED_DELTA_NET
+    ),
     "nemotron": Architecture(
         model_type="nemotron",
         settings={"norm_eps": LAYER_NORM},
@@ -290,16 +283,16 @@ ARCHITECTURES = {
 
 
 def architecture_of(metadata: dict[str, Any]) -> Architecture:
-    """Return what is known of the file's architecture.
+    """Return the entry of `ARCHITECTURES` for a file's metadata.
 
     Raises:
-        CheckpointError: when nothing is.
+        CheckpointError: when the architecture is unknown.
     """
     name = metadata.get("general.architecture")
-    found = ARCHITECTURES.get(str(name))
-    if found is None:
+    architecture = ARCHITECTURES.get(str(name))
+    if architecture is None:
         known = ", ".join(ARCHITECTURES)
         raise CheckpointError(
             f"architecture: expected one of {known}, got {name!r:.80}; {ELSEWHERE}"
         )
-    return found
+    return architecture

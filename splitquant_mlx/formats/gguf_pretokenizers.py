@@ -1,8 +1,8 @@
-"""How byte-level vocabularies cut text before their merges apply, by llama.cpp's names for it.
+"""Pre-tokenization of byte-level BPE vocabularies, by llama.cpp's names.
 
-Each cut is a regular expression that is applied to what the cuts before it left; its matches, and
-what lies between them, are pieces. The names are those of llama.cpp's src/llama-vocab.cpp, the
-expressions those of the models' own tokenizer.json.
+The patterns are applied in order, each to the pieces of the one before; matches and the text
+between them become pieces. Names are those of llama.cpp's src/llama-vocab.cpp, patterns those of
+the models' tokenizer.json.
 """
 
 from dataclasses import dataclass
@@ -10,28 +10,28 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class PreTokenizer:
-    """How text is cut, and what else the name of the cut stands for.
+    """Settings that llama.cpp derives from the name of a pre-tokenizer.
 
     Args:
-        cuts: regular expressions, in order.
-        whole_pieces: a piece of the cut that is in the vocabulary is taken whole, merges or not.
-        add_bos: start with the BOS token where the metadata does not say.
-        compose: bring text to Unicode NFC first.
+        patterns: regular expressions, in order.
+        ignore_merges: a piece that is in the vocabulary is one token, whatever the merges.
+        add_bos: whether to add the BOS token when the metadata does not say.
+        nfc: normalize text to Unicode NFC first.
     """
 
-    cuts: tuple[str, ...]
-    whole_pieces: bool = False
+    patterns: tuple[str, ...]
+    ignore_merges: bool = False
     add_bos: bool = False
-    compose: bool = False
+    nfc: bool = False
 
 
 CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 LINES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 CJK = r"[\x{4e00}-\x{9fa5}\x{3040}-\x{309f}\x{30a0}-\x{30ff}]+"
 ASCII_SYMBOLS = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
-# letters by case, by which tokenizers since GPT-4o tell words apart: "helloWorld" is two
+# letters by case: tokenizers since GPT-4o split "helloWorld" in two
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-# the cased letters that DeepSeek's first tokenizer knows, of an older Unicode
+# cased letters of the older Unicode version that DeepSeek's first tokenizer uses
 OLD_CASED = (
     r"[\p{Lu}\p{Ll}\p{Lt}&&[^\x{560}-\x{588}\x{10c7}-\x{10ff}\x{1c80}-\x{1c8a}\x{2d00}-\x{2d2d}"
     r"\x{a790}-\x{a7fa}\x{ab30}-\x{ab68}\x{10570}-\x{105bc}\x{10d50}-\x{10d85}\x{16e40}-\x{16e7f}"
@@ -54,8 +54,8 @@ def _cased_words(numbers: str, contraction: str = "") -> str:
     )
 
 
-def _named(names: str, *cuts: str, **settings: bool) -> dict[str, PreTokenizer]:
-    return dict.fromkeys(names.split(), PreTokenizer(cuts=cuts, **settings))
+def _named(names: str, *patterns: str, **settings: bool) -> dict[str, PreTokenizer]:
+    return dict.fromkeys(names.split(), PreTokenizer(patterns=patterns, **settings))
 
 
 THREE_DIGITS, ONE_DIGIT = _words(r"\p{N}{1,3}"), _words(r"\p{N}")
@@ -68,21 +68,21 @@ PRE_TOKENIZERS = {
     **_named(
         "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2",
         THREE_DIGITS,
-        whole_pieces=True,
+        ignore_merges=True,
         add_bos=True,
     ),
     **_named("dbrx smaug-bpe chatglm-bpe", THREE_DIGITS),
-    **_named("glm4 glm5", THREE_DIGITS, whole_pieces=True),
-    **_named("qwen2 deepseek-r1-qwen megrez kormo f2llmv2", ONE_DIGIT, compose=True),
+    **_named("glm4 glm5", THREE_DIGITS, ignore_merges=True),
+    **_named("qwen2 deepseek-r1-qwen megrez kormo f2llmv2", ONE_DIGIT, nfc=True),
     **_named("stablelm2 hunyuan solar-open grok-2", ONE_DIGIT),
     **_named("ufakzeka", _words(r"\p{N}", contraction="")),
     **_named(
         "qwen35",
         rf"{CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
         rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{LINES}",
-        compose=True,
+        nfc=True,
     ),
-    **_named("tekken", _cased_words(r"\p{N}"), whole_pieces=True, add_bos=True),
+    **_named("tekken", _cased_words(r"\p{N}"), ignore_merges=True, add_bos=True),
     **_named("superbpe", r"\p{N}+", r"(?=(\d{3})+(?!\d))"),
     **_named("gpt-4o llama4 kanana2 minimax-m2", _cased_words(r"\p{N}{1,3}", f"{CONTRACTION}?")),
     **_named(
@@ -120,5 +120,5 @@ PRE_TOKENIZERS = {
         "seed-coder",
         rf"{CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{LINES}",
     ),
-    **_named("minicpm5", r"\p{N}{1,3}", _words(r"\p{N}+"), whole_pieces=True),
+    **_named("minicpm5", r"\p{N}{1,3}", _words(r"\p{N}+"), ignore_merges=True),
 }

@@ -1,4 +1,4 @@
-"""Turn what a GGUF file says of rotary embeddings into the rope_scaling of config.json."""
+"""Convert the rotary embedding settings of a GGUF file to config.json's rope_scaling."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from splitquant_mlx.formats.gguf_settings import key_of, number
 from splitquant_mlx.formats.gguf_tokenizer import ELSEWHERE
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-# The values of all published Llama 3.1, 3.2 and 3.3; GGUF keeps only the factors they lead to.
+# the values of all published Llama 3.1, 3.2 and 3.3; GGUF stores only the resulting factors
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
@@ -22,10 +22,10 @@ LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"
 
 
 def rope_scaling(gguf: Gguf, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the rope_scaling of config.json; empty where its absence means plain embeddings."""
+    """Return the entries of config.json that scale rotary embeddings; empty for plain ones."""
     metadata = gguf.metadata
     if ROPE_TENSORS[1] in gguf.tensors:
-        return _long_rope(gguf)
+        return _longrope(gguf)
     legacy = metadata.get(key_of(metadata, "rope.scale_linear"))
     kind = metadata.get(key_of(metadata, "rope.scaling.type"), "linear" if legacy else "none")
     if ROPE_TENSORS[0] in gguf.tensors and kind == "none":
@@ -34,7 +34,7 @@ def rope_scaling(gguf: Gguf, config: dict[str, Any]) -> dict[str, Any]:
     if kind not in kinds or ROPE_TENSORS[0] in gguf.tensors:
         key, expected = key_of(metadata, "rope.scaling.type"), " or ".join(kinds)
         raise CheckpointError(f"{key}: expected {expected}, got {kind!r:.80}; {ELSEWHERE}")
-    if kind == "none" and config["model_type"] == "gpt_oss":  # whose default is YaRN
+    if kind == "none" and config["model_type"] == "gpt_oss":  # transformers defaults to YaRN
         return {"rope_parameters": {"rope_type": "default", "rope_theta": config["rope_theta"]}}
     if kind == "none":
         return {}
@@ -70,8 +70,8 @@ def _yarn(metadata: dict[str, Any], config: dict[str, Any], factor: float) -> di
     return {"rope_parameters": scaling}
 
 
-def _long_rope(gguf: Gguf) -> dict[str, Any]:
-    """Return the scaling of Phi-3's long models, whose factors for each frequency are tensors."""
+def _longrope(gguf: Gguf) -> dict[str, Any]:
+    """Return Phi-3's longrope scaling, whose factors per frequency are stored as tensors."""
     factors = {
         f"{length}_factor": read_tensor(gguf, f"rope_factors_{length}.weight").tolist()
         for length in ("long", "short")
@@ -84,10 +84,11 @@ def _long_rope(gguf: Gguf) -> dict[str, Any]:
 
 
 def _llama3_scaling(gguf: Gguf, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the Llama 3 scaling that slows the head_dim / 2 frequencies as the file's factors do.
+    """Return the Llama 3 scaling that gives the head_dim / 2 factors in the file.
 
-    Wavelengths over context/low are slowed by `factor`, those under context/high not at all, and
-    in between 1/slow-down is linear in 1/wavelength (transformers, _compute_llama3_parameters).
+    Frequencies of wavelengths over context/low are divided by `factor`, those under context/high
+    are unchanged, and in between 1/divisor is linear in 1/wavelength (transformers,
+    _compute_llama3_parameters).
     """
     factors, half = read_tensor(gguf, ROPE_TENSORS[0]), config["head_dim"] // 2
     factor = float(factors.max())
@@ -98,9 +99,8 @@ def _llama3_scaling(gguf: Gguf, config: dict[str, Any]) -> dict[str, Any]:
     with np.errstate(all="ignore"):
         expected = 1 / ((1 - smooth) / factor + smooth)
     if factors.shape != (half,) or not np.allclose(factors, expected, rtol=1e-4):
-        got = f"{factors.shape} up to {factor}"
         raise CheckpointError(
-            f"tensor {ROPE_TENSORS[0]!r} holds factors {got}, expected {(half,)} of Llama 3.1 to "
-            f"3.3; {ELSEWHERE}"
+            f"tensor {ROPE_TENSORS[0]!r}: expected the {half} factors of Llama 3.1 to 3.3, got "
+            f"shape {factors.shape}, up to {factor}; {ELSEWHERE}"
         )
     return {"rope_scaling": {"factor": factor, **LLAMA3_ROPE}} if factor != 1 else {}

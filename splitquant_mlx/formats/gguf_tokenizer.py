@@ -1,9 +1,9 @@
 """Rebuild the Hugging Face tokenizer that a GGUF file's metadata describes.
 
-GGUF keeps a vocabulary, not a tokenizer: the pieces in id order, their types, and either ranked
-merges ("gpt2": byte-level BPE) or scores ("llama": sentencepiece BPE with byte fallback). How text
-is cut before the merges apply is only a name, `tokenizer.ggml.pre`, so the names this module does
-not know are refused: a wrong cut gives a model that runs and is quietly worse.
+GGUF stores a vocabulary, not a tokenizer: the pieces in id order, their types, and either ranked
+merges ("gpt2": byte-level BPE) or scores ("llama": sentencepiece BPE with byte fallback). The
+pre-tokenizer is only a name, `tokenizer.ggml.pre`. Unknown names are refused: with a wrong
+pre-tokenizer the model runs but silently gives worse answers.
 """
 
 import json
@@ -19,23 +19,21 @@ from splitquant_mlx.errors import CheckpointError, SplitQuantWarning
 from splitquant_mlx.formats.gguf_pretokenizers import PRE_TOKENIZERS
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)
-# The longest in use are runs of some 250 blanks.
+# The longest in use are runs of about 250 spaces.
 MAX_PIECE_CHARS = 2048
-# Cutting a piece everywhere is quadratic in its length; a vocabulary of 256,000 needs some 2^24.
-MAX_CUT_CHARS = 1 << 27
+# Splitting a piece everywhere is quadratic in its length; 256,000 pieces need about 2^24.
+MAX_SPLIT_CHARS = 1 << 27
 SPACE = "▁"
-ELSEWHERE = "take the model from a Hugging Face directory instead"
-
-
-# role: GGUF name
+ELSEWHERE = "use the model's Hugging Face repo or directory instead"
+# role -> GGUF name
 ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom"}
-# llama.cpp's list of what ends an answer, whatever the metadata says of it
+# llama.cpp's list of tokens that end an answer, whatever the metadata says
 END_TOKENS = frozenset(
     "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <turn|> "
     "<|endoftext|> <|end_of_text|> <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <end_of_utterance> <eos> "
     "<\uff5cend▁of▁sentence\uff5c> [e~[".split()
 )
-# in OpenAI's harmony format, `<|end|>` ends a message and not the answer
+# in OpenAI's harmony format, `<|end|>` ends a message, not the answer
 HARMONY = "<|channel|>"
 
 
@@ -49,17 +47,17 @@ def end_token_ids(metadata: dict[str, Any]) -> list[int]:
         for number, (token, kind) in enumerate(zip(tokens, types, strict=False))
         if token in END_TOKENS and kind in (CONTROL, USER_DEFINED)
     ]
-    found = list(dict.fromkeys(number for number in ids if number is not None))
+    unique = list(dict.fromkeys(number for number in ids if number is not None))
     if HARMONY in tokens:
-        found = [number for number in found if tokens[number] != "<|end|>"]
-    return found
+        return [number for number in unique if tokens[number] != "<|end|>"]
+    return unique
 
 
 def write_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json for `metadata` into `directory`.
 
     Raises:
-        CheckpointError: the metadata is incomplete, inconsistent, or of an unknown kind.
+        CheckpointError: the metadata is incomplete or inconsistent, or its type is unknown.
     """
     tokenizer = build_tokenizer(metadata)
     config: dict[str, Any] = {
@@ -83,10 +81,10 @@ def write_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
 
 
 def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
-    """Return the tokenizer that `metadata` describes; every piece keeps its id.
+    """Return the tokenizer that `metadata` describes; token ids are those of the file.
 
     Raises:
-        CheckpointError: the metadata is incomplete, inconsistent, or of an unknown kind.
+        CheckpointError: the metadata is incomplete or inconsistent, or its type is unknown.
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
@@ -101,13 +99,13 @@ def build_tokenizer(metadata: dict[str, Any]) -> Tokenizer:
         _add_template(tokenizer, metadata, vocabulary.named, add_bos)
     except CheckpointError:
         raise
-    except Exception as exc:  # what the tokenizers library raises has no class of its own
+    except Exception as exc:  # the tokenizers library raises plain Exception
         reason = f"{str(exc)!r:.200}"
-        raise CheckpointError(f"tokenizer.ggml is corrupt ({reason}); fetch it again") from exc
+        raise CheckpointError(f"tokenizer.ggml is corrupt ({reason}); download it again") from exc
     if kind == "gpt2" and metadata.get("tokenizer.ggml.pre", "default") == "default":
         warnings.warn(
-            "the file does not say how its tokenizer cuts text (tokenizer.ggml.pre): cut as GPT-2 "
-            f"does it, which may make answers worse; {ELSEWHERE}, or a newer file",
+            "tokenizer.ggml.pre is missing: using GPT-2's pre-tokenizer, which may make answers "
+            f"worse; {ELSEWHERE}, or a newer file",
             SplitQuantWarning,
             stacklevel=2,
         )
@@ -136,10 +134,10 @@ def _read_vocabulary(metadata: dict[str, Any]) -> _Vocabulary:
                 f"tokenizer.ggml.tokens[{number}]: expected at most {MAX_PIECE_CHARS} characters, "
                 f"got {token!r:.80}; the file is corrupt"
             )
-        # padding of a vocabulary repeats a piece, which only the first id stands for
+        # padding repeats a piece; the first id is the token's
         ids[token if token not in ids else f"[PAD{number}]"] = number
     if len(ids) != len(tokens):
-        raise CheckpointError("tokenizer.ggml.tokens: pieces occur twice; the file is corrupt")
+        raise CheckpointError("tokenizer.ggml.tokens: duplicate pieces; the file is corrupt")
     types = metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(ids))
     return _Vocabulary(ids, _numbers(types, "token_type", len(ids)), _named_tokens(metadata))
 
@@ -149,14 +147,14 @@ def _numbers(values: Any, key: str, count: int) -> list[Any]:
     numbers = [x for x in values if isinstance(x, int | float) and math.isfinite(x)]
     if not count == len(values) == len(numbers):
         raise CheckpointError(
-            f"tokenizer.ggml.{key}: expected {count} finite numbers, one for each token, got "
+            f"tokenizer.ggml.{key}: expected {count} finite numbers, one per token, got "
             f"{len(numbers)}; the file is incomplete or corrupt"
         )
     return numbers
 
 
 def _named_tokens(metadata: dict[str, Any]) -> dict[str, str]:
-    """Return the text of the tokens that have a role: bos, eos, unk, pad, and other ends."""
+    """Return role -> text of the special tokens; see `ROLES`."""
     tokens = metadata["tokenizer.ggml.tokens"]
     named = {}
     for role, key in ROLES.items():
@@ -184,15 +182,15 @@ def _byte_level(metadata: dict[str, Any], vocabulary: _Vocabulary) -> tuple[Toke
     if not isinstance(merges, list):
         raise CheckpointError(f"tokenizer.ggml.merges: expected a list, got none; {ELSEWHERE}")
     pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    tokenizer = Tokenizer(models.BPE(vocabulary.ids, pairs, ignore_merges=pre.whole_pieces))
+    tokenizer = Tokenizer(models.BPE(vocabulary.ids, pairs, ignore_merges=pre.ignore_merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            *(pre_tokenizers.Split(Regex(cut), "isolated") for cut in pre.cuts),
+            *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    if pre.compose:
+    if pre.nfc:
         tokenizer.normalizer = normalizers.NFC()
     return tokenizer, pre.add_bos
 
@@ -218,27 +216,27 @@ def _sentencepiece(metadata: dict[str, Any], vocabulary: _Vocabulary) -> tuple[T
 
 
 def _merges(vocabulary: _Vocabulary, scores: list[float]) -> list[tuple[str, str]]:
-    """Return the merges that make the pieces, best score first.
+    """Return merges equivalent to the scores, highest score first.
 
-    Sentencepiece joins the two neighbours whose union scores highest, so each way to cut a piece
-    in two pieces is a merge of the rank of the whole.
+    Sentencepiece joins the two adjacent pieces whose union scores highest, so every split of a
+    piece into two pieces is a merge, ranked by the score of the whole.
     """
     pieces = vocabulary.of_type(NORMAL, UNUSED)
-    if (size := sum(len(piece) ** 2 for piece in pieces)) > MAX_CUT_CHARS:
+    if (size := sum(len(piece) ** 2 for piece in pieces)) > MAX_SPLIT_CHARS:
         raise CheckpointError(
             f"tokenizer.ggml.tokens: expected pieces whose squared lengths sum to at most "
-            f"{MAX_CUT_CHARS}, got {size}; {ELSEWHERE}"
+            f"{MAX_SPLIT_CHARS}, got {size}; {ELSEWHERE}"
         )
     return [
-        (piece[:cut], piece[cut:])
+        (piece[:end], piece[end:])
         for piece in sorted(pieces, key=lambda piece: (-scores[pieces[piece]], pieces[piece]))
-        for cut in range(len(piece) - 1, 0, -1)
-        if piece[:cut] in pieces and piece[cut:] in pieces
+        for end in range(len(piece) - 1, 0, -1)
+        if piece[:end] in pieces and piece[end:] in pieces
     ]
 
 
 def _add_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
-    """Keep control, named and user-defined tokens whole wherever they stand in a text."""
+    """Add control, named and user-defined tokens, which are never split."""
     special = {*vocabulary.of_type(UNKNOWN, CONTROL), *vocabulary.named.values()}
     whole = sorted({*special, *vocabulary.of_type(USER_DEFINED)}, key=vocabulary.ids.__getitem__)
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=t in special) for t in whole])
@@ -247,11 +245,11 @@ def _add_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
 def _add_template(
     tokenizer: Tokenizer, metadata: dict[str, Any], named: dict[str, str], add_bos: bool
 ) -> None:
-    """Let encoding add BOS and EOS where the metadata asks for it."""
+    """Add BOS and EOS when encoding, if the metadata says so."""
 
     def added(role: str, default: bool) -> list[str]:
-        wanted = metadata.get(f"tokenizer.ggml.add_{role}_token", default)
-        return [named[role]] if wanted and role in named else []
+        add = metadata.get(f"tokenizer.ggml.add_{role}_token", default)
+        return [named[role]] if add and role in named else []
 
     bos, eos = added("bos", add_bos), added("eos", False)
     if bos or eos:

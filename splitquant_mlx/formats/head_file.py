@@ -1,8 +1,8 @@
-"""Store the scales and biases of a tied embedding once more, as those of a head.
+"""Write the scales and biases of a tied embedding a second time, as those of an output head.
 
-mlx-vlm 0.7 builds Gemma 3 with a head of its own and takes the embedding's `weight` for it: of a
-quantized embedding the codes alone. What it lacks is in a file that mlx-vlm reads, as the index
-names it, and mlx-lm, which reads model*.safetensors, does not.
+mlx-vlm 0.7 builds Gemma 3 with a separate head and copies only the embedding's `weight` to it,
+which for a quantized embedding is the codes without scales and biases. Those are in a file that
+mlx-vlm reads, since it is in the index, and mlx-lm, which reads model*.safetensors, does not.
 """
 
 import json
@@ -17,27 +17,27 @@ COPIED = ("scales", "biases")
 
 
 def is_copy(name: str, file: str, names: Collection[str]) -> bool:
-    """Tell whether a tensor of `file` is one of the copies, and no part of a model.
+    """Return whether a tensor is one of the copies, which are not parameters of the model.
 
     Args:
-        name: of the tensor.
+        name: name of the tensor.
         file: name of its file.
-        names: of all tensors of the checkpoint; a head that has a weight is a head of its own.
+        names: all tensors of the checkpoint; a head that has a weight is a separate head.
     """
     path, _, leaf = name.rpartition(".")
     return file == HEAD_FILE and leaf in COPIED and f"{path}.weight" not in names
 
 
 def write_head(directory: Path, embedding: str, head: str) -> int:
-    """Write HEAD_FILE beside the finished shards of a checkpoint, and enter it in their index.
+    """Write HEAD_FILE next to the finished shards of a checkpoint and add it to their index.
 
     Args:
-        directory: of the checkpoint.
-        embedding: path of the embedding, which is quantized.
-        head: path that its copies have.
+        directory: the checkpoint.
+        embedding: path of the quantized embedding.
+        head: path of the head.
 
     Returns:
-        The size of the copies, bytes.
+        Size of the copies, bytes.
     """
     file = directory / INDEX
     index = json.loads(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Record of a conversion: the JSON beside the weights, splitquant.json."""
+"""Record of a conversion: splitquant.json in the checkpoint directory."""
 
 import dataclasses
 import json
@@ -11,38 +11,38 @@ from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.settings import NonNegativeInt, load_json, record
 
 FILE_NAME = "splitquant.json"
-# the code that a checkpoint carries for mlx-lm and mlx-vlm, see nn/model_file and nn/neighbour_file
+# model code of a checkpoint for mlx-lm and mlx-vlm, see nn/model_file and nn/neighbour_file
 MODEL_FILE = "splitquant_model.py"
-# of layers with code of their own, and what the code needs to know of them beside the bits
+# modes that need the model file: mode -> the setting it needs in addition to bits
 OWN_MODES = {"lut": "outliers", "mixed": "group_size"}
-# what is shown of a layer must not control the terminal
+# names are printed, so they must not contain control characters
 Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @record
 class LayerRecord:
-    """Record of one layer that holds a weight matrix.
+    """Record of one layer with a weight matrix.
 
     Attributes:
         path: the module's path.
         kind: "linear", "lm_head", "embedding", "experts" or "other".
         action: "split", "quantize" or "keep".
-        shape: of the original weight, (..., out, in).
+        shape: shape of the original weight, (..., out, in).
         nbytes: stored size of the weight with its scales and biases, bytes.
-        bits_per_weight: stored bits over ORIGINAL entries.
-        bits: bits per code; None when kept.
-        group_size: inputs that share a scale; None when kept.
-        mode: mlx's quantization mode, "lut" or "mixed"; None when kept.
+        bits_per_weight: stored bits per entry of the original weight.
+        bits: bits per code; None unless quantized.
+        group_size: inputs that share a scale; None unless quantized.
+        mode: mlx's quantization mode, "lut" or "mixed"; None unless quantized.
         clusters: parts the layer is split into; None unless split.
-        outliers: entries of each row that are kept beside a codebook; None without.
-        cut_points: where k-means split the entries, ascending; empty unless split, and of a
-            stack of experts, each of which is split by itself.
+        outliers: unquantized entries per row of a codebook layer; None otherwise.
+        cut_points: cluster boundaries of k-means, ascending; empty unless split, and for a stack
+            of experts, each of which has its own.
         snr_db: 10 log10(sum w^2 / sum (w - w_hat)^2), dB, over evenly spaced rows of a large
-            weight; None when kept or without error.
+            weight; None unless quantized, and when the error is 0.
         note: why this layer differs from the recipe; empty if it does not.
-        head: path of a head, tied to this embedding, that other programs look for: its scales and
-            biases are stored under that name, too, see `head_file`; empty without.
+        head: path of an output head tied to this embedding, under which its scales and biases are
+            stored a second time, see `head_file`; empty if not.
     """
 
     path: Name
@@ -72,25 +72,25 @@ class Manifest:
     """Record of one conversion.
 
     Attributes:
-        source: hub repo id or path, as given.
+        source: hub repo id or path, as passed by the user.
         revision: commit of the hub repo; None for a local source.
         recipe: the settings, as in a TOML recipe.
-        versions: of Python and the packages that did it.
-        device: mlx's device that did it.
-        layers: one record for each layer with a weight matrix.
-        linear_bits_per_weight: stored bits over original entries, converted linear layers; 0
+        versions: versions of Python and packages.
+        device: mlx device of the conversion.
+        layers: one record per layer with a weight matrix.
+        linear_bits_per_weight: stored bits per original entry of the converted linear layers; 0
             if none was converted.
-        bits_per_weight: the same over every parameter of the model.
+        bits_per_weight: the same over all parameters of the model.
         source_bytes: size of the original's tensors.
         stored_bytes: size of the converted model's tensors.
-        seconds: time of each stage, added up over threads, and wall time in "total", s; without
-            the lost work of an interrupted conversion.
+        seconds: time per stage, summed over threads, and wall time in "total", s; excludes the
+            repeated work of an interrupted conversion.
         refinement: mean KL divergence from the original on held-out calibration text "before" and
-            "after" training scales and biases, nats per token; empty without it. The layers'
-            snr_db is that before the training.
-        source_card: licence, languages and the like from the source's README.
-        warnings: what mlx-lm's model does otherwise than the original's, or leaves out.
-        files: SHA-256 of every other file of the checkpoint, by name; `verify` reads it.
+            "after" training scales and biases, nats per token; empty without training. The
+            layers' snr_db is from before.
+        source_card: licence, languages and other metadata of the source's README.
+        warnings: differences between mlx-lm's model and the original, one sentence each.
+        files: SHA-256 of every other file of the checkpoint, by name, for `verify`.
     """
 
     source: str
@@ -116,7 +116,7 @@ class Manifest:
 
 
 def load_manifest(directory: str | Path) -> Manifest | None:
-    """Read a manifest; None where the directory has none.
+    """Read a manifest; None if the directory has none.
 
     Raises:
         CheckpointError: when it cannot be read.

@@ -1,8 +1,8 @@
-"""Take from a model's README what every copy of the model must repeat: licence, languages, tags.
+"""Read the licence, languages and tags in a model's README, which copies of it must repeat.
 
-The README of a hub repo opens with a table in YAML between two lines of three dashes. It is read
-when the model is converted and kept in the manifest, since the source may be out of reach, or
-changed, when the result is published.
+The README of a hub repo starts with a YAML table between two lines of three dashes. It is read
+during conversion and stored in the manifest, since the source may be unavailable or changed when
+the result is published.
 """
 
 import json
@@ -17,25 +17,25 @@ KEYS = (
     "license", "license_name", "license_link", "language", "base_model", "pipeline_tag", "tags",
 )  # fmt: skip
 BLOCK = re.compile(r"\ufeff?\s*---[ \t]*\r?\n(.*?\n)---[ \t]*(?:\r?\n|$)", re.DOTALL)
-MAX_CHARACTERS = 1 << 16  # some seconds of parsing at worst
-MOST = 50
+MAX_CHARACTERS = 1 << 16  # a few seconds of parsing at worst
+MAX_ITEMS = 50
 
 Card = dict[str, Any]
 
 
 def read_source_card(directory: Path) -> Card:
-    """Return the table of `directory`/README.md, checked; empty where there is none to be read."""
+    """Return the checked table of `directory`/README.md; empty if there is none or unreadable."""
     file = directory / "README.md"
     try:
         if not file.is_file():
             return {}
         with file.open(encoding="utf-8", errors="replace") as opened:
             block = BLOCK.match(opened.read(MAX_CHARACTERS))
-        # this loader makes text of everything: `no` stays a language, and it merges no tables
-        found = yaml.load(block[1], yaml.BaseLoader) if block else {}
+        # BaseLoader returns all scalars as text (`no` stays a language) and merges no tables
+        card = yaml.load(block[1], yaml.BaseLoader) if block else {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
-    return check_source_card(found) if isinstance(found, dict) else {}
+    return check_source_card(card) if isinstance(card, dict) else {}
 
 
 def write_source_card(values: Mapping[str, Any], directory: Path) -> None:
@@ -45,16 +45,16 @@ def write_source_card(values: Mapping[str, Any], directory: Path) -> None:
 
 
 def check_source_card(values: Mapping[str, Any]) -> Card:
-    """Return the known entries: printable lines, or lists of them. The rest is left out."""
+    """Return the known entries that are printable lines or lists of them; the rest is dropped."""
     card: Card = {}
     for key in KEYS:
         value = values.get(key)
-        lines = [item for item in (value if isinstance(value, list) else [value]) if _line(item)]
+        lines = [item for item in (value if isinstance(value, list) else [value]) if _is_line(item)]
         if lines:
-            card[key] = lines[:MOST] if isinstance(value, list) else lines[0]
+            card[key] = lines[:MAX_ITEMS] if isinstance(value, list) else lines[0]
     return card
 
 
-def _line(value: Any) -> bool:
+def _is_line(value: Any) -> bool:
     short = isinstance(value, str) and len(value) <= 200
     return short and value.isprintable() and value.strip() != ""

@@ -1,4 +1,4 @@
-"""Write tensors over those of a finished checkpoint."""
+"""Overwrite tensors of a finished checkpoint."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +13,13 @@ DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 
 
 def replace_tensors(directory: Path, tensors: Mapping[str, mx.array]) -> dict[str, str]:
-    """Write each of `tensors`, in the stored type, in the place of the one of its name and shape.
+    """Overwrite the stored tensors of the same names and shapes, in their stored dtype.
 
     Returns:
-        The new SHA-256 of every safetensors file that was changed, by its name.
+        New SHA-256 of every changed safetensors file, by name.
 
     Raises:
-        ValueError: for a tensor that the checkpoint does not have in that shape.
+        ValueError: when the checkpoint has no tensor of that name and shape.
         OSError: when a file cannot be written.
     """
     missing, hashes = set(tensors), {}
@@ -31,7 +31,9 @@ def replace_tensors(directory: Path, tensors: Mapping[str, mx.array]) -> dict[st
             for name in sorted(missing & headers.keys()):
                 header, tensor = headers[name], tensors[name]
                 if header.shape != tensor.shape:
-                    raise ValueError(f"{name} is {list(header.shape)}, not {list(tensor.shape)}")
+                    raise ValueError(
+                        f"{name}: expected {list(header.shape)}, got {list(tensor.shape)}"
+                    )
                 stream.seek(header.offset)
                 stream.write(tensor_bytes(tensor.astype(DTYPES[header.dtype])))
         missing -= headers.keys()

@@ -1,7 +1,7 @@
-"""Write safetensors shards one tensor at a time, holding no more than that tensor in memory.
+"""Write safetensors shards one tensor at a time, with few tensors in memory.
 
 The format is an 8-byte little-endian header length, a JSON header, then the tensors' bytes. The
-header names every offset, so it comes last here: room for it is left at the start of the file and
+header lists every offset, so it is written last, into space reserved at the start of the file and
 padded with spaces, as the format allows (huggingface/safetensors, "Format").
 """
 
@@ -28,10 +28,9 @@ from splitquant_mlx.quantization.host import host_values
 from splitquant_mlx.runtime.disk import remove, sha256, sync_descriptor
 
 MAX_SHARD_BYTES = 5 * 10**9
-FLUSH_BYTES = 1 << 27  # written before the disk is told to take them in
+FLUSH_BYTES = 1 << 27  # written between two calls of fsync
 CHUNK_BYTES = 1 << 20
-WAITING_BYTES = 1 << 26  # that may wait behind a tensor that is being written
-
+QUEUED_BYTES = 1 << 26  # that may be queued after the tensor that is being written
 FINAL_NAME = re.compile(r"model(?:-(\d{5,})-of-\d{5,})?\.safetensors")
 
 SAFETENSORS_NAMES = {
@@ -50,8 +49,8 @@ SAFETENSORS_NAMES = {
 }
 
 
-def _in_order(header: dict[str, Any]) -> dict[str, Any]:
-    """Return the header of an unfinished shard as it was written; a journal sorts its keys."""
+def _ordered_header(header: dict[str, Any]) -> dict[str, Any]:
+    """Return the header of an unfinished shard in file order; a journal sorts its keys."""
     metadata = {"__metadata__": {"format": "mlx"}}
     try:
         entries = {
@@ -59,28 +58,29 @@ def _in_order(header: dict[str, Any]) -> dict[str, Any]:
             for name in header.keys() - metadata.keys()
         }
         order = sorted(entries, key=lambda name: (entries[name]["data_offsets"], name))
-    except (KeyError, TypeError):  # not written by this program: no name of it will fit
+    except (KeyError, TypeError):  # not written by this program: no tensor is named ""
         return {**metadata, "": None}
     return metadata | {name: entries[name] for name in order}
 
 
 def _update(digest: Any, file: BinaryIO, nbytes: int) -> None:
-    """Add the next `nbytes` of a file to a digest."""
+    """Update a digest with the next `nbytes` of a file."""
     while nbytes > 0 and (chunk := file.read(min(nbytes, CHUNK_BYTES))):
         digest.update(chunk)
         nbytes -= len(chunk)
 
 
 def header_room(names: Iterable[str]) -> int:
-    """Return the bytes that are left for the header of a shard of any of these tensors."""
+    """Return the bytes to reserve for the header of a shard of any of these tensors."""
     room = 64 + sum(len(json.dumps(name)) + 160 for name in names)
     return room + -room % 8
 
 
 def most_header_bytes(names: Iterable[str], total_bytes: float, max_shard_bytes: int) -> int:
-    """Return the most that the headers of all shards take, for `total_bytes` of tensors.
+    """Return the maximum size of the headers of all shards, for `total_bytes` of tensors.
 
-    Two shards in a row hold more than one may: there are at most twice as many as full ones.
+    Two consecutive shards hold more than `max_shard_bytes`, so there are at most twice as many
+    shards as full ones.
     """
     shards = 1 if total_bytes <= max_shard_bytes else 2 * math.ceil(total_bytes / max_shard_bytes)
     return shards * (8 + header_room(names))
@@ -93,12 +93,12 @@ def tensor_bytes(tensor: mx.array) -> memoryview:
 
 @dataclass(frozen=True, kw_only=True)
 class UnfinishedShard:
-    """What is on the disk of a shard that is still written.
+    """State of a shard that is still being written.
 
     Attributes:
-        header: of the tensors so far, as in the safetensors format.
-        nbytes: of their data.
-        sha256: of that.
+        header: safetensors header of the tensors so far.
+        nbytes: size of their data, bytes.
+        sha256: SHA-256 of their data.
     """
 
     header: dict[str, Any]
@@ -109,20 +109,19 @@ class UnfinishedShard:
 class ShardWriter:
     """Append tensors to `model-0000x-of-0000n.safetensors` files and their index.
 
-    A context manager: leaving it without `close` abandons the files as they are.
+    A context manager: leaving it without `close` leaves unfinished files.
 
     Args:
         directory: an existing directory; the files are complete once `close` returns.
-        names: every tensor name that may be added; sizes the room left for the headers.
-        max_shard_bytes: a shard is closed before it would grow over this many bytes; a single
-            larger tensor gets a shard of its own.
+        names: all tensor names that may be added; they determine the space for headers.
+        max_shard_bytes: maximum size of a shard with more than one tensor.
 
     Attributes:
-        missing: the names not written yet.
-        total_bytes: of the tensors written.
-        on_finished: called with the number and the SHA-256 of every shard once it is on the disk;
-            shards are hashed only for it.
-        hashes: the SHA-256 of every file by its name, after `close`.
+        missing: names of the tensors not yet written.
+        total_bytes: size of the tensors written.
+        on_finished: called with the number and SHA-256 of each shard after it is synced to disk;
+            shards are hashed only if it is set.
+        hashes: file name -> SHA-256, after `close`.
     """
 
     def __init__(self, directory: Path, names: list[str], max_shard_bytes: int = MAX_SHARD_BYTES):
@@ -145,7 +144,7 @@ class ShardWriter:
         self._flushed = 0
         self._header: dict[str, Any] = {}
         self._offset = 0
-        self._hashed = 0  # bytes of data that `_digest` is over
+        self._hashed = 0  # bytes of data in `_digest`
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> "ShardWriter":
@@ -158,17 +157,19 @@ class ShardWriter:
             self._file.close()
 
     def resume(self, digests: Sequence[str], unfinished: UnfinishedShard | None = None) -> int:
-        """Take over the first shards of an interrupted writer; nothing else in `directory` stays.
+        """Continue after the first shards of an interrupted writer; remove all other files.
+
+        `add` ignores the tensors of these shards.
 
         Args:
-            digests: their SHA-256, in order. The first file that is missing or another one, and
-                all after it, are written again; an `add` of what was taken over does nothing.
-            unfinished: the shard after those, which is gone on with.
+            digests: SHA-256 of the finished shards, in order. The first shard that is missing or
+                differs, and all after it, are written again.
+            unfinished: the shard after those.
 
         Returns:
-            How many were taken over, the unfinished one among them.
+            Number of shards that are reused, including the unfinished one.
         """
-        self._take_names_back()
+        self._undo_renaming()
         for digest in digests:
             path = self._path(len(self._shards) + 1)
             if path.is_symlink() or not path.is_file() or sha256(path) != digest:
@@ -193,23 +194,23 @@ class ShardWriter:
         return len(self._shards)
 
     def _reopen(self, shard: UnfinishedShard) -> None:
-        """Go on with a shard, if its file is what it was."""
+        """Continue an unfinished shard if its file is unchanged."""
         path = self._path(len(self._shards) + 1)
-        header = _in_order(shard.header)
+        header = _ordered_header(shard.header)
         names = header.keys() - {"__metadata__"}
         if path.is_symlink() or not path.is_file() or not names <= self.missing:
             return
-        digest, begin = hashlib.sha256(), 8 + self._room
+        digest, start = hashlib.sha256(), 8 + self._room
         file = path.open("r+b")
-        file.seek(begin)
+        file.seek(start)
         _update(digest, file, shard.nbytes)
         if digest.hexdigest() != shard.sha256:
             file.close()
             return
-        file.truncate(begin + shard.nbytes)
+        file.truncate(start + shard.nbytes)
         self._file, self._header = file, header
         self._offset = self._hashed = shard.nbytes
-        self._flushed, self._digest = begin + shard.nbytes, digest
+        self._flushed, self._digest = start + shard.nbytes, digest
         self._weight_map.update(dict.fromkeys(names, len(self._shards)))
         self._shards.append(path)
         self._resumed |= names
@@ -218,11 +219,11 @@ class ShardWriter:
 
     @property
     def number(self) -> int:
-        """Return the number of the shard that is written, from 1."""
+        """Return the number of the current shard, from 1."""
         return len(self._shards)
 
     def save_point(self) -> UnfinishedShard | None:
-        """Have the disk take in all that was added, and return what is to be known to go on."""
+        """Sync all added tensors to disk and return the state from which `resume` continues."""
         if self._file is None:
             return None
         self._await_writes()
@@ -237,23 +238,23 @@ class ShardWriter:
             header=dict(self._header), nbytes=self._offset, sha256=self._digest.hexdigest()
         )
 
-    def _take_names_back(self) -> None:
+    def _undo_renaming(self) -> None:
         """Undo the renaming of `close`."""
         for path in sorted(self.directory.glob("model*.safetensors")):
             if numbered := FINAL_NAME.fullmatch(path.name):
                 path.rename(self._path(int(numbered[1] or 1)))
 
     def add(self, name: str, tensor: mx.array) -> None:
-        """Have `tensor` written under `name`; waits where much has been added and not written.
+        """Queue `tensor` for writing; blocks while QUEUED_BYTES or more are queued.
 
         Raises:
-            ValueError: for a name not announced or repeated.
-            OSError: when something added before cannot be written.
+            ValueError: when `name` is not in `names`, or was added before.
+            OSError: when a tensor added before cannot be written.
         """
         if name in self._resumed:
             return
         if name not in self.missing:
-            raise ValueError(f"tensor {name!r} was not announced, or was written before")
+            raise ValueError(f"tensor {name!r} is not in `names`, or was added before")
         self.missing.discard(name)
         if self._file is None or (
             self._offset and self._offset + tensor.nbytes > self.max_shard_bytes
@@ -264,7 +265,7 @@ class ShardWriter:
         assert file is not None
         content = tensor_bytes(tensor)
         self._writes.append((self._writer.submit(self._append, file, content), tensor.nbytes))
-        self._await_writes(WAITING_BYTES)
+        self._await_writes(QUEUED_BYTES)
         end = self._offset + tensor.nbytes
         self._header[name] = {
             "dtype": SAFETENSORS_NAMES[tensor.dtype],
@@ -276,7 +277,7 @@ class ShardWriter:
         self._weight_map[name] = len(self._shards) - 1
 
     def _append(self, file: BinaryIO, content: memoryview) -> None:
-        """Write, and have the disk take in what is written while more is computed."""
+        """Write, and sync to disk in another thread after every FLUSH_BYTES."""
         file.write(content)
         written = file.tell()
         if written - self._flushed >= FLUSH_BYTES and (not self._flush or self._flush.done()):
@@ -285,12 +286,11 @@ class ShardWriter:
             file.flush()
             self._flush = self._flusher.submit(os.fsync, file.fileno())
 
-    def _await_writes(self, waiting_bytes: int = -1) -> None:
-        """Wait until no more than so much waits behind what is being written; -1: for all."""
+    def _await_writes(self, queued_bytes: int = -1) -> None:
+        """Wait until at most `queued_bytes` are queued after the current write; -1: for all."""
         writes = self._writes
         while writes and (
-            writes[0][0].done()
-            or sum(nbytes for _, nbytes in writes) - writes[0][1] > waiting_bytes
+            writes[0][0].done() or sum(nbytes for _, nbytes in writes) - writes[0][1] > queued_bytes
         ):
             writes.popleft()[0].result()
 
@@ -300,7 +300,7 @@ class ShardWriter:
             self._flush = None
 
     def close(self) -> dict[str, str]:
-        """Finish the last shard, name the files, write the index; returns tensor name -> file."""
+        """Finish the last shard, rename the files, write the index; return tensor name -> file."""
         self._finish_shard()
         count = len(self._shards)
         final = []
@@ -338,8 +338,7 @@ class ShardWriter:
             file.seek(0)
             file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
             file.flush()
-            # the header, which comes first in the hash, was written last: the file is read once
-            # more, while the disk takes it in
+            # the header is hashed first but written last, so the file is read again, during fsync
             digest = self._flusher.submit(sha256, self._shards[-1]) if self.on_finished else None
             sync_descriptor(file.fileno())
         self._file = None

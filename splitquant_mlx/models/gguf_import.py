@@ -96,7 +96,7 @@ def gguf_parameters(gguf: Gguf) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
 
 def _whole(gguf: Gguf, config: dict[str, Any]) -> dict[str, Any]:
     """Return config.json's content, where that of the language model may be a part of it."""
-    if not architecture_of(gguf.metadata).inside:
+    if not architecture_of(gguf.metadata).multimodal:
         return config
     kept = ("model_type", "tie_word_embeddings", "torch_dtype", "bos_token_id", "eos_token_id")
     text = {**config, "model_type": f"{config['model_type']}_text"}

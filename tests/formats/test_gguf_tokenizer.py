@@ -1,4 +1,4 @@
-"""Tokenizers rebuilt from GGUF metadata against the originals, id for id."""
+"""Tokenizers rebuilt from GGUF metadata give the token ids of the originals."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ TEXTS = [
 
 
 def stories_metadata():
-    """Return what llama.cpp's converter keeps of the tokenizer."""
+    """Return the metadata that llama.cpp's converter writes for the tokenizer."""
     model = json.loads((STORIES / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
     merged = list(dict.fromkeys("".join(merge) for merge in model["merges"]))
@@ -93,7 +93,7 @@ def test_special_tokens_stay_whole_inside_text(rebuilt, original):
 
 
 def test_equal_scores_merge_in_the_order_of_ids(stories, original):
-    # Converters that have only a tokenizer.json write one score for all.
+    # converters that have only a tokenizer.json write equal scores
     flat = {**stories, "tokenizer.ggml.scores": [-1000.0] * 512}
     assert build_tokenizer(flat).encode(TEXTS[0]).ids == original.encode(TEXTS[0]).ids
 
@@ -152,7 +152,7 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|@| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The pre_tokenizer and normalizer of the published tokenizer.json of one model of each family.
+# pre_tokenizer and normalizer in the published tokenizer.json of one model per family
 PUBLISHED = {
     "gpt-2": ([byte_level(True)], None),
     "smollm": ([{"type": "Digits", "individual_digits": True}, byte_level(True)], None),
@@ -162,8 +162,8 @@ PUBLISHED = {
 
 
 def published(pre):
-    """Train a small tokenizer whose text handling is the published one; returns it and metadata."""
-    cuts, normalizer = PUBLISHED[pre]
+    """Train a small tokenizer with a published pre-tokenizer; return it and its metadata."""
+    steps, normalizer = PUBLISHED[pre]
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
@@ -175,7 +175,7 @@ def published(pre):
     words = ["1234 123 12 56 789 they'll THEY'LL don't x== y== \n\n \t 日本語 café e\u0301 end"]
     trained.train_from_iterator((TEXTS + words) * 3, trainer)
     content = json.loads(trained.to_str())
-    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": cuts}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
     content["normalizer"] = normalizer
     content["model"]["ignore_merges"] = pre == "llama-bpe"
     vocab = content["model"]["vocab"]
@@ -214,11 +214,11 @@ def test_pre_tokenizers_differ_where_they_should():
     assert len(set(ids.values())) >= 3
 
 
-def test_missing_or_default_pre_is_cut_as_gpt2_with_a_note():
+def test_missing_or_default_pre_is_gpt2_with_a_warning():
     reference, metadata = published("gpt-2")
     without = {key: value for key, value in metadata.items() if not key.endswith(".pre")}
     for variant in (without, {**metadata, "tokenizer.ggml.pre": "default"}):
-        with pytest.warns(SplitQuantWarning, match="cut as GPT-2"):
+        with pytest.warns(SplitQuantWarning, match="GPT-2's pre-tokenizer"):
             rebuilt = build_tokenizer(variant)
         assert rebuilt.encode(TEXTS[3]).ids == reference.encode(TEXTS[3]).ids
 
@@ -244,26 +244,26 @@ def test_missing_or_default_pre_is_cut_as_gpt2_with_a_note():
         ("viking", "moi 12!", ["moi", " ", "1", "2", "!"]),
     ],
 )
-def test_cuts_of_text(pre, text, pieces):
+def test_pieces_of_text(pre, text, pieces):
     # checked against llama.cpp's own tokenizer
     metadata = published("gpt-2")[1] | {"tokenizer.ggml.pre": pre}
-    cuts = build_tokenizer(metadata).pre_tokenizer.pre_tokenize_str(text)
+    spans = build_tokenizer(metadata).pre_tokenizer.pre_tokenize_str(text)
     decode = decoders.ByteLevel().decode
-    assert [decode([piece]) for piece, _ in cuts] == pieces
+    assert [decode([piece]) for piece, _ in spans] == pieces
 
 
-def test_ends_of_an_answer_are_found_by_name_too():
+def test_end_tokens_are_recognized_by_name_too():
     metadata = {
         "tokenizer.ggml.tokens": ["a", "<|im_end|>", "<|endoftext|>", "<|end|>", "<EOT>"],
         "tokenizer.ggml.token_type": [1, 3, 4, 3, 1],
         "tokenizer.ggml.eos_token_id": 2,
     }
     assert end_token_ids(metadata) == [2, 1, 3]
-    metadata["tokenizer.ggml.tokens"][0] = "<|channel|>"  # harmony: the answer goes on
+    metadata["tokenizer.ggml.tokens"][0] = "<|channel|>"  # harmony: the answer continues
     assert end_token_ids(metadata) == [2, 1]
 
 
-def test_a_piece_that_occurs_twice_stands_for_its_first_id():
+def test_a_duplicate_piece_has_its_first_id():
     _, metadata = published("gpt-2")
     count = len(metadata["tokenizer.ggml.tokens"])
     metadata["tokenizer.ggml.tokens"] += ["[PAD]", "[PAD]"]
@@ -273,7 +273,7 @@ def test_a_piece_that_occurs_twice_stands_for_its_first_id():
     assert tokenizer.token_to_id("[PAD]") == count
 
 
-def test_llama_bpe_takes_whole_pieces_and_adds_bos_by_default():
+def test_llama_bpe_ignores_merges_and_adds_bos_by_default():
     _, metadata = published("llama-bpe")
     metadata["tokenizer.ggml.tokens"].append("unmerged")
     metadata["tokenizer.ggml.token_type"].append(1)
@@ -294,7 +294,7 @@ def test_user_defined_tokens_are_whole_but_not_special():
     assert tokenizer.decode([0, *ids], skip_special_tokens=True) == "a<think>   b"
 
 
-def test_missing_types_still_keep_the_named_tokens_whole():
+def test_without_types_special_tokens_are_not_split():
     _, metadata = published("smollm")
     del metadata["tokenizer.ggml.token_type"]
     assert build_tokenizer(metadata).encode("<|begin|>a<|end|>").ids[::2] == [0, 1]
@@ -330,7 +330,7 @@ def test_unusable_metadata_is_refused_before_writing(name, tmp_path):
 
 
 @pytest.mark.parametrize("scores", [None, [0.0], [float("nan")] * 512, ["x"] * 512, 3])
-def test_scores_must_be_finite_and_one_a_token(stories, scores):
+def test_scores_must_be_finite_and_one_per_token(stories, scores):
     with pytest.raises(CheckpointError, match="scores: expected 512 finite numbers"):
         build_tokenizer({**stories, "tokenizer.ggml.scores": scores})
 

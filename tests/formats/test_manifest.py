@@ -1,4 +1,4 @@
-"""A manifest comes back as it was written, and is refused by name where a value is not valid."""
+"""Manifests round-trip, and an invalid value is refused with its key in the message."""
 
 import json
 
@@ -66,24 +66,24 @@ def refusal(directory, content):
     return str(caught.value)
 
 
-def test_a_manifest_comes_back_as_it_was_written(tmp_path, content):
+def test_a_manifest_round_trips(tmp_path, content):
     assert load_manifest(tmp_path) == MANIFEST
     assert load_manifest(tmp_path / "none") is None
 
 
 @pytest.mark.parametrize("changes", LAYERS.values(), ids=LAYERS)
-def test_a_layer_that_cannot_be_shown(tmp_path, content, changes):
+def test_an_invalid_layer_is_refused(tmp_path, content, changes):
     content["layers"][0].update(changes)
     assert f"layers.0.{next(iter(changes))}" in refusal(tmp_path, content)
 
 
 @pytest.mark.parametrize("name", ["bits_per_weight", "stored_bytes", "linear_bits_per_weight"])
 @pytest.mark.parametrize("value", [None, "1", {}, float("inf"), 10**400], ids=lambda v: str(v)[:5])
-def test_a_total_that_is_not_a_number(tmp_path, content, name, value):
+def test_an_invalid_total_is_refused(tmp_path, content, name, value):
     assert f" {name}: expected " in refusal(tmp_path, {**content, name: value})
 
 
-def test_what_is_missing_or_unknown_is_named(tmp_path, content):
+def test_missing_and_unknown_keys_are_refused(tmp_path, content):
     assert "moods: unknown key" in refusal(tmp_path, {**content, "moods": 1})
     del content["layers"]
     assert "layers: expected a value, got none" in refusal(tmp_path, content)

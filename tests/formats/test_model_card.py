@@ -1,4 +1,4 @@
-"""What a README says of its model is read without trusting it, and kept in the manifest."""
+"""The table of an untrusted README is read safely and stored in the manifest."""
 
 import json
 import os
@@ -18,7 +18,7 @@ MERGES = "k0: &k0 {license: mit}\n" + "\n".join(
 
 
 @pytest.mark.parametrize(
-    ("block", "wanted"),
+    ("block", "expected"),
     [
         ("license: mit", {"license": "mit"}),
         ("license: mit\nlanguage: no", {"license": "mit", "language": "no"}),
@@ -37,16 +37,16 @@ MERGES = "k0: &k0 {license: mit}\n" + "\n".join(
         ("", {}),
     ],
 )
-def test_what_the_table_says(tmp_path, block, wanted):
+def test_the_table_is_read_and_checked(tmp_path, block, expected):
     (tmp_path / "README.md").write_text(f"---\n{block}\n---\n# Title\n---\nlicense: other\n---\n")
-    assert read_source_card(tmp_path) == wanted
+    assert read_source_card(tmp_path) == expected
 
 
-def test_a_bomb_of_merges_is_no_work(tmp_path):
+def test_nested_merges_are_not_expanded(tmp_path):
     (tmp_path / "README.md").write_text(f"---\nlicense: mit\n{MERGES}\n---\n")
-    began = time.monotonic()
+    start = time.monotonic()
     assert read_source_card(tmp_path) == {"license": "mit"}
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("text", [b"# no table", b"", b"\xff\xfe\x00", b"---\nlicense: mit\n"])
@@ -56,7 +56,7 @@ def test_a_readme_without_a_table(tmp_path, text):
     assert read_source_card(tmp_path) == {}
 
 
-def test_a_pipe_is_not_waited_for(tmp_path):
+def test_a_pipe_is_not_read(tmp_path):
     os.mkfifo(tmp_path / "README.md")
     assert read_source_card(tmp_path) == {}
 
@@ -66,13 +66,13 @@ def test_crlf_and_a_byte_order_mark(tmp_path):
     assert read_source_card(tmp_path) == {"license": "mit"}
 
 
-def test_what_is_written_is_read_back(tmp_path):
+def test_a_card_round_trips(tmp_path):
     card = {"license": "é: 'x' #y", "tags": ["a", "---", "b: c"]}
     write_source_card({**card, "other": "z", "license_name": None}, tmp_path)
     assert read_source_card(tmp_path) == card
 
 
-def test_the_manifest_keeps_it_for_later_also_from_the_hub(tmp_path, monkeypatch):
+def test_the_manifest_has_the_card_of_a_hub_repo(tmp_path, monkeypatch):
     source = tiny.write_checkpoint(tmp_path / "source")
     (source / "README.md").write_text("---\nlicense: mit\ndatasets: [x]\n---\n")
     (source / "LICENSE.txt").write_text("MIT")

@@ -1,4 +1,4 @@
-"""The streaming writer against the safetensors library and mlx."""
+"""The shard writer, compared with the safetensors library and mlx."""
 
 import json
 
@@ -11,31 +11,31 @@ from splitquant_mlx.formats.shard_writer import SAFETENSORS_NAMES, ShardWriter
 
 
 def tensors():
-    made = {
+    arrays = {
         f"t.{SAFETENSORS_NAMES[dtype]}": (mx.random.normal((3, 5)) * 9).astype(dtype)
         for dtype in SAFETENSORS_NAMES
     }
-    made["scalar"] = mx.array(1.5)
-    made["empty"] = mx.zeros((0, 4))
-    made['quoted "ü"\n'] = mx.ones((2,))
-    made["transposed"] = mx.arange(6).reshape(2, 3).T
-    return made
+    arrays["scalar"] = mx.array(1.5)
+    arrays["empty"] = mx.zeros((0, 4))
+    arrays['quoted "ü"\n'] = mx.ones((2,))
+    arrays["transposed"] = mx.arange(6).reshape(2, 3).T
+    return arrays
 
 
 @pytest.mark.parametrize("limit", [10**9, 64, 1])
 def test_mlx_reads_back_what_was_written(tmp_path, limit):
-    made = tensors()
-    with ShardWriter(tmp_path, list(made), limit) as writer:
-        for name, tensor in made.items():
+    arrays = tensors()
+    with ShardWriter(tmp_path, list(arrays), limit) as writer:
+        for name, tensor in arrays.items():
             writer.add(name, tensor)
         weight_map = writer.close()
-    assert weight_map.keys() == made.keys()
+    assert weight_map.keys() == arrays.keys()
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == weight_map
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in made.values())
-    for name, tensor in made.items():
-        found = mx.load(str(tmp_path / weight_map[name]))[name]
-        assert found.dtype == tensor.dtype and mx.array_equal(found, tensor)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in arrays.values())
+    for name, tensor in arrays.items():
+        loaded = mx.load(str(tmp_path / weight_map[name]))[name]
+        assert loaded.dtype == tensor.dtype and mx.array_equal(loaded, tensor)
     files = sorted(file.name for file in tmp_path.glob("*.safetensors"))
     assert files == sorted(set(weight_map.values()))
     assert not list(tmp_path.glob("*.partial"))
@@ -52,12 +52,12 @@ def test_the_safetensors_library_reads_it_too(tmp_path):
         writer.add("a", mx.arange(12).reshape(3, 4))
         writer.add("b", mx.array([0.5, -2.0], mx.float16))
         writer.close()
-    found = safetensors.load_file(tmp_path / "model.safetensors")
-    assert np.array_equal(found["a"], np.arange(12, dtype=np.int32).reshape(3, 4))
-    assert np.array_equal(found["b"], np.array([0.5, -2.0], np.float16))
+    loaded = safetensors.load_file(tmp_path / "model.safetensors")
+    assert np.array_equal(loaded["a"], np.arange(12, dtype=np.int32).reshape(3, 4))
+    assert np.array_equal(loaded["b"], np.array([0.5, -2.0], np.float16))
 
 
-def test_names_must_be_announced_and_written_once(tmp_path):
+def test_a_name_must_be_declared_and_is_written_once(tmp_path):
     with ShardWriter(tmp_path, ["a"]) as writer:
         writer.add("a", mx.zeros(1))
         for name in ("a", "b"):
