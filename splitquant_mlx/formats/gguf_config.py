@@ -1,39 +1,29 @@
-"""Turn the metadata of a GGUF file into the config.json of the same model."""
+"""Convert the metadata of a GGUF file to the config.json of the same model."""
 
 import warnings
 from typing import Any
 
 from splitquant_mlx.errors import CheckpointError, SplitQuantWarning
 from splitquant_mlx.formats.gguf import Gguf
-from splitquant_mlx.formats.gguf_architectures import (
-    LOCAL_EXPERTS,
-    Architecture,
-    architecture_of,
-)
+from splitquant_mlx.formats.gguf_architectures import LOCAL_EXPERTS, Architecture, architecture_of
 from splitquant_mlx.formats.gguf_rope import LOG_MULTIPLIER, rope_scaling
-from splitquant_mlx.formats.gguf_settings import (
-    block_count,
-    count,
-    key_of,
-    number,
-    setting,
-)
+from splitquant_mlx.formats.gguf_settings import block_count, count, key_of, number, setting
 from splitquant_mlx.formats.gguf_tokenizer import ELSEWHERE, end_token_ids
 
 ATTENTION_FACTOR = "rope.scaling.attn_factor"
-LATENT = {
+LATENT_KEYS = {
     "attention.key_length_mla",
     "attention.value_length_mla",
     "attention.kv_lora_rank",
     "attention.q_lora_rank",
     LOG_MULTIPLIER,
 }
-SOFTMAX, SIGMOID = 1, 2  # llama.cpp's numbers of these gating functions
+SOFTMAX, SIGMOID = 1, 2  # llama.cpp's numbers of the gating functions
 INNER_AND_HEADS = ("inner_size", "time_step_rank")
-# of DeepSeek 2 and 3 by their number of experts; files of before autumn 2025 leave it out
+# groups of DeepSeek 2 and 3 by number of experts; files from before autumn 2025 omit them
 DEEPSEEK_GROUPS = {160: (8, 3), 256: (8, 4)}
-# Every key that is read, or that says nothing which the tensors and the architecture do not say.
-KNOWN = frozenset(
+# keys that are read, or that repeat what tensors and architecture imply
+KNOWN_KEYS = frozenset(
     "block_count context_length embedding_length feed_forward_length vocab_size "
     "attention.head_count attention.head_count_kv attention.key_length attention.value_length "
     "attention.layer_norm_rms_epsilon attention.layer_norm_epsilon attention.sliding_window "
@@ -52,10 +42,10 @@ def model_config(gguf: Gguf, dtype: str) -> dict[str, Any]:
 
     Args:
         gguf: the opened file.
-        dtype: in which its weights will be stored.
+        dtype: dtype of the weights to write.
 
     Raises:
-        CheckpointError: when a setting is missing, no number, or not supported.
+        CheckpointError: when a setting is missing, not a number, or not supported.
     """
     metadata, architecture = gguf.metadata, architecture_of(gguf.metadata)
     tokens, layers = metadata.get("tokenizer.ggml.tokens"), block_count(metadata)
@@ -68,7 +58,7 @@ def model_config(gguf: Gguf, dtype: str) -> dict[str, Any]:
         )
     if len(tokens) > embedding.shape[0]:
         raise CheckpointError(
-            f"tensor 'token_embd.weight': expected a row for each of {len(tokens)} tokens, got "
+            f"tensor 'token_embd.weight': expected at least {len(tokens)} rows, one per token, got "
             f"shape {embedding.shape}; the file is corrupt"
         )
     config = {
@@ -95,25 +85,26 @@ def model_config(gguf: Gguf, dtype: str) -> dict[str, Any]:
     config |= rope_scaling(gguf, config)
     if (bos := metadata.get("tokenizer.ggml.bos_token_id")) is not None:
         config["bos_token_id"] = bos
-    _note_unknown(metadata, architecture)
-    ends = end_token_ids(metadata)
-    return config | ({"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {})
+    if eos := end_token_ids(metadata):
+        config["eos_token_id"] = eos if len(eos) > 1 else eos[0]
+    _warn_unknown(metadata, architecture)
+    return config
 
 
-def _note_unknown(metadata: dict[str, Any], architecture: Architecture) -> None:
+def _warn_unknown(metadata: dict[str, Any], architecture: Architecture) -> None:
     prefix = key_of(metadata, "")
     names = {key.removeprefix(prefix) for key in metadata if key.startswith(prefix)}
-    known = KNOWN.union(architecture.settings.values())
+    known = KNOWN_KEYS.union(architecture.settings.values())
     known |= {name for name, _ in architecture.optional.values()}
-    known |= LATENT if architecture.latent else set()
+    known |= LATENT_KEYS if architecture.latent else set()
     if architecture.model_type == "ministral3":
         known |= {"attention.temperature_scale", LOG_MULTIPLIER}
-    # of Phi-3 it follows from the lengths; elsewhere 1 is what all files without it have
+    # Phi-3's follows from the context lengths; elsewhere 1 is the default
     if architecture.model_type == "phi3" or metadata.get(f"{prefix}{ATTENTION_FACTOR}") == 1:
         known |= {ATTENTION_FACTOR}
     if unknown := sorted(names - known):
         warnings.warn(
-            f"settings of the file that are not understood, and left out: {', '.join(unknown)}",
+            f"unknown settings of the file are left out: {', '.join(unknown)}",
             SplitQuantWarning,
             stacklevel=3,
         )
@@ -131,7 +122,7 @@ def _attention(metadata: dict[str, Any], architecture: Architecture) -> dict[str
     if architecture.latent:
         return _latent_attention(metadata, heads)
     if architecture.layer_types:
-        return _attention_in_some_layers(metadata, heads, architecture.layer_types)
+        return _attention_by_layer(metadata, heads, architecture.layer_types)
     kv_heads = number(metadata, "attention.head_count_kv", int, heads)
     hidden = number(metadata, "embedding_length", int)
     head_dim = number(metadata, "attention.key_length", int, max(1, hidden // heads))
@@ -140,23 +131,22 @@ def _attention(metadata: dict[str, Any], architecture: Architecture) -> dict[str
     whole = rotated == head_dim or (architecture.partial_rotary and rotated < head_dim)
     if head_dim != value_dim or head_dim % 2 or heads % kv_heads or not whole:
         raise CheckpointError(
-            f"attention: expected equal even sizes of heads, got {heads} heads of {head_dim} "
-            f"channels, {rotated} of them rotated, and {kv_heads} value heads of {value_dim}; "
-            f"{ELSEWHERE}"
+            f"attention: expected heads of one even size, got {heads} heads of {head_dim} channels "
+            f"({rotated} rotated) and {kv_heads} value heads of {value_dim}; {ELSEWHERE}"
         )
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
     }
     if architecture.partial_rotary:
-        found["partial_rotary_factor"] = rotated / head_dim
-    return found
+        result["partial_rotary_factor"] = rotated / head_dim
+    return result
 
 
 def _latent_attention(metadata: dict[str, Any], heads: int) -> dict[str, Any]:
     rotated = number(metadata, "rope.dimension_count", int)
-    # older files know no other lengths
+    # older files have only the keys without the suffix
     mla = "_mla" if key_of(metadata, "attention.key_length_mla") in metadata else ""
     return {
         "num_attention_heads": heads,
@@ -169,29 +159,28 @@ def _latent_attention(metadata: dict[str, Any], heads: int) -> dict[str, Any]:
     }
 
 
-def _attention_in_some_layers(
+def _attention_by_layer(
     metadata: dict[str, Any], heads: int, names: tuple[str, str]
 ) -> dict[str, Any]:
-    of_layers = metadata.get(key_of(metadata, "attention.head_count_kv"))
+    kv_heads = metadata.get(key_of(metadata, "attention.head_count_kv"))
     if (
-        not isinstance(of_layers, list)
-        or len(of_layers) != block_count(metadata)
-        or any(type(n) is not int or not 0 <= n <= heads for n in of_layers)
-        or len({*of_layers} - {0}) != 1
+        not isinstance(kv_heads, list)
+        or len(kv_heads) != block_count(metadata)
+        or any(type(n) is not int or not 0 <= n <= heads for n in kv_heads)
+        or len({*kv_heads} - {0}) != 1
     ):
         raise CheckpointError(
-            f"attention: expected key and value heads of each layer, got {of_layers!r:.80}; "
-            f"{ELSEWHERE}"
+            f"attention: expected a number of KV heads per layer, got {kv_heads!r:.80}; {ELSEWHERE}"
         )
     return {
         "num_attention_heads": heads,
-        "num_key_value_heads": max(of_layers),
-        "layer_types": [names[n == 0] for n in of_layers],
+        "num_key_value_heads": max(kv_heads),
+        "layer_types": [names[n == 0] for n in kv_heads],
     }
 
 
 def _biases(gguf: Gguf) -> dict[str, bool]:
-    """Tell which projections have biases or norms, under all names that there are for it."""
+    """Return which projections have biases or norms, under all config.json names for it."""
     biased = {name.split(".")[-2] for name in gguf.tensors if name.endswith(".bias")}
     attention = not biased.isdisjoint({"attn_q", "attn_k", "attn_v", "attn_output"})
     mlp = not biased.isdisjoint({"ffn_gate", "ffn_up", "ffn_down"})
@@ -206,12 +195,11 @@ def _biases(gguf: Gguf) -> dict[str, bool]:
 
 
 def _variant(gguf: Gguf, config: dict[str, Any]) -> dict[str, Any]:
-    """Return what tells models apart that share a GGUF architecture."""
+    """Return the settings that distinguish models of one GGUF architecture."""
     metadata, name = gguf.metadata, gguf.metadata["general.architecture"]
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
     if name == "llama" and metadata.get("llama.expert_count"):
-        experts = {key: number(metadata, of, int) for key, of in LOCAL_EXPERTS.items()}
-        return {"model_type": "mixtral", **experts}
+        return {"model_type": "mixtral", **_local_experts(metadata)}
     gating = metadata.get(key_of(metadata, "expert_gating_func"), 1)
     if name == "deepseek2" and gating in (SOFTMAX, SIGMOID):
         return _deepseek(metadata, config, softmax=gating == SOFTMAX)
@@ -227,68 +215,72 @@ def _variant(gguf: Gguf, config: dict[str, Any]) -> dict[str, Any]:
     if name == "olmo2" and metadata.get("olmo2.attention.sliding_window"):
         return {"model_type": "olmo3"}
     if name in ("gemma2", "gemma3"):
-        # only the 27B models scale their queries by another width than a head's (llama.cpp)
-        of_27b = layers == {"gemma2": 46, "gemma3": 62}[name]
-        scalar = config["hidden_size"] // heads if of_27b else config["head_dim"]
+        # only the 27B models scale queries by a width other than head_dim (llama.cpp)
+        is_27b = layers == {"gemma2": 46, "gemma3": 62}[name]
+        scalar = config["hidden_size"] // heads if is_27b else config["head_dim"]
         local = number(metadata, "rope.freq_base_swa", float, 10000.0)
-        of_gemma3 = {"rope_local_base_freq": local} if name == "gemma3" else {}
+        rope = {"rope_local_base_freq": local} if name == "gemma3" else {}
         if name == "gemma3" and "gemma3.rope.freq_base" not in metadata:
-            of_gemma3["rope_theta"] = 1e6
-        return {"query_pre_attn_scalar": scalar, **of_gemma3}
+            rope["rope_theta"] = 1e6
+        return {"query_pre_attn_scalar": scalar, **rope}
     return {}
 
 
+def _local_experts(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {key: number(metadata, name, int) for key, name in LOCAL_EXPERTS.items()}
+
+
 def _deepseek(metadata: dict[str, Any], config: dict[str, Any], softmax: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     if key_of(metadata, "expert_group_count") not in metadata:
         groups = DEEPSEEK_GROUPS.get(config["n_routed_experts"], (1, 1))
-        found = dict(zip(("n_group", "topk_group"), groups, strict=True))
+        result = dict(zip(("n_group", "topk_group"), groups, strict=True))
     if softmax:
-        grouped = (config | found)["n_group"] > 1
+        grouped = (config | result)["n_group"] > 1
         method = "group_limited_greedy" if grouped else "greedy"
-        found |= {"model_type": "deepseek_v2", "scoring_func": "softmax", "topk_method": method}
-    return found
+        result |= {"model_type": "deepseek_v2", "scoring_func": "softmax", "topk_method": method}
+    return result
 
 
 def _delta_net(metadata: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     values, heads = (number(metadata, f"ssm.{key}", int) for key in INNER_AND_HEADS)
-    found: dict[str, Any] = {"linear_value_head_dim": values // heads}
+    result: dict[str, Any] = {"linear_value_head_dim": values // heads}
     sections = metadata.get(key := key_of(metadata, "rope.dimension_sections"))
     if sections is not None:
         if not isinstance(sections, list) or len(sections) < 3:
             raise CheckpointError(f"{key}: expected 3 numbers, got {sections!r:.80}; {ELSEWHERE}")
-        found["rope_parameters"] = {
+        result["rope_parameters"] = {
             "rope_type": "default",
             "rope_theta": config["rope_theta"],
             "partial_rotary_factor": config["partial_rotary_factor"],
             "mrope_section": sections[:3],
             "mrope_interleaved": True,
         }
-    return found
+    return result
 
 
 def _granite_hybrid(metadata: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     if metadata.get("granitehybrid.rope.scaling.finetuned"):
         raise CheckpointError(f"expected Granite without rotary embeddings, got Bamba; {ELSEWHERE}")
     inner, heads = (number(metadata, f"ssm.{key}", int) for key in INNER_AND_HEADS)
-    found = {"mamba_d_head": inner // heads, "mamba_expand": inner // config["hidden_size"]}
+    sizes = {"mamba_d_head": inner // heads, "mamba_expand": inner // config["hidden_size"]}
     if metadata.get("granitehybrid.expert_count"):
-        return found | {key: number(metadata, of, int) for key, of in LOCAL_EXPERTS.items()}
-    return found | {"num_local_experts": 0, "intermediate_size": config["shared_intermediate_size"]}
+        return sizes | _local_experts(metadata)
+    return sizes | {"num_local_experts": 0, "intermediate_size": config["shared_intermediate_size"]}
 
 
 def _windows(metadata: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """Return the attention window, and in which layers it is where the file says so."""
-    if not metadata.get(key_of(metadata, "attention.sliding_window")):  # 0 is none, in Phi-4
+    """Return the attention window and, if the file says so, the layers that have it."""
+    if not metadata.get(key_of(metadata, "attention.sliding_window")):  # 0 means none, in Phi-4
         return {}
-    found: dict[str, Any] = {"sliding_window": number(metadata, "attention.sliding_window", int)}
+    result: dict[str, Any] = {"sliding_window": number(metadata, "attention.sliding_window", int)}
     layers = config["num_hidden_layers"]
     pattern = metadata.get(key_of(metadata, "attention.sliding_window_pattern"))
     if type(pattern) is int and pattern > 0:
         pattern = [(n + 1) % pattern != 0 for n in range(layers)]
     if isinstance(pattern, list) and len(pattern) == layers:
-        words = ("full_attention", "sliding_attention")
-        found["layer_types"] = [words[bool(windowed)] for windowed in pattern]
+        types = ("full_attention", "sliding_attention")
+        result["layer_types"] = [types[bool(windowed)] for windowed in pattern]
         if config["model_type"] == "exaone4":
-            found["sliding_window_pattern"] = "".join("GL"[bool(of)] for of in pattern)
-    return found
+            result["sliding_window_pattern"] = "".join("GL"[bool(windowed)] for windowed in pattern)
+    return result

@@ -1,7 +1,6 @@
-"""Read and check safetensors headers, so that a bad file is found before any work is done.
+"""Read and validate safetensors headers, so that a bad file is refused before any work.
 
-Nothing here trusts a declared size: every length and offset is checked against the file's own
-length before it is used.
+Every declared length and offset is checked against the size of the file before it is used.
 """
 
 import json
@@ -18,14 +17,19 @@ DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2,
     "BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
+_AGAIN = "download the file again"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorHeader:
-    """Describe one stored tensor: its file, dtype (safetensors' name), shape, size and place.
+    """Header entry of one stored tensor.
 
     Attributes:
-        offset: of its first byte in the file.
+        file: the file that stores it.
+        dtype: safetensors' name of the dtype.
+        shape: its shape.
+        nbytes: its size, bytes.
+        offset: position of its first byte in the file.
     """
 
     file: Path
@@ -39,15 +43,15 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     """Return the tensors of a safetensors file by name.
 
     Raises:
-        CheckpointError: when the file is missing, truncated, or its header is not what the
-            format says: offsets must cover the data exactly, without overlap.
+        CheckpointError: when the file is missing or truncated, or its header is invalid: offsets
+            must cover the data exactly, without overlap.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
             if len(prefix) < 8:
-                raise CheckpointError(f"{path}: {size} bytes are no safetensors file: {_AGAIN}")
+                raise CheckpointError(f"{path}: not a safetensors file ({size} bytes): {_AGAIN}")
             length = struct.unpack("<Q", prefix)[0]
             if length > min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(
@@ -60,10 +64,12 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     except (ValueError, RecursionError) as exc:
         raise CheckpointError(f"{path}: corrupt safetensors header ({exc}): {_AGAIN}") from exc
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: corrupt safetensors header (no table): {_AGAIN}")
-    metadata = header.pop("__metadata__", None) or {}  # null is what mlx writes for none
+        raise CheckpointError(f"{path}: corrupt safetensors header (not an object): {_AGAIN}")
+    metadata = header.pop("__metadata__", None) or {}  # mlx writes null for none
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError(f"{path}: corrupt safetensors header (metadata is no text): {_AGAIN}")
+        raise CheckpointError(
+            f"{path}: corrupt safetensors header (metadata is not text): {_AGAIN}"
+        )
     tensors, spans = {}, []
     for name, entry in header.items():
         tensors[name], span = _check_entry(path, name, entry, 8 + length)
@@ -78,13 +84,10 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
         end = stop
     if end != size - 8 - length:
         raise CheckpointError(
-            f"{path}: truncated or corrupt: tensors need {end} bytes of data, the file holds "
+            f"{path}: truncated or corrupt: expected {end} bytes of data, got "
             f"{size - 8 - length}: {_AGAIN}"
         )
     return tensors
-
-
-_AGAIN = "download the file again"
 
 
 def _check_entry(
@@ -92,31 +95,30 @@ def _check_entry(
 ) -> tuple[TensorHeader, tuple[int, int]]:
     try:
         if not isinstance(entry, dict):
-            raise ValueError("it is no table")
+            raise ValueError("it is not an object")
         dtype, shape = entry["dtype"], entry["shape"]
         start, stop = entry["data_offsets"]
         if type(shape) is not list or len(shape) > MAX_DIMENSIONS:
-            raise ValueError(f"its shape is no list of at most {MAX_DIMENSIONS} sizes")
+            raise ValueError(f"its shape is not a list of at most {MAX_DIMENSIONS} sizes")
         if not all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, stop)):
-            raise ValueError("its sizes must be whole numbers")
+            raise ValueError("its sizes are not all integers from 0")
         nbytes = math.prod(shape) * DTYPE_BYTES.get(dtype, 0)
-    except KeyError as exc:
-        message = f"{path}: corrupt header entry of tensor {name!r}: it has no {exc}: {_AGAIN}"
-        raise CheckpointError(message) from exc
-    except (TypeError, ValueError) as exc:
-        message = f"{path}: corrupt header entry of tensor {name!r}: {exc}: {_AGAIN}"
-        raise CheckpointError(message) from exc
+    except (KeyError, TypeError, ValueError) as exc:
+        problem = f"it has no {exc}" if isinstance(exc, KeyError) else exc
+        raise CheckpointError(
+            f"{path}: corrupt header entry of tensor {name!r}: {problem}: {_AGAIN}"
+        ) from exc
     if dtype not in DTYPE_BYTES:
         raise CheckpointError(
-            f"{path}: tensor {name!r} has the unknown dtype {dtype}: cast the checkpoint to F16, "
+            f"{path}: tensor {name!r} has unknown dtype {dtype}: cast the checkpoint to F16, "
             "BF16 or F32 first"
         )
     if stop - start != nbytes:
         raise CheckpointError(
-            f"{path}: tensor {name!r} of dtype {dtype} and shape {list(shape)} needs {nbytes} "
-            f"bytes, its header gives it {stop - start}: {_AGAIN}"
+            f"{path}: tensor {name!r} of dtype {dtype} and shape {list(shape)}: expected {nbytes} "
+            f"bytes, got {stop - start}: {_AGAIN}"
         )
-    found = TensorHeader(
+    header = TensorHeader(
         file=path, dtype=dtype, shape=tuple(shape), nbytes=nbytes, offset=data + start
     )
-    return found, (start, stop)
+    return header, (start, stop)

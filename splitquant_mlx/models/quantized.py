@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from splitquant_mlx.errors import CheckpointError
-from splitquant_mlx.formats.dequantize import dequantized
+from splitquant_mlx.formats.dequantize import dequantize_tensors
 from splitquant_mlx.formats.safetensors import TensorHeader
 
 KEYS = ("quantization", "quantization_config", "compression_config")
@@ -85,7 +85,7 @@ def unpacked(
     dtype = next((DTYPES[name] for name in names if name in DTYPES), mx.bfloat16)
     fp8 = {name for name, header in headers.items() if header.dtype == "F8_E4M3"}
     try:
-        found = dequantized(tensors, table, fp8, dtype)
+        found = dequantize_tensors(tensors, table, fp8, dtype)
     except (CheckpointError, ValueError, TypeError, IndexError) as exc:
         raise CheckpointError(f"{path}: the quantization cannot be undone: {exc}") from exc
     note = (

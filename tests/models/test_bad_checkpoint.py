@@ -147,22 +147,22 @@ CONFIGS = {
     "rope_scaling of a wrong type": (edit_config(rope_scaling=[1]), "config.json does not"),
     "quantized by mlx": (
         edit_config(quantization={"bits": 4}),
-        "quantized with mlx, and no tensor is",
+        "quantized with mlx, but no tensor is",
     ),
     "quantized by gptq": (
         edit_config(quantization_config={"quant_method": "gptq", "bits": 4}),
-        "quantized with gptq, and no tensor is",
+        "quantized with gptq, but no tensor is",
     ),
     "quantized inside": (
         edit_config(text_config={"quantization_config": {"quant_method": "fp8"}}),
-        "quantized with fp8, and no tensor is",
+        "quantized with fp8, but no tensor is",
     ),
     "quantized by us": (edit_config(splitquant={"layers": {}}), "is quantized already"),
 }
 
 HEADERS = {
-    "no bytes": (write("model.safetensors", b""), "0 bytes are no safetensors file"),
-    "5 bytes": (write("model.safetensors", b"12345"), "5 bytes are no safetensors file"),
+    "no bytes": (write("model.safetensors", b""), "not a safetensors file (0 bytes)"),
+    "5 bytes": (write("model.safetensors", b"12345"), "not a safetensors file (5 bytes)"),
     "length alone": (write("model.safetensors", b"\x10" + bytes(7)), "header of 16 bytes"),
     "huge length": (write("model.safetensors", b"\xff" * 8 + b"{}"), "header of 18446744073"),
     "a web page": (write("model.safetensors", "<!DOCTYPE html>" * 99), "not a safetensors file"),
@@ -176,25 +176,25 @@ HEADERS = {
     ),
     "half the data": (
         lambda d: os.truncate(d / "model.safetensors", 99_999),
-        "truncated or corrupt: tensors need",
+        "truncated or corrupt: expected",
     ),
     "last byte gone": (
         lambda d: os.truncate(
             d / "model.safetensors", (d / "model.safetensors").stat().st_size - 1
         ),
-        "truncated or corrupt: tensors need",
+        "truncated or corrupt: expected",
     ),
     "a byte too much": (
         lambda d: os.truncate(
             d / "model.safetensors", (d / "model.safetensors").stat().st_size + 1
         ),
-        "truncated or corrupt: tensors need",
+        "truncated or corrupt: expected",
     ),
     "not JSON": (edit_header(lambda header: b"{not json}"), "corrupt safetensors header"),
     "not UTF-8": (edit_header(lambda header: b'{"\xff": 1}'), "corrupt safetensors header"),
     "deep JSON": (edit_header(lambda header: b"[" * 200_000), "corrupt safetensors header"),
-    "list": (edit_header(lambda header: b"[]"), "corrupt safetensors header (no table)"),
-    "nothing": (edit_header(lambda header: b"{}"), "tensors need 0 bytes of data"),
+    "list": (edit_header(lambda header: b"[]"), "corrupt safetensors header (not an object)"),
+    "nothing": (edit_header(lambda header: b"{}"), "expected 0 bytes of data"),
     "entry a list": (edit_header(lambda header: header.update({UP: []})), UP),
     "entry null": (edit_header(lambda header: header.update({UP: None})), UP),
     "metadata a number": (edit_header(lambda header: header.update(__metadata__=1)), "metadata"),

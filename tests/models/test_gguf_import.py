@@ -216,7 +216,7 @@ def test_llama3_rope_factors_become_rope_scaling(small, tmp_path, factor):
 def test_other_rope_factors_are_refused(small, tmp_path, factors):
     tensors = {"rope_freqs.weight": np.array(factors, np.float32)}
     write_gguf(tmp_path / "a.gguf", *small, tensors=tensors)
-    with refused(tmp_path / "hf", "'rope_freqs.weight' holds factors"):
+    with refused(tmp_path / "hf", "'rope_freqs.weight': expected the 4 factors"):
         import_gguf(tmp_path / "a.gguf", tmp_path / "hf")
 
 
@@ -225,7 +225,7 @@ def test_rope_factors_of_endless_heads_take_no_memory(small, tmp_path):
     metadata = {f"llama.{key}": 1 << 31 for key in keys}
     tensors = {"rope_freqs.weight": np.ones(4, np.float32)}
     write_gguf(tmp_path / "a.gguf", *small, metadata=metadata, tensors=tensors)
-    with refused(tmp_path / "hf", r"\(4,\) up to 1.0, expected \(1073741824,\)"):
+    with refused(tmp_path / "hf", r"expected the 1073741824 .* got shape \(4,\), up to 1.0"):
         import_gguf(tmp_path / "a.gguf", tmp_path / "hf")
 
 
@@ -269,7 +269,7 @@ WRONG_METADATA = {
     "heads by layer": ({"llama.attention.head_count": [8, 4]}, "head_count: .*got"),
     "no heads": ({"llama.attention.head_count": 0}, "head_count: .*got 0"),
     "width": ({"llama.feed_forward_length": 176}, r"ffn_gate.weight': expected shape \(176, 64\)"),
-    "partial rotation": ({"llama.rope.dimension_count": 4}, "4 of them rotated"),
+    "partial rotation": ({"llama.rope.dimension_count": 4}, "4 rotated"),
     "odd groups": ({"llama.attention.head_count_kv": 3}, "3 value heads"),
     "head size": ({"llama.attention.key_length": 16}, r"expected shape \(128, 64\)"),
     "epsilon": ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "epsilon: .*got nan"),
@@ -277,7 +277,7 @@ WRONG_METADATA = {
     "yarn": ({"llama.rope.scaling.type": "dynamic"}, "linear or yarn, got 'dynamic'"),
     "no tokens": ({"tokenizer.ggml.tokens": None}, "tokens None"),
     "tokenizer": ({"tokenizer.ggml.model": "rwkv"}, "got 'rwkv'"),
-    "vocabulary": (gguf_models.words(VOCAB + 1), "a row for each of 321 tokens"),
+    "vocabulary": (gguf_models.words(VOCAB + 1), "expected at least 321 rows"),
 }
 
 
@@ -297,7 +297,7 @@ def test_an_unknown_architecture_is_named_with_those_that_are_known(tmp_path):
 
 def test_settings_that_are_not_understood_are_noted(small, tmp_path):
     write_gguf(tmp_path / "a.gguf", *small, metadata={"llama.brand_new": 1.5})
-    with pytest.warns(SplitQuantWarning, match="left out: brand_new"):
+    with pytest.warns(SplitQuantWarning, match="are left out: brand_new"):
         imported(tmp_path / "a.gguf", tmp_path / "hf")
 
 
@@ -586,13 +586,13 @@ def test_old_files_of_deepseek_leave_out_groups_of_experts_and_sizes_of_heads():
         ("deepseek2", {**GROUPED, **LATENT, "expert_gating_func": 3}, "expected 2 .*, got 3"),
         ("glm4moe", {**GROUPED, "expert_gating_func": 1}, "expected 2 .sigmoid., got 1"),
         ("deepseek2", {**GROUPED, "rope.dimension_count": 16}, "kv_lora_rank: expected"),
-        ("lfm2", {"shortconv.l_cache": 3}, "heads of each layer, got 4"),
-        ("lfm2", {"attention.head_count_kv": [0, 4, "4", 0]}, "heads of each layer, got"),
+        ("lfm2", {"shortconv.l_cache": 3}, "KV heads per layer, got 4"),
+        ("lfm2", {"attention.head_count_kv": [0, 4, "4", 0]}, "KV heads per layer, got"),
         ("glm4moe", {**GROUPED, "nextn_predict_layers": 4}, "expected 0 to 3, got 4"),
         ("glm4moe", {**GROUPED, "nextn_predict_layers": "1"}, "expected 0 to 3, got '1'"),
         ("mistral3", {}, "scaling.type: expected yarn, got 'none'"),
         ("mistral3", {"rope.scaling.type": "linear"}, "scaling.type: expected yarn, got 'linear'"),
-        ("ernie4_5-moe", {}, "architecture: expected one of llama, .* take the model from"),
+        ("ernie4_5-moe", {}, "architecture: expected one of llama, .* use the model"),
     ],
 )
 def test_files_of_other_models_of_an_architecture_are_refused(architecture, metadata, message):
