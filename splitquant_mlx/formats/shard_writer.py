@@ -12,7 +12,7 @@ import os
 import re
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,12 +180,8 @@ class ShardWriter:
                 break
             if not headers.keys() <= self.missing:
                 break
-            self._weight_map.update(dict.fromkeys(headers, len(self._shards)))
-            self._shards.append(path)
             self._digests.append(digest)
-            self._resumed |= headers.keys()
-            self.missing -= headers.keys()
-            self.total_bytes += sum(header.nbytes for header in headers.values())
+            self._reuse(path, headers, sum(header.nbytes for header in headers.values()))
         if unfinished and len(self._shards) == len(digests):
             self._reopen(unfinished)
         for path in self.directory.iterdir():
@@ -211,11 +207,15 @@ class ShardWriter:
         self._file, self._header = file, header
         self._offset = self._hashed = shard.nbytes
         self._flushed, self._digest = start + shard.nbytes, digest
+        self._reuse(path, names, shard.nbytes)
+
+    def _reuse(self, path: Path, names: Collection[str], nbytes: int) -> None:
+        """Count a shard that is on disk as written, or partly written."""
         self._weight_map.update(dict.fromkeys(names, len(self._shards)))
         self._shards.append(path)
-        self._resumed |= names
-        self.missing -= names
-        self.total_bytes += shard.nbytes
+        self._resumed.update(names)
+        self.missing.difference_update(names)
+        self.total_bytes += nbytes
 
     @property
     def number(self) -> int:
@@ -305,18 +305,12 @@ class ShardWriter:
         count = len(self._shards)
         final = []
         for number, path in enumerate(self._shards, start=1):
-            name = (
-                "model.safetensors"
-                if count == 1
-                else f"model-{number:05d}-of-{count:05d}.safetensors"
-            )
-            path.rename(self.directory / name)
-            final.append(name)
+            stem = f"model-{number:05d}-of-{count:05d}" if count > 1 else "model"
+            final.append(path.rename(self.directory / f"{stem}.safetensors").name)
         self.hashes = dict(zip(final, self._digests, strict=False))
         weight_map = {name: final[shard] for name, shard in sorted(self._weight_map.items())}
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        path = self.directory / INDEX
-        path.write_text(json.dumps(index, indent=2), encoding="utf-8")
+        (self.directory / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
         return weight_map
 
     def _start_shard(self) -> None:
