@@ -1,4 +1,4 @@
-"""Find mlx-lm's classes of an architecture, and build a model of them."""
+"""Find mlx-lm's model classes of an architecture, and build a model."""
 
 import dataclasses
 import re
@@ -13,13 +13,13 @@ from splitquant_mlx.errors import CheckpointError, one_line
 from splitquant_mlx.models.config import SIZES
 from splitquant_mlx.runtime.compatibility import check_names
 
-# of a setting: what is wanted, and what is none; the rest would fail at the latest in the chat
+# annotation of a setting -> expected value, and the types that would fail later, in mlx-lm
 TYPES: dict[Any, tuple[str, tuple[type, ...]]] = {
     "int": ("a number", (bool, str, list, dict)),
     "float": ("a number", (bool, str, list, dict)),
     "bool": ("true or false", (str, float, list, dict)),
 }
-LACKING = re.compile(r"ModelArgs.__init__\(\) missing \d+ required .*arguments?: (.*)")
+MISSING_ARGUMENTS = re.compile(r"ModelArgs.__init__\(\) missing \d+ required .*arguments?: (.*)")
 MODEL_TYPE = re.compile(r"[\w-]+")
 
 
@@ -27,16 +27,16 @@ def find_classes(path: Path, config: dict[str, Any]) -> tuple[Any, Any]:
     """Return mlx-lm's classes for `config`: the model and its arguments.
 
     Raises:
-        CheckpointError: when mlx-lm has no such architecture, or it wants a number for something
-            else that config.json holds.
+        CheckpointError: when mlx-lm has no such architecture, or an entry of config.json has the
+            wrong type.
         VersionError: when the installed mlx-lm is too old or too new.
     """
     check_names("mlx_lm.utils")
     from mlx_lm.utils import _get_classes
 
     try:
-        if not MODEL_TYPE.fullmatch(config["model_type"]):  # it becomes part of a module's name
-            raise ValueError("no name of an architecture")
+        if not MODEL_TYPE.fullmatch(config["model_type"]):  # it is part of a module's name
+            raise ValueError("not a module name")
         model_class, args_class = _get_classes(config)
     except SystemExit as exc:
         raise CheckpointError(
@@ -44,8 +44,8 @@ def find_classes(path: Path, config: dict[str, Any]) -> tuple[Any, Any]:
         ) from exc
     except (ValueError, AttributeError) as exc:
         raise CheckpointError(
-            f"{path}: unknown architecture {config['model_type']!r:.60}: this mlx-lm has no model "
-            "of that name; a newer mlx-lm may (pip install -U mlx-lm)"
+            f"{path}: unknown architecture {config['model_type']!r:.60}: this mlx-lm has no such "
+            "model; a newer one may (pip install -U mlx-lm)"
         ) from exc
     _check_types(path, config, args_class)
     return model_class, args_class
@@ -58,24 +58,24 @@ def build_model(path: Path, config: dict[str, Any]) -> nn.Module:
         model = model_class(args_class.from_dict(config))
         settle_random_state()
         return model
-    except Exception as exc:  # mlx-lm's models raise whatever their arithmetic meets
-        if lacking := LACKING.search(str(exc)):
+    except Exception as exc:  # mlx-lm's models raise exceptions of any class
+        if missing := MISSING_ARGUMENTS.search(str(exc)):
             raise CheckpointError(
-                f"{path}: config.json lacks {lacking[1]}, which mlx-lm's {config['model_type']} "
-                "is made with: it is incomplete, or of another architecture of that name"
+                f"{path}: config.json lacks {missing[1]}, which mlx-lm's {config['model_type']} "
+                "requires: it is incomplete, or from another architecture of that name"
             ) from exc
         sizes = ", ".join(f"{key} {str(config[key])[:20]}" for key in SIZES if key in config)
         raise CheckpointError(
             f"{path}: config.json does not describe a {config['model_type']!r} model: "
-            f"{type(exc).__name__}: {one_line(exc)} (it has {sizes or 'no size'})"
+            f"{type(exc).__name__}: {one_line(exc)} ({sizes or 'no sizes'})"
         ) from exc
 
 
 def settle_random_state() -> None:
-    """Evaluate what drawing random parameters that nobody read has left in mlx's random state.
+    """Evaluate mlx's random state after initializing parameters that are never read.
 
-    It is a chain of key splits that grows with every model, and never shrinks, in a process that
-    draws no other random numbers (measured: 33 kB for a model of two layers).
+    The state is a lazy chain of key splits that grows with every model in a process that draws no
+    other random numbers (measured: 33 kB for a model of two layers).
     """
     mx.eval(mx.random.state)
 
@@ -86,12 +86,12 @@ def parameters(model: nn.Module) -> dict[str, mx.array]:
 
 
 def _check_types(path: Path, config: dict[str, Any], args_class: type) -> None:
-    """Refuse what is no number, or no switch, where the architecture wants one."""
+    """Refuse entries of the wrong type where the class has a number or bool."""
     fields = dataclasses.fields(args_class) if dataclasses.is_dataclass(args_class) else ()
     for field in fields:
         value = config.get(field.name)
-        wanted = TYPES.get(getattr(field.type, "__name__", field.type))
-        if wanted and isinstance(value, wanted[1]):
+        expected, refused = TYPES.get(getattr(field.type, "__name__", field.type), ("", ()))
+        if isinstance(value, refused):
             raise CheckpointError(
-                f"{path}: config.json: {field.name}: expected {wanted[0]}, got {value!r:.80}"
+                f"{path}: config.json: {field.name}: expected {expected}, got {value!r:.80}"
             )

@@ -1,8 +1,8 @@
 """Open a Hugging Face checkpoint directory: config, checked tensor headers, lazy weights.
 
-`open_checkpoint` reads no weights. It builds mlx-lm's own model of the architecture (whose arrays
-stay unevaluated) to learn the names and shapes that must be there, so every architecture that
-mlx-lm loads is read the same way, and a checkpoint that does not fit is refused before any work.
+`open_checkpoint` reads no weights. It builds mlx-lm's model of the architecture (with unevaluated
+arrays) for the expected names and shapes, so that every architecture of mlx-lm is handled the same
+way, and a checkpoint that does not match is refused before any work.
 """
 
 from collections.abc import Mapping
@@ -16,6 +16,7 @@ import numpy as np
 
 from splitquant_mlx.errors import CheckpointError, one_line
 from splitquant_mlx.formats.head_file import is_copy
+from splitquant_mlx.formats.packed import dtype_name
 from splitquant_mlx.formats.safetensors import TensorHeader
 from splitquant_mlx.models.architecture import build_model, parameters
 from splitquant_mlx.models.config import check_config, read_config
@@ -40,17 +41,17 @@ Stamp = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Hold an opened checkpoint.
+    """An opened checkpoint.
 
     Attributes:
         path: the directory.
         config: config.json, with the keys of both forms; see `config_forms`.
-        model: mlx-lm's model of it, its parameters not evaluated and not the checkpoint's.
-        weights: parameter name -> lazy array, named and laid out as the model wants them. Pop
-            what you read: an array that was evaluated stays in memory as long as it is held.
-        source_bytes: size of all tensors in the files.
-        stamps: of every file that is read, to notice that it changed meanwhile; see `stamp`.
-        warnings: how mlx-lm's model differs from transformers' on some texts, one sentence each.
+        model: mlx-lm's model, with unevaluated random parameters.
+        weights: parameter name -> lazy array, in mlx-lm's names and layouts. Pop the arrays that
+            are read, since an evaluated array stays in memory while it is referenced.
+        source_bytes: size of all stored tensors, bytes.
+        stamps: file -> stamp, to detect changes during a conversion; see `stamp`.
+        warnings: differences between mlx-lm's model and transformers', one sentence each.
     """
 
     path: Path
@@ -66,17 +67,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open a directory of config.json and safetensors files.
 
     Raises:
-        CheckpointError: when it is not a model directory, its architecture is unknown to mlx-lm,
-            it is quantized in an unknown way, holds only pickled weights, a shard is missing or
-            corrupt, or tensors are missing, extra, or of the wrong shape or dtype.
+        CheckpointError: when it is not a model directory, mlx-lm does not have its architecture,
+            its quantization is unknown, its weights are pickled, a shard is missing or corrupt,
+            or tensors are missing, unexpected, or of the wrong shape or dtype.
     """
     config = read_config(path)
     if isinstance(config.get("splitquant"), dict):
         raise CheckpointError(f"{path} is quantized already: convert the original model instead")
     if config.get("model_file") is not None:
         raise CheckpointError(
-            f"{path}: config.json asks to run {config['model_file']!r} from the checkpoint, which "
-            "convert never does: use a model whose architecture mlx-lm has"
+            f"{path}: config.json asks to run {config['model_file']!r} from the checkpoint, "
+            "which convert does not do: use a model whose architecture mlx-lm has"
         )
     stored = read_headers(path)
     headers = {n: h for n, h in stored.items() if not is_copy(n, h.file.name, stored)}
@@ -86,8 +87,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     for name, header in headers.items():
         if header.dtype not in (*NUMPY_DTYPES, *fp8):
             raise CheckpointError(
-                f"{header.file}: tensor {name!r} has dtype {header.dtype}, expected one of "
-                f"{', '.join(FLOATS)}: cast the checkpoint to one of them first"
+                f"{header.file}: tensor {name!r}: expected dtype {', '.join(FLOATS)}, got "
+                f"{header.dtype}: cast the checkpoint to one of them first"
             )
     quantized = config
     config = normalize(path, settle_head(without_quantization(config), headers))
@@ -107,16 +108,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def check_unchanged(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError when a file is not what it was when the checkpoint was opened."""
+    """Raise CheckpointError when a file changed since the checkpoint was opened."""
     for file, before in checkpoint.stamps.items():
         if not file.exists() or stamp(file) != before:
             raise CheckpointError(f"{file} changed while it was read: convert the model again")
 
 
 def stamp(file: Path) -> Stamp:
-    """Return what tells that a file changed: its size, and the times of its last changes, ns.
+    """Return a file's size in bytes, and its times of modification and status change in ns.
 
-    The second time is the system's own, which no program can set back.
+    Programs cannot set the time of the status change.
 
     Raises:
         CheckpointError: when the file cannot be read.
@@ -129,18 +130,18 @@ def stamp(file: Path) -> Stamp:
 
 
 def _load_lazily(headers: Mapping[str, TensorHeader]) -> dict[str, mx.array]:
-    """Return the tensors of the files, unread; float64, which mlx does not load, as float32."""
+    """Return the stored tensors, lazily; float64, which mlx does not load, as float32."""
     files: dict[Path, dict[str, TensorHeader]] = {}
     for name, header in headers.items():
         files.setdefault(header.file, {})[name] = header
     tensors: dict[str, mx.array] = {}
-    for file, held in sorted(files.items()):
+    for file, entries in sorted(files.items()):
         try:
-            if any(header.dtype == "F64" for header in held.values()):
-                tensors |= {name: _read(header) for name, header in held.items()}
+            if any(header.dtype == "F64" for header in entries.values()):
+                tensors |= {name: _read(header) for name, header in entries.items()}
             else:
                 tensors |= mx.load(str(file))  # type: ignore[arg-type]
-        except Exception as exc:  # a file that changed or became unreadable under us
+        except Exception as exc:  # the file changed or became unreadable
             raise CheckpointError(f"{file} cannot be read: {one_line(exc)}") from exc
     return tensors
 
@@ -148,31 +149,30 @@ def _load_lazily(headers: Mapping[str, TensorHeader]) -> dict[str, mx.array]:
 def _read(header: TensorHeader) -> mx.array:
     """Read a tensor of a file that mlx cannot load."""
     dtype, shape = NUMPY_DTYPES[header.dtype], header.shape
-    if 0 in shape:  # which no memory map has
+    if 0 in shape:  # memory maps cannot be empty
         return mx.zeros(shape)
     w = np.memmap(header.file, dtype, mode="r", offset=header.offset, shape=shape)
     if header.dtype == "F64":
-        with np.errstate(over="ignore"):  # infinite values are named when they are converted
+        with np.errstate(over="ignore"):  # the conversion reports infinite values
             return mx.array(w.astype(np.float32))
     return mx.array(w).view(mx.bfloat16) if header.dtype == "BF16" else mx.array(w)
 
 
 def _check_parameters(path: Path, model: nn.Module, weights: dict[str, mx.array]) -> None:
-    wanted = parameters(model)
+    expected = parameters(model)
     for name, array in weights.items():
-        if array.shape != wanted[name].shape:
+        if array.shape != expected[name].shape:
             raise CheckpointError(
-                f"{path}: tensor {name!r}: expected shape {list(wanted[name].shape)}, by "
+                f"{path}: tensor {name!r}: expected shape {list(expected[name].shape)}, by "
                 f"config.json, got {list(array.shape)}: one of the two is from another model"
             )
         if not array.size:
             raise CheckpointError(
-                f"{path}: tensor {name!r} has shape {list(array.shape)}, which holds nothing"
+                f"{path}: tensor {name!r} has no entries (shape {list(array.shape)})"
             )
-        is_float = mx.issubdtype(wanted[name].dtype, mx.floating)
+        is_float = mx.issubdtype(expected[name].dtype, mx.floating)
         if is_float and array.dtype not in FLOATS.values():
             raise CheckpointError(
                 f"{path}: tensor {name!r}: expected dtype {', '.join(FLOATS)}, got "
-                f"{str(array.dtype).rpartition('.')[2]}: this is a quantized or "
-                "a damaged checkpoint"
+                f"{dtype_name(array)}: the checkpoint is quantized or corrupt"
             )

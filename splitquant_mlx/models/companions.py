@@ -1,4 +1,4 @@
-"""Name the files that belong to a model beside its config and weights, and where they may lie."""
+"""List the files that belong to a model in addition to its config and weights."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 from splitquant_mlx.errors import CheckpointError
 
 LICENCES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
-# what transformers' tokenizers and chats read; any other file could be left from training, or be
-# the user's own
+# files that transformers' tokenizers and chat templates are read from; others may be from training,
+# or the user's
 COMPANIONS = (
     "tokenizer*.json", "tokenizer*.jinja", "special_tokens_map.json", "added_tokens.json",
     "vocab*.json", "vocab*.txt", "merges*.txt", "tekken.json", "*.model", "*.tiktoken",
@@ -17,10 +17,10 @@ COMPANIONS = (
 
 
 def companions(directory: Path) -> Iterator[Path]:
-    """Yield tokenizer, chat templates, generation settings and licence, those that are there.
+    """Yield the existing files of tokenizer, chat templates, generation settings and licence.
 
     Raises:
-        CheckpointError: when one is a link that is not followed; see `refuse_foreign_link`.
+        CheckpointError: when one is a link to elsewhere; see `refuse_foreign_link`.
     """
     for pattern in COMPANIONS:
         for file in sorted(directory.glob(pattern)):
@@ -30,19 +30,19 @@ def companions(directory: Path) -> Iterator[Path]:
 
 
 def refuse_foreign_link(directory: Path, file: Path) -> None:
-    """Raise CheckpointError for a link that leads neither to a hub cache nor to another model.
+    """Raise CheckpointError for a link to a file outside of model directories and hub caches.
 
-    A model that was unpacked or cloned could so have any file of the user's published with the
-    result. In another model's directory only the file of the same name is taken.
+    Otherwise a downloaded model could publish any file of the user. In another model's directory
+    only a file of the same name is allowed.
     """
-    found = file.resolve()
+    target = file.resolve()
     in_cache = any(
         folder.name in ("blobs", "snapshots") and folder.parent.name.startswith("models--")
-        for folder in found.parents
+        for folder in target.parents
     )
-    of_a_model = found.name == file.name and (found.parent / "config.json").is_file()
-    if not (found.is_relative_to(directory.resolve()) or in_cache or of_a_model):
+    in_model = target.name == file.name and (target.parent / "config.json").is_file()
+    if not (target.is_relative_to(directory.resolve()) or in_cache or in_model):
         raise CheckpointError(
-            f"{file} links to a file outside of the model's directory, of a hub cache and of other "
-            "models, which is not copied: put the file itself there, or remove the link"
+            f"{file} links to a file outside of the model's directory, a hub cache and other "
+            "models, which is not copied: replace the link by the file, or remove it"
         )

@@ -1,4 +1,4 @@
-"""Read config.json and check what no model has, before anything is built from it."""
+"""Read config.json and refuse impossible values before a model is built from it."""
 
 import json
 import math
@@ -13,24 +13,24 @@ SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "vocab_size", "head_dim",
 )  # fmt: skip
-# the numbers an architecture loops over when it is built
+# counts that model constructors loop over
 COUNTS = re.compile(r"(?:\w+_)?(?:num|n)_(?:\w+_)?(layers?|experts)")
 MAX_EXPERTS = 10_000
 NUMBERED = re.compile(r"(?:\w+_)?(?:num|n)_\w+")
-# beyond these a number makes zeros, or infinite values, of all it meets
+# range of magnitudes; products with numbers outside of it are zero or infinite in float32
 SMALLEST, GREATEST = 1e-20, 1e20
-# JSON has no such numbers; transformers 5 writes {"__float__": "Infinity"}, which other programs do
-# not read: the largest number of float32 says the same
+# JSON has no infinity; transformers 5 writes {"__float__": "Infinity"}, which other programs do not
+# read, so the largest float32 number replaces it
 LARGEST = 3.4028234663852886e38
 FLOAT, NOT_FINITE = "__float__", ("Infinity", "-Infinity", "NaN")
 MAX_NESTING = 50
-# what is read whole; the largest tokenizers in use are of some 30 MB
+# files that are read into memory; the largest tokenizers in use have about 30 MB
 TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 MAX_TEXT_BYTES = 1 << 28
 
 
 def to_json(config: dict[str, Any]) -> str:
-    """Return the text of a config.json; see LARGEST for numbers that are not finite."""
+    """Return the text of a config.json; infinities become +-LARGEST."""
     return json.dumps(_encode_floats(config), indent=4, sort_keys=True, allow_nan=False) + "\n"
 
 
@@ -51,7 +51,7 @@ def _encode_floats(value: Any) -> Any:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read config.json. Raises CheckpointError when there is none or it is not usable."""
+    """Read config.json. Raises CheckpointError when it is missing or invalid."""
     _check_files(path)
     file = path / "config.json"
     refuse_special_file(file)
@@ -72,30 +72,30 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def text_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of the language model in a config.json, which may be a wrapper's."""
+    """Return the language model's settings: `text_config` in multimodal models, else `config`."""
     text = config.get("text_config")
     return text if isinstance(text, dict) else config
 
 
 def check_config(path: Path, config: dict[str, Any], tensors: int) -> None:
-    """Refuse what no model has, before a loop of a thousand million layers is entered.
+    """Refuse impossible settings, such as a billion layers, before a model is built.
 
     Args:
         path: the checkpoint, for messages.
         config: its config.json.
-        tensors: how many its files hold.
+        tensors: number of stored tensors.
 
     Raises:
-        CheckpointError: when a size is no number, or the layers are more than the tensors.
+        CheckpointError: when a size is not a number, or there are more layers than tensors.
     """
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
-        raise CheckpointError(f"{path}: config.json: architectures is no list of names")
+        raise CheckpointError(f"{path}: config.json: architectures is not a list of names")
     text = config.get("text_config")
     if not isinstance(text, (dict, type(None))):
-        raise CheckpointError(f"{path}: config.json: text_config is no table")
+        raise CheckpointError(f"{path}: config.json: text_config is not an object")
     if text and not isinstance(text.get("model_type"), (str, type(None))):
-        raise CheckpointError(f"{path}: config.json: the model_type of text_config is no name")
+        raise CheckpointError(f"{path}: config.json: text_config.model_type is not a name")
     for key in ("torch_dtype", "dtype"):
         for value in (table.get(key) for table in (config, text or {})):
             if not isinstance(value, (str, type(None))):
@@ -107,7 +107,9 @@ def check_config(path: Path, config: dict[str, Any], tensors: int) -> None:
     while tables:
         name, table, depth = tables.pop()
         if depth > MAX_NESTING:
-            raise CheckpointError(f"{path}: config.json nests more than {MAX_NESTING} deep")
+            raise CheckpointError(
+                f"{path}: config.json is nested more than {MAX_NESTING} levels deep"
+            )
         _check_layer_types(path, table)
         entries = table.items() if isinstance(table, dict) else [(name, item) for item in table]
         for key, value in entries:
@@ -122,62 +124,61 @@ def check_config(path: Path, config: dict[str, Any], tensors: int) -> None:
                 limit = max(tensors, MAX_EXPERTS if counted[1] == "experts" else 0)
                 if value > limit:
                     raise CheckpointError(
-                        f"{path}: config.json has {key} {value}, the files hold only {tensors} "
+                        f"{path}: config.json has {key} {value}, but the files only have {tensors} "
                         "tensors: one of the two is from another model"
                     )
 
 
 def _expected(key: str, value: Any, *, in_list: bool) -> str:
-    """Return what kind of value an entry should have, where it is none of it; else ""."""
+    """Return the expected kind of value if an entry does not have it, else ""."""
     is_number = type(value) in (int, float)
     if key == "tie_word_embeddings" and type(value) is not bool:
         return "true or false"
     if key in SIZES and isinstance(value, (str, int, float)):
         if type(value) is not int or value < 0 or (key == "head_dim" and not value):
-            return f"a whole number, {1 if key == 'head_dim' else 0} or more"
+            return f"an integer, {1 if key == 'head_dim' else 0} or more"
     if isinstance(value, float) and not math.isfinite(value):
         return "" if in_list and math.isinf(value) else "a finite number"
     if is_number and NUMBERED.fullmatch(key) and value < 0:
-        return "no negative number"
+        return "a number of 0 or more"
     if is_number and value and not SMALLEST <= abs(value) <= GREATEST and abs(value) != LARGEST:
         return f"a number from {SMALLEST:g} to {GREATEST:g}"
     return ""
 
 
 def _check_layer_types(path: Path, table: Any) -> None:
-    """Refuse a list with a type for each layer that ends before they do."""
+    """Refuse `layer_types` with fewer entries than layers."""
     types, layers = (
         table.get(key) if isinstance(table, dict) else None
         for key in ("layer_types", "num_hidden_layers")
     )
     if isinstance(types, list) and type(layers) is int and len(types) < layers:
         raise CheckpointError(
-            f"{path}: config.json has {len(types)} layer_types, expected one for each of the "
-            f"{layers} layers"
+            f"{path}: config.json: expected {layers} layer_types, one per layer, got {len(types)}"
         )
 
 
 def _check_files(path: Path) -> None:
-    """Refuse pipes and devices, which never end, and giants: mlx-lm and transformers read them."""
+    """Refuse pipes, devices and huge files, which mlx-lm and transformers would read."""
     try:
         files = sorted(path.iterdir())
     except OSError:
-        return  # to read config.json says what is wrong
+        return  # reading config.json reports the error
     for file in files:
         try:
             status = file.stat()
         except OSError:
-            continue  # a broken link, which is missed where it is wanted
+            continue  # a broken link; reported if the file is needed
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
             raise CheckpointError(f"{file} is not a file: download it again")
         if file.suffix in TEXTS and status.st_size > MAX_TEXT_BYTES:
             raise CheckpointError(
                 f"{file}: expected at most {MAX_TEXT_BYTES} bytes, got {status.st_size}: download "
-                "it again, or move it elsewhere if it is not the model's"
+                "it again, or move it elsewhere if it is not part of the model"
             )
 
 
 def refuse_special_file(file: Path) -> None:
-    """Raise CheckpointError for a directory, or a pipe, which would be waited for for ever."""
+    """Raise CheckpointError for a directory, a pipe or a device, which may block forever."""
     if file.exists() and not file.is_file():
         raise CheckpointError(f"{file} is not a file: download it again")

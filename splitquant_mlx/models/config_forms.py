@@ -1,10 +1,10 @@
-"""Bring a config.json into the form that mlx-lm's classes read, and keep the form it came in.
+"""Add the keys that mlx-lm's classes read to a config.json, and keep those that it has.
 
 transformers 5 writes `rope_parameters`, `dtype`, `num_local_experts`, ... where mlx-lm's classes
-read `rope_theta`, `rope_scaling`, `partial_rotary_factor`, `torch_dtype`, `num_experts`; a class
-takes its own default for a key that it does not find. The configuration class of transformers
-knows both forms of every architecture and its defaults: what it reads from config.json is written
-out in both forms, so mlx-lm, mlx-vlm and transformers read the result as the same model.
+read `rope_theta`, `rope_scaling`, `partial_rotary_factor`, `torch_dtype`, `num_experts` and use
+defaults for missing keys. transformers' configuration class reads both forms and has the defaults
+of the architecture, so its values are written in both forms: mlx-lm, mlx-vlm and transformers then
+read the same model.
 """
 
 import copy
@@ -29,10 +29,10 @@ from splitquant_mlx.models.reference import (
 from splitquant_mlx.models.rotary import check_numbers
 
 ROPE_TYPES = {"su": "longrope", "deepseek_yarn": "yarn"}
-# how the base of the windowed layers is called, beside the `rope_theta` of the others
+# names of the RoPE base of windowed layers, in addition to the `rope_theta` of the others
 LOCAL_BASES = ("rope_local_base_freq", "rope_local_theta", "swa_rope_theta")
-GLOBAL_BASE = "rope_global_base_freq"  # mlx-vlm's name for the latter, in classes with the first
-# what a class may call a value that config.json gives under another of the names
+GLOBAL_BASE = "rope_global_base_freq"  # mlx-vlm's name of the latter in classes with the first
+# names of the same value in different classes
 SYNONYMS = (
     ("rope_theta", "rotary_emb_base", "rope_freq_constant", "rope_embedding_base"),
     ("partial_rotary_factor", "rotary_pct"),
@@ -42,10 +42,10 @@ SYNONYMS = (
 )
 ROPE_KEYS = {"rope_parameters", "rope_scaling", *SYNONYMS[0], *SYNONYMS[1], *LOCAL_BASES}
 NEVER_GUESSED = set(SIZES) - {"head_dim", "num_key_value_heads"}
-# every how manieth layer attends to all tokens, where the others have a window or no attention
+# one of every N layers has full attention, the others have a window or no attention
 PERIODS = ("sliding_window_pattern", "full_attention_interval")
-# what is derived of these holds whatever config.json says, in words of transformers' own
-DERIVED_WORDS = {
+# derived values of these keys replace those of config.json, which are in transformers' terms
+DERIVED_KEYS = {
     "layer_types",
     "layers_block_type",
     "position_embedding_type",
@@ -64,8 +64,8 @@ def normalize(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         config: its config.json, of either form.
 
     Raises:
-        CheckpointError: when mlx-lm has no such architecture, or its class has no key for what
-            config.json says of its layers, or transformers' class does not take a setting.
+        CheckpointError: when mlx-lm has no such architecture, its class cannot represent the layer
+            types, or transformers' class refuses a setting.
     """
     model_class, args_class = find_classes(path, config)
     fields = settings_fields(sys.modules[model_class.__module__])
@@ -73,21 +73,21 @@ def normalize(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     for key, value in reading.refused.items():
         if not re.fullmatch(UNUSED, key):
             raise CheckpointError(
-                f"{path}: config.json has {key} {value!r:.60}, which transformers does not take"
+                f"{path}: config.json has {key} {value!r:.60}, which transformers refuses"
             )
     reference = text_reference(reading.reference)
     _check_rope(path, reference)
     check_numbers(path, rope_parameters(text_settings(config), reference))
     both = _both_forms(path, config, reference, fields)
-    # a wrapper's class may ask beside the language model's settings for what is one of them
+    # a multimodal class may also read a language model's setting outside of text_config
     text = both.get("text_config") or {}
-    asked = {field.name for field in dataclasses.fields(args_class)} & text.keys()
-    both |= {key: text[key] for key in asked if both.get(key) is None}
+    shared = {field.name for field in dataclasses.fields(args_class)} & text.keys()
+    both |= {key: text[key] for key in shared if both.get(key) is None}
     both |= _published_forms(both)
     if reference is not None and reference_config(both) is None:
         raise CheckpointError(
-            f"{path}: config.json of this {config['model_type']} cannot be written so that mlx-lm "
-            "and transformers read it alike"
+            f"{path}: this {config['model_type']} config.json has no form that both mlx-lm and "
+            "transformers read"
         )
     return both
 
@@ -105,31 +105,31 @@ def _both_forms(
 
 
 def _published_forms(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what the makers' own checkpoints have, mlx-vlm reads and transformers 5 renamed."""
-    kind, sees, text = (config.get(key) for key in ("model_type", "vision_config", "text_config"))
+    """Return keys of published checkpoints that mlx-vlm reads and transformers 5 renamed."""
+    kind, vision, text = (config.get(key) for key in ("model_type", "vision_config", "text_config"))
     forms: dict[str, Any] = {}
     if kind in ("qwen2_vl", "qwen2_5_vl") and isinstance(text, dict):
         forms = {key: value for key, value in text.items() if key not in config}
-    if not isinstance(sees, dict):
+    if not isinstance(vision, dict):
         return forms
     if kind == "llama4":
-        base = (sees.get("rope_parameters") or {}).get("rope_theta", 10_000.0)
-        return {"vision_config": {"rope_theta": base, "vision_feature_layer": -1, **sees}}
-    if str(kind).startswith("qwen") and sees.get("model_type") == f"{kind}_vision":
-        forms["vision_config"] = {**sees, "model_type": kind}
+        base = (vision.get("rope_parameters") or {}).get("rope_theta", 10_000.0)
+        return {"vision_config": {"rope_theta": base, "vision_feature_layer": -1, **vision}}
+    if str(kind).startswith("qwen") and vision.get("model_type") == f"{kind}_vision":
+        forms["vision_config"] = {**vision, "model_type": kind}
     return forms
 
 
 def settings_fields(module: ModuleType) -> Fields:
-    """Return the keys that the dataclasses of one of mlx-lm's modules read."""
+    """Return the fields of the dataclasses of an mlx-lm module, by name."""
     classes = settings_classes(module)
-    return {field.name: field for found in classes for field in dataclasses.fields(found)}
+    return {field.name: field for cls in classes for field in dataclasses.fields(cls)}
 
 
 def settings_classes(module: ModuleType) -> list[Any]:
-    """Return the dataclasses of one of mlx-lm's modules.
+    """Return the dataclasses of an mlx-lm module, including those of modules that it imports.
 
-    A module of a multimodal model takes the classes of a language model from another one.
+    Multimodal modules import the module of their language model.
     """
     classes: list[Any] = []
     for value in vars(module).values():
@@ -141,37 +141,37 @@ def settings_classes(module: ModuleType) -> list[Any]:
 
 
 def _check_rope(path: Path, reference: Any) -> None:
-    """Refuse rotary embeddings without a base, or of some of the layers that differ."""
+    """Refuse rotary embeddings without a base, or without settings of some layer type."""
     tables = getattr(reference, "rope_parameters", None) or {}
     nested = {kind: table for kind, table in tables.items() if isinstance(table, dict)}
     kinds = {
         kind for kind in getattr(reference, "layer_types", None) or () if ROTATED.fullmatch(kind)
     }
-    if nested and (missing := kinds - nested.keys()):
+    if nested and kinds - nested.keys():
         raise CheckpointError(
-            f"{path}: config.json has rotary embeddings of {', '.join(sorted(nested))}, expected "
-            f"those of {', '.join(sorted(missing))}, too"
+            f"{path}: config.json: rotary embeddings: expected settings of "
+            f"{', '.join(sorted(kinds))}, got only {', '.join(sorted(nested))}"
         )
     for table in nested.values() if nested else [tables] * bool(tables):
         if table.get("rope_theta") is None or table.get("rope_type", "") is None:
             raise CheckpointError(
-                f"{path}: config.json: rotary embeddings {table}: expected a rope_theta and a "
-                "name as rope_type"
+                f"{path}: config.json: rotary embeddings {table}: expected a rope_theta and "
+                "a rope_type"
             )
 
 
 def rope_parameters(config: dict[str, Any], reference: Any) -> dict[str, dict[str, Any]]:
-    """Return the settings of rotary embeddings by layer type, of type '' where all are alike.
+    """Return the settings of rotary embeddings by layer type, with key '' if all are equal.
 
-    Each has a rope_type and, where config.json or its class in transformers gives them, a
-    rope_theta and a partial_rotary_factor.
+    Each table has a rope_type and, where config.json or transformers' class has them, a rope_theta
+    and a partial_rotary_factor.
     """
     read = getattr(reference, "rope_parameters", None)
-    found = read or config.get("rope_parameters") or config.get("rope_scaling")
-    found = found if isinstance(found, dict) else {}
-    nested = {kind: table for kind, table in found.items() if isinstance(table, dict)}
-    beside = {} if read else config  # where transformers' class has read all there is
-    return {kind: _rope_table(table, beside) for kind, table in (nested or {"": found}).items()}
+    tables = read or config.get("rope_parameters") or config.get("rope_scaling")
+    tables = tables if isinstance(tables, dict) else {}
+    nested = {kind: table for kind, table in tables.items() if isinstance(table, dict)}
+    flat = {} if read else config  # transformers' class has read the other keys already
+    return {kind: _rope_table(table, flat) for kind, table in (nested or {"": tables}).items()}
 
 
 def _rope_table(table: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
@@ -186,7 +186,7 @@ def _rope_table(table: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]
 
 
 def _complete(path: Path, config: dict[str, Any], reference: Any, fields: Fields) -> dict[str, Any]:
-    """Return a table of settings, not nested, with the keys that it lacks."""
+    """Return a flat table of settings with the missing keys of `fields`."""
     given = {key: value for key, value in config.items() if value is not None}
     known: dict[str, Any] = {"rope_scaling": None} if "rope_scaling" in fields else {}
     derived = derived_keys(reference)
@@ -195,7 +195,7 @@ def _complete(path: Path, config: dict[str, Any], reference: Any, fields: Fields
         if field in NEVER_GUESSED - derived.keys() and names.get(field) not in given:
             continue
         if _is_computed(reference, field) and fields[field].default is not dataclasses.MISSING:
-            continue  # which transformers could not read back
+            continue  # transformers cannot set it
         value = _attribute(reference, field)
         if value is MISSING or value is None:
             value = derived.get(field, value)
@@ -207,13 +207,13 @@ def _complete(path: Path, config: dict[str, Any], reference: Any, fields: Fields
             known |= {name: value for name in names if name in fields}
     known |= {key: derived[key] for key in derived.keys() & fields.keys() & ROPE_KEYS}
     rope = _rope_forms(rope_parameters(config, reference), fields)
-    layers = {key: derived[key] for key in derived.keys() & fields.keys() & DERIVED_WORDS}
+    layers = {key: derived[key] for key in derived.keys() & fields.keys() & DERIVED_KEYS}
     layers |= _layer_period(path, reference, fields)
     return {**config, **known, **given, **rope, **layers}
 
 
 def _rope_forms(tables: dict[str, dict[str, Any]], fields: Fields) -> dict[str, Any]:
-    """Return the keys of both forms that say the same of rotary embeddings."""
+    """Return the settings of rotary embeddings under the keys of both forms."""
     table = tables.get("full_attention") or next(iter(tables.values()))
     local = tables.get("sliding_attention", table)
     if "rope_theta" not in table or "rope_theta" not in local:
@@ -235,7 +235,7 @@ def _rope_forms(tables: dict[str, dict[str, Any]], fields: Fields) -> dict[str, 
 
 
 def _layer_period(path: Path, reference: Any, fields: Fields) -> dict[str, Any]:
-    """Return the pattern of layers as a class without `layer_types` reads it."""
+    """Return the layer pattern for a class without `layer_types`."""
     types, keys = getattr(reference, "layer_types", None), [key for key in PERIODS if key in fields]
     if not types or not keys or "layer_types" in fields:
         return {}
@@ -246,26 +246,26 @@ def _layer_period(path: Path, reference: Any, fields: Fields) -> dict[str, Any]:
     period = is_full.index(True) + 1 if True in is_full else getattr(reference, "_" + keys[0], 0)
     if is_full != [period > 0 and (n + 1) % period == 0 for n in range(len(types))]:
         raise CheckpointError(
-            f"{path}: config.json: layer_types {types} have no period, which is all that mlx-lm's "
-            "class of this architecture reads"
+            f"{path}: config.json: expected periodic layer_types, which is all that mlx-lm's class "
+            f"reads, got {types}"
         )
     return {keys[0]: period}
 
 
 def _is_computed(reference: Any, name: str) -> bool:
-    found = getattr(type(reference), name, None)
-    return isinstance(found, property) and found.fset is None
+    attribute = getattr(type(reference), name, None)
+    return isinstance(attribute, property) and attribute.fset is None
 
 
 def _attribute(reference: Any, name: str) -> Any:
     try:
         return getattr(reference, name, MISSING)
-    except Exception:  # of models whose layers differ, transformers gives none for all layers
+    except Exception:  # transformers has no common value if layers differ
         return MISSING
 
 
 def _is_plain(value: Any) -> bool:
-    """Tell whether `value` can be an entry of config.json."""
+    """Return whether `value` can be an entry of config.json."""
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_plain(v) for key, v in value.items())
     if isinstance(value, (list, tuple)):

@@ -1,7 +1,7 @@
-"""Keys that mlx-lm's classes ask for and transformers' configuration classes have no name for.
+"""Keys that mlx-lm's classes read and transformers' configuration classes do not have.
 
-Checkpoints of the architecture's makers have them; one that transformers 5 saved has not. Each is
-what the model in transformers does, as its code says; tests/support/architectures.py compares.
+Original checkpoints have them, checkpoints saved by transformers 5 do not. The values follow the
+code of the models in transformers; tests/support/architectures.py compares the results.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,14 @@ def _is_sparse(reference: Reference) -> list[bool]:
     return [kind == "sparse" for kind in reference.mlp_layer_types]
 
 
-def _old_words(reference: Reference) -> list[Any]:
-    """Return layer types in the words of transformers 4."""
-    words = {"full_attention": "attention", "linear_attention": "mamba"}
-    return [words.get(kind, kind) for kind in reference.layer_types]
+def _old_layer_types(reference: Reference) -> list[Any]:
+    """Return the layer types by their names in transformers 4."""
+    names = {"full_attention": "attention", "linear_attention": "mamba"}
+    return [names.get(kind, kind) for kind in reference.layer_types]
 
 
-def _in_full_layers(key: str) -> Callable[[Reference], Any]:
-    """Return a setting of the layers without a window, where layers differ."""
+def _full_attention_setting(key: str) -> Callable[[Reference], Any]:
+    """Return a function that returns a setting of the full-attention layers."""
 
     def value(reference: Reference) -> Any:
         layers = getattr(reference, "per_layer_config", None)
@@ -33,8 +33,8 @@ def _in_full_layers(key: str) -> Callable[[Reference], Any]:
 
 
 _GEMMA4: dict[str, Callable[[Reference], Any]] = {
-    "global_head_dim": _in_full_layers("head_dim"),
-    "num_global_key_value_heads": _in_full_layers("num_key_value_heads"),
+    "global_head_dim": _full_attention_setting("head_dim"),
+    "num_global_key_value_heads": _full_attention_setting("num_key_value_heads"),
 }
 DERIVED: dict[str, dict[str, Callable[[Reference], Any]]] = {
     "apertus": {
@@ -54,7 +54,7 @@ DERIVED: dict[str, dict[str, Callable[[Reference], Any]]] = {
     "gpt2": {"n_ctx": lambda c: c.n_positions},
     "gpt_bigcode": {"n_inner": lambda c: 4 * c.n_embd},
     "granitemoehybrid": {
-        "layer_types": _old_words,
+        "layer_types": _old_layer_types,
         "position_embedding_type": lambda c: (
             "rope" if c.position_embedding_type == "rope" else "nope"
         ),
@@ -72,7 +72,7 @@ DERIVED: dict[str, dict[str, Callable[[Reference], Any]]] = {
             int(kind == "sliding_attention") for kind in c.layer_types
         ],
         "moe_layer_freq": lambda c: [int(sparse) for sparse in _is_sparse(c)],
-        "sliding_window_size": lambda c: c.sliding_window - 1,  # without the token itself
+        "sliding_window_size": lambda c: c.sliding_window - 1,  # excludes the token itself
         "add_swa_attention_sink_bias": lambda c: True,
         "add_full_attention_sink_bias": lambda c: False,
         "n_shared_experts": lambda c: None,
@@ -88,7 +88,7 @@ DERIVED: dict[str, dict[str, Callable[[Reference], Any]]] = {
         "shared_intermediate_size": lambda c: 0,
         "rotary_dim": lambda c: int(c.head_dim * c.rope_parameters.get("partial_rotary_factor", 1)),
     },
-    "nemotron_h": {"layers_block_type": _old_words},
+    "nemotron_h": {"layers_block_type": _old_layer_types},
     "qwen3_vl_moe_text": {"norm_topk_prob": lambda c: True},
     "solar_open": {
         "intermediate_size": lambda c: c.moe_intermediate_size,
@@ -99,14 +99,14 @@ DERIVED: dict[str, dict[str, Callable[[Reference], Any]]] = {
 
 
 def derived_keys(reference: Reference) -> dict[str, Any]:
-    """Return the keys that are missing from transformers' form of an architecture."""
+    """Return the keys of an architecture that transformers does not have; {} without reference."""
     if reference is None:
         return {}
-    found = {}
+    derived = {}
     for key, value in DERIVED.get(reference.model_type, {}).items():
         with suppress(AttributeError, KeyError, TypeError, ValueError):
-            found[key] = value(reference)
+            derived[key] = value(reference)
     heads, width = (getattr(reference, key, None) for key in ("num_attention_heads", "hidden_size"))
     if isinstance(heads, int) and isinstance(width, int) and heads:
-        found["head_dim"] = width // heads  # where the class has none; overridden otherwise
-    return found
+        derived["head_dim"] = width // heads  # a default, if the configuration has none
+    return derived

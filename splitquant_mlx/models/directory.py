@@ -1,4 +1,4 @@
-"""Present any source as a Hugging Face directory; GGUF files are unpacked into one."""
+"""Give access to any source as a Hugging Face directory; GGUF files are unpacked into one."""
 
 import tempfile
 from collections.abc import Iterator
@@ -17,9 +17,9 @@ def as_directory(
 
     Args:
         source: a resolved source.
-        progress: told how far the unpacking of a GGUF file is.
-        scratch: where to unpack a GGUF file (up to 4 times its size, removed at the end); None
-            is the system's temporary directory.
+        progress: progress reporter of the unpacking of a GGUF file.
+        scratch: parent of the directory for an unpacked GGUF file (up to 4 times its size, removed
+            at the end); None is the system's temporary directory.
     """
     if source.path.is_dir():
         yield source.path

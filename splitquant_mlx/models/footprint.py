@@ -1,4 +1,4 @@
-"""Estimate, from headers alone, the memory that a model takes while it runs."""
+"""Estimate the memory of a running model from the headers of its files."""
 
 import math
 from collections.abc import Mapping
@@ -15,26 +15,26 @@ from splitquant_mlx.models.config import text_settings
 from splitquant_mlx.runtime.memory import check_memory
 
 PROGRAM_BYTES = 300e6  # Python and its libraries
-WIDENED = ("F16", "BF16")  # on the CPU, to float32
-CONTEXT_TOKENS = 4096  # that a cache is counted for, or the model's own limit
+WIDENED = ("F16", "BF16")  # converted to float32 on the CPU
+CONTEXT_TOKENS = 4096  # length of the KV cache, if the model's limit is not lower
 
 
 def weight_bytes(path: Path) -> int:
-    """Return the size of a model's tensors, as they are stored.
+    """Return the stored size of a model's tensors, bytes.
 
     Raises:
-        CheckpointError: when `path` is no usable model directory or .gguf file.
+        CheckpointError: when `path` is not a usable model directory or .gguf file.
     """
     return path.stat().st_size if path.is_file() else sum(_sizes(path, widened=False))
 
 
 def running_bytes(path: Path) -> int:
-    """Estimate the memory that a model directory or .gguf file takes to generate text.
+    """Estimate the memory for generating text with a model directory or .gguf file, bytes.
 
-    Weights as they are on the device, a KV cache of up to 4,096 tokens, and the program.
+    The sum of the weights on the device, a KV cache of up to 4,096 tokens, and the program.
 
     Raises:
-        CheckpointError: when `path` is no usable model directory or .gguf file.
+        CheckpointError: when `path` is not a usable model directory or .gguf file.
     """
     on_cpu = mx.default_device() == mx.cpu
     if path.is_file():
@@ -44,22 +44,22 @@ def running_bytes(path: Path) -> int:
 
 
 def check_running(path: Path, work: str) -> str:
-    """Refuse to load a model that memory is too small for; see `check_memory`.
+    """Refuse to load a model that does not fit in memory; see `check_memory`.
 
     Raises:
-        MemoryTooSmallError: with what would fit.
-        CheckpointError: when `path` is no usable model.
+        MemoryTooSmallError: when it does not fit, with what would.
+        CheckpointError: when `path` is not a usable model.
     """
     needed = running_bytes(path)
     advice = "choose a smaller model, or fewer bits/weight"
-    if is_dense(path):
+    if _is_dense(path):
         four_bit = (sum(tensor_sizes(path).values()) * 4.5 / 8 + PROGRAM_BYTES) / 1e9
         advice = f"converted to 4.5 bits/weight it takes about {four_bit:.1f} GB"
     return check_memory(needed, work, advice)
 
 
 def tensor_sizes(path: Path) -> dict[str, int]:
-    """Return the entries of each tensor of a model directory or .gguf file, by name."""
+    """Return the number of entries of each tensor of a model directory or .gguf file."""
     if path.is_dir():
         return {name: math.prod(header.shape) for name, header in read_headers(path).items()}
     from splitquant_mlx.formats.gguf import open_gguf
@@ -67,8 +67,8 @@ def tensor_sizes(path: Path) -> dict[str, int]:
     return {name: math.prod(tensor.shape) for name, tensor in open_gguf(path).tensors.items()}
 
 
-def is_dense(path: Path) -> bool:
-    """Return whether a directory holds a model that is not quantized."""
+def _is_dense(path: Path) -> bool:
+    """Return whether `path` is a directory of a model that is not quantized."""
     if path.is_file():
         return False
     config = read_config(path)
@@ -76,7 +76,7 @@ def is_dense(path: Path) -> bool:
 
 
 def context_limit(config: Mapping[str, Any]) -> int | None:
-    """Return how many tokens a model was made for; None where its config does not say."""
+    """Return a model's maximum context in tokens; None if its config does not say."""
     text = config.get("text_config")
     for table in (config, text if isinstance(text, Mapping) else {}):
         for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
@@ -86,27 +86,27 @@ def context_limit(config: Mapping[str, Any]) -> int | None:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Return how many tokens a loaded model was made for; None where its settings do not say."""
+    """Return a loaded model's maximum context in tokens; None if its settings do not say."""
     return context_limit(getattr(getattr(model, "args", None), "__dict__", {}))
 
 
-def check_context(name: str, asked: int, limit: int | None) -> None:
-    """Raise RecipeError when setting `name` asks for more tokens than a model was made for."""
-    if limit is not None and asked > limit:
+def check_context(name: str, tokens: int, limit: int | None) -> None:
+    """Raise RecipeError when setting `name` exceeds a model's maximum context."""
+    if limit is not None and tokens > limit:
         raise RecipeError(
-            f"{name}: expected at most {limit}, what the model was made for "
-            f"(max_position_embeddings), got {asked}"
+            f"{name}: expected at most {limit}, the model's maximum context "
+            f"(max_position_embeddings), got {tokens}"
         )
 
 
 def context_bytes(model: nn.Module, tokens: int) -> float:
-    """Return the size of the caches of a context, in 16 bits, on a machine with a GPU.
+    """Return the size of the 16-bit caches of a context, bytes.
 
-    The model is called with one token, and nothing is evaluated: the caches' shapes tell.
+    The model is called with one token, without evaluation, for the shapes of its caches.
 
     Args:
-        model: one of mlx-lm's; its parameters are not read.
-        tokens: of the context.
+        model: an mlx-lm model; its parameters are not read.
+        tokens: length of the context.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
@@ -116,13 +116,13 @@ def context_bytes(model: nn.Module, tokens: int) -> float:
 
 
 def _cached_entries(cache: Any, tokens: int) -> int:
-    """Return the entries that a cache with one token has when it holds `tokens`."""
+    """Return the number of entries of `cache`, which has one token, after `tokens`."""
     if hasattr(cache, "caches"):
         return sum(_cached_entries(part, tokens) for part in cache.caches)
     arrays = [leaf for _, leaf in tree_flatten(cache.state) if isinstance(leaf, mx.array)]
     if not hasattr(cache, "offset"):  # a state of fixed size
         return sum(array.size for array in arrays)
-    # (1, heads, positions, width), with room for more positions than one
+    # (1, heads, positions, width), allocated for more than one position
     entries = sum(array.size // array.shape[2] for array in arrays)
     return entries * min(tokens, getattr(cache, "max_size", None) or tokens)
 
@@ -135,7 +135,7 @@ def _sizes(path: Path, *, widened: bool) -> list[int]:
 
 
 def _cache_bytes(config: dict[str, Any], on_cpu: bool) -> float:
-    """Return the size of a KV cache of a usual length, as for a plain decoder."""
+    """Return the size of a KV cache of CONTEXT_TOKENS for standard attention, bytes."""
     table = text_settings(config)
     try:
         heads = int(table.get("num_key_value_heads") or table["num_attention_heads"])

@@ -1,8 +1,8 @@
-"""Find what mlx-lm's classes follow in a config.json and transformers ignores.
+"""Find keys of a config.json that mlx-lm's classes read and transformers ignores.
 
-mlx-lm's classes have keys of their own (`rope_traditional`), and some of a form that transformers
-does not read. A model of transformers computes the same whatever they say. Which they are shows
-when a key is taken away: transformers reads the same, and mlx-lm's settings are others.
+Some keys exist in mlx-lm only (`rope_traditional`), others have a form that transformers does not
+read. A key is found by removing it: if it is foreign, transformers' configuration is unchanged and
+mlx-lm's differs.
 """
 
 import sys
@@ -21,14 +21,15 @@ Config = dict[str, Any]
 def foreign_keys(
     path: Path, config: Config, harmless: Callable[[str, Any], bool]
 ) -> Iterator[tuple[str, Any]]:
-    """Yield the keys that mlx-lm alone follows, each with the value that it has by default.
+    """Yield the keys that only mlx-lm reads, each with its default value.
 
-    Lists and tables say how layers differ, which their tensors show.
+    Lists and objects are skipped: they describe differences between layers, which show in the
+    tensors.
 
     Args:
         path: the checkpoint, for messages.
         config: config.json, normalized, of an architecture that transformers has.
-        harmless: tells of a key and its value that it need not be looked at.
+        harmless: returns whether a key with a value need not be checked.
     """
     module = sys.modules[find_classes(path, config)[0].__module__]
     text = text_reference(reference_config(config))
@@ -45,33 +46,33 @@ def foreign_keys(
             if key in cls.__dataclass_fields__:
                 try:
                     one, two = (cls.from_dict(settings) for settings in (table, other))
-                except Exception:  # a part's class, or one that cannot do without the key
+                except Exception:  # another submodule's class, or one that requires the key
                     continue
                 if _values(one) != _values(two):
                     yield key, getattr(two, key, None)
 
 
 def _is_read(config: Config, key: str) -> bool:
-    """Tell whether transformers reads something else where a key is gone, or changed."""
+    """Return whether removing or changing a key changes transformers' configuration."""
     value = text_settings(config)[key]
     changed = value + "?" if isinstance(value, str) else type(value)(1 - value)
-    found = [reference_config(other) for other in (config, _with(config, key))]
-    found.append(reference_config(_with(config, key, changed)))
-    if None in found:
+    references = [reference_config(other) for other in (config, _with(config, key))]
+    references.append(reference_config(_with(config, key, changed)))
+    if None in references:
         return True
-    first, *others = (_with(reference.to_dict(), key) for reference in found)
+    first, *others = (_with(reference.to_dict(), key) for reference in references)
     return any(other != first for other in others)
 
 
 def _values(settings: Any) -> Config:
-    """Return the settings of a class; a letter for each layer is as good as a list of them."""
+    """Return the settings of a class, with text as a list of letters, one per layer."""
     values = vars(settings).items()
     return {name: list(value) if isinstance(value, str) else value for name, value in values}
 
 
 def _with(config: Config, key: str, value: Any = None) -> Config:
-    """Return a config.json with another value for a key of the language model; None for none."""
-    kept = {name: held for name, held in config.items() if name != key}
-    if isinstance(kept.get("text_config"), dict):
-        return {**kept, "text_config": _with(kept["text_config"], key, value)}
-    return kept if value is None else {**kept, key: value}
+    """Return `config` with a setting of the language model replaced; None removes it."""
+    others = {name: setting for name, setting in config.items() if name != key}
+    if isinstance(others.get("text_config"), dict):
+        return {**others, "text_config": _with(others["text_config"], key, value)}
+    return others if value is None else {**others, key: value}

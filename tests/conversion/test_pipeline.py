@@ -22,7 +22,7 @@ from splitquant_mlx import (
 )
 from splitquant_mlx.conversion import converter, quantizers, resume
 from splitquant_mlx.evaluation.divergence import divergence, log_probabilities
-from splitquant_mlx.models.dense import dense_weight, dequantized
+from splitquant_mlx.models.dense import dense_weight, dequantize_model
 from splitquant_mlx.models.loader import load_model
 
 TEXT = held_out_text(1500)
@@ -36,7 +36,7 @@ def reference_of(original):
 
 def kl_to(reference, path):
     expected, tokens = reference
-    actual = log_probabilities(dequantized(load_model(path)), tokens)
+    actual = log_probabilities(dequantize_model(load_model(path)), tokens)
     return divergence([expected], [actual]).kl_mean
 
 
@@ -114,7 +114,7 @@ def test_dense_scoring_agrees_with_the_quantized_kernels(split_stories, tmp_path
     tokens = mx.array([list(range(1, 100))])
     for path in (split_stories, tmp_path / "rtn"):
         quantized = load_model(path)(tokens)
-        dense = dequantized(load_model(path))(tokens)
+        dense = dequantize_model(load_model(path))(tokens)
         assert (mx.abs(quantized - dense).max() / mx.abs(dense).max()).item() < 1e-4
 
 

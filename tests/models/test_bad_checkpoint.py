@@ -86,16 +86,16 @@ CONFIGS = {
     "no hidden_size": (edit_config(hidden_size=...), "'hidden_size'"),
     "hidden_size a string": (
         edit_config(hidden_size="64"),
-        "hidden_size: expected a whole number, 0 or more, got '64'",
+        "hidden_size: expected an integer, 0 or more, got '64'",
     ),
     "hidden_size negative": (
         edit_config(hidden_size=-64),
-        "hidden_size: expected a whole number, 0 or more, got -64",
+        "hidden_size: expected an integer, 0 or more, got -64",
     ),
     "hidden_size true": (edit_config(hidden_size=True), "0 or more, got True"),
     "hidden_size a fraction": (
         edit_config(hidden_size=64.5),
-        "hidden_size: expected a whole number, 0 or more, got 64.5",
+        "hidden_size: expected an integer, 0 or more, got 64.5",
     ),
     "intermediate_size 0": (edit_config(intermediate_size=0), "intermediate_size 0"),
     "no heads": (edit_config(num_attention_heads=0), "num_attention_heads 0"),
@@ -136,7 +136,7 @@ CONFIGS = {
         ),
         "moe_num_experts 1000000000",
     ),
-    "-1 layers": (edit_config(num_hidden_layers=-1), "expected a whole number, 0 or more, got -1"),
+    "-1 layers": (edit_config(num_hidden_layers=-1), "expected an integer, 0 or more, got -1"),
     "too many layers": (edit_config(num_hidden_layers=3), "tensors are missing: model.layers.2."),
     "too few layers": (
         edit_config(num_hidden_layers=1),
@@ -226,7 +226,7 @@ HEADERS = {
     "dtype a list": (edit_entry(dtype=["F32"]), UP),
     "dtype F8": (
         edit_header(lambda h: h[UP].update(dtype="F8_E4M3", shape=[128, 256])),
-        "dtype F8_E4M3, expected one of F16, BF16, F32",
+        "expected dtype F16, BF16, F32, F64, got F8_E4M3",
     ),
     "dtype F8_E8M0": (edit_entry(dtype="F8_E8M0", shape=[128, 256]), "dtype F8_E8M0"),
     "dtype F64 of another shape": (edit_entry(dtype="F64", shape=[64, 64]), "got [64, 64]"),

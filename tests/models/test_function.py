@@ -52,23 +52,27 @@ PHIMOE = {
     [
         ("llama", {"is_causal": False}, "is_causal False"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
-        ("gemma3_text", {"layer_types": ["full_attention"]}, "1 layer_types.* 2 layers"),
+        ("gemma3_text", {"layer_types": ["full_attention"]}, "2 layer_types.*, got 1"),
         ("gemma2", {"attn_logit_softcapping": None}, "gemma2 does not run with the settings"),
         ("llama", {"rope_parameters": [1, 2]}, r"rope_parameters \[1, 2\]"),
         ("llama", {"rope_parameters": {"rope_theta": None}}, "expected a rope_theta"),
         ("llama", {"rope_parameters": {"rope_type": ["default"]}}, r"\['default'\]"),
         ("llama", {"rope_scaling": {"type": ["default"]}}, r"\['default'\]"),
-        ("llama", {"text_config": {"model_type": ["llama"]}}, "model_type of text_config"),
-        ("llama", {"text_config": []}, "text_config is no table"),
+        (
+            "llama",
+            {"text_config": {"model_type": ["llama"]}},
+            "text_config.model_type is not a name",
+        ),
+        ("llama", {"text_config": []}, "text_config is not an object"),
         ("llama", {"hidden_act": "gelu", "bos_token_id": "first"}, "hidden_act 'gelu'"),
         (
             "llama",
             {"rms_norm_eps": float("inf")},
             "rms_norm_eps: expected a finite number, got inf",
         ),
-        ("llama", {"head_dim": 0}, "head_dim: expected a whole number, 1 or more, got 0"),
+        ("llama", {"head_dim": 0}, "head_dim: expected an integer, 1 or more, got 0"),
         ("llama", {"eos_token_id": "2"}, "eos_token_id '2'"),
-        ("llama", {"rms_norm_eps": 1}, "rms_norm_eps 1, which transformers does not take"),
+        ("llama", {"rms_norm_eps": 1}, "rms_norm_eps 1, which transformers refuses"),
         ("llama", {"rms_norm_eps": 1e-40}, "rms_norm_eps: expected a number from"),
         ("llama", {"max_position_embeddings": 10**30}, "expected a number from .*, got 1000"),
         ("llama", {"tie_word_embeddings": None}, "tie_word_embeddings: expected true or false"),
@@ -77,8 +81,8 @@ PHIMOE = {
         ("llama", {"mlp_bias": "false"}, "mlp_bias: expected true or false, got 'false'"),
         ("llama", {"rms_norm_eps": True}, "rms_norm_eps: expected a number, got True"),
         ("llama", {"mlp_multipliers": [1.0, 1e30]}, r"mlp_multipliers: expected .*, got 1e\+30"),
-        ("qwen3_moe", {"num_experts_per_tok": -2}, "num_experts_per_tok: expected no negative"),
-        ("llama", {"rope_parameters": {"rope_type": None, "rope_theta": 1e4}}, "as rope_type"),
+        ("qwen3_moe", {"num_experts_per_tok": -2}, "num_experts_per_tok: expected a number of 0"),
+        ("llama", {"rope_parameters": {"rope_type": None, "rope_theta": 1e4}}, "and a rope_type"),
     ],
 )
 def test_a_setting_that_is_not_followed_is_refused(tmp_path, architecture, settings, message):
@@ -226,13 +230,13 @@ def test_scaled_rotary_embeddings_of_a_class_without_any_are_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
 @pytest.mark.parametrize("lost", ["its table", "its base"])
-def test_rotary_embeddings_of_some_layers_alone_are_refused(tmp_path, kind, lost):
-    """Of layers that differ, those of the others would be taken."""
+def test_rotary_embeddings_without_settings_of_a_layer_type_are_refused(tmp_path, kind, lost):
+    """The settings of the other layer type would be used instead."""
     rope = {name: {"rope_theta": 5e3} for name in ("full_attention", "sliding_attention")}
     rope |= {kind: {"rope_type": "default"}} if lost == "its base" else {}
     rope = {name: table for name, table in rope.items() if lost == "its base" or name != kind}
     config = {"model_type": "mimo_v2_flash", "num_hidden_layers": 3, "rope_parameters": rope}
-    message = f"expected those of {kind}" if lost == "its table" else "expected a rope_theta"
+    message = "expected settings of full_attention, s" if lost == "its table" else "a rope_theta"
     with pytest.raises(CheckpointError, match=message):
         normalize(tmp_path, config)
 
@@ -240,7 +244,7 @@ def test_rotary_embeddings_of_some_layers_alone_are_refused(tmp_path, kind, lost
 def test_a_factor_that_config_json_lacks_is_named(tmp_path):
     for config in ({}, {"dim_model_base": 256}, {"dim_model_base": 256, "hidden_size": 0}):
         config |= {"model_type": "minicpm3", "tie_word_embeddings": True}
-        with pytest.raises(CheckpointError, match=r"what factors a minicpm3 has: \w+Error"):
+        with pytest.raises(CheckpointError, match=r"lacks the factors of a minicpm3: \w+Error"):
             fold_multipliers(tmp_path, {}, config)
 
 

@@ -95,7 +95,7 @@ def test_a_text_file_of_a_terabyte_is_not_read(model, tmp_path, name):
 
 
 CONFIGS = {
-    "text_config a number": ({"text_config": 1}, "text_config is no table"),
+    "text_config a number": ({"text_config": 1}, "text_config is not an object"),
     "10**9 layers": ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000"),
     "rope_theta a table": ({"rope_theta": {"a": 1}}, "rope_theta: expected a number, got {'a': 1}"),
     "an architecture whose module ends Python": ({"model_type": "olmo"}, "olmo"),

@@ -6,7 +6,7 @@ from offgrid import make_offgrid
 
 from splitquant_mlx import Recipe, convert, load
 from splitquant_mlx.evaluation.divergence import divergence, log_probabilities
-from splitquant_mlx.models.dense import dequantized
+from splitquant_mlx.models.dense import dequantize_model
 from splitquant_mlx.models.loader import load_model
 
 pytestmark = pytest.mark.slow
@@ -34,7 +34,7 @@ def test_divergence_of_split_to_rtn_is_the_published_effect(reference, story_tex
         manifest = convert(reference, tmp_path / method, recipe=recipe)
         bits = {"rtn": 4.5, "splitquant": 13.5}[method]
         assert manifest.linear_bits_per_weight == pytest.approx(bits, abs=0.1)
-        quantized = dequantized(load_model(tmp_path / method))
+        quantized = dequantize_model(load_model(tmp_path / method))
         found[method] = divergence(wanted, (log_probabilities(quantized, c) for c in chunks))
     ratio = found["splitquant"].kl_mean / found["rtn"].kl_mean
     print(f"\nKL splitquant / rtn = {ratio:.3f}: {found}")
@@ -47,7 +47,7 @@ def test_split_model_answers_sensibly(smollm2, tmp_path):
 
     convert(smollm2, tmp_path / "split")
     model, tokenizer = load(tmp_path / "split")
-    dequantized(model)
+    dequantize_model(model)
     question = [{"role": "user", "content": "Give me three tips for staying healthy."}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True)
     answer = generate(model, tokenizer, prompt, max_tokens=60)
