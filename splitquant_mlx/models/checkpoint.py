@@ -25,7 +25,11 @@ from splitquant_mlx.models.expert_stacks import separate_experts
 from splitquant_mlx.models.folded import fold_multipliers, raise_corrections
 from splitquant_mlx.models.function import check_function
 from splitquant_mlx.models.left_out import check_left_out, left_out, settle_head
-from splitquant_mlx.models.quantized import quantization_table, unpacked, without_quantization
+from splitquant_mlx.models.quantized import (
+    dequantize_checkpoint,
+    quantization_table,
+    without_quantization,
+)
 from splitquant_mlx.models.renamed import rename
 from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.models.tensor_names import fit_names
@@ -92,7 +96,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             )
     quantized = config
     config = normalize(path, settle_head(without_quantization(config), headers))
-    stored, notes = unpacked(path, quantized, headers, _load_lazily(headers))
+    stored, notes = dequantize_checkpoint(path, quantized, headers, _load_lazily(headers))
     kind = config["model_type"]
     tensors = fold_multipliers(path, separate_experts(rename(stored, kind), kind), config)
     tensors = raise_corrections(tensors, config)

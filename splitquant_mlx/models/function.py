@@ -1,8 +1,7 @@
-"""Check that mlx-lm's model computes what config.json, as transformers reads it, asks for.
+"""Check that mlx-lm's model computes the function that transformers reads from config.json.
 
-mlx-lm's classes take what they know from config.json and ignore the rest. A setting that changes
-the function and is ignored is an error, or a warning where only texts longer than an attention
-window tell the difference.
+mlx-lm's classes read the keys that they know and ignore the rest. An ignored setting that changes
+the function is an error, or a warning if only texts longer than an attention window differ.
 """
 
 import inspect
@@ -25,13 +24,13 @@ from splitquant_mlx.models.rotary import check_rotary
 
 Reference = Any  # transformers' configuration of the language model
 Table = dict[str, Any]
-# code that needs the values of arrays
+# code that evaluates arrays
 EVALUATES = re.compile(r"\.item\(|\.tolist\(|mx\.eval\(")
 SEVERAL_EXPERTS = re.compile(r"(top_k|experts_per_tok) > 1")
-NO_VALUES = "eval an array during function transformations"  # mlx's words where they are asked for
-# sizes and parameters that are there or not show in the tensors' shapes and names; what is said of
-# rotary embeddings and windows is checked by measuring
-SHOWN = (
+EVALUATED = "eval an array during function transformations"  # mlx's error if it is compiled
+# settings that are checked elsewhere: sizes and optional parameters show in the tensors' shapes and
+# names, rotary embeddings and windows are measured
+CHECKED = (
     r"(?!.*window)(?!num_\w*_per_).*(_size|_dim|_rank|_width|_inner|_embd|_heads|_groups)|n_head"
     r"|num_\w*(layers|experts|blocks)|n_(layers?|positions|ctx)|expand|ssm_\w+_size"
     r"|.*bias|.*qk_(layer)?norm|use_qk_norm|qk_layernorm|tie_\w+|time_step_(min|max|floor)"
@@ -39,10 +38,10 @@ SHOWN = (
     r"|max_(position|seq).*|.*variance_scale|mlp_layer_types|moe_layers|layers_block_type"
     r"|per_layer_config|use_bidirectional.*"
 )
-HARMLESS = re.compile(f"{UNUSED}|{SHOWN}|eos_token_id")
-# what is no size, whatever its name; a stored head decides whether it is tied
+HARMLESS = re.compile(f"{UNUSED}|{CHECKED}|eos_token_id")
+# the same for bools, which are not sizes; a stored head decides whether it is tied
 SWITCHES = re.compile(rf"{UNUSED}|tie_\w+")
-# what follows from settings that mlx-lm does read
+# values that follow from settings that mlx-lm reads
 IMPLIED: dict[str, Callable[[Reference], Any]] = {
     "moe_layers": lambda c: list(
         range(c.interleave_moe_layer_step - 1, c.num_hidden_layers, c.interleave_moe_layer_step)
@@ -54,12 +53,12 @@ GELU = re.compile(r"gelu\w*|geglu")
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Record where mlx-lm's model of an architecture is known to differ from transformers'.
+    """A known difference between mlx-lm's and transformers' models of an architecture.
 
     Attributes:
         reason: one clause.
-        wrong: whether the output is wrong for any text; otherwise it is off by little.
-        applies: tells whether it concerns a configuration.
+        wrong: whether the output is wrong for all texts; otherwise it differs slightly.
+        applies: returns whether a configuration is affected.
     """
 
     reason: str
@@ -68,16 +67,16 @@ class Difference:
 
 
 TIME_STEPS = "transformers raises time steps to time_step_min, mlx-lm follows time_step_limit"
-# up to 1e-4 it makes no difference that could be told
+# up to 1e-4 the difference cannot be measured
 LARGE_EPSILON = Difference(
-    reason="some of its norms have an epsilon of their own",
+    reason="some of its norms ignore the epsilon of config.json",
     wrong=True,
     applies=lambda c: any(
         getattr(c, name, 0) > 1e-4 for name in ("rms_norm_eps", "layer_norm_epsilon")
     ),
 )
 GROUPED_NORM = Difference(
-    reason="it normalizes what leaves a mixer as a whole, not in its groups",
+    reason="it normalizes the output of a mixer as a whole, not in groups",
     wrong=True,
     applies=lambda c: max(getattr(c, name, 1) for name in ("n_groups", "mamba_n_groups")) > 1,
 )
@@ -122,8 +121,7 @@ DIFFERENCES = {
     ),
     "phimoe": (
         Difference(
-            reason="transformers takes two experts for each token, whatever num_experts_per_tok "
-            "says",
+            reason="transformers uses two experts per token, whatever num_experts_per_tok",
             wrong=True,
             applies=lambda c: c.num_experts_per_tok != 2,
         ),
@@ -134,7 +132,7 @@ DIFFERENCES = {
 
 
 def check_function(path: Path, model: nn.Module, config: dict[str, Any]) -> list[str]:
-    """Compare what mlx-lm's model computes with what config.json asks for.
+    """Check that mlx-lm's model follows config.json.
 
     Args:
         path: the checkpoint, for messages.
@@ -142,10 +140,10 @@ def check_function(path: Path, model: nn.Module, config: dict[str, Any]) -> list
         config: config.json, normalized.
 
     Returns:
-        What differs for some texts only, or by little, one sentence each.
+        Differences that are slight or affect some texts only, one sentence each.
 
     Raises:
-        CheckpointError: when it computes something else.
+        CheckpointError: when its output would be wrong.
     """
     _check_runs(path, model, config["model_type"])
     reading = read_as_transformers(config)
@@ -155,8 +153,12 @@ def check_function(path: Path, model: nn.Module, config: dict[str, Any]) -> list
     _check_causal(path, settings)
     notes = check_rotary(path, model, rope_parameters(text, reference), settings)
     if reference is None:
-        note = "transformers does not read this config.json ({}): what it says was not compared"
-        return notes + [note.format(reading.reason)] * bool(reading.reason)
+        if reading.reason:
+            notes.append(
+                f"transformers does not read this config.json ({reading.reason}): its settings "
+                "were not compared"
+            )
+        return notes
     kind = reference.model_type
     for known in DIFFERENCES.get(kind, ()):
         if not known.applies(reference):
@@ -173,9 +175,9 @@ def check_function(path: Path, model: nn.Module, config: dict[str, Any]) -> list
 
 
 def _check_runs(path: Path, model: nn.Module, kind: str) -> None:
-    """Refuse settings that mlx-lm's code fails on; nothing is evaluated.
+    """Refuse settings with which mlx-lm's code fails; nothing is evaluated.
 
-    Code that needs values, such as DBRX's choice of experts, is followed up to there.
+    Code that evaluates arrays, such as DBRX's choice of experts, runs up to there.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
@@ -185,9 +187,9 @@ def _check_runs(path: Path, model: nn.Module, kind: str) -> None:
     try:
         (mx.compile(run) if EVALUATES.search(_source(model)) else run)(mx.zeros((1, 2), mx.int32))
     except RuntimeError:
-        return  # a kernel that another machine may have
-    except Exception as exc:  # of mlx-lm's code, which meets what it does not expect
-        if NO_VALUES in str(exc):
+        return  # a kernel that this machine does not have
+    except Exception as exc:  # mlx-lm's code raises exceptions of any class
+        if EVALUATED in str(exc):
             return
         raise CheckpointError(
             f"{path}: mlx-lm's {kind} does not run with the settings of config.json: "
@@ -196,33 +198,33 @@ def _check_runs(path: Path, model: nn.Module, kind: str) -> None:
 
 
 def _check_causal(path: Path, settings: Table) -> None:
-    """Refuse attention to later tokens, which no class of mlx-lm has."""
+    """Refuse bidirectional attention, which mlx-lm's models do not have."""
     causal = {"use_bidirectional_attention": (None, False, "vision"), "is_causal": (None, True)}
     for key, allowed in causal.items():
         if settings.get(key) not in allowed:
             raise CheckpointError(
                 f"{path}: config.json has {key} {settings[key]!r:.60}, but mlx-lm's models attend "
-                "to earlier tokens alone: its output would be wrong"
+                "to earlier tokens only: its output would be wrong"
             )
 
 
 def _check_chosen_experts(path: Path, model: nn.Module, reference: Reference) -> None:
-    """Refuse no expert for a token, and one that counts 1 where mlx-lm leaves its probability."""
+    """Refuse 0 experts per token, and 1 if its weight is not normalized to 1 by mlx-lm."""
     chosen = getattr(reference, "num_experts_per_tok", None)
     if chosen == 0 and any(getattr(reference, key, 0) for key in SYNONYMS[3]):
         raise CheckpointError(
-            f"{path}: config.json has num_experts_per_tok 0, expected one of its experts at least"
+            f"{path}: config.json: num_experts_per_tok: expected 1 or more, got 0"
         )
     normalizes = all(getattr(reference, key, True) for key in ("norm_topk_prob", "route_norm"))
     if chosen == 1 and normalizes and SEVERAL_EXPERTS.search(_source(model)):
         raise CheckpointError(
             f"{path}: config.json has num_experts_per_tok 1, but mlx-lm's {reference.model_type} "
-            "normalizes the weights of several experts alone: its output would be wrong"
+            "normalizes the weights of two or more experts only: its output would be wrong"
         )
 
 
 def _foreign_keys(path: Path, config: Table, text: Table, source: str) -> list[str]:
-    """Refuse settings that mlx-lm follows and transformers does not."""
+    """Refuse settings that mlx-lm reads and transformers does not."""
 
     def harmless(key: str, value: Any) -> bool:
         pattern = SWITCHES if isinstance(value, bool) else HARMLESS
@@ -230,13 +232,13 @@ def _foreign_keys(path: Path, config: Table, text: Table, source: str) -> list[s
 
     notes = []
     for key, default in foreign_keys(path, config, harmless):
-        said = f"config.json has {key} {text[key]!r:.60}, which mlx-lm follows"
+        note = f"config.json has {key} {text[key]!r:.60}, which mlx-lm reads"
         if "auto_map" not in config:
             raise CheckpointError(
-                f"{path}: {said} and transformers does not (as if it were {default!r:.60}): its "
-                "output would differ from the original's"
+                f"{path}: {note} and transformers does not (mlx-lm's default is {default!r:.60}): "
+                "its output would differ from the original's"
             )
-        notes.append(f"{said} and transformers' own class does not: it was not compared")
+        notes.append(f"{note} and transformers' class does not: it was not compared")
     return notes
 
 
@@ -256,12 +258,12 @@ def _unread_keys(
             continue
         if key in ACTIVATIONS and GELU.fullmatch(str(value)) and GELU.search(str(defaults[key])):
             notes.append(
-                f"mlx-lm does not read {key} {value!r}: it may use another formula of GELU"
+                f"mlx-lm does not read {key} {value!r}: it may use another formula for GELU"
             )
             continue
         raise CheckpointError(
             f"{path}: config.json has {key} {value!r:.60}, which mlx-lm's {reference.model_type} "
-            f"does not read (it takes {defaults[key]!r:.60}): its output would be wrong"
+            f"does not read (it uses {defaults[key]!r:.60}): its output would be wrong"
         )
     return notes
 
@@ -271,35 +273,35 @@ def _is_mentioned(key: str, source: str) -> bool:
 
 
 def _same(value: Any, default: Any) -> bool:
-    """Compare two settings; of lists, such as one entry for each layer, which entries they have."""
+    """Return whether two settings are equal; lists, such as one entry per layer, as sets."""
     if isinstance(value, list) and isinstance(default, list):
         return {str(item) for item in value} == {str(item) for item in default}
     return value == default
 
 
 def _source(model: nn.Module) -> str:
-    """Return the code of the modules of mlx-lm that a model is made of."""
+    """Return the source of the mlx-lm modules that define a model's layers."""
     names = {type(module).__module__ for module in model.modules()}
-    found = (sys.modules[name] for name in sorted(names) if name.startswith("mlx_lm.models."))
-    return "\n".join(inspect.getsource(module) for module in found)
+    modules = (sys.modules[name] for name in sorted(names) if name.startswith("mlx_lm.models."))
+    return "\n".join(inspect.getsource(module) for module in modules)
 
 
 def _windows(model: nn.Module, reference: Reference) -> list[str]:
-    """Compare the attention windows of the layers, which mlx-lm's caches show."""
+    """Compare the attention windows of the layers with those of mlx-lm's caches."""
     from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
     window = getattr(reference, "sliding_window", None)
     layers: Any = model.layers
     types = getattr(reference, "layer_types", None) or ["sliding_attention"] * len(layers)
-    wanted = [window if kind == "sliding_attention" else None for kind in types]
-    found = [
+    expected = [window if kind == "sliding_attention" else None for kind in types]
+    actual = [
         cache.max_size if isinstance(cache, RotatingKVCache) else None
         for cache in make_prompt_cache(model)
     ]
-    if len(found) != len(wanted) or all(a == b for a, b in zip(found, wanted, strict=True)):
+    if len(actual) != len(expected) or all(a == b for a, b in zip(actual, expected, strict=True)):
         return []
-    size = min(size for size in (*found, *wanted) if size)
+    size = min(size for size in (*actual, *expected) if size)
     return [
-        f"mlx-lm has other attention windows than transformers: texts longer than {size} tokens "
-        "give other results"
+        f"mlx-lm's attention windows differ from transformers': texts longer than {size} tokens "
+        "give different results"
     ]

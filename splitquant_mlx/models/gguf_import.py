@@ -1,8 +1,8 @@
-"""Turn a GGUF file into a Hugging Face directory that mlx-lm loads.
+"""Convert a GGUF file to a Hugging Face directory that mlx-lm loads.
 
-mlx-lm's own model of the architecture says which parameters there are, and of which shape; the
-gguf package's table of tensor names says what llama.cpp calls them. Names, shapes and settings are
-all checked before the first byte is written, and one tensor at a time is in memory.
+Parameter names and shapes come from mlx-lm's model of the architecture, and the gguf package's
+table maps the names to llama.cpp's. Names, shapes and settings are checked before anything is
+written, and one tensor at a time is in memory.
 """
 
 import json
@@ -27,7 +27,7 @@ from splitquant_mlx.formats.shard_writer import ShardWriter
 from splitquant_mlx.models.checkpoint import build_model, check_config, parameters
 from splitquant_mlx.progress import SILENT, Progress
 
-# mlx-lm's names, and those of the same in the gguf package's table
+# patterns of mlx-lm's names, and the corresponding names in the gguf package's table
 RENAMED = (
     (re.compile(r"\.\w+\.switch_mlp\."), ".mlp.experts."),
     (re.compile(r"\.e_score_correction_bias$"), ".e_score_correction.bias"),
@@ -38,7 +38,7 @@ RENAMED = (
 )
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 QUERY_OR_KEY = re.compile(r"\.self_attn\.([qk])_proj\.")
-# what the README of a hub repo calls it: GGUF name
+# key in the README of a hub repo -> GGUF name
 CARD = {
     "license": "license",
     "license_name": "license.name",
@@ -49,7 +49,7 @@ CARD = {
 
 
 class _Target(NamedTuple):
-    """A parameter, and the tensors that it is made of; by `join` unless it is one of them."""
+    """A parameter and its source tensors, joined by `join`; None if it is a stored tensor."""
 
     name: str
     shape: tuple[int, ...]
@@ -58,53 +58,53 @@ class _Target(NamedTuple):
 
 
 def import_gguf(path: Path, directory: Path, progress: Progress = SILENT) -> None:
-    """Write config.json, the tokenizer and safetensors shards for the model in `path`.
+    """Write config.json, the tokenizer and safetensors shards of the model in `path`.
 
-    Files of only F32 tensors are stored as float32, of only F32 and BF16 as bfloat16, all others
-    as float16, or as bfloat16 where the architecture's activations outgrow float16. The caller
-    owns `directory`, which exists, and clears it after a failure.
+    If all tensors are F32, the parameters are float32; if they are F32 and BF16, bfloat16; else
+    float16, or bfloat16 if the architecture's activations overflow float16. `directory` must
+    exist; the caller removes it after an error.
 
     Raises:
         SourceError: the file cannot be opened.
-        CheckpointError: the file is corrupt or incomplete, or holds what is not supported here.
+        CheckpointError: the file is corrupt, incomplete or not supported.
     """
     gguf = open_gguf(path)
     try:
-        dtype, config, targets = _described(gguf)
+        dtype, config, targets = _describe(gguf)
         write_tokenizer(gguf.metadata, directory)
         _write_tensors(gguf, targets, config, dtype, directory, progress)
     except CheckpointError as exc:
         raise CheckpointError(f"{path}: {exc}") from exc
-    text = json.dumps(_whole(gguf, config), indent=2)
+    text = json.dumps(_full_config(gguf, config), indent=2)
     (directory / "config.json").write_text(text + "\n", encoding="utf-8")
     card = {key: gguf.metadata.get(f"general.{name}") for key, name in CARD.items()}
     write_source_card(card, directory)
 
 
 def gguf_parameters(gguf: Gguf) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    """Return config.json's content and the tensors by mlx-lm's names; no value is read.
+    """Return config.json's content and the tensors by mlx-lm's names, without reading values.
 
     Raises:
         CheckpointError: as `import_gguf`.
     """
     try:
-        _, config, targets = _described(gguf)
+        _, config, targets = _describe(gguf)
     except CheckpointError as exc:
         raise CheckpointError(f"{gguf.path}: {exc}") from exc
-    return _whole(gguf, config), {target.name: _info(gguf, target) for target in targets}
+    return _full_config(gguf, config), {target.name: _info(gguf, target) for target in targets}
 
 
-def _whole(gguf: Gguf, config: dict[str, Any]) -> dict[str, Any]:
-    """Return config.json's content, where that of the language model may be a part of it."""
+def _full_config(gguf: Gguf, config: dict[str, Any]) -> dict[str, Any]:
+    """Return config.json's content; in a multimodal model `config` is its text_config."""
     if not architecture_of(gguf.metadata).multimodal:
         return config
-    kept = ("model_type", "tie_word_embeddings", "torch_dtype", "bos_token_id", "eos_token_id")
+    keys = ("model_type", "tie_word_embeddings", "torch_dtype", "bos_token_id", "eos_token_id")
     text = {**config, "model_type": f"{config['model_type']}_text"}
-    return {**{key: config[key] for key in kept if key in config}, "text_config": text}
+    return {**{key: config[key] for key in keys if key in config}, "text_config": text}
 
 
 def _info(gguf: Gguf, target: _Target) -> TensorInfo:
-    """Return the tensor that a parameter is; of several, or a part of one, its share of bytes."""
+    """Return a parameter's tensor; if it is computed, with its shape and its share of the bytes."""
     infos = [gguf.tensors[name] for name in target.sources]
     if target.join is None:
         return infos[0]
@@ -113,8 +113,8 @@ def _info(gguf: Gguf, target: _Target) -> TensorInfo:
     return infos[0]._replace(shape=target.shape, nbytes=nbytes)
 
 
-def _described(gguf: Gguf) -> tuple[mx.Dtype, dict[str, Any], list[_Target]]:
-    """Return the dtype to store, config.json's content, and what each parameter is made of."""
+def _describe(gguf: Gguf) -> tuple[mx.Dtype, dict[str, Any], list[_Target]]:
+    """Return the dtype to store, config.json's content, and the sources of each parameter."""
     dtype = _dtype(gguf, architecture_of(gguf.metadata))
     config = model_config(gguf, str(dtype).removeprefix("mlx.core."))
     return dtype, config, _targets(gguf, config)
@@ -128,37 +128,37 @@ def _dtype(gguf: Gguf, architecture: Architecture) -> mx.Dtype:
 
 
 def _targets(gguf: Gguf, config: dict[str, Any]) -> list[_Target]:
-    """Return what each parameter is made of.
+    """Return the sources of each parameter.
 
     Raises:
-        CheckpointError: when tensors are missing, unknown, or of another shape than the model's.
+        CheckpointError: when tensors are missing or unknown, or their shapes are not the model's.
     """
-    whole = _whole(gguf, config)
-    check_config(Path("metadata"), whole, len(gguf.tensors))
-    model = build_model(Path("metadata"), whole)
+    full_config = _full_config(gguf, config)
+    check_config(Path("metadata"), full_config, len(gguf.tensors))
+    model = build_model(Path("metadata"), full_config)
     name_of = _gguf_names(gguf.metadata["general.architecture"], config["num_hidden_layers"])
     joined = architecture_of(gguf.metadata).joined
     targets = []
     for name, array in parameters(model).items():
-        own = name.removeprefix("language_model.")
-        if config["tie_word_embeddings"] and own == "lm_head.weight":
+        text_name = name.removeprefix("language_model.")
+        if config["tie_word_embeddings"] and text_name == "lm_head.weight":
             continue
-        layer = LAYER.match(own)
+        layer = LAYER.match(text_name)
         sources, join = joined.get(layer[2] if layer else "", ((), None))
         sources = tuple(f"blk.{layer[1]}.{source}" for source in sources) if layer else ()
         if not sources or not gguf.tensors.keys() >= {*sources}:
-            sources, join = (name_of(own),), None
+            sources, join = (name_of(text_name),), None
         targets.append(_Target(name, tuple(array.shape), sources, join))
     used = {source for target in targets for source in target.sources}
     missing = sorted(used - gguf.tensors.keys())
     layers = range(config["num_hidden_layers"], block_count(gguf.metadata))
-    further = tuple(f"blk.{number}." for number in layers)  # of heads for further tokens
+    further = tuple(f"blk.{number}." for number in layers)  # they predict further tokens
     unused = gguf.tensors.keys() - used - {*ROPE_TENSORS}
     extra = sorted(name for name in unused if not name.startswith(further))
     if missing or extra:
         raise CheckpointError(
             f"tensors missing from a {config['model_type']} model: {missing!r:.200}, unknown: "
-            f"{extra!r:.200}; the file is incomplete or of another architecture"
+            f"{extra!r:.200}; the file is incomplete or from another architecture"
         )
     for target in targets:
         shapes = [gguf.tensors[source].shape for source in target.sources]
@@ -173,7 +173,7 @@ def _targets(gguf: Gguf, config: dict[str, Any]) -> list[_Target]:
 def _shape(
     target: _Target, config: dict[str, Any], shapes: list[tuple[int, ...]]
 ) -> tuple[int, ...]:
-    """Return the shape that tensors of `shapes` are joined to; nothing is computed."""
+    """Return the shape of the parameter that tensors of `shapes` give, without evaluation."""
     if target.join is None:
         return shapes[0]
     try:
@@ -183,28 +183,28 @@ def _shape(
 
 
 def _gguf_names(architecture: str, layers: int) -> Any:
-    """Return a function that gives the GGUF name of one of mlx-lm's parameters."""
+    """Return a function from mlx-lm's parameter names to GGUF names."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     number = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
     table = get_tensor_name_map(number, layers)
 
     def name_of(parameter: str) -> str:
-        known = parameter
-        for pattern, name in RENAMED:
-            known = pattern.sub(name, known)
-        found = table.get_name(known, try_suffixes=(".weight", ".bias"))
-        if found is None:
+        name = parameter
+        for pattern, replacement in RENAMED:
+            name = pattern.sub(replacement, name)
+        gguf_name = table.get_name(name, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
             raise CheckpointError(
                 f"the gguf package has no name for the parameter {parameter!r}; {ELSEWHERE}"
             )
-        return found if found.endswith((".weight", ".bias")) else f"{found}.weight"
+        return gguf_name if gguf_name.endswith((".weight", ".bias")) else f"{gguf_name}.weight"
 
     return name_of
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Leave out sizes of 1, which converters drop and add."""
+    """Remove axes of size 1, which converters add and drop."""
     return tuple(size for size in shape if size != 1)
 
 

@@ -1,4 +1,4 @@
-"""Ask the Hugging Face hub within a time limit, and say on one line what went wrong there."""
+"""Requests to the Hugging Face hub with a time limit, and one-line explanations of errors."""
 
 import errno
 import re
@@ -17,10 +17,10 @@ LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 def answer_within(limit_s: float, request: Callable[[], T]) -> T:
-    """Call `request` and give up after `limit_s`. Raises TimeoutError, or what `request` raised.
+    """Call `request` in a thread. Raises TimeoutError after `limit_s`, or what `request` raises.
 
-    The client's own time limit is for each read, and covers neither a name server that hangs nor
-    the telemetry request that it sends first. The thread left behind holds up no exit.
+    The client's time limit is per read, and covers neither a hanging name server nor the telemetry
+    request that it sends first. The thread is a daemon, so it does not delay exit.
     """
     answer: Future[T] = Future()
 
@@ -39,23 +39,22 @@ def answer_within(limit_s: float, request: Callable[[], T]) -> T:
 def explain(
     exc: BaseException, repo: str, *, revision: str | None = None, otherwise: str | None = None
 ) -> str:
-    """Return on one line what failed and what to do, without the hub's own (long) messages.
+    """Return one line on what failed and what to do, without the hub's long messages.
 
     Args:
-        exc: what huggingface_hub, its HTTP library or its storage client raised.
+        exc: exception of huggingface_hub, its HTTP library or its storage client.
         repo: USER/NAME.
-        revision: branch, tag or commit that was asked for.
-        otherwise: what to say where nothing better is known; None is that the repo cannot be
-            fetched.
+        revision: requested branch, tag or commit.
+        otherwise: explanation if the cause is unknown; None is that the repo cannot be fetched.
     """
     from huggingface_hub import errors
 
     hub, causes = endpoint(), list(_causes(exc))
     statuses = [getattr(getattr(e, "response", None), "status_code", None) for e in causes]
     status = next((status for status in statuses if status is not None), None)
-    said = next((str(m) for e in causes if (m := getattr(e, "server_message", None))), "")
-    said = f" ({hide_token(one_line(said))[:300]})" if said else ""
-    quota = any(word in said.lower() for word in ("quota", "storage limit", "storage patterns"))
+    answer = next((str(m) for e in causes if (m := getattr(e, "server_message", None))), "")
+    answer = f" ({hide_token(one_line(answer))[:300]})" if answer else ""
+    quota = any(word in answer.lower() for word in ("quota", "storage limit", "storage patterns"))
     otherwise = otherwise or f"no such path, not in the cache, and {hub} cannot be reached"
 
     def is_a(kind: type[BaseException]) -> bool:
@@ -68,20 +67,20 @@ def explain(
     elif is_a(errors.OfflineModeIsEnabled):
         reason = f"{otherwise} (HF_HUB_OFFLINE is set: unset it)"
     elif is_a(errors.RevisionNotFoundError):
-        reason = f"there is no revision {revision!r}: see its branches and tags at {hub}/{repo}"
+        reason = f"there is no revision {revision!r}: see the branches and tags at {hub}/{repo}"
     elif is_a(errors.GatedRepoError):
         reason = f"the repo is gated: ask for access at {hub}/{repo} and {LOG_IN}"
     elif status in (402, 413, 507) or quota:
-        reason = f"storage quota exceeded at {hub} ({status}){said}"
+        reason = f"storage quota exceeded at {hub} ({status}){answer}"
     elif is_a(errors.RepositoryNotFoundError) or status == 404:
         reason = f"no such path, and no such repo at {hub} (if it is private, {LOG_IN})"
     elif status == 429:
         reason = f"too many requests to {hub} (429): wait some minutes, or {LOG_IN}"
     elif status in (401, 403):
         rights = f"the token may be wrong or lack rights; {LOG_IN}"
-        reason = f"{hub} refused access ({status}){said}: {rights}"
+        reason = f"{hub} refused access ({status}){answer}: {rights}"
     elif status is not None:
-        reason = f"{hub} answered with HTTP status {status}{said}: try again later"
+        reason = f"{hub} answered with HTTP status {status}{answer}: try again later"
     else:
         reason = _explain_disk(exc) or f"{otherwise} ({detail(exc)})"
     return f"{repo}: {reason}"
@@ -100,14 +99,14 @@ def _explain_disk(exc: BaseException) -> str:
 
 
 def _causes(exc: BaseException | None) -> Iterator[BaseException]:
-    """Yield an exception and what led to it."""
+    """Yield an exception and its chain of causes."""
     while exc is not None:
         yield exc
         exc = exc.__cause__
 
 
 def fetch_dataset_file(repo: str, name: str) -> Path:
-    """Return a file of a data set from the hub's cache, without any network, else from the hub.
+    """Return a data set's file from the hub's cache, else download it.
 
     Raises:
         SourceError: when it cannot be fetched.
@@ -118,14 +117,14 @@ def fetch_dataset_file(repo: str, name: str) -> Path:
         return Path(hf_hub_download(repo, name, repo_type="dataset", local_files_only=True))
     limit_s = constants.HF_HUB_ETAG_TIMEOUT
     try:
-        # one request, not repeated: the download would try for half a minute
+        # a single request; the download retries for half a minute
         url = hf_hub_url(repo, name, repo_type="dataset")
         answer_within(limit_s, lambda: get_hf_file_metadata(url, timeout=limit_s))
         return Path(hf_hub_download(repo, name, repo_type="dataset"))
     except Exception as exc:  # the hub's exceptions share no root
         otherwise = f"not in the cache, and {endpoint()} cannot be reached"
         reason = explain(exc, repo, otherwise=otherwise)
-        raise SourceError(f"{reason}; a file can take its place: --data") from exc
+        raise SourceError(f"{reason}; or pass a file: --data") from exc
 
 
 def endpoint() -> str:
@@ -142,11 +141,11 @@ def detail(exc: BaseException) -> str:
 
 
 def hide_token(text: str) -> str:
-    """Return `text` without the user's token for the hub, however it is quoted."""
-    # a malformed header is quoted whole, so the token would show escaped rather than as it is
+    """Return `text` with the user's hub token replaced, even if it is escaped."""
+    # an error about a malformed header quotes it, with the token escaped
     hidden = re.sub(r"Bearer [^'\"\n]*", "Bearer ***", text)
     hidden = re.sub(r"\bhf_\w{8,}", "***", hidden)
-    if "huggingface_hub" in sys.modules:  # else nothing can have read it
+    if "huggingface_hub" in sys.modules:  # else no token was read
         from huggingface_hub import get_token
 
         if token := get_token():

@@ -20,10 +20,10 @@ CHUNK_BYTES = 1 << 20
 
 
 def model_hash(directory: Path, progress: Progress = SILENT) -> str:
-    """Return a SHA-256 over all that a checkpoint's predictions depend on.
+    """Return a SHA-256 over all files that a checkpoint's predictions depend on.
 
-    That is config.json, tokenizer.json and every .safetensors file: name, size in bytes and the
-    whole content, at about 1 s/GB.
+    These are config.json, tokenizer.json and every .safetensors file: name, size in bytes and
+    content, at about 1 s/GB.
 
     Raises:
         CheckpointError: when there are no weights, or a file cannot be read.
@@ -32,7 +32,7 @@ def model_hash(directory: Path, progress: Progress = SILENT) -> str:
     try:
         weights = sorted(directory.glob("*.safetensors"))
         if not weights:
-            raise CheckpointError(f"{directory} holds no .safetensors file: give a model directory")
+            raise CheckpointError(f"{directory} has no .safetensors file: pass a model directory")
         named = [directory / name for name in ("config.json", "tokenizer.json")]
         files = [*(file for file in named if file.exists()), *weights]
         sizes = [file.stat().st_size for file in files]
@@ -53,7 +53,7 @@ class LazyModel:
 
     Args:
         path: the directory.
-        trust_remote_code: run Python files that the checkpoint brings along.
+        trust_remote_code: run Python files of the checkpoint.
         progress: progress reporter of the hash.
     """
 
@@ -78,7 +78,7 @@ class LazyModel:
         return model_hash(self.path, self._progress)
 
     def load(self) -> nn.Module:
-        """Load the model, ready for scoring, without keeping it here."""
+        """Load the model for scoring, without caching it."""
         return for_scoring(load_model(self.path, trust_remote_code=self._trusted))
 
 

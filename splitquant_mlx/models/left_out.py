@@ -1,9 +1,9 @@
-"""Find what a checkpoint holds and mlx-lm's model of it does not use.
+"""Find the tensors of a checkpoint that mlx-lm's model does not use.
 
-mlx-lm's `sanitize` renames, stacks and drops tensors. Which are dropped is read off the graph of
-the arrays, which are not evaluated: a tensor that no parameter comes from is left out. Most such
-tensors change nothing (buffers, towers for images, heads that predict further tokens), and the
-user is told what to use for them; any other one would make the converted model another model.
+mlx-lm's `sanitize` renames, stacks and drops tensors. A tensor was dropped if no parameter depends
+on it in the graph of the (unevaluated) arrays. Most such tensors do not affect the text model
+(buffers, vision towers, heads that predict further tokens), and a warning says what to use for
+them; any other is an error, since the converted model would compute something else.
 """
 
 import io
@@ -18,13 +18,13 @@ from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.safetensors import TensorHeader
 from splitquant_mlx.models.expert_stacks import INPUT, OUTPUT
 
-# constants that the model computes by itself
+# constants that the model computes itself
 CONSTANT = re.compile(
     r"rotary|rope\.|inv_freq|freqs_c|position_ids|masked_bias|attn(ention)?\.bias$"
 )
 # layers that predict more than the next token
 FURTHER = re.compile(r"(^|\.)(mtp|eh_proj|enorm|hnorm|nextn|shared_head)[._]|(^|\.)mtp_")
-# parts that read images and sounds
+# modules of images and audio
 OTHER_INPUT = re.compile(
     r"vision|visual|image|video|audio|multi_modal|multimodal|mm_projector|(^|\.)(embed_vision|patch_merge)"
 )
@@ -32,37 +32,37 @@ LAYER = re.compile(r"layers\.(\d+)\.")
 HEAD = re.compile(r"(^|.*\.)lm_head\.weight$")
 EMBEDDING = re.compile(r"(^|.*\.)(embed_tokens|wte|word_embeddings|tok_embeddings)\.weight$")
 CHUNK_BYTES = 1 << 24
-LABELS = 1000  # that a drawing takes: Python hands no more than 1,024 named arguments to mlx
+LABELS = 1000  # labels per graph: mlx accepts at most 1,024 keyword arguments
 INPUT_NOTE = (
-    "the text model alone is converted; left out is what reads images and sounds: {names}; for "
-    "them convert the original with mlx_vlm.convert"
+    "only the text model is converted; tensors for images and audio are left out: {names}; to keep "
+    "them, convert the original with mlx_vlm.convert"
 )
 FURTHER_NOTE = (
-    "left out is what predicts further tokens, which mlx-lm's {model_type} does without: {names}; "
-    "to generate faster give mlx_lm a small model as --draft-model"
+    "tensors that predict further tokens are left out, since mlx-lm's {model_type} does not use "
+    "them: {names}; for faster generation pass a small model to mlx_lm as --draft-model"
 )
 
 
 def settle_head(config: dict[str, Any], headers: dict[str, TensorHeader]) -> dict[str, Any]:
-    """Return config.json with what the tensors say of a head tied to the embedding.
+    """Return config.json with `tie_word_embeddings` as the tensors show.
 
-    mlx-lm's classes drop a stored head where config.json says that it is tied, or says nothing; a
-    head that differs from the embedding is used instead. Where nothing is said and no head is
-    stored, it is tied.
+    mlx-lm's classes drop a stored head if config.json says that it is tied, or does not say. Here
+    a stored head that differs from the embedding is untied, and a missing one is tied unless
+    config.json says otherwise.
     """
     heads = [header for name, header in headers.items() if HEAD.match(name)]
     embeddings = [header for name, header in headers.items() if EMBEDDING.match(name)]
     text = config.get("text_config")
     tables = [config, *([text] if isinstance(text, dict) else [])]
-    said = next(
+    declared = next(
         (t for table in tables if (t := table.get("tie_word_embeddings")) is not None), None
     )
     if len(heads) > 1 or len(embeddings) != 1:
         return config
-    tie = said is not False
+    tie = declared is not False
     if heads and tie:
         tie = same_bytes(heads[0], embeddings[0])
-        if tie and said is None:
+        if tie and declared is None:
             return config
     settled = {"tie_word_embeddings": tie}
     inner = {"text_config": {**text, **settled}} if isinstance(text, dict) else {}
@@ -70,7 +70,7 @@ def settle_head(config: dict[str, Any], headers: dict[str, TensorHeader]) -> dic
 
 
 def same_bytes(one: TensorHeader, other: TensorHeader) -> bool:
-    """Compare two stored tensors, without reading either whole into memory."""
+    """Return whether two stored tensors are equal, reading a chunk at a time."""
     if (one.dtype, one.shape, one.nbytes) != (other.dtype, other.shape, other.nbytes):
         return False
     a, b = _bytes(one), _bytes(other)
@@ -79,11 +79,11 @@ def same_bytes(one: TensorHeader, other: TensorHeader) -> bool:
 
 
 def left_out(stored: dict[str, mx.array], used: dict[str, mx.array]) -> list[str]:
-    """Return the names of stored tensors that no parameter comes from.
+    """Return the names of stored tensors that no parameter depends on.
 
     Args:
-        stored: lazy arrays as they are in the files.
-        used: the model's parameters, made from them.
+        stored: the stored tensors, lazy.
+        used: the model's parameters, computed from them.
     """
     same = {id(array) for array in used.values()}
     names = [name for name, array in stored.items() if id(array) not in same]
@@ -102,20 +102,20 @@ def left_out(stored: dict[str, mx.array], used: dict[str, mx.array]) -> list[str
 def check_left_out(
     path: Path, names: list[str], headers: dict[str, TensorHeader], layers: int, model_type: str
 ) -> list[str]:
-    """Refuse to leave out what makes the model another one.
+    """Refuse unused tensors that affect the model's output.
 
     Args:
         path: the checkpoint, for messages.
-        names: what is left out.
-        headers: of all stored tensors.
-        layers: how many the model has; what belongs to further ones predicts further tokens.
+        names: the unused tensors.
+        headers: headers of all stored tensors.
+        layers: number of layers of the model; tensors of later ones predict further tokens.
         model_type: mlx-lm's name of the architecture, for messages.
 
     Returns:
-        A sentence for each kind of what is left out, with what to use for it.
+        One sentence per kind of harmless unused tensors, with what to use for them.
 
     Raises:
-        CheckpointError: when a tensor is left out that is none of the harmless ones.
+        CheckpointError: when an unused tensor is not known to be harmless.
     """
     embeddings = [header for name, header in headers.items() if EMBEDDING.match(name)]
     unused = [
@@ -140,15 +140,15 @@ def check_left_out(
         else:
             raise CheckpointError(
                 f"{path}: mlx-lm's {model_type} does not use the tensor {name!r}, so its output "
-                "would differ from the original's: it cannot be converted rightly with this mlx-lm"
+                "would differ from the original's: this mlx-lm does not support the model"
             )
     return [
-        note.format(model_type=model_type, names=_listed(found)) for note, found in kinds.items()
+        note.format(model_type=model_type, names=_summarize(names)) for note, names in kinds.items()
     ]
 
 
-def _listed(names: list[str]) -> str:
-    """Return a short list of tensors, those of all layers as one."""
+def _summarize(names: list[str]) -> str:
+    """Return a short list of tensors, with a wildcard for the layer number."""
     kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
     more = f" and {len(kinds) - 3} more" if kinds[3:] else ""
     return f"{', '.join(kinds[:3])}{more} (tensors: {len(names)})"

@@ -1,4 +1,4 @@
-"""List the models that are on this machine: converted here, and in the hub's cache."""
+"""List the models on this machine: converted ones, and those in the hub's cache."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -15,13 +15,13 @@ class LocalModel:
 
     Attributes:
         path: its directory.
-        name: of the model: its directory's, or its repo's.
-        method: that it was converted with; "" for one that was not.
-        bits_per_weight: of the whole model; None where it was not converted.
-        nbytes: of its weights, bytes.
-        modified: when it was written, s since 1970.
-        needs_code: whether it has split layers or lookup tables, which only this program runs as it
-            is.
+        name: name of its directory or repo.
+        method: conversion method; "" if it was not converted.
+        bits_per_weight: average of the model; None if it was not converted.
+        nbytes: size of its weights, bytes.
+        modified: time of its last change, s since 1970.
+        needs_code: whether it has split layers or lookup tables, which mlx-lm runs only with
+            --trust-remote-code.
         runs_in: the programs that run it.
     """
 
@@ -43,18 +43,18 @@ def runs_in(layers: Sequence[LayerRecord]) -> str:
 
 
 def converted_in(directory: Path) -> list[LocalModel]:
-    """Return the models in `directory` that splitquant-mlx converted, the newest first."""
-    found = []
+    """Return the models in `directory` that splitquant-mlx converted, newest first."""
+    models = []
     for path in _directories(directory):
         with suppress(SplitQuantError, OSError):
             if not path.name.startswith(".") and (manifest := load_manifest(path)) is not None:
                 modified = (path / FILE_NAME).stat().st_mtime
-                found.append(_local(path, path.name, manifest, manifest.stored_bytes, modified))
-    return sorted(found, key=lambda model: model.modified, reverse=True)
+                models.append(_entry(path, path.name, manifest, manifest.stored_bytes, modified))
+    return sorted(models, key=lambda model: model.modified, reverse=True)
 
 
 def in_hub_cache() -> list[LocalModel]:
-    """Return the models in the hub's cache, converted or not, the newest first."""
+    """Return the models in the hub's cache, converted or not, newest first."""
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -62,7 +62,7 @@ def in_hub_cache() -> list[LocalModel]:
         repos = scan_cache_dir().repos
     except CacheNotFound:
         return []
-    found = []
+    models = []
     for repo in repos:
         for revision in repo.revisions:
             if repo.repo_type != "model" or not any(revision.snapshot_path.glob("*.safetensors")):
@@ -71,12 +71,12 @@ def in_hub_cache() -> list[LocalModel]:
             with suppress(SplitQuantError, OSError):
                 manifest = load_manifest(revision.snapshot_path)
             size, modified = revision.size_on_disk, revision.last_modified
-            found.append(_local(revision.snapshot_path, repo.repo_id, manifest, size, modified))
-    return sorted(found, key=lambda model: model.modified, reverse=True)
+            models.append(_entry(revision.snapshot_path, repo.repo_id, manifest, size, modified))
+    return sorted(models, key=lambda model: model.modified, reverse=True)
 
 
 def closest(name: str, directory: Path) -> str | None:
-    """Return the model in `directory` that `name` looks like a misspelling of."""
+    """Return the model in `directory` whose name is most similar to `name`, if any."""
     names = [path.name for path in _directories(directory) if (path / "config.json").is_file()]
     return meant(name, names)
 
@@ -86,7 +86,7 @@ def _directories(directory: Path) -> Iterator[Path]:
         yield from (path for path in sorted(directory.iterdir()) if path.is_dir())
 
 
-def _local(
+def _entry(
     path: Path, name: str, manifest: Manifest | None, nbytes: int, modified: float
 ) -> LocalModel:
     layers = manifest.layers if manifest else ()

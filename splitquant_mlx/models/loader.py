@@ -1,8 +1,8 @@
-"""Load a model, converted or not, for mlx-lm to run.
+"""Load a model, converted or not, as mlx-lm's model.
 
-No code from the checkpoint is run: split layers and lookup tables are built from this package's own
-classes. On the CPU, where mlx's 16-bit products are slow, 16-bit parameters are widened to float32.
-With a group of ranks the model is divided before any weight is read.
+Code of the checkpoint is not run: split layers and lookup tables use this package's classes. On the
+CPU, where mlx's 16-bit matmuls are slow, 16-bit parameters are converted to float32. With a group
+of ranks the model is sharded before any weight is read.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.models.source import Source, resolve
 from splitquant_mlx.runtime.ranks import Group, alone, check_alike
 
-# what transformers makes a tokenizer of
+# files that transformers builds tokenizers from
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
 
 
@@ -48,19 +48,19 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        model: hub repo id, directory, .gguf file, or a source already resolved.
+        model: hub repo id, directory, .gguf file, or resolved source.
         revision: branch, tag or commit of a hub repo.
-        trust_remote_code: run Python files that the checkpoint brings along.
-        tokenizer_config: passed to the tokenizer.
-        lazy: leave the parameters unread until they are used; not for .gguf files.
-        group: ranks to divide the model among, which all load it at the same time.
-        pipeline: give each rank some layers, rather than a share of each.
+        trust_remote_code: run Python files of the checkpoint.
+        tokenizer_config: arguments of the tokenizer.
+        lazy: do not read parameters until they are used; ignored for .gguf files.
+        group: ranks to shard the model among; all must load it at the same time.
+        pipeline: assign whole layers to each rank, instead of a part of every layer.
 
     Returns:
-        mlx-lm's model and tokenizer, ready for mlx_lm.generate and its relatives.
+        mlx-lm's model and tokenizer, for mlx_lm.generate and similar functions.
 
     Raises:
-        SplitQuantError: when the model cannot be found, or is not usable.
+        SplitQuantError: when the model is not found or not usable.
     """
     source = model if isinstance(model, Source) else resolve(str(model), revision=revision)
     with as_directory(source) as directory:
@@ -85,10 +85,17 @@ def load_model(
     dequantize: bool = False,
     narrow: bool = False,
 ) -> nn.Module:
-    """Load the model of a checkpoint directory, see `load`.
+    """Load the model of a checkpoint directory.
 
-    With `dequantize` its layers are floats, and on the CPU experts are widened one at a time. With
-    `narrow` nothing is widened.
+    Args:
+        directory: the checkpoint.
+        trust_remote_code: as in `load`.
+        lazy: as in `load`.
+        group: as in `load`.
+        pipeline: as in `load`.
+        dequantize: dequantize all layers; on the CPU experts are converted to float32 one at a
+            time.
+        narrow: do not convert 16-bit parameters to float32.
     """
     config = read_config(directory)
     headers = read_headers(directory)
@@ -121,27 +128,27 @@ def load_model(
 def _load_with_mlx_lm(
     directory: Path, config: dict[str, Any], trust_remote_code: bool
 ) -> nn.Module:
-    """Load a model that holds quantized layers, or runs code of its own."""
+    """Load a model that has quantized layers, or a model file."""
     from mlx_lm.utils import load_model as mlx_lm_load_model
 
     from splitquant_mlx.nn import model_file, neighbour_file
     from splitquant_mlx.nn.build_model import ModelArgs
 
     options: dict[str, Any] = {"model_config": {}}
-    foreign = config.get("model_file")
-    if isinstance(config.get("splitquant"), dict) and foreign in (None, MODEL_FILE):
+    model_code = config.get("model_file")
+    if isinstance(config.get("splitquant"), dict) and model_code in (None, MODEL_FILE):
         options["model_config"]["model_file"] = None
         code = model_file if "layers" in config["splitquant"] else neighbour_file
         options["get_model_classes"] = lambda config: (code.Model, ModelArgs)
-    elif foreign and not trust_remote_code:
+    elif model_code and not trust_remote_code:
         raise CheckpointError(
-            f"{directory} wants to run its own code, {foreign!r}: read it, and pass "
+            f"{directory} requires running its code, {model_code!r}: read it, and pass "
             "--trust-remote-code if you trust it"
         )
-    elif foreign:
+    elif model_code:
         options["trust_remote_code"] = True
     if not options.get("trust_remote_code"):
-        config = normalize(directory, config)  # which says what is wrong
+        config = normalize(directory, config)  # and refuse unsupported settings
         options["model_config"] |= {k: v for k, v in config.items() if k != "model_file"}
     with _readable(directory):
         model, _ = mlx_lm_load_model(directory, lazy=True, **options)
@@ -153,7 +160,7 @@ def _load_with_mlx_lm(
 
 @contextmanager
 def _readable(directory: Path) -> Iterator[None]:
-    """Turn what goes wrong inside mlx-lm into CheckpointError."""
+    """Raise errors inside mlx-lm as CheckpointError."""
     try:
         yield
     except Exception as exc:  # ValueError, KeyError, TypeError, RuntimeError, ...
@@ -163,10 +170,8 @@ def _readable(directory: Path) -> Iterator[None]:
 
 
 def load_tokenizer(directory: Path, settings: dict[str, Any]) -> Any:
-    """Load the tokenizer of a checkpoint directory as mlx-lm's TokenizerWrapper.
-
-    Without a `trust_remote_code` in `settings`, transformers would ask on the terminal.
-    """
+    """Load the tokenizer of a checkpoint directory as mlx-lm's TokenizerWrapper."""
+    # without trust_remote_code, transformers would prompt on the terminal
     settings = {"trust_remote_code": False, **settings}
     from mlx_lm.utils import load_config
     from mlx_lm.utils import load_tokenizer as mlx_lm_load_tokenizer
@@ -177,7 +182,7 @@ def load_tokenizer(directory: Path, settings: dict[str, Any]) -> Any:
         return mlx_lm_load_tokenizer(directory, settings, eos_token_ids=eos_token_ids)
     except KeyboardInterrupt:
         raise
-    except BaseException as exc:  # OSError, ValueError, ...; a panic in Rust is no Exception
+    except BaseException as exc:  # OSError, ValueError, ..., or a Rust panic
         reason = f"{type(exc).__name__}: {one_line(exc)}"
         if not any(file for pattern in TOKENIZERS for file in directory.glob(pattern)):
             reason = f"it has none of {', '.join(TOKENIZERS)}"
@@ -185,7 +190,7 @@ def load_tokenizer(directory: Path, settings: dict[str, Any]) -> Any:
 
 
 def tokenizer_problem(directory: Path) -> str:
-    """Return why a checkpoint has no usable tokenizer; empty where it has one."""
+    """Return why a checkpoint has no usable tokenizer; empty if it has one."""
     try:
         load_tokenizer(directory, {})
     except CheckpointError as exc:
@@ -194,7 +199,7 @@ def tokenizer_problem(directory: Path) -> str:
 
 
 def _check_keys(directory: Path) -> None:
-    """Refuse keys that could drive a terminal: tokenizers prints those that it does not know."""
+    """Refuse keys with control characters, since tokenizers prints unknown keys."""
 
     def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for key, _ in pairs:
@@ -207,4 +212,4 @@ def _check_keys(directory: Path) -> None:
             text = (directory / name).read_text(encoding="utf-8")
             json.loads(text, object_pairs_hook=check)
         except (OSError, ValueError, RecursionError):
-            continue  # transformers says what is wrong, or does without
+            continue  # transformers reports it, or does not need the file

@@ -1,7 +1,7 @@
-"""Multiply by stacks of experts one expert after the other, each widened to float32 by itself.
+"""Stacks of experts in 16 bits that are converted to float32 one expert at a time.
 
-On the CPU mlx's 16-bit products are slow, and a block's experts in float32 may be larger than all
-else in memory: 2.4 GB of Qwen3-30B-A3B's, where the experts that are being multiplied by are a few.
+On the CPU mlx's 16-bit matmuls are slow, and a block's experts in float32 may be larger than
+everything else in memory: 2.4 GB in Qwen3-30B-A3B, of which a call uses few at a time.
 """
 
 import mlx.core as mx
@@ -13,10 +13,10 @@ from splitquant_mlx.models.expert_products import expert_products, product
 
 
 class NarrowSwitchLinear(SwitchLinear):
-    """A stack of experts that stays in its own type; results are in float32.
+    """A stack of experts whose parameters keep their dtype; results are float32.
 
     Args:
-        stack: whose parameters these are.
+        stack: the layer whose parameters it uses.
     """
 
     def __init__(self, stack: SwitchLinear):
@@ -31,12 +31,12 @@ class NarrowSwitchLinear(SwitchLinear):
         return self.with_bias(y, indices)
 
     def with_bias(self, y: mx.array, indices: mx.array) -> mx.array:
-        """Return products (..., 1, out) of the experts `indices` (...) and their biases."""
+        """Add the biases of the experts `indices` (...) to products (..., 1, out)."""
         return y + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else y
 
 
 def keep_experts_narrow(model: nn.Module) -> set[str]:
-    """Replace, in place, all stacks of experts; returns the names of their weights."""
+    """Replace all stacks of experts in place; return the names of their weights."""
     stacks = {p: m for p, m in model.named_modules() if type(m) is SwitchLinear}
     narrow = [(path, NarrowSwitchLinear(stack)) for path, stack in stacks.items()]
     model.update_modules(tree_unflatten(narrow))
@@ -44,7 +44,7 @@ def keep_experts_narrow(model: nn.Module) -> set[str]:
 
 
 def widen(model: nn.Module, *, experts: bool) -> None:
-    """Make 16-bit parameters float32, lazily; without `experts` their stacks stay as they are."""
+    """Convert 16-bit parameters to float32, lazily; stacks of experts only with `experts`."""
     narrow = set() if experts else keep_experts_narrow(model)
 
     def widened(name: str, array: mx.array) -> mx.array:

@@ -1,4 +1,4 @@
-"""Read a config.json as transformers does: the reference for what a model computes."""
+"""Read a config.json with transformers, the reference for what a model computes."""
 
 import copy
 import logging
@@ -11,11 +11,11 @@ from typing import Any
 
 from splitquant_mlx.errors import one_line
 
-# the types of the weights are those of the files; transformers takes no other than torch's
+# dtypes are those of the files; transformers accepts only torch's
 DTYPES = ("torch_dtype", "dtype")
 NOT_SETTINGS = ("quantization", "quantization_config", "splitquant", "model_file", "auto_map")
 FIELD = re.compile(r"alidation error for field '(\w+)'")
-# for training, for generation, or for the caller of transformers
+# settings of training, of generation, or of the caller of transformers
 UNUSED = (
     r".*dropout.*|.*pdrop|.*drop_rate|initializer.*|init_\w+|.*_init|.*init_std|rescale_prenorm.*"
     r"|(?!eos).*token_id|.*token_ids|.*_token_index|.*loss.*|.*jitter.*|output_.*|return_.*|use_cache"
@@ -33,11 +33,10 @@ class Reading:
     """transformers' reading of a config.json.
 
     Attributes:
-        reference: its configuration; None where it has no class of this model_type, or that class
-            wants other settings than mlx-lm's of the same name, as where a checkpoint was
-            published with code of its own.
-        refused: entries that the class does not take, which `reference` has its defaults for.
-        reason: why there is no reference though there is a class; else empty.
+        reference: its configuration; None if it has no class of this model_type, or the class
+            differs from mlx-lm's of the same name, such as for checkpoints with their own code.
+        refused: entries that the class refuses; `reference` has its defaults instead.
+        reason: why the class refuses the configuration, else empty.
     """
 
     reference: Any
@@ -61,17 +60,17 @@ def read_as_transformers(config: Mapping[str, Any]) -> Reading:
             with _silenced():
                 reference = CONFIG_MAPPING[name].from_dict(copy.deepcopy(given))
             return Reading(reference=reference, refused=refused)
-        except Exception as exc:  # it wants other values than mlx-lm's class of that name
-            found = FIELD.search(str(exc))
-            key = found[1] if found else ""
-            held = [table[key] for table in tables if key in table]
-            if not held or key in refused or "auto_map" in config:
+        except Exception as exc:  # the class validates values
+            match = FIELD.search(str(exc))
+            key = match[1] if match else ""
+            values = [table[key] for table in tables if key in table]
+            if not values or key in refused or "auto_map" in config:
                 return Reading(reference=None, reason=one_line(exc))
-            refused[key] = held[0]
+            refused[key] = values[0]
 
 
 def reference_config(config: Mapping[str, Any]) -> Any:
-    """Return transformers' configuration; None where it has none, see `Reading`."""
+    """Return transformers' configuration or None, see `Reading`."""
     return read_as_transformers(config).reference
 
 
@@ -80,12 +79,12 @@ def text_reference(reference: Any) -> Any:
     if reference is None:
         return None
     text = reference.get_text_config(decoder=True)
-    return reference if isinstance(text, dict) else text  # a key that its class does not know
+    return reference if isinstance(text, dict) else text  # a dict is a key unknown to the class
 
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Keep what transformers says of settings that it does not know off the user's terminal."""
+    """Silence transformers' messages about unknown settings."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -1,11 +1,11 @@
-"""Name tensors that transformers saves under other names than those an architecture had first."""
+"""Restore the original names of tensors that transformers saves under different names."""
 
 import re
 from collections.abc import Mapping
 
 import mlx.core as mx
 
-# model_type -> patterns of transformers' names, and what mlx-lm's class has for them
+# model_type -> patterns of transformers' names, and mlx-lm's names
 RENAMED = {
     "mixtral": ((r"^(model\.layers\.\d+)\.mlp\.gate\.", r"\1.block_sparse_moe.gate."),),
     "nanochat": (
@@ -23,7 +23,7 @@ RENAMED = {
 
 
 def rename(tensors: Mapping[str, mx.array], model_type: str) -> dict[str, mx.array]:
-    """Return the tensors of a checkpoint under the names that mlx-lm knows."""
+    """Return the tensors of a checkpoint under the names that mlx-lm reads."""
 
     def renamed(name: str) -> str:
         for pattern, new in RENAMED.get(model_type, ()):

@@ -1,9 +1,8 @@
-"""Check the rotary embeddings of a model of mlx-lm against what config.json asks for.
+"""Check the rotary embeddings of an mlx-lm model against config.json.
 
-Which keys a class reads, and what it makes of them, differs from class to class. So the layers
-that were built are measured: rotating a vector at position 1 shows the angle and the length that
-each of its pairs gets. The formulas of what is asked for are those of transformers'
-modeling_rope_utils.
+Classes differ in the keys that they read and how they use them, so the layers of the model are
+measured: rotating a vector at position 1 gives the angle and length of each pair. The expected
+values follow transformers' modeling_rope_utils.
 """
 
 import math
@@ -20,49 +19,49 @@ from splitquant_mlx.errors import CheckpointError
 ROTARY = re.compile(r"rope|rotary", re.IGNORECASE)
 LAYER = re.compile(r"layers\.(\d+)\.")
 TOLERANCE = 1e-3
-# what is no size of anything makes frequencies that float32 does not hold, or none
+# settings that must be of usual magnitude, else frequencies overflow or vanish in float32
 NUMBERS = {
     "rope_theta", "factor", "attention_factor", "partial_rotary_factor", "short_factor",
     "long_factor", "short_mscale", "long_mscale", "beta_fast", "beta_slow", "low_freq_factor",
     "high_freq_factor", "original_max_position_embeddings",
 }  # fmt: skip
-LEAST, MOST = 1e-6, 1e12
+MIN_NUMBER, MAX_NUMBER = 1e-6, 1e12
 Table = dict[str, Any]
 
 
 def check_numbers(path: Path, tables: dict[str, Table]) -> None:
-    """Refuse settings that are no number of a usual size; `tables` as in `check_rotary`.
+    """Refuse settings that are not numbers of usual magnitude; `tables` as in `check_rotary`.
 
     Raises:
-        CheckpointError: with the key.
+        CheckpointError: when there is one.
     """
     for table in tables.values():
         for key in NUMBERS & table.keys():
             values = table[key] if isinstance(table[key], list) else [table[key]]
-            if not all(type(x) in (int, float) and LEAST <= x <= MOST for x in values):
+            if not all(type(x) in (int, float) and MIN_NUMBER <= x <= MAX_NUMBER for x in values):
                 raise CheckpointError(
-                    f"{path}: config.json: rotary embeddings have {key} {table[key]!r:.60}, "
-                    f"expected a number from {LEAST} to {MOST:g}"
+                    f"{path}: config.json: rotary embeddings: {key}: expected a number from "
+                    f"{MIN_NUMBER} to {MAX_NUMBER:g}, got {table[key]!r:.60}"
                 )
 
 
 def check_rotary(
     path: Path, model: nn.Module, tables: dict[str, Table], config: Table
 ) -> list[str]:
-    """Compare what every rotary embedding of `model` does with what is asked for.
+    """Compare every rotary embedding of `model` with the settings.
 
     Args:
         path: the checkpoint, for messages.
         model: mlx-lm's model.
-        tables: settings by layer type, of type '' where all layers are alike; see
+        tables: settings by layer type, or with key '' for all layers; see
             `config_forms.rope_parameters`.
         config: the settings of the language model in config.json, with all keys.
 
     Returns:
-        What differs for some lengths of text only, one sentence each.
+        Differences that affect texts of some lengths only, one sentence each.
 
     Raises:
-        CheckpointError: when it does something else, or the kind of rotary embedding is unknown.
+        CheckpointError: when one rotates differently, or its rope_type is unknown.
     """
     kinds = config.get("layer_types") or ()
     notes: set[str] = set()
@@ -70,7 +69,7 @@ def check_rotary(
     _check_layers(path, modules, config)
     if not modules and (scaled := {table["rope_type"] for table in tables.values()} - {"default"}):
         raise CheckpointError(
-            f"{path}: config.json asks for rotary embeddings {', '.join(scaled)}, but mlx-lm's "
+            f"{path}: config.json has rotary embeddings {', '.join(scaled)}, but mlx-lm's "
             f"{type(model).__module__.rpartition('.')[2]} has plain ones: its output would be wrong"
         )
     for name, module in modules.items():
@@ -79,31 +78,31 @@ def check_rotary(
         table = tables.get(kind) if kind is not None else None
         if not table or "rope_theta" not in table:
             continue
-        found = measured(module)
+        actual = _measure(module)
         try:
-            dims = len(found) * 2
-            wanted = expected(table, dims, config)
+            dims = len(actual) * 2
+            expected = _expected(table, dims, config)
         except (KeyError, TypeError, ValueError, ArithmeticError) as exc:
             raise CheckpointError(
                 f"{path}: config.json: rotary embeddings {table}: {type(exc).__name__}: {exc}"
             ) from exc
         rounded = {**table, "truncate": True}
-        if table.get("truncate") is False and _close(found, expected(rounded, dims, config)[0]):
+        if table.get("truncate") is False and _close(actual, _expected(rounded, dims, config)[0]):
             notes.add(
                 "mlx-lm rounds the range of YaRN's frequencies to whole pairs, the original does "
-                f"not ({_difference(found, wanted[0])}): every mlx checkpoint of it runs so"
+                f"not ({_difference(actual, expected[0])}): this affects every mlx checkpoint of it"
             )
-        elif not _close(found, wanted[0]):
-            if len(wanted) == 1 or not _close(found, wanted[1]):
+        elif not _close(actual, expected[0]):
+            if len(expected) == 1 or not _close(actual, expected[1]):
                 raise CheckpointError(
-                    f"{path}: config.json asks for rotary embeddings {table}, but mlx-lm's "
-                    f"{type(model).__module__.rpartition('.')[2]} rotates otherwise "
-                    f"({_difference(found, wanted[0])} in {name}): its output would be wrong"
+                    f"{path}: config.json has rotary embeddings {table}, but mlx-lm's "
+                    f"{type(model).__module__.rpartition('.')[2]} rotates differently "
+                    f"({_difference(actual, expected[0])} in {name}): its output would be wrong"
                 )
             original = table["original_max_position_embeddings"]
             notes.add(
-                "mlx-lm takes the long factors of rotary embeddings at every length, the original "
-                f"the short ones up to {original} tokens: texts that short give other results"
+                "mlx-lm uses longrope's long factors at every length, the original uses the short "
+                f"ones up to {original} tokens: such texts give different results"
             )
     return sorted(notes)
 
@@ -117,30 +116,29 @@ def _rotary_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _check_layers(path: Path, modules: dict[str, nn.Module], config: Table) -> None:
-    """Refuse a model that rotates in other layers than config.json says."""
-    found = {int(layer[1]) for name in modules if (layer := LAYER.search(name))}
-    rotates = config.get("no_rope_layers")  # a misnomer: 1 where a layer does
-    if not found or not isinstance(rotates, list):
+    """Refuse a model that does not rotate in exactly the layers of no_rope_layers."""
+    rotated = {int(layer[1]) for name in modules if (layer := LAYER.search(name))}
+    flags = config.get("no_rope_layers")  # despite its name, 1 where a layer rotates
+    if not rotated or not isinstance(flags, list):
         return
-    differing = found ^ {n for n, says in enumerate(rotates) if says}
-    if differing:
+    if differing := rotated ^ {n for n, flag in enumerate(flags) if flag}:
         raise CheckpointError(
-            f"{path}: config.json has no_rope_layers {rotates}, mlx-lm does otherwise in layers "
+            f"{path}: config.json has no_rope_layers {flags}, mlx-lm differs in layers "
             f"{sorted(differing)}: its output would be wrong"
         )
 
 
-def measured(module: nn.Module) -> np.ndarray:
-    """Return what a rotary embedding does to each pair, as complex numbers (pairs,).
+def _measure(module: nn.Module) -> np.ndarray:
+    """Return the rotation of each pair at position 1, as complex numbers (pairs,).
 
-    The angle is the frequency, in radians per token, the length the factor on the vector.
+    The angle is the frequency in radians per token, the length the scale of the vector.
     """
     sizes = (getattr(module, name, None) for name in ("dims", "dim"))
     dims = next((size for size in sizes if isinstance(size, int)), 0) or 2 * module["_freqs"].size
     pairs = np.arange(dims // 2)
     one = module(mx.eye(dims)[:1].reshape(1, 1, 1, dims), offset=1)
     first, second = pairs, pairs + dims // 2
-    if one[0, 0, 0, 1].item():  # consecutive entries are rotated together
+    if one[0, 0, 0, 1].item():  # pairs are consecutive entries
         first, second = 2 * pairs, 2 * pairs + 1
     x = np.zeros(dims, np.float32)
     x[first] = 1
@@ -148,19 +146,19 @@ def measured(module: nn.Module) -> np.ndarray:
     return y[first] + 1j * y[second]
 
 
-def expected(table: Table, dims: int, config: Table) -> list[np.ndarray]:
-    """Return what is asked for: frequencies and factor as `measured` gives them.
+def _expected(table: Table, dims: int, config: Table) -> list[np.ndarray]:
+    """Return the rotations that the settings specify, as `_measure` does.
 
     Args:
-        table: rope_type, rope_theta and what belongs to the type.
-        dims: size of what is rotated in the model that was built.
+        table: rope_type, rope_theta and the settings of the type.
+        dims: number of rotated dimensions of a head.
         config: the settings of the language model.
 
     Returns:
         One array; for longrope two, for short and for long texts.
 
     Raises:
-        KeyError, TypeError, ValueError: a setting is missing, or is none that is known.
+        KeyError, TypeError, ValueError: a setting is missing or unknown.
     """
     kind, base = table["rope_type"], table["rope_theta"]
     width = config.get("head_dim") or 0
@@ -168,24 +166,24 @@ def expected(table: Table, dims: int, config: Table) -> list[np.ndarray]:
         if int(width * table.get("partial_rotary_factor", 1.0)) // 2 != dims // 2:
             raise ValueError(f"mlx-lm rotates {dims} of {width} dimensions")
     frequencies = base ** -(np.arange(0, dims, 2) / dims)
-    if kind in ("default", "mrope", "dynamic"):  # the last differs on long texts only
-        return [_turn(frequencies)]
+    if kind in ("default", "mrope", "dynamic"):  # dynamic differs on long texts only
+        return [_rotation(frequencies)]
     if kind == "linear":
-        return [_turn(frequencies / table["factor"])]
+        return [_rotation(frequencies / table["factor"])]
     if kind == "llama3":
-        return [_turn(_llama3(frequencies, table))]
+        return [_rotation(_llama3(frequencies, table))]
     if kind == "yarn":
-        return [_turn(_yarn(frequencies, table), _yarn_factor(table))]
+        return [_rotation(_yarn(frequencies, table), _yarn_factor(table))]
     if kind == "longrope":
         return _longrope(frequencies, table, config)
     if kind == "proportional":
         rotated = int(table.get("partial_rotary_factor", 1.0) * dims // 2)
         still = np.arange(dims // 2) >= rotated
-        return [_turn(np.where(still, 0, frequencies / table.get("factor", 1.0)))]
+        return [_rotation(np.where(still, 0, frequencies / table.get("factor", 1.0)))]
     raise ValueError(f"unknown rope_type {kind!r}")
 
 
-def _turn(frequencies: np.ndarray, factor: float = 1.0) -> np.ndarray:
+def _rotation(frequencies: np.ndarray, factor: float = 1.0) -> np.ndarray:
     return factor * np.exp(1j * frequencies)
 
 
@@ -229,18 +227,20 @@ def _longrope(frequencies: np.ndarray, table: Table, config: Table) -> list[np.n
     if length is None:
         length = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     lists = (np.asarray(table[key], float) for key in ("short_factor", "long_factor"))
-    return [_turn(frequencies / factors, length) for factors in lists]
+    return [_rotation(frequencies / factors, length) for factors in lists]
 
 
-def _close(found: np.ndarray, wanted: np.ndarray) -> bool:
-    return found.shape == wanted.shape and _error(found, wanted) < TOLERANCE
+def _close(actual: np.ndarray, expected: np.ndarray) -> bool:
+    return actual.shape == expected.shape and _error(actual, expected) < TOLERANCE
 
 
-def _error(found: np.ndarray, wanted: np.ndarray) -> float:
+def _error(actual: np.ndarray, expected: np.ndarray) -> float:
     """Return the largest relative difference of frequencies (or factors)."""
-    angles = np.abs(np.angle(found) - np.angle(wanted)) / np.maximum(np.abs(np.angle(wanted)), 1e-7)
-    return max(angles.max(), np.abs(np.abs(found) / np.abs(wanted) - 1).max())
+    angles = np.abs(np.angle(actual) - np.angle(expected)) / np.maximum(
+        np.abs(np.angle(expected)), 1e-7
+    )
+    return max(angles.max(), np.abs(np.abs(actual) / np.abs(expected) - 1).max())
 
 
-def _difference(found: np.ndarray, wanted: np.ndarray) -> str:
-    return f"frequencies off by up to {_error(found, wanted):.1%}"
+def _difference(actual: np.ndarray, expected: np.ndarray) -> str:
+    return f"frequencies off by up to {_error(actual, expected):.1%}"

@@ -1,8 +1,8 @@
-"""Divide a loaded model among the ranks of a group, its weights still unread.
+"""Shard a lazily loaded model among the ranks of a group.
 
-What is divided how is the model's own affair: mlx-lm's `shard` gives each rank some of the heads
-and some of the inner width of every layer, its `pipeline` gives each some of the layers. Split
-layers follow `shard`; see `model_file.Sharded`.
+The models define how: mlx-lm's `shard` gives each rank some of the heads and of the inner width of
+every layer, its `pipeline` gives each some of the layers. Split layers support `shard`; see
+`model_file.Sharded`.
 """
 
 from pathlib import Path
@@ -19,38 +19,38 @@ from splitquant_mlx.runtime.ranks import Group
 def divide(
     model: nn.Module, config: dict[str, Any], group: Group, *, pipeline: bool, path: Path
 ) -> None:
-    """Leave in `model`, whose parameters are unread, what this rank computes.
+    """Reduce `model`, whose parameters are unread, to the part that this rank computes.
 
     Args:
-        model: one of mlx-lm's.
+        model: an mlx-lm model.
         config: its config.json.
         group: the ranks.
-        pipeline: give each rank some layers, rather than a share of each.
-        path: of the checkpoint, for messages.
+        pipeline: assign whole layers to each rank, instead of a part of every layer.
+        path: the checkpoint, for messages.
 
     Raises:
-        RecipeError: when mlx-lm cannot divide this model so, or not among so many.
+        RecipeError: when mlx-lm cannot shard this model this way, or among that many ranks.
     """
     size = group.size()
     refusal = f"{path} cannot be divided among {size} ranks"
     inner: Any = getattr(model, "model", None)
-    way = getattr(inner, "pipeline", None) if pipeline else getattr(model, "shard", None)
-    if way is None:
+    method = getattr(inner, "pipeline", None) if pipeline else getattr(model, "shard", None)
+    if method is None:
         how = "in a pipeline" if pipeline else "by shard"
         raise RecipeError(f"{refusal}: mlx-lm has no way to divide a {config['model_type']} {how}")
     if not pipeline:
         _check_heads(config, size, refusal)
     paths = {id(module): name for name, module in model.named_modules()}
     try:
-        way(group)
-        model(mx.array([[0]]))  # not evaluated, but its shapes are checked
-    except Exception as exc:  # of whatever class; mlx-lm's models assert, too
+        method(group)
+        model(mx.array([[0]]))  # checks the shapes, without evaluation
+    except Exception as exc:  # of any class, also AssertionError
         why = _layer_in(exc.__traceback__, paths) or f"{type(exc).__name__}: {one_line(exc)}"
         raise RecipeError(f"{refusal}: {why}") from exc
 
 
 def _check_heads(config: dict[str, Any], size: int, refusal: str) -> None:
-    """Refuse counts of heads that mlx-lm would round down; some models repeat too few of them."""
+    """Refuse numbers of heads that mlx-lm would round down; some models repeat KV heads."""
     for table in (config, config.get("text_config") or {}):
         for name in ("num_attention_heads", "num_key_value_heads"):
             count = table.get(name)
@@ -60,12 +60,12 @@ def _check_heads(config: dict[str, Any], size: int, refusal: str) -> None:
 
 
 def _layer_in(trace: TracebackType | None, paths: dict[int, str]) -> str:
-    """Say which layer mlx was dividing when it failed; its functions call it `module`."""
+    """Describe the layer whose sharding failed, which is `module` in a frame of mlx; else ""."""
     while trace is not None:
         layer: Any = trace.tb_frame.f_locals.get("module")
         if id(layer) in paths and "weight" in layer:
             outputs, inputs = layer.weight.shape[-2:]
-            groups, advice = "", "take another number of ranks"
+            groups, advice = "", "use another number of ranks"
             if "scales" in layer:
                 inputs = inputs * 32 // layer.bits // getattr(layer, "clusters", 1)
                 groups = f" in groups of {layer.group_size}"

@@ -1,8 +1,8 @@
-"""Find the safetensors files that hold a checkpoint, and read their headers.
+"""Find the safetensors files of a checkpoint, and read their headers.
 
-The index decides where all the files it names are there. An index may also be left over from
-another division of the same tensors into files, or from another form of the model: then the files
-that are there are used, if they hold every tensor that it lists.
+The index decides if all its files exist. If not, it may be a leftover from a different sharding of
+the same tensors, or from another form of the model: then the existing files are used, if they
+contain all tensors of the index.
 """
 
 import json
@@ -25,7 +25,8 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
     """Return the checked headers of every tensor of a checkpoint directory.
 
     Raises:
-        CheckpointError: when a file is missing, corrupt or no file, or two hold the same tensor.
+        CheckpointError: when a file is missing, corrupt or not a regular file, or two files
+            contain the same tensor.
     """
     weight_map = read_index(path)
     there = {file.name for file in path.glob(f"*{SUFFIX}") if not file.name.startswith(".")}
@@ -36,8 +37,8 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
                 f"{path} has only pickled weights ({pickles[0]}), which can run code when loaded "
                 "and are never read: convert them to safetensors first"
             )
-        held = f"no {SUFFIX} file of a model, only {some(there)}" if there else f"no {SUFFIX} file"
-        raise CheckpointError(f"{path} is not a model directory: it has {held}")
+        problem = f"no {SUFFIX} file" + (f" of a model, only {some(there)}" if there else "")
+        raise CheckpointError(f"{path} is not a model directory: it has {problem}")
     headers: dict[str, TensorHeader] = {}
     for file in (path / name for name in sorted(names)):
         if os.path.lexists(file) and not file.is_file():
@@ -54,19 +55,19 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
         missing = {weight_map[name] for name in lacking} - names
         raise CheckpointError(
             f"{path}: {INDEX} names {some(missing)}, which is missing, and the other files do not "
-            f"hold its tensors ({some(lacking)}): download it, or remove an index that is another "
-            "model's"
+            f"have its tensors ({some(lacking)}): download it, or remove the index if it is from "
+            "another model"
         )
     return headers
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Return the file of every tensor that the index names; empty where there is no index.
+    """Return tensor name -> file name by the index; empty without an index.
 
-    The copies of HEAD_FILE are not fetched by mlx-lm, and not needed.
+    The copies in HEAD_FILE are left out if it is missing: mlx-lm does not download or need it.
 
     Raises:
-        CheckpointError: when it is damaged, or names what is no file of this directory.
+        CheckpointError: when it is corrupt, or names files that are not of this directory.
     """
     file = path / INDEX
     if not file.exists():
@@ -93,11 +94,11 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def shard_names(there: Collection[str], indexed: Collection[str]) -> set[str]:
-    """Return the names of the files that hold a checkpoint, those that are missing among them.
+    """Return the names of a checkpoint's files, including missing ones.
 
     Args:
-        there: names of the .safetensors files of its directory.
-        indexed: names that its index has; empty without an index.
+        there: names of the .safetensors files in the directory.
+        indexed: names in the index; empty without an index.
     """
     missing = set(indexed).difference(there)
     if indexed and not missing:
@@ -107,13 +108,13 @@ def shard_names(there: Collection[str], indexed: Collection[str]) -> set[str]:
     }
     series = [_series(name) for name in found]
     if missing:
-        whole = set().union(*(names for names in series if names <= found))
-        return whole if not whole <= set(indexed) else set(indexed)
+        complete = set().union(*(names for names in series if names <= found))
+        return complete if not complete <= set(indexed) else set(indexed)
     return found.union(*series)
 
 
 def _series(name: str) -> set[str]:
-    """Return the names of all files that are numbered along with one."""
+    """Return the names of all files of the numbered series of one file."""
     match = NUMBERED.fullmatch(name)
     if match is None:
         return {name}

@@ -1,9 +1,9 @@
-"""Turn what the user typed after `--model` into a local directory or a GGUF file.
+"""Resolve a model argument to a local directory or GGUF file.
 
-An existing path wins; any other name is a repo on the Hugging Face hub. One short request lists
-the repo's files before anything else: a hub that does not answer is noticed in seconds, and a repo
-that is missing or holds nothing to quantize is refused before gigabytes are downloaded. Downloads,
-their cache, progress bars and log-in are those of huggingface_hub.
+An existing path takes precedence; any other name is a repo on the Hugging Face hub. A short request
+lists the repo's files first, so that an unreachable hub is reported within seconds, and a missing
+or unusable repo is refused before gigabytes are downloaded. Downloads, cache, progress bars and
+log-in are those of huggingface_hub.
 """
 
 import re
@@ -27,15 +27,15 @@ FETCHED = (
 )  # fmt: skip
 TEMPLATES = "additional_chat_templates/*.jinja"
 COMMIT = re.compile(r"[0-9a-f]{7,40}")
-ABANDONED_S = 3600  # since a download wrote last
+ABANDONED_S = 3600  # age of an unfinished download's last change
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Name a model and where it lies on this machine.
+    """A model on this machine.
 
     Args:
-        name: as given: a repo id or a path.
+        name: repo id or path, as passed by the user.
         path: a local directory, or a .gguf file.
         revision: commit hash of a hub repo; None for a local path.
     """
@@ -51,8 +51,8 @@ def resolve(model: str, *, revision: str | None = None, timeout_s: float | None 
     Args:
         model: a directory, a .gguf file or a hub repo id such as `org/name`.
         revision: branch, tag or commit hash of a hub repo; None is its main branch.
-        timeout_s: how long the hub may take to answer; None is `HF_HUB_ETAG_TIMEOUT`, 10 s by
-            default. A hub that cannot be reached is no error while its cache holds the repo.
+        timeout_s: time limit of the hub's answer; None is `HF_HUB_ETAG_TIMEOUT`, 10 s by default.
+            An unreachable hub is not an error if its cache has the repo.
 
     Raises:
         SourceError: there is no such path or repo, or it cannot be fetched.
@@ -66,9 +66,9 @@ def resolve(model: str, *, revision: str | None = None, timeout_s: float | None 
 
 
 def cached(repo: str, *, revision: str | None = None) -> Source | None:
-    """Find a copy of `repo` in the hub's cache, without any network; None without one.
+    """Return the copy of `repo` in the hub's cache, or None.
 
-    Whichever program fetched it: config.json and all weights are required, and nothing else.
+    Any program may have downloaded it: only config.json and all weights are required.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -88,7 +88,7 @@ def cached(repo: str, *, revision: str | None = None) -> Source | None:
 
 
 def _cached_commits(repo: str) -> list[str]:
-    """Return the hashes of the commits that the hub's cache has something of."""
+    """Return the hashes of the commits that have files in the hub's cache."""
     from huggingface_hub import constants
 
     try:
@@ -100,9 +100,9 @@ def _cached_commits(repo: str) -> list[str]:
 
 def _local(model: str) -> Path | None:
     if not model.strip():
-        raise SourceError("the model's name is empty: give a directory, a .gguf file or a repo id")
+        raise SourceError("the model's name is empty: pass a directory, a .gguf file or a repo id")
     try:
-        model.encode()  # mlx opens no path that UTF-8 does not encode
+        model.encode()  # mlx requires UTF-8 paths
         path = Path(model).expanduser()
         exists = path.exists()
     except OSError as exc:
@@ -112,9 +112,9 @@ def _local(model: str) -> Path | None:
     if exists:
         if path.is_dir() or path.suffix.lower() == ".gguf":
             return path
-        raise SourceError(f"{model} is a file: give the model's directory, or a .gguf file")
+        raise SourceError(f"{model} is a file: pass the model's directory, or a .gguf file")
     if re.match(r"https?://", model):
-        raise SourceError(f"{model} is an address: give the repo id alone, such as org/name")
+        raise SourceError(f"{model} is a URL: pass only the repo id, such as org/name")
     if model.startswith((".", "/", "~")) or model.endswith((".gguf", ".safetensors")):
         raise SourceError(f"no such path: {model!r}")
     if model.count("/") > 1 or "\\" in model:
@@ -127,8 +127,8 @@ def _from_hub(repo: str, revision: str | None, timeout_s: float | None) -> Sourc
     from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 
     limit_s = timeout_s or constants.HF_HUB_ETAG_TIMEOUT
-    # The exceptions of the hub client, its HTTP library (which changed between its releases) and
-    # its storage client share no root, hence `Exception`.
+    # `Exception`, since errors of the hub client, its HTTP library (which depends on its version)
+    # and its storage client share no other base class
     try:
         info = answer_within(
             limit_s, lambda: HfApi().model_info(repo, revision=revision, timeout=limit_s)
@@ -140,7 +140,7 @@ def _from_hub(repo: str, revision: str | None, timeout_s: float | None) -> Sourc
             return found
         otherwise = None
         if revision is None and (commits := _cached_commits(repo)):
-            only = f"the cache has it without the name of a branch, at {some(commits)}"
+            only = f"the cache has no branch of it, only commit {some(commits)}"
             otherwise = f"{only}: pass one as --revision; {endpoint()} cannot be reached"
         message = explain(exc, repo, revision=revision, otherwise=otherwise)
         raise SourceError(message) from exc
@@ -148,11 +148,11 @@ def _from_hub(repo: str, revision: str | None, timeout_s: float | None) -> Sourc
     _check_files(repo, names)
     files = [name for name in names if _is_fetched(name)]
     try:
-        # the weights last: where they all are, a download that was killed had got all the rest
+        # weights last, so that a snapshot with all weights is complete
         commit = _fetch(repo, revision, [name for name in files if not name.endswith(SUFFIX)]).name
         path = _fetch(repo, commit, files)
     except Exception as exc:
-        broken = "the download broke off; the same command carries on with the files it lacks"
+        broken = "the download was interrupted; run the command again to resume it"
         raise SourceError(explain(exc, repo, revision=revision, otherwise=broken)) from exc
     source = Source(name=repo, path=path, revision=commit)
     _check_snapshot(source)
@@ -163,12 +163,12 @@ def _from_hub(repo: str, revision: str | None, timeout_s: float | None) -> Sourc
 def _is_fetched(name: str) -> bool:
     if "/" in name:
         return fnmatchcase(name, TEMPLATES)
-    wanted = any(fnmatchcase(name, pattern) for pattern in FETCHED)
-    return wanted and not name.startswith("consolidated")
+    fetched = any(fnmatchcase(name, pattern) for pattern in FETCHED)
+    return fetched and not name.startswith("consolidated")
 
 
 def _remove_abandoned(blobs: Path) -> None:
-    """Remove what killed downloads left: newer clients of the hub never use it again."""
+    """Remove files of killed downloads, which newer hub clients never reuse."""
     for file in blobs.glob("*.incomplete"):
         with suppress(OSError):
             if time.time() - file.stat().st_mtime > ABANDONED_S:
@@ -176,7 +176,7 @@ def _remove_abandoned(blobs: Path) -> None:
 
 
 def _fetch(repo: str, revision: str | None, files: list[str]) -> Path:
-    """Fetch files of a repo; returns <cache>/<repo>/snapshots/<commit hash>."""
+    """Download files of a repo; return <cache>/<repo>/snapshots/<commit hash>."""
     from huggingface_hub import constants, snapshot_download
 
     path = snapshot_download(
@@ -189,33 +189,34 @@ def _fetch(repo: str, revision: str | None, files: list[str]) -> Path:
 
 
 def _check_files(repo: str, names: Iterable[str]) -> None:
-    """Refuse a repo with nothing to quantize. Raises SourceError."""
+    """Raise SourceError for a repo without a usable model."""
     top = sorted(name for name in names if "/" not in name)
     if not any(name.endswith(".safetensors") for name in top):
         if ggufs := [name for name in top if name.endswith(".gguf")]:
             raise SourceError(
-                f"{repo} holds GGUF files only ({some(ggufs)}): download one and give its path"
+                f"{repo} has only GGUF files ({some(ggufs)}): download one and pass its path"
             )
         if pickles := [name for name in top if name.endswith(PICKLES)]:
             raise SourceError(
-                f"{repo} holds pickled weights only ({some(pickles)}), which can run code when "
+                f"{repo} has only pickled weights ({some(pickles)}), which can run code when "
                 "loaded: choose a repo with .safetensors files"
             )
-        raise SourceError(f"{repo} holds no weights: there is no .safetensors file at its top")
+        raise SourceError(f"{repo} has no weights: there is no .safetensors file at its top level")
     if "config.json" not in top:
         raise SourceError(
-            f"{repo} has no config.json: it is not a whole language model (an adapter, a pipeline)"
+            f"{repo} has no config.json: it is not a complete language model, but an adapter or a "
+            "pipeline"
         )
 
 
 def _check_snapshot(source: Source) -> None:
-    """Refuse a snapshot that lacks a file, as a broken download leaves it. Raises SourceError."""
+    """Raise SourceError for an incomplete snapshot of an interrupted download."""
     names = {path.name for path in source.path.iterdir() if path.exists()}
     _check_files(source.name, names)
     try:
         indexed = set(read_index(source.path).values())
     except CheckpointError as exc:
-        raise SourceError(f"{source.name}: its {INDEX} is broken") from exc
+        raise SourceError(f"{source.name}: its {INDEX} is corrupt") from exc
     there = {name for name in names if name.endswith(SUFFIX)}
     if missing := shard_names(there, indexed) - there:
-        raise SourceError(f"{source.name} lacks files of its weights: {some(missing)}")
+        raise SourceError(f"{source.name} lacks weight files: {some(missing)}")

@@ -1,10 +1,10 @@
-"""Give the tensors of a checkpoint the names that mlx-lm's model has for them.
+"""Rename the tensors of a checkpoint to the parameter names of mlx-lm's model.
 
-`sanitize` of mlx-lm's model knows the names that the architecture was published with. The same
+`sanitize` of mlx-lm's model handles the names that the architecture was published with. The same
 weights are also saved under other prefixes: `_orig_mod.` by torch.compile, `module.` by data
 parallel training, none by a base model without its head, `model.language_model.` by newer releases
-of transformers. Where the names do not fit, each prefix in front of numbered layers is tried as the
-one that the model has there.
+of transformers. If the names do not match, each prefix of numbered layers is replaced by the
+model's.
 """
 
 import re
@@ -18,7 +18,7 @@ import mlx.nn as nn
 from splitquant_mlx.errors import CheckpointError, one_line, some
 from splitquant_mlx.models.architecture import parameters
 
-# modules that training wraps around others, wherever they stand in a name
+# wrapper modules of training, anywhere in a name
 WRAPPERS = re.compile(
     r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\."
 )
@@ -32,65 +32,65 @@ ADAPTER = re.compile(r"\.lora_[AB]\.|\.lora_[ab]$")
 def fit_names(
     path: object, tensors: dict[str, mx.array], build: Callable[[], nn.Module]
 ) -> tuple[nn.Module, dict[str, mx.array]]:
-    """Return a model, and the tensors named and laid out as it wants them.
+    """Return a model, and the tensors in its names and layouts.
 
     Args:
         path: the checkpoint, for messages.
-        tensors: of its files, by the files' names.
-        build: makes mlx-lm's model; `sanitize` may change a model, so each naming has its own.
+        tensors: the stored tensors, by their stored names.
+        build: builds mlx-lm's model; called per attempt, since `sanitize` may change the model.
 
     Raises:
-        CheckpointError: when no naming gives the model its tensors, all of them and no other.
+        CheckpointError: when no renaming gives exactly the model's parameters.
     """
-    # a buffer that follows from config.json, which older releases of transformers stored
+    # a buffer computed from config.json, which older releases of transformers stored
     tensors = {n: tensor for n, tensor in tensors.items() if not n.endswith(ROTARY)}
     attempts = []
     for renamed in _namings(tensors, parameters(build())):
         model = build()
         fitted, problem = _sanitize(model, renamed)
-        wanted = parameters(model)
-        fitted = {n: w for n, w in fitted.items() if n in wanted or not _is_zero_bias(n, w)}
-        differing = wanted.keys() ^ fitted.keys()
+        expected = parameters(model)
+        fitted = {n: w for n, w in fitted.items() if n in expected or not _is_zero_bias(n, w)}
+        differing = expected.keys() ^ fitted.keys()
         if not differing:
             return model, fitted
-        attempts.append((len(differing), len(attempts), wanted, fitted, problem))
-    _, _, wanted, fitted, problem = min(attempts)
-    raise CheckpointError(f"{path}: {_explain(tensors, wanted, fitted, problem)}")
+        attempts.append((len(differing), len(attempts), expected, fitted, problem))
+    _, _, expected, fitted, problem = min(attempts)
+    raise CheckpointError(f"{path}: {_explain(tensors, expected, fitted, problem)}")
 
 
 def _is_zero_bias(name: str, tensor: mx.array) -> bool:
-    """Tell whether a tensor is a bias of zeros, which AutoGPTQ stored with every layer."""
+    """Return whether a tensor is a bias of zeros, which AutoGPTQ stores for every layer."""
     return name.endswith(".bias") and not tensor.any().item()
 
 
 def _sanitize(model: nn.Module, tensors: dict[str, mx.array]) -> tuple[dict[str, mx.array], str]:
-    """Return what mlx-lm makes of the tensors, or nothing and what went wrong."""
+    """Return the result of mlx-lm's `sanitize`, or {} and the error."""
     sanitize: Any = getattr(model, "sanitize", dict)
     try:
         return sanitize(dict(tensors)), ""
-    except Exception as exc:  # mlx-lm's sanitize indexes tensors by name and shape, unguarded
+    except Exception as exc:  # sanitize indexes tensors by name and shape without checks
         return {}, f"{type(exc).__name__}: {one_line(exc)}"
 
 
 def _namings(
-    tensors: Mapping[str, mx.array], wanted: Mapping[str, mx.array]
+    tensors: Mapping[str, mx.array], expected: Mapping[str, mx.array]
 ) -> Iterator[dict[str, mx.array]]:
-    """Yield the tensors under their own names, then under others that the model may have."""
+    """Yield the tensors under their stored names, then under names with other prefixes."""
     yield dict(tensors)
     bare = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
-    if len(bare) < len(tensors):  # two names became one
+    if len(bare) < len(tensors):  # two names became equal
         return
     if bare.keys() != tensors.keys():
         yield bare
-    prefixes = Counter(match[1] for name in wanted if (match := NUMBERED.match(name)))
-    heads = {match[1] for name in wanted if (match := HEAD.fullmatch(name))}
+    prefixes = Counter(match[1] for name in expected if (match := NUMBERED.match(name)))
+    heads = {match[1] for name in expected if (match := HEAD.fullmatch(name))}
     if not prefixes:
         return
     (new, _), *_ = prefixes.most_common(1)
     head = next(iter(heads), "")
     for old in dict.fromkeys(match[1] for name in bare if (match := NUMBERED.match(name))):
-        # no prefix is what sanitize expects of some architectures that have one in mlx-lm, GPT-2
-        # among them; `model.` is put by transformers before the parts that see and hear
+        # some architectures with a prefix in mlx-lm expect none in sanitize, such as GPT-2;
+        # transformers puts `model.` before vision and audio modules
         for prefix, outer in (("", ""), (new, ""), (new, "model.")):
             names = [_rename(name, old, prefix, head, outer) for name in bare]
             if len(set(names)) == len(names):
@@ -105,33 +105,32 @@ def _rename(name: str, old: str, new: str, head: str, outer: str) -> str:
 
 def _explain(
     tensors: Mapping[str, mx.array],
-    wanted: Mapping[str, mx.array],
+    expected: Mapping[str, mx.array],
     fitted: Mapping[str, mx.array],
     problem: str,
 ) -> str:
-    """Say why the tensors are not those of the model."""
+    """Explain why the tensors do not match the model."""
     if any(ADAPTER.search(name) for name in tensors):
-        return "this is an adapter, not a whole model: fuse it into its base model first"
-    if problem or not wanted.keys() & fitted.keys():
+        return "this is an adapter, not a complete model: fuse it into its base model first"
+    if problem or not expected.keys() & fitted.keys():
         detail = f" (mlx-lm: {problem})" if problem else ""
         return (
-            f"the tensors are not named as mlx-lm knows them of this architecture: expected names "
-            f"such as {some(wanted, 2)}, got {some(tensors, 2)}{detail}"
+            f"the tensor names are not those of this architecture: expected names "
+            f"such as {some(expected, 2)}, got {some(tensors, 2)}{detail}"
         )
-    missing, extra = wanted.keys() - fitted.keys(), fitted.keys() - wanted.keys()
+    missing, extra = expected.keys() - fitted.keys(), fitted.keys() - expected.keys()
     if missing and not extra and all(SHARED.search(name) for name in missing):
         return (
-            "the model was saved without the keys and values of layers that take those of others, "
-            f"which mlx-lm's class has ({some(missing)}): convert the makers' own checkpoint"
+            "the model was saved without the projections of layers that share keys and values, "
+            f"which mlx-lm's class requires ({some(missing)}): convert the original checkpoint"
         )
     if all(HEAD.fullmatch(name) for name in missing) and not extra:
         return (
-            f"tensors are missing: {some(missing)}: the model was saved without its output head, "
+            f"missing tensors: {some(missing)}: the model was saved without its output head, "
             'and config.json does not say "tie_word_embeddings": true'
         )
-    problem = f"are missing: {some(missing)}" if missing else ""
-    problem = problem or f"have no place in this model: {some(extra)}"
+    problem = f"missing tensors: {some(missing)}" if missing else f"extra tensors: {some(extra)}"
     return (
-        f"tensors {problem}: the files hold {len(tensors)} tensors, config.json describes a model "
-        f"of {len(wanted)}: one of the two is another model's, or a part of it"
+        f"{problem}: expected {len(expected)} tensors by config.json, got {len(tensors)}: one of "
+        "the two is from another model, or incomplete"
     )

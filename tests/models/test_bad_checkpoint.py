@@ -23,7 +23,7 @@ from damage import (
 PATHS = {
     "absent": (lambda path: None, "no such path"),
     "empty directory": (lambda path: path.mkdir(), "is not a model directory"),
-    "file": (lambda path: path.write_text("x"), "is a file: give the model's directory"),
+    "file": (lambda path: path.write_text("x"), "is a file: pass the model's directory"),
     "broken symlink": (lambda path: path.symlink_to("nowhere"), "no such path"),
     "fifo": (os.mkfifo, "is a file"),
 }
@@ -137,10 +137,10 @@ CONFIGS = {
         "moe_num_experts 1000000000",
     ),
     "-1 layers": (edit_config(num_hidden_layers=-1), "expected an integer, 0 or more, got -1"),
-    "too many layers": (edit_config(num_hidden_layers=3), "tensors are missing: model.layers.2."),
+    "too many layers": (edit_config(num_hidden_layers=3), "missing tensors: model.layers.2."),
     "too few layers": (
         edit_config(num_hidden_layers=1),
-        "tensors have no place in this model: model.layers.1.",
+        "extra tensors: model.layers.1.",
     ),
     "vocab_size 10**15": (edit_config(vocab_size=10**15), "vocab_size 1000000000000000"),
     "vocab_size 2**31 - 1": (edit_config(vocab_size=2**31 - 1), "'model.embed_tokens.weight'"),
@@ -250,10 +250,13 @@ TENSORS = {
         tensor(NORM, mx.array(1.0)),
         f"{NORM!r}: expected shape [64], by config.json, got []",
     ),
-    "missing": (tensor(UP, None), f"tensors are missing: {UP}"),
-    "extra": (tensor("extra.weight", mx.zeros((2, 2))), "have no place in this model: extra.w"),
-    "extra of the format": (tensor("model.layers.0.mlp.up_proj.scales", mx.zeros(2)), "no place"),
-    "extra bias": (tensor("model.layers.0.mlp.up_proj.bias", mx.ones(128)), "have no place"),
+    "missing": (tensor(UP, None), f"missing tensors: {UP}"),
+    "extra": (tensor("extra.weight", mx.zeros((2, 2))), "extra tensors: extra.w"),
+    "extra of the format": (
+        tensor("model.layers.0.mlp.up_proj.scales", mx.zeros(2)),
+        "extra tensors",
+    ),
+    "extra bias": (tensor("model.layers.0.mlp.up_proj.bias", mx.ones(128)), "extra tensors"),
 }
 
 SHARDS = {
@@ -302,14 +305,14 @@ SHARDS = {
     "map names a NUL": (index({UP: "a\0.safetensors"}), "is not a .safetensors file"),
     "map and shards lack a tensor": (
         both(tensor(UP, None), index(dict.fromkeys((UP, NORM), "model.safetensors"))),
-        f"tensors are missing: {UP}",
+        f"missing tensors: {UP}",
     ),
     "map and shards have one too many": (
         both(
             tensor("extra", mx.zeros(3)),
             index(dict.fromkeys((UP, NORM, "extra"), "model.safetensors")),
         ),
-        "have no place in this model: extra",
+        "extra tensors: extra",
     ),
 }
 

@@ -130,11 +130,11 @@ def test_rotary_embeddings_that_are_no_usual_numbers_are_refused(tmp_path, key, 
     [
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
         (DEEPSEEK, {"rope_interleave": False}, "rope_interleave False"),
-        (PHIMOE, {"num_experts_per_tok": 1}, "takes two experts"),
-        (DEEPSEEK, {"num_experts_per_tok": 0}, "expected one of its experts"),
-        (DEEPSEEK, {"num_experts_per_tok": 1}, "the weights of several experts alone"),
-        (MAMBA2, {"layer_norm_epsilon": 1e-2}, "an epsilon of their own"),
-        (MAMBA2, {"n_groups": 2}, "as a whole, not in its groups"),
+        (PHIMOE, {"num_experts_per_tok": 1}, "uses two experts"),
+        (DEEPSEEK, {"num_experts_per_tok": 0}, "expected 1 or more"),
+        (DEEPSEEK, {"num_experts_per_tok": 1}, "weights of two or more experts only"),
+        (MAMBA2, {"layer_norm_epsilon": 1e-2}, "ignore the epsilon"),
+        (MAMBA2, {"n_groups": 2}, "as a whole, not in groups"),
         (DBRX, {"ffn_config": {**DBRX["ffn_config"], "moe_top_k": None}}, "dbrx does not run with"),
     ],
     ids=lambda value: value.get("model_type", "") if isinstance(value, dict) else "",
@@ -165,7 +165,7 @@ def test_a_setting_that_mlx_lm_alone_follows_is_refused(tmp_path, config, key, v
         return check_function(tmp_path, build_model(tmp_path, both), both)
 
     notes = check(config)
-    message = f"{key} {value!r}, which mlx-lm follows and transformers does not"
+    message = f"{key} {value!r}, which mlx-lm reads and transformers does not"
     with pytest.raises(CheckpointError, match=message):
         check({**config, key: value})
     own_code = {**config, key: value, "auto_map": {"AutoConfig": "configuration.Config"}}

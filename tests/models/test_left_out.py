@@ -94,9 +94,9 @@ def test_what_to_use_for_the_rest_is_said(tmp_path):
     towers = [f"vision_tower.layers.{n}.fc.weight" for n in range(2)] + ["audio_tower.conv.weight"]
     further = ["mtp.fc.weight", "model.layers.2.mlp.up_proj.weight"]
     rest, heads = check_left_out(tmp_path, towers + further, {}, 2, "qwen3_next")
-    assert "the text model alone" in rest and "mlx_vlm.convert" in rest
+    assert "only the text model" in rest and "mlx_vlm.convert" in rest
     assert "audio_tower.conv.weight, vision_tower.layers.*.fc.weight (tensors: 3)" in rest
-    assert "qwen3_next does without: model.layers.*.mlp.up_proj.weight, mtp.fc.weight" in heads
+    assert "qwen3_next does not use them: model.layers.*.mlp.up_proj.weight, mtp.fc.weight" in heads
     assert "--draft-model" in heads
 
 

@@ -155,7 +155,7 @@ def test_a_rank_holds_its_share_alone(divided):
             2,
             {"group_size": 64},
             r"layers.0.self_attn.o_proj \(64 inputs in groups of 64, 64 outputs\) does not divide: "
-            "take another number of ranks, or convert it with a smaller group size",
+            "use another number of ranks, or convert it with a smaller group size",
         ),
         (4, {}, r"o_proj \(64 inputs in groups of 32, 64 outputs\) does not divide"),
         (2, {"pipeline": True}, "mlx-lm has no way to divide a llama in a pipeline"),

@@ -37,7 +37,7 @@ def test_a_stale_index_with_tensors_that_are_nowhere_is_named(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(source)
     message = str(caught.value)
-    assert "do not hold its tensors (model.norm.weight)" in message
+    assert "do not have its tensors (model.norm.weight)" in message
     assert "model-0000" in message and "which is missing" in message
 
 
