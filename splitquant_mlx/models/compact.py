@@ -33,7 +33,8 @@ def compact(model: nn.Module) -> nn.Module:
         if module["weight"].size <= SMALL:
             continue
         if on_cpu:
-            layer: nn.Module = _CompactEmbedding(module) if _is_table(module) else _Compact(module)
+            layer_class = _CompactEmbedding if isinstance(module, nn.Embedding) else _Compact
+            layer: nn.Module = layer_class(module)
         elif module["weight"].shape[-1] % GROUP_SIZE == 0:
             layer = module.to_quantized(group_size=GROUP_SIZE, bits=BITS)
         else:
@@ -46,10 +47,6 @@ def compact(model: nn.Module) -> nn.Module:
         widen(model, experts=True)
     mx.eval(model.parameters())
     return model
-
-
-def _is_table(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding)
 
 
 class _Compact(nn.Module):

@@ -77,6 +77,12 @@ def text_settings(config: dict[str, Any]) -> dict[str, Any]:
     return text if isinstance(text, dict) else config
 
 
+def settings_tables(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a config.json and, in multimodal models, its `text_config`."""
+    text = text_settings(config)
+    return [config] if text is config else [config, text]
+
+
 def check_config(path: Path, config: dict[str, Any], tensors: int) -> None:
     """Refuse impossible settings, such as a billion layers, before a model is built.
 
@@ -97,7 +103,7 @@ def check_config(path: Path, config: dict[str, Any], tensors: int) -> None:
     if text and not isinstance(text.get("model_type"), (str, type(None))):
         raise CheckpointError(f"{path}: config.json: text_config.model_type is not a name")
     for key in ("torch_dtype", "dtype"):
-        for value in (table.get(key) for table in (config, text or {})):
+        for value in (table.get(key) for table in settings_tables(config)):
             if not isinstance(value, (str, type(None))):
                 raise CheckpointError(
                     f"{path}: config.json: {key}: expected a name such as 'bfloat16', got "

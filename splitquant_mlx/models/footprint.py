@@ -1,7 +1,6 @@
 """Estimate the memory of a running model from the headers of its files."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.models.checkpoint import read_config, read_headers
-from splitquant_mlx.models.config import text_settings
+from splitquant_mlx.models.config import settings_tables, text_settings
 from splitquant_mlx.runtime.memory import check_memory
 
 PROGRAM_BYTES = 300e6  # Python and its libraries
@@ -75,10 +74,9 @@ def _is_dense(path: Path) -> bool:
     return not any(config.get(key) for key in ("quantization", "quantization_config", "splitquant"))
 
 
-def context_limit(config: Mapping[str, Any]) -> int | None:
+def context_limit(config: dict[str, Any]) -> int | None:
     """Return a model's maximum context in tokens; None if its config does not say."""
-    text = config.get("text_config")
-    for table in (config, text if isinstance(text, Mapping) else {}):
+    for table in settings_tables(config):
         for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
             if type(limit := table.get(key)) is int and limit > 0:
                 return limit

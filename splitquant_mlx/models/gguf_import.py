@@ -17,7 +17,7 @@ import numpy as np
 
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.gguf import Gguf, TensorInfo, open_gguf, read_tensor
-from splitquant_mlx.formats.gguf_architectures import Architecture, architecture_of
+from splitquant_mlx.formats.gguf_architectures import architecture_of
 from splitquant_mlx.formats.gguf_config import model_config
 from splitquant_mlx.formats.gguf_rope import ROPE_TENSORS
 from splitquant_mlx.formats.gguf_settings import block_count
@@ -115,16 +115,11 @@ def _info(gguf: Gguf, target: _Target) -> TensorInfo:
 
 def _describe(gguf: Gguf) -> tuple[mx.Dtype, dict[str, Any], list[_Target]]:
     """Return the dtype to store, config.json's content, and the sources of each parameter."""
-    dtype = _dtype(gguf, architecture_of(gguf.metadata))
+    types = {info.type for info in gguf.tensors.values()}
+    wide_range = architecture_of(gguf.metadata).wide_range or types <= {"F32", "BF16"}
+    dtype = mx.float32 if types == {"F32"} else mx.bfloat16 if wide_range else mx.float16
     config = model_config(gguf, str(dtype).removeprefix("mlx.core."))
     return dtype, config, _targets(gguf, config)
-
-
-def _dtype(gguf: Gguf, architecture: Architecture) -> mx.Dtype:
-    types = {info.type for info in gguf.tensors.values()}
-    if types == {"F32"}:
-        return mx.float32
-    return mx.bfloat16 if architecture.wide_range or types <= {"F32", "BF16"} else mx.float16
 
 
 def _targets(gguf: Gguf, config: dict[str, Any]) -> list[_Target]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.safetensors import TensorHeader
+from splitquant_mlx.models.config import settings_tables, text_settings
 from splitquant_mlx.models.expert_stacks import INPUT, OUTPUT
 
 # constants that the model computes itself
@@ -52,11 +53,8 @@ def settle_head(config: dict[str, Any], headers: dict[str, TensorHeader]) -> dic
     """
     heads = [header for name, header in headers.items() if HEAD.match(name)]
     embeddings = [header for name, header in headers.items() if EMBEDDING.match(name)]
-    text = config.get("text_config")
-    tables = [config, *([text] if isinstance(text, dict) else [])]
-    declared = next(
-        (t for table in tables if (t := table.get("tie_word_embeddings")) is not None), None
-    )
+    ties = [table.get("tie_word_embeddings") for table in settings_tables(config)]
+    declared = next((tie for tie in ties if tie is not None), None)
     if len(heads) > 1 or len(embeddings) != 1:
         return config
     tie = declared is not False
@@ -64,9 +62,10 @@ def settle_head(config: dict[str, Any], headers: dict[str, TensorHeader]) -> dic
         tie = same_bytes(heads[0], embeddings[0])
         if tie and declared is None:
             return config
-    settled = {"tie_word_embeddings": tie}
-    inner = {"text_config": {**text, **settled}} if isinstance(text, dict) else {}
-    return {**config, **settled, **inner}
+    settings: dict[str, Any] = {"tie_word_embeddings": tie}
+    if (text := text_settings(config)) is not config:
+        settings["text_config"] = {**text, **settings}
+    return {**config, **settings}
 
 
 def same_bytes(one: TensorHeader, other: TensorHeader) -> bool:

@@ -85,17 +85,10 @@ def load_model(
     dequantize: bool = False,
     narrow: bool = False,
 ) -> nn.Module:
-    """Load the model of a checkpoint directory.
+    """Load the model of a checkpoint directory; see `load`.
 
-    Args:
-        directory: the checkpoint.
-        trust_remote_code: as in `load`.
-        lazy: as in `load`.
-        group: as in `load`.
-        pipeline: as in `load`.
-        dequantize: dequantize all layers; on the CPU experts are converted to float32 one at a
-            time.
-        narrow: do not convert 16-bit parameters to float32.
+    With `dequantize` all layers are dequantized, and on the CPU experts are converted to float32
+    one at a time. With `narrow` 16-bit parameters are not converted to float32.
     """
     config = read_config(directory)
     headers = read_headers(directory)

@@ -10,6 +10,7 @@ import mlx.core as mx
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.dequantize import dequantize_tensors
 from splitquant_mlx.formats.safetensors import TensorHeader
+from splitquant_mlx.models.config import settings_tables, text_settings
 
 KEYS = ("quantization", "quantization_config", "compression_config")
 # methods whose packed weights mlx-lm computes with; others are dequantized when loaded
@@ -19,7 +20,7 @@ SETTINGS_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "g
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
-def quantization_table(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+def quantization_table(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Return a checkpoint's quantization settings with `quant_method`; empty if not quantized.
 
     Raises:
@@ -27,8 +28,7 @@ def quantization_table(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """
     if isinstance(config.get("splitquant"), dict):
         return {"quant_method": "splitquant"}
-    text_config = config.get("text_config")
-    tables = [config, *([text_config] if isinstance(text_config, dict) else [])]
+    tables = settings_tables(config)
     settings = next((table[k] for table in tables for k in KEYS if table.get(k) is not None), None)
     if settings is None:
         return _settings_file(path)
@@ -58,20 +58,17 @@ def runs_packed(table: Mapping[str, Any]) -> bool:
     return packed or (method == "compressed-tensors" and layout.startswith(("mxfp4", "nvfp4")))
 
 
-def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
     """Return config.json without quantization settings."""
-    return {
-        key: without_quantization(value)
-        if key == "text_config" and isinstance(value, dict)
-        else value
-        for key, value in config.items()
-        if key not in KEYS
-    }
+    result = {key: value for key, value in config.items() if key not in KEYS}
+    if (text := text_settings(config)) is not config:
+        result["text_config"] = without_quantization(text)
+    return result
 
 
 def dequantize_checkpoint(
     path: Path,
-    config: Mapping[str, Any],
+    config: dict[str, Any],
     headers: Mapping[str, TensorHeader],
     tensors: dict[str, mx.array],
 ) -> tuple[dict[str, mx.array], list[str]]:
@@ -84,9 +81,7 @@ def dequantize_checkpoint(
     if not table:
         return tensors, []
     method = str(table["quant_method"])
-    text_config = config.get("text_config")
-    names = [config.get("torch_dtype"), config.get("dtype")]
-    names += [text_config.get(key) for key in ("torch_dtype", "dtype")] if text_config else []
+    names = [t.get(key) for t in settings_tables(config) for key in ("torch_dtype", "dtype")]
     dtype = next((DTYPES[name] for name in names if name in DTYPES), mx.bfloat16)
     fp8 = {name for name, header in headers.items() if header.dtype == "F8_E4M3"}
     try:

@@ -4,12 +4,13 @@ import copy
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from splitquant_mlx.errors import one_line
+from splitquant_mlx.models.config import settings_tables
 
 # dtypes are those of the files; transformers accepts only torch's
 DTYPES = ("torch_dtype", "dtype")
@@ -44,14 +45,14 @@ class Reading:
     reason: str = ""
 
 
-def read_as_transformers(config: Mapping[str, Any]) -> Reading:
+def read_as_transformers(config: dict[str, Any]) -> Reading:
     """Return transformers' reading of a config.json."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     name, refused = config.get("model_type"), {}
     if not isinstance(name, str) or name not in CONFIG_MAPPING:
         return Reading(reference=None)
-    tables = [config, *(t for t in (config.get("text_config"),) if isinstance(t, dict))]
+    tables = settings_tables(config)
     while True:
         given = {k: v for k, v in config.items() if k not in (*NOT_SETTINGS, *DTYPES, *refused)}
         if len(tables) > 1:
@@ -69,7 +70,7 @@ def read_as_transformers(config: Mapping[str, Any]) -> Reading:
             refused[key] = values[0]
 
 
-def reference_config(config: Mapping[str, Any]) -> Any:
+def reference_config(config: dict[str, Any]) -> Any:
     """Return transformers' configuration or None, see `Reading`."""
     return read_as_transformers(config).reference
 

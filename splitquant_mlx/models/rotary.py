@@ -63,14 +63,19 @@ def check_rotary(
     Raises:
         CheckpointError: when one rotates differently, or its rope_type is unknown.
     """
+    architecture = type(model).__module__.rpartition(".")[2]
     kinds = config.get("layer_types") or ()
     notes: set[str] = set()
-    modules = _rotary_modules(model)
+    modules = {
+        name: module
+        for name, module in model.named_modules()
+        if ROTARY.search(type(module).__name__) and not re.search("vision|visual|audio", name)
+    }
     _check_layers(path, modules, config)
     if not modules and (scaled := {table["rope_type"] for table in tables.values()} - {"default"}):
         raise CheckpointError(
             f"{path}: config.json has rotary embeddings {', '.join(scaled)}, but mlx-lm's "
-            f"{type(model).__module__.rpartition('.')[2]} has plain ones: its output would be wrong"
+            f"{architecture} has plain ones: its output would be wrong"
         )
     for name, module in modules.items():
         layer = LAYER.search(name)
@@ -96,8 +101,8 @@ def check_rotary(
             if len(expected) == 1 or not _close(actual, expected[1]):
                 raise CheckpointError(
                     f"{path}: config.json has rotary embeddings {table}, but mlx-lm's "
-                    f"{type(model).__module__.rpartition('.')[2]} rotates differently "
-                    f"({_difference(actual, expected[0])} in {name}): its output would be wrong"
+                    f"{architecture} rotates differently ({_difference(actual, expected[0])} in "
+                    f"{name}): its output would be wrong"
                 )
             original = table["original_max_position_embeddings"]
             notes.add(
@@ -105,14 +110,6 @@ def check_rotary(
                 f"ones up to {original} tokens: such texts give different results"
             )
     return sorted(notes)
-
-
-def _rotary_modules(model: nn.Module) -> dict[str, nn.Module]:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if ROTARY.search(type(module).__name__) and not re.search("vision|visual|audio", name)
-    }
 
 
 def _check_layers(path: Path, modules: dict[str, nn.Module], config: Table) -> None:

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from splitquant_mlx.errors import RecipeError, one_line
+from splitquant_mlx.models.config import settings_tables
 from splitquant_mlx.runtime.ranks import Group
 
 
@@ -51,7 +52,7 @@ def divide(
 
 def _check_heads(config: dict[str, Any], size: int, refusal: str) -> None:
     """Refuse numbers of heads that mlx-lm would round down; some models repeat KV heads."""
-    for table in (config, config.get("text_config") or {}):
+    for table in settings_tables(config):
         for name in ("num_attention_heads", "num_key_value_heads"):
             count = table.get(name)
             repeats = name == "num_key_value_heads" and count and not size % count
