@@ -1,4 +1,4 @@
-"""Convert every architecture of tests/support/tiny.py; rtn is mlx-lm's own quantization."""
+"""Convert every architecture of tests/support/tiny.py; rtn is mlx-lm's quantization."""
 
 import json
 
@@ -34,16 +34,16 @@ def similarity(a: mx.array, b: mx.array) -> float:
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_an_architecture_converts_and_runs(tmp_path, architecture, method):
     manifest, original, model = converted(tmp_path, architecture, Recipe(method=method, bits=8))
-    got, wanted = logits(model), logits(original)
-    assert got.shape == (1, PROMPT.size, tiny.VOCAB)
-    assert mx.all(mx.isfinite(got)).item()
-    assert similarity(got, wanted) > 0.99
+    actual, expected = logits(model), logits(original)
+    assert actual.shape == (1, PROMPT.size, tiny.VOCAB)
+    assert mx.all(mx.isfinite(actual)).item()
+    assert similarity(actual, expected) > 0.99
     actions = {layer.action for layer in manifest.layers if layer.kind == "linear"}
     assert actions == {"split" if method == "splitquant" else "quantize"}
 
 
 CALIBRATED = [
-    # auto takes long: by default one dense architecture, and one with experts
+    # auto is slow: by default one dense architecture, and one with experts
     pytest.param(architecture, method, marks=[pytest.mark.slow] if rare else [])
     for architecture in tiny.ARCHITECTURES
     for method in ("imatrix", "gptq", "auto")
@@ -53,13 +53,13 @@ CALIBRATED = [
 
 @pytest.mark.parametrize(("architecture", "method"), CALIBRATED)
 def test_an_architecture_is_calibrated(tmp_path, monkeypatch, architecture, method):
-    """On its own text, to a plain mlx checkpoint, which can be refined."""
+    """On self-generated text, to a plain mlx checkpoint, which can be refined."""
     monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
     fixed = {"bits": 4, "embedding_bits": 8, "group_size": 32}
-    own = {"target_bpw": 5.0} if method == "auto" else fixed
+    bits = {"target_bpw": 5.0} if method == "auto" else fixed
     refine = method == "imatrix" and architecture in ("llama", "qwen3_moe")
     calibration = Calibration(num_samples=24 if refine else 8, sequence_length=32)
-    recipe = Recipe(method=method, **own, calibration=calibration, refine=refine)
+    recipe = Recipe(method=method, **bits, calibration=calibration, refine=refine)
     manifest, original, model = converted(tmp_path, architecture, recipe)
     config = json.loads((tmp_path / "target" / "config.json").read_text())
     assert "model_file" not in config and config["quantization"]["group_size"] in (32, 64)
@@ -94,7 +94,7 @@ def test_dtypes_and_shards(tmp_path, dtype, shards):
     assert head.action == "keep"
 
 
-def test_linear_biases_are_kept_as_they_are(tmp_path):
+def test_linear_biases_are_unchanged(tmp_path):
     source = tiny.write_checkpoint(tmp_path / "source", "qwen2", dtype=mx.float16)
     convert(source, tmp_path / "target")
     stored = mx.load(str(tmp_path / "target" / "model.safetensors"))

@@ -1,4 +1,4 @@
-"""A checkpoint that is not usable is refused from its headers, before any work."""
+"""An unusable checkpoint is refused by its headers, before any work."""
 
 import os
 
@@ -30,7 +30,7 @@ PATHS = {
 
 
 @table(PATHS)
-def test_path_that_is_no_model(refusal, tmp_path, edit, wanted):
+def test_a_path_that_is_not_a_model(refusal, tmp_path, edit, wanted):
     edit(tmp_path / "source")
     assert wanted in refusal()
 
@@ -330,7 +330,7 @@ SHARDS = {
         for case, value in cases.items()
     }
 )
-def test_checkpoint_that_cannot_be_used(refusal, tmp_path, edit, wanted):
+def test_an_unusable_checkpoint(refusal, tmp_path, edit, wanted):
     source = tiny.write_checkpoint(tmp_path / "source", tokenizer=False)
     edit(source)
     assert wanted in refusal()

@@ -1,4 +1,4 @@
-"""Weights found bad only when they are read, and unusual ones that are valid."""
+"""Invalid weights, which are detected when they are read, and unusual ones that are valid."""
 
 import math
 import os
@@ -18,7 +18,7 @@ from splitquant_mlx.conversion.weight import SAMPLE, convert_weight
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("name", [UP, NORM, EMBED, BIAS])
 @pytest.mark.parametrize("method", ["splitquant", "rtn"])
-def test_weight_that_is_not_finite_is_named(refusal, tmp_path, name, value, method):
+def test_weight_that_is_not_finite_is_refused(refusal, tmp_path, name, value, method):
     source = tiny.write_checkpoint(tmp_path / "source", "qwen2")
     w = mx.load(str(source / "model.safetensors"))[name]
     flat = w.flatten()
@@ -28,7 +28,7 @@ def test_weight_that_is_not_finite_is_named(refusal, tmp_path, name, value, meth
     assert f"tensor {name!r} holds NaN or infinite values as float32" in message
 
 
-def test_weight_too_large_for_float16_is_named(refusal, tmp_path):
+def test_weight_too_large_for_float16_is_refused(refusal, tmp_path):
     source = tiny.write_checkpoint(tmp_path / "source", dtype=mx.bfloat16)
     tensor(UP, mx.full((128, 64), 1e5, mx.bfloat16))(source)
     message = refusal(None, "--dtype", "float16", late=True)
@@ -61,14 +61,14 @@ VALID = {
 
 
 def unusual():
-    """Return parameters for every valid weight in every dtype that can hold it."""
+    """Return parameters for every valid weight in every dtype that can represent it."""
     params = []
     for case, dtype, settings in product(
         VALID,
         (mx.float16, mx.bfloat16, mx.float32),
         ({}, {"granularity": "tensor"}, {"method": "rtn"}),
     ):
-        if settings and dtype != mx.bfloat16:  # each setting with one of the types
+        if settings and dtype != mx.bfloat16:  # each setting with one of the dtypes
             continue
         held = mx.all(mx.isfinite(VALID[case].astype(dtype))).item()
         overflows = case == "3e38" and settings.get("method") == "rtn"  # in mlx's own formula
@@ -97,14 +97,14 @@ def test_unusual_weights_are_valid(tmp_path, case, dtype, settings):
     assert error <= 0.15 * mx.abs(w.astype(mx.float32)).max().item() + 1e-6
 
 
-def test_weight_too_large_for_mlx_to_quantize_is_named(refusal, tmp_path):
+def test_weight_too_large_for_mlx_to_quantize_is_refused(refusal, tmp_path):
     tiny.write_checkpoint(tmp_path / "source", replace={UP: VALID["3e38"]})
     assert repr(UP) in refusal(None, "--method", "rtn", late=True)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_one_row_too_large_of_a_large_weight_is_noticed(dtype):
-    """Of a large weight, only some rows are compared with what was made of them."""
+def test_one_row_that_overflows_in_a_large_weight_is_detected(dtype):
+    """In a large weight, only some rows are compared with their quantized values."""
     w = mx.zeros((SAMPLE // 32, 64), dtype)
     w[1, :2] = mx.array([3e38, -3e38])
     layer = LayerPlan(

@@ -1,4 +1,4 @@
-"""What belongs to a model goes with it, wherever it lies; what training left and secrets do not."""
+"""Files of a model are copied with it; leftovers of training and secrets are not."""
 
 import pytest
 import tiny
@@ -20,7 +20,7 @@ def model(tmp_path):
     return tiny.write_checkpoint(tmp_path / "model")
 
 
-def test_what_training_left_is_not_copied(model, tmp_path):
+def test_leftovers_of_training_are_not_copied(model, tmp_path):
     for name in LEFTOVERS:
         (model / name).write_text("{}")
     (model / "LICENSE").write_text("MIT")
@@ -31,7 +31,7 @@ def test_what_training_left_is_not_copied(model, tmp_path):
     }  # fmt: skip
 
 
-def test_named_chat_templates_go_along(model, tmp_path):
+def test_named_chat_templates_are_copied(model, tmp_path):
     folder = model / "additional_chat_templates"
     folder.mkdir()
     (folder / "tool_use.jinja").write_text("tools")
@@ -44,7 +44,7 @@ def test_named_chat_templates_go_along(model, tmp_path):
 
 
 def linked(model, directory, target=lambda file: file):
-    """Make a directory of links to the files of a model."""
+    """Create a directory of links to the files of a model."""
     directory.mkdir()
     for file in model.iterdir():
         (directory / file.name).symlink_to(target(file))
@@ -74,7 +74,7 @@ def test_a_link_to_a_file_of_another_name_is_refused(model, tmp_path, name):
 
 
 @pytest.mark.parametrize("tokenizer", [None, "tekken.json", "tokenizer.json"])
-def test_a_tokenizer_that_is_not_usable_is_told_before_the_work(tmp_path, tokenizer):
+def test_an_unusable_tokenizer_gives_an_early_warning(tmp_path, tokenizer):
     source = tiny.write_checkpoint(tmp_path / "model", tokenizer=False)
     if tokenizer:
         (source / tokenizer).write_text("{}")
@@ -93,12 +93,12 @@ def test_chat_is_not_recommended_without_a_tokenizer(tmp_path, capfd):
 
 
 @pytest.mark.parametrize("name", ["out\udc80", "out\ud800", "out\0"])
-def test_a_target_that_cannot_be_encoded_is_named_before_the_work(tmp_path, name):
+def test_a_target_that_cannot_be_encoded_is_refused_early(tmp_path, name):
     with pytest.raises(TargetError, match=r"cannot write '.*out\\(x00|ud[c8])"):
         convert(tmp_path / "nosuch", tmp_path / name)
 
 
-def test_a_tokenizer_with_code_of_its_own_is_not_asked_about(model, tmp_path, monkeypatch):
+def test_a_tokenizer_with_code_gives_no_prompt(model, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *asked: pytest.fail("convert asks to run code"))
     settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
     (model / "tokenizer_config.json").write_text(tiny.json.dumps(settings))

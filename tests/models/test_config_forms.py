@@ -1,4 +1,4 @@
-"""A config.json as transformers 4 and as transformers 5 writes it describes the same model."""
+"""A config.json of transformers 4 and one of transformers 5 describe the same model."""
 
 import json
 
@@ -32,7 +32,7 @@ SCALINGS = {
 
 
 def write_both_forms(directory, architecture, base, scaling):
-    """Write one model twice, with the config.json of transformers 4 and of transformers 5."""
+    """Write a model twice, with a config.json of transformers 4 and of transformers 5."""
     old = tiny.write_checkpoint(directory / "old", architecture)
     new = tiny.write_checkpoint(directory / "new", architecture)
     config = json.loads((old / "config.json").read_text())
@@ -54,10 +54,10 @@ def write_both_forms(directory, architecture, base, scaling):
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_scalings_are_read_from_both_forms(tmp_path, architecture, kind):
     old, new = write_both_forms(tmp_path, architecture, 250_000.0, SCALINGS[kind])
-    wanted = load_model(old)(TOKENS)
-    assert mx.array_equal(load_model(new)(TOKENS), wanted).item()
+    expected = load_model(old)(TOKENS)
+    assert mx.array_equal(load_model(new)(TOKENS), expected).item()
     plain, _ = write_both_forms(tmp_path / "plain", architecture, 10_000.0, SCALINGS["default"])
-    assert mx.max(mx.abs(load_model(plain)(TOKENS) - wanted)).item() > 1e-3
+    assert mx.max(mx.abs(load_model(plain)(TOKENS) - expected)).item() > 1e-3
 
 
 @pytest.mark.parametrize("architecture", [a for a in tiny.ARCHITECTURES if a != "llama"])
@@ -75,9 +75,9 @@ def test_the_result_has_both_forms(tmp_path):
         convert(source, tmp_path / "out", recipe=Recipe(method="rtn", bits=8), overwrite=True)
         ours = load_model(tmp_path / "out")(TOKENS)
         assert mx.array_equal(stock_load_model(tmp_path / "out")[0](TOKENS), ours).item()
-        found, wanted = (AutoConfig.from_pretrained(d) for d in (tmp_path / "out", new))
-        kept = {k: v for k, v in found.rope_parameters.items() if k != "type"}
-        assert kept == wanted.rope_parameters == {"rope_theta": 250_000.0, **LLAMA3}
+        actual, expected = (AutoConfig.from_pretrained(d) for d in (tmp_path / "out", new))
+        kept = {k: v for k, v in actual.rope_parameters.items() if k != "type"}
+        assert kept == expected.rope_parameters == {"rope_theta": 250_000.0, **LLAMA3}
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_scaling_that_the_class_does_not_read_is_refused(tmp_path):
         load_model(new)
 
 
-def test_verify_names_a_setting_that_was_lost(tmp_path):
+def test_verify_reports_a_lost_setting(tmp_path):
     """As in checkpoints converted before both forms were written."""
     _, new = write_both_forms(tmp_path, "llama", 250_000.0, LLAMA3)
     convert(new, tmp_path / "out", recipe=Recipe(method="rtn", bits=8))
@@ -112,12 +112,12 @@ def test_verify_names_a_setting_that_was_lost(tmp_path):
     file = tmp_path / "out" / "config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "rope_theta": 10_000.0}))
-    found = {check.name: check.problems for check in verify(tmp_path / "out", source=source)}
-    assert "rope_theta: expected 250000.0, got 10000.0" in found["original"][0]
+    problems = {check.name: check.problems for check in verify(tmp_path / "out", source=source)}
+    assert "rope_theta: expected 250000.0, got 10000.0" in problems["original"][0]
 
 
 def wrap(directory, architecture, **text):
-    """Make the checkpoint of a language model one of a model that sees, too."""
+    """Turn the checkpoint of a language model into one of a multimodal model."""
     file, weights = directory / "config.json", str(directory / "model.safetensors")
     inner = {**json.loads(file.read_text()), **text}
     tie = inner.pop("outer_tie", inner["tie_word_embeddings"])
@@ -129,36 +129,36 @@ def wrap(directory, architecture, **text):
     return directory
 
 
-def test_a_wrapper_without_a_vocabulary_of_its_own(tmp_path):
-    """transformers 5 writes Gemma 3's vocab_size in text_config alone."""
+def test_a_multimodal_config_without_vocab_size(tmp_path):
+    """transformers 5 writes Gemma 3's vocab_size in text_config only."""
     from mlx_lm.utils import load_model as stock_load_model
 
     alone = tiny.write_checkpoint(tmp_path / "alone", "gemma3_text")
-    wanted = load_model(alone)(TOKENS)
+    expected = load_model(alone)(TOKENS)
     wrapped = wrap(tiny.write_checkpoint(tmp_path / "wrapped", "gemma3_text"), "gemma3")
-    assert mx.array_equal(load_model(wrapped)(TOKENS), wanted).item()
+    assert mx.array_equal(load_model(wrapped)(TOKENS), expected).item()
     convert(wrapped, tmp_path / "out", recipe=Recipe(method="rtn", bits=8))
     ours = load_model(tmp_path / "out")(TOKENS)
     assert mx.array_equal(stock_load_model(tmp_path / "out")[0](TOKENS), ours).item()
 
 
-def test_the_wrapper_decides_whether_the_head_is_tied(tmp_path):
-    """As in transformers; mlx-lm's Mistral 3 reads what text_config says."""
+def test_the_outer_config_decides_whether_the_head_is_tied(tmp_path):
+    """As in transformers; mlx-lm's Mistral 3 reads text_config."""
     alone = tiny.write_checkpoint(tmp_path / "alone", tie_word_embeddings=True)
-    wanted = load_model(alone)(TOKENS)
+    expected = load_model(alone)(TOKENS)
     wrapped = tiny.write_checkpoint(tmp_path / "wrapped", tie_word_embeddings=True)
     wrap(wrapped, "mistral3", tie_word_embeddings=False, outer_tie=True)
-    assert mx.array_equal(load_model(wrapped)(TOKENS), wanted).item()
+    assert mx.array_equal(load_model(wrapped)(TOKENS), expected).item()
 
 
-def test_other_layers_rotated_than_asked_for_are_refused(tmp_path):
+def test_rotation_in_different_layers_is_refused(tmp_path):
     source = tiny.write_checkpoint(tmp_path / "source", no_rope_layers=[1, 0])
     with pytest.raises(CheckpointError, match=r"no_rope_layers \[1, 0\].*layers \[1\]"):
         load_model(source)
 
 
-def test_fewer_dimensions_rotated_than_asked_for_are_refused(tmp_path):
-    """Where nothing is said of a part, it is the whole head."""
+def test_rotation_of_fewer_dimensions_is_refused(tmp_path):
+    """Without a partial_rotary_factor the whole head is rotated."""
     model = nn.Module()
     model.layers = [{"rope": nn.RoPE(8)}, {"rope": nn.RoPE(8)}]
     table = {"rope_type": "default", "rope_theta": 10_000.0}
@@ -167,7 +167,7 @@ def test_fewer_dimensions_rotated_than_asked_for_are_refused(tmp_path):
         check_rotary(tmp_path, model, {"": table}, {"head_dim": 16})
 
 
-def test_a_missing_package_is_named_as_such(tmp_path):
+def test_a_missing_package_is_reported(tmp_path):
     source = tiny.write_checkpoint(tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, "model_type": "olmo"}))
@@ -177,14 +177,16 @@ def test_a_missing_package_is_named_as_such(tmp_path):
 
 def test_names_that_mlx_vlm_reads(tmp_path):
     text = tiny.make_config("gemma3_text", rope_theta=250_000.0)
-    found = normalize(tmp_path, {"model_type": "gemma3", "text_config": text})
-    assert found["text_config"]["rope_global_base_freq"] == 250_000.0
+    normalized = normalize(tmp_path, {"model_type": "gemma3", "text_config": text})
+    assert normalized["text_config"]["rope_global_base_freq"] == 250_000.0
     text = {**tiny.make_config("qwen2"), "model_type": "qwen2_vl_text"}
     saved = {"model_type": "qwen2_vl", "vision_config": {"model_type": "qwen2_vl_vision"}}
-    found = normalize(tmp_path, {**saved, "text_config": text})
-    assert found["vision_config"]["model_type"] == found["model_type"] == "qwen2_vl"
-    assert found["hidden_size"] == found["text_config"]["hidden_size"] == tiny.HIDDEN
-    sees = {"model_type": "llama4_vision_model", "rope_parameters": {"rope_theta": 5e3}}
+    normalized = normalize(tmp_path, {**saved, "text_config": text})
+    assert normalized["vision_config"]["model_type"] == normalized["model_type"] == "qwen2_vl"
+    assert normalized["hidden_size"] == normalized["text_config"]["hidden_size"] == tiny.HIDDEN
+    vision = {"model_type": "llama4_vision_model", "rope_parameters": {"rope_theta": 5e3}}
     text = {"model_type": "llama4_text", "num_hidden_layers": 4}
-    both = normalize(tmp_path, {"model_type": "llama4", "text_config": text, "vision_config": sees})
+    both = normalize(
+        tmp_path, {"model_type": "llama4", "text_config": text, "vision_config": vision}
+    )
     assert {"rope_theta": 5e3, "vision_feature_layer": -1}.items() <= both["vision_config"].items()

@@ -1,4 +1,4 @@
-"""Fused stacks of experts, as newer programs write them, become mlx-lm's own tensors."""
+"""Fused stacks of experts of newer programs become mlx-lm's tensors."""
 
 import json
 
@@ -29,7 +29,7 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def gpt_oss(tmp_path_factory):
-    """Write transformers' own gpt-oss in floating point; returns its directory and tensors."""
+    """Write transformers' gpt-oss in floating point; return its directory and tensors."""
     directory = tmp_path_factory.mktemp("gpt") / "bf16"
     torch = pytest.importorskip("torch", reason='pip install ".[parity]"')
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def test_gpt_oss_in_floating_point(gpt_oss):
     checkpoint = open_checkpoint(directory)
     assert any("range of YaRN" in note for note in checkpoint.warnings)
     ours, theirs = experts(checkpoint.weights), experts(stored)
-    gate_up = theirs["gate_up_proj"]  # (experts, hidden, 2 inner), gate and up in turn
+    gate_up = theirs["gate_up_proj"]  # (experts, hidden, 2 inner), gate and up interleaved
     expected = {
         "gate_proj.weight": gate_up[..., ::2].swapaxes(1, 2),
         "up_proj.weight": gate_up[..., 1::2].swapaxes(1, 2),
@@ -95,8 +95,8 @@ def test_gpt_oss_in_mxfp4(gpt_oss, tmp_path):
         ("up_proj", whole["gate_up_proj"][:, 1::2]),
         ("down_proj", whole["down_proj"]),
     ):
-        got = np.array(ours[f"{name}.weight"].astype(mx.float32))
-        np.testing.assert_array_equal(got, expected)
+        actual = np.array(ours[f"{name}.weight"].astype(mx.float32))
+        np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -132,57 +132,57 @@ def test_a_mixtral_is_read_under_the_names_of_transformers_5(tmp_path):
     (tmp_path / "fused").mkdir()
     tiny.write_weights(tmp_path / "fused", fused)
     (tmp_path / "fused" / "config.json").write_bytes((source / "config.json").read_bytes())
-    expected, found = (open_checkpoint(path).weights for path in (source, tmp_path / "fused"))
-    assert found.keys() == expected.keys()
-    assert all(mx.array_equal(found[name], w) for name, w in expected.items())
+    expected, actual = (open_checkpoint(path).weights for path in (source, tmp_path / "fused"))
+    assert actual.keys() == expected.keys()
+    assert all(mx.array_equal(actual[name], w) for name, w in expected.items())
 
 
 @pytest.mark.slow  # the oracle is transformers with torch
 @pytest.mark.parametrize(
     "architecture", ["mixtral", "olmoe", "deepseek_v3", "glm4_moe", "lfm2_moe", "ernie4_5_moe"]
 )
-def test_both_formats_of_transformers_are_read_alike(architecture, tmp_path):
+def test_both_formats_of_transformers_give_the_same_tensors(architecture, tmp_path):
     torch = pytest.importorskip("torch", reason='pip install ".[parity]"')
     torch.manual_seed(0)
     settings = settings_of(Variant(architecture=architecture))
     config = CONFIG_MAPPING[architecture](**settings)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    found = []
+    weights = []
     for original in (True, False):
         directory = tmp_path / str(original)
         model.save_pretrained(directory, save_original_format=original)
         tiny.write_tokenizer(directory)
-        found.append(open_checkpoint(directory).weights)
-    assert found[0].keys() == found[1].keys()
-    assert all(mx.array_equal(found[1][name], w) for name, w in found[0].items())
+        weights.append(open_checkpoint(directory).weights)
+    assert weights[0].keys() == weights[1].keys()
+    assert all(mx.array_equal(weights[1][name], w) for name, w in weights[0].items())
 
 
-def test_stacks_of_qwen3_vl_either_way_round():
-    """transformers saves them turned over, compared with the published checkpoints."""
+def test_stacks_of_qwen3_vl_in_both_layouts():
+    """transformers saves them transposed, compared with the published checkpoints."""
     stem = "model.language_model.layers.0.mlp.experts"
     for inner, hidden in ((3, 8), (4, 8), (8, 8)):  # 2 inner, or inner, may equal hidden
         gate_up, down = mx.zeros((4, 2 * inner, hidden)), mx.zeros((4, hidden, inner))
         saved = {f"{stem}.gate_up_proj": gate_up, f"{stem}.down_proj": down}
         published = {name: w.swapaxes(1, 2) for name, w in saved.items()}
-        assert separate_experts(published, "qwen3_vl_moe") == published  # mlx-lm's own business
+        assert separate_experts(published, "qwen3_vl_moe") == published  # mlx-lm reads it
         ours = separate_experts(saved, "qwen3_vl_moe")
         shapes = {name.split(".")[-2]: w.shape for name, w in ours.items()}
         assert shapes["gate_proj"] == shapes["up_proj"] == (4, inner, hidden)
         assert shapes["down_proj"] == (4, hidden, inner)
 
 
-def test_experts_stored_one_by_one_are_stacked():
+def test_separate_experts_are_stacked():
     stem = "model.language_model.layers.2.mlp"
-    w = mx.random.normal((12, 6, 8))  # more than ten: the order is that of numbers
+    w = mx.random.normal((12, 6, 8))  # more than ten, to test the numerical order
     tensors = {f"{stem}.experts.{e}.up_proj.weight": w[e] for e in (11, *range(11))}
     ours = separate_experts({**tensors, f"{stem}.gate.weight": w[0]}, "qwen3_5_moe")
     assert ours.keys() == {f"{stem}.switch_mlp.up_proj.weight", f"{stem}.gate.weight"}
     assert mx.array_equal(ours[f"{stem}.switch_mlp.up_proj.weight"], w)
 
 
-def test_experts_of_longcat_that_pass_their_input_on_are_left_out():
-    """transformers saves what they would read their input by, and nothing that they write."""
+def test_identity_experts_of_longcat_are_dropped():
+    """transformers saves their unused input projections."""
     stem, w = "model.layers.0.mlp.experts", mx.zeros((2, 2))
     used = {f"{stem}.0.{name}_proj.weight": w for name in ("gate", "up", "down")}
-    idle = {f"{stem}.1.{name}_proj.weight": w for name in ("gate", "up")}
-    assert separate_experts({**used, **idle, "other": w}, "longcat_flash") == {**used, "other": w}
+    unused = {f"{stem}.1.{name}_proj.weight": w for name in ("gate", "up")}
+    assert separate_experts({**used, **unused, "other": w}, "longcat_flash") == {**used, "other": w}

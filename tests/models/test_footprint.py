@@ -1,4 +1,4 @@
-"""What the caches of a context take, by the shapes of a call that computes nothing."""
+"""The size of the caches of a context, from the shapes of a lazy call."""
 
 import pytest
 import tiny
@@ -6,7 +6,7 @@ import tiny
 from splitquant_mlx.models.architecture import build_model
 from splitquant_mlx.models.footprint import context_bytes, context_length
 
-KEYS_AND_VALUES = 2 * 2 * tiny.KV_HEADS * tiny.HEAD_DIM  # bytes of a layer for a token
+KEYS_AND_VALUES = 2 * 2 * tiny.KV_HEADS * tiny.HEAD_DIM  # bytes per layer and token
 GPT2 = {
     **{"model_type": "gpt2", "n_ctx": 64, "n_positions": 64, "n_embd": 32, "n_head": 4},
     **{"n_layer": 1, "layer_norm_epsilon": 1e-5, "vocab_size": 128, "num_key_value_heads": 4},
@@ -26,9 +26,9 @@ LATENT = {
     ("config", "bytes_for_100"),
     [
         (tiny.make_config("llama"), 100 * tiny.LAYERS * KEYS_AND_VALUES),
-        # one of the layers sees the last 32 tokens only
+        # one of the layers has a window of 32 tokens
         (tiny.make_config("gemma3_text"), (100 + 32) * KEYS_AND_VALUES),
-        # the latent vector and the part of the keys that is rotated
+        # the latent vector and the rotated part of the keys
         (tiny.make_config("llama") | LATENT | {"model_type": "deepseek_v3"}, 100 * 2 * 2 * 40),
     ],
     ids=["all tokens", "a window", "latent attention"],
@@ -45,5 +45,5 @@ def test_bytes_of_a_context(tmp_path, config, bytes_for_100):
     ],
     ids=["llama", "gpt2"],
 )
-def test_context_length_is_said_under_the_names_of_each_architecture(tmp_path, config, tokens):
+def test_context_length_by_the_names_of_each_architecture(tmp_path, config, tokens):
     assert context_length(build_model(tmp_path, config)) == tokens

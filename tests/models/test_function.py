@@ -1,4 +1,4 @@
-"""What mlx-lm's model computes is what config.json asks for, or the checkpoint is refused."""
+"""mlx-lm's model follows config.json, or the checkpoint is refused."""
 
 import json
 from typing import Any
@@ -85,7 +85,7 @@ PHIMOE = {
         ("llama", {"rope_parameters": {"rope_type": None, "rope_theta": 1e4}}, "and a rope_type"),
     ],
 )
-def test_a_setting_that_is_not_followed_is_refused(tmp_path, architecture, settings, message):
+def test_an_ignored_setting_is_refused(tmp_path, architecture, settings, message):
     source = tiny.write_checkpoint(tmp_path / "source", architecture, rope_theta=..., **settings)
     with pytest.raises(CheckpointError, match=message):
         convert(source, tmp_path / "out", recipe=Recipe(method="rtn", bits=8))
@@ -93,7 +93,7 @@ def test_a_setting_that_is_not_followed_is_refused(tmp_path, architecture, setti
         load_model(source)
 
 
-def test_keys_that_an_architecture_cannot_do_without_are_named(tmp_path):
+def test_missing_required_keys_are_named(tmp_path):
     config = normalize(tmp_path, {**MAMBA2, "model_type": "minimax", "num_attention_heads": 4})
     with pytest.raises(CheckpointError, match=r"config.json lacks .* 'rotary_dim', which mlx-lm's"):
         build_model(tmp_path, config)
@@ -112,8 +112,8 @@ def test_keys_that_an_architecture_cannot_do_without_are_named(tmp_path):
         ("partial_rotary_factor", {"rope_type": "default"}),
     ],
 )
-def test_rotary_embeddings_that_are_no_usual_numbers_are_refused(tmp_path, key, table, value):
-    """They give frequencies that are not finite, or zero."""
+def test_rotary_settings_of_unusual_magnitude_are_refused(tmp_path, key, table, value):
+    """They give infinite or zero frequencies."""
     new = {"rope_theta": 1e4, **table, key: value}
     old = {"rope_theta": new.pop("rope_theta"), "rope_scaling": new}
     for form in (
@@ -157,8 +157,8 @@ def test_other_architectures_than_the_tiny_ones(tmp_path, config, settings, mess
         ({**tiny.make_config("gemma2"), "model_type": "gemma2"}, "rope_traditional", True),
     ],
 )
-def test_a_setting_that_mlx_lm_alone_follows_is_refused(tmp_path, config, key, value):
-    """transformers' classes do not know it, and compute the same whatever it says."""
+def test_a_setting_that_only_mlx_lm_reads_is_refused(tmp_path, config, key, value):
+    """transformers ignores it."""
 
     def check(config):
         both = normalize(tmp_path, config)
@@ -173,8 +173,8 @@ def test_a_setting_that_mlx_lm_alone_follows_is_refused(tmp_path, config, key, v
     assert key in note and "was not compared" in note
 
 
-def test_other_words_for_what_transformers_reads_are_no_settings_of_mlx_lm_alone(tmp_path):
-    """As in the published checkpoints, and in conversions, which have both."""
+def test_synonyms_of_settings_of_transformers_are_allowed(tmp_path):
+    """Published checkpoints have them, and conversions have both."""
     sizes = tiny.make_config(tie_word_embeddings=False, rope_theta=...)
     sizes |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     sizes |= {"n_shared_experts": 1}
@@ -191,8 +191,8 @@ def test_other_words_for_what_transformers_reads_are_no_settings_of_mlx_lm_alone
             assert check_function(tmp_path, build_model(tmp_path, config), config) is not None
 
 
-def test_what_could_not_be_compared_is_said(tmp_path):
-    """Code that comes with a checkpoint may read settings in another way than transformers."""
+def test_settings_that_were_not_compared_give_a_warning(tmp_path):
+    """A checkpoint's code may read settings differently from transformers."""
     code: Any = {"auto_map": {"AutoConfig": "configuration.Config"}}
     source = tiny.write_checkpoint(tmp_path / "source", rms_norm_eps=1, **code)
     (warning,) = open_checkpoint(source).warnings
@@ -200,25 +200,25 @@ def test_what_could_not_be_compared_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("word", [None, "nope", "rope"])
-def test_granite_rotates_only_where_it_says_so(tmp_path, word):
-    """transformers 5 writes null where Granite's own checkpoints have "nope"."""
+def test_granite_rotates_only_if_its_config_says_so(tmp_path, word):
+    """transformers 5 writes null where the original checkpoints have "nope"."""
     config = {"model_type": "granitemoehybrid", "position_embedding_type": word}
-    found = normalize(tmp_path, config)["position_embedding_type"]
-    assert found == (word or "nope")
+    actual = normalize(tmp_path, config)["position_embedding_type"]
+    assert actual == (word or "nope")
 
 
 def test_mimo_from_the_form_of_transformers(tmp_path):
     """Its window counts the token itself, the published one does not; later layers have one."""
     config = {"model_type": "mimo_v2_flash", "num_hidden_layers": 3, "sliding_window": 9}
-    found = normalize(tmp_path, config)
-    assert (found["sliding_window"], found["sliding_window_size"]) == (9, 8)
-    assert found["hybrid_layer_pattern"] == [0, 1, 1] == found["moe_layer_freq"]
-    assert found["swa_num_key_value_heads"] == 2 * found["num_key_value_heads"]
+    normalized = normalize(tmp_path, config)
+    assert (normalized["sliding_window"], normalized["sliding_window_size"]) == (9, 8)
+    assert normalized["hybrid_layer_pattern"] == [0, 1, 1] == normalized["moe_layer_freq"]
+    assert normalized["swa_num_key_value_heads"] == 2 * normalized["num_key_value_heads"]
     published = {"model_type": "mimo_v2_flash", "num_hidden_layers": 3, "sliding_window_size": 8}
     assert normalize(tmp_path, published)["sliding_window_size"] == 8
 
 
-def test_scaled_rotary_embeddings_of_a_class_without_any_are_refused(tmp_path):
+def test_scaling_that_a_class_does_not_support_is_refused(tmp_path):
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
     both = normalize(tmp_path, {"model_type": "nanochat", "rope_parameters": rope, **heads})
@@ -241,21 +241,21 @@ def test_rotary_embeddings_without_settings_of_a_layer_type_are_refused(tmp_path
         normalize(tmp_path, config)
 
 
-def test_a_factor_that_config_json_lacks_is_named(tmp_path):
+def test_a_missing_factor_is_reported(tmp_path):
     for config in ({}, {"dim_model_base": 256}, {"dim_model_base": 256, "hidden_size": 0}):
         config |= {"model_type": "minicpm3", "tie_word_embeddings": True}
         with pytest.raises(CheckpointError, match=r"lacks the factors of a minicpm3: \w+Error"):
             fold_multipliers(tmp_path, {}, config)
 
 
-def test_factors_that_mlx_lm_leaves_out_are_in_the_weights(tmp_path):
+def test_factors_that_mlx_lm_ignores_are_folded_into_the_weights(tmp_path):
     ones = mx.ones((2, 2))
     layer = "model.layers.0.self_attn"
     tensors = {f"{layer}.{leaf}_proj.weight": ones for leaf in "qkvo"}
     tensors["model.layers.0.mamba.conv1d.weight"] = mx.ones((4, 1, 3))
     config = {"model_type": "falcon_h1", "key_multiplier": 0.5, "attention_in_multiplier": 3.0}
-    found = fold_multipliers(tmp_path, tensors, config)
-    means = {name: array.mean().item() for name, array in found.items()}
+    folded = fold_multipliers(tmp_path, tensors, config)
+    means = {name: array.mean().item() for name, array in folded.items()}
     assert [means[f"{layer}.{leaf}_proj.weight"] for leaf in "qkvo"] == [1, 0.5, 3, 1]
     folded = {**tensors, "model.layers.0.mamba.conv1d.weight": mx.ones((4, 3, 1))}
     assert all(
@@ -265,9 +265,9 @@ def test_factors_that_mlx_lm_leaves_out_are_in_the_weights(tmp_path):
     tensors = {"model.norm.weight": ones, "model.layers.0.norm.weight": ones}
     config = {"model_type": "minicpm3", "dim_model_base": 256, "hidden_size": 512}
     for tied, mean in ((True, 0.5), (False, 1)):
-        found = fold_multipliers(tmp_path, tensors, {**config, "tie_word_embeddings": tied})
-        assert found["model.norm.weight"].mean().item() == mean
-        assert found["model.layers.0.norm.weight"].mean().item() == 1
+        folded = fold_multipliers(tmp_path, tensors, {**config, "tie_word_embeddings": tied})
+        assert folded["model.norm.weight"].mean().item() == mean
+        assert folded["model.layers.0.norm.weight"].mean().item() == 1
 
 
 GROUPS = {"n_group": 4, "topk_group": 2}
@@ -275,26 +275,26 @@ CORRECTION = "model.layers.1.mlp.gate.e_score_correction_bias"
 
 
 @pytest.mark.parametrize("key", ["n_group", "num_expert_group"])
-def test_no_expert_of_a_group_left_out_is_chosen(key):
+def test_no_expert_of_an_unselected_group_is_chosen(key):
     random = np.random.default_rng(0)
     gates, correction = random.normal(size=(50, 16)), random.uniform(-2, -0.5, 16)
     scores = 1 / (1 + np.exp(-gates)) + correction
     groups = scores.reshape(50, 4, 4)
     sums = np.sort(groups, axis=-1)[..., -2:].sum(-1)
     is_kept = sums >= np.sort(sums)[:, 2:3]
-    wanted = np.where(is_kept[..., None], groups, -np.inf).reshape(50, 16).argsort()[:, -4:]
+    expected = np.where(is_kept[..., None], groups, -np.inf).reshape(50, 16).argsort()[:, -4:]
 
     def chosen(config):
         tensors = {CORRECTION: mx.array(correction).astype(mx.float32), "norm.weight": mx.array([])}
-        found = raise_corrections(tensors, config)
-        found = group_expert_select(mx.array(gates), found[CORRECTION], 4, 4, 2, 1.0, True)[0]
-        return np.sort(np.array(found), axis=-1)
+        bias = raise_corrections(tensors, config)[CORRECTION]
+        actual = group_expert_select(mx.array(gates), bias, 4, 4, 2, 1.0, True)[0]
+        return np.sort(np.array(actual), axis=-1)
 
-    assert not np.array_equal(chosen({key: 1}), np.sort(wanted))  # mlx-lm's choice
-    np.testing.assert_array_equal(chosen({key: 4}), np.sort(wanted))
+    assert not np.array_equal(chosen({key: 1}), np.sort(expected))  # mlx-lm's choice
+    np.testing.assert_array_equal(chosen({key: 4}), np.sort(expected))
 
 
-def test_corrections_below_0_are_raised_in_what_is_loaded_and_converted(tmp_path):
+def test_negative_corrections_are_shifted_when_loaded_and_converted(tmp_path):
     config = {**DEEPSEEK, **GROUPS, "n_routed_experts": 8, "first_k_dense_replace": 1}
     source = tiny.write_checkpoint(tmp_path / "source", vocab_size=config["vocab_size"])
     (source / "config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""GGUF files that llama.cpp's own converter writes give the logits of transformers' own model."""
+"""GGUF files written by llama.cpp's converter give the logits of transformers' model."""
 
 import subprocess
 import sys
@@ -230,7 +230,7 @@ pytestmark = pytest.mark.slow  # the oracle is transformers with torch
 
 
 def reference(name):
-    """Return transformers' model of a case, with weights that show what happens to them."""
+    """Return transformers' model of a case, with distinguishable random weights."""
     family, settings = CASES[name]
     inside = family in ("Gemma3", "Qwen3_5", "Qwen3_5Moe")
     config = getattr(transformers, f"{family}{'Text' if inside else ''}Config")
@@ -252,7 +252,7 @@ def reference(name):
 
 
 def save(model, directory):
-    """Write a model; the layers of Granite under the names that the published models have."""
+    """Write a model; Granite's layers under the names of the published models."""
     model.save_pretrained(directory)
     if model.config.model_type == "granitemoehybrid":
         config = (directory / "config.json").read_text()
@@ -262,7 +262,7 @@ def save(model, directory):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """Return a directory of all cases' files, and of transformers' logits for them."""
+    """Return a directory of all cases' files and transformers' logits."""
     torch = pytest.importorskip("torch", reason='pip install ".[parity]"')
     package, home = tmp_path_factory.mktemp("package"), tmp_path_factory.mktemp("files")
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", package]
@@ -284,6 +284,6 @@ def tokens():
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_transformers(files, name, tmp_path):
     import_gguf(files / f"{name}.gguf", tmp_path)
-    found = load_model(tmp_path)(mx.array(tokens()))
+    actual = load_model(tmp_path)(mx.array(tokens()))
     tolerance = GELU_TOLERANCE if name in ("gemma", "starcoder2") else TOLERANCE
-    np.testing.assert_allclose(np.array(found), np.load(files / f"{name}.npy"), atol=tolerance)
+    np.testing.assert_allclose(np.array(actual), np.load(files / f"{name}.npy"), atol=tolerance)

@@ -1,4 +1,4 @@
-"""GGUF files come back as the checkpoint they were made from, or are refused."""
+"""Importing a GGUF file restores the checkpoint that it was made from, or is refused."""
 
 import json
 from contextlib import contextmanager, nullcontext
@@ -48,7 +48,7 @@ LAYER = {
 
 @pytest.fixture(scope="module")
 def small():
-    """Return the weights and config of a small random llama; half of its widths are odd."""
+    """Return the weights and config of a small random llama with odd widths."""
     random = np.random.default_rng(0)
     shapes = {"model.embed_tokens": (VOCAB, HIDDEN), "model.norm": (HIDDEN,)}
     shapes |= {f"model.layers.{n}.{name}": shape for n in (0, 1) for name, shape in LAYER.items()}
@@ -88,7 +88,7 @@ def write_gguf(path, weights, config, kind="F32", *, metadata=None, tensors=None
 
 
 def imported(path, directory):
-    """Import `path`; returns the stored weights and config."""
+    """Import `path`; return the stored weights and config."""
     directory.mkdir()
     import_gguf(path, directory)
     weights = {}
@@ -112,16 +112,16 @@ def test_a_file_is_described_from_its_header(small, tmp_path, monkeypatch):
     write_gguf(tmp_path / "a.gguf", weights, config, "Q8_0")
     imported(tmp_path / "a.gguf", tmp_path / "hf")
     monkeypatch.setattr("splitquant_mlx.formats.gguf.read_tensor", None)
-    found, unpacked = describe_gguf(tmp_path / "a.gguf"), describe(tmp_path / "hf")
+    overview, unpacked = describe_gguf(tmp_path / "a.gguf"), describe(tmp_path / "hf")
     for name in ("architecture", "parameters", "context", "vocabulary", "has_chat_template"):
-        assert getattr(found, name) == getattr(unpacked, name), name
-    assert {(layer.path, layer.shape) for layer in found.layers} == {
+        assert getattr(overview, name) == getattr(unpacked, name), name
+    assert {(layer.path, layer.shape) for layer in overview.layers} == {
         (layer.path, layer.shape) for layer in unpacked.layers
     }
-    assert "Q8_0" in found.method and {layer.mode for layer in found.layers} >= {"Q8_0"}
+    assert "Q8_0" in overview.method and {layer.mode for layer in overview.layers} >= {"Q8_0"}
     data = sum(tensor.n_bytes for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors)
-    assert found.stored_bytes == data
-    assert found.bits_per_weight == pytest.approx(8 * data / found.parameters)
+    assert overview.stored_bytes == data
+    assert overview.bits_per_weight == pytest.approx(8 * data / overview.parameters)
 
 
 def test_float32_file_is_the_original_bit_for_bit(small, tmp_path):
@@ -150,7 +150,7 @@ def test_stored_weights_are_those_of_the_gguf_package(small, tmp_path, kind):
         assert mx.array_equal(ours[name], mx.array(value).astype(dtype)), name
 
 
-def test_quantized_embedding_with_an_output_of_its_own(small, tmp_path):
+def test_quantized_embedding_with_an_untied_output(small, tmp_path):
     weights, config = small
     head = np.random.default_rng(0).normal(size=(VOCAB, HIDDEN)).astype(np.float32)
     stored = write_gguf(tmp_path / "a.gguf", {**weights, "lm_head.weight": head}, config, "Q8_0")
@@ -220,7 +220,7 @@ def test_other_rope_factors_are_refused(small, tmp_path, factors):
         import_gguf(tmp_path / "a.gguf", tmp_path / "hf")
 
 
-def test_rope_factors_of_endless_heads_take_no_memory(small, tmp_path):
+def test_rope_factors_of_huge_heads_take_no_memory(small, tmp_path):
     keys = ("attention.key_length", "attention.value_length", "rope.dimension_count")
     metadata = {f"llama.{key}": 1 << 31 for key in keys}
     tensors = {"rope_freqs.weight": np.ones(4, np.float32)}
@@ -248,7 +248,7 @@ def test_linear_rope_scaling(small, tmp_path, metadata):
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
 
 
-def test_the_licence_is_carried_over(small, tmp_path):
+def test_the_licence_is_written(small, tmp_path):
     metadata = {
         "general.license": "apache-2.0",
         "general.license.link": "https://example.org/\x1b]0;owned",
@@ -256,8 +256,8 @@ def test_the_licence_is_carried_over(small, tmp_path):
     }
     write_gguf(tmp_path / "a.gguf", *small, metadata=metadata)
     imported(tmp_path / "a.gguf", tmp_path / "hf")
-    found = read_source_card(tmp_path / "hf")
-    assert found == {"license": "apache-2.0", "language": ["en", "no"]}
+    actual = read_source_card(tmp_path / "hf")
+    assert actual == {"license": "apache-2.0", "language": ["en", "no"]}
 
 
 WRONG_METADATA = {
@@ -289,20 +289,20 @@ def test_wrong_metadata_is_refused_before_writing(small, tmp_path, name):
         import_gguf(tmp_path / "a.gguf", tmp_path / "hf")
 
 
-def test_an_unknown_architecture_is_named_with_those_that_are_known(tmp_path):
+def test_an_unknown_architecture_is_refused_with_the_known_ones(tmp_path):
     gguf_models.write(tmp_path / "a.gguf", "mamba", {}, {"x": np.ones(4)})
     with refused(tmp_path / "hf", "one of llama, .*qwen3moe.* got 'mamba'"):
         import_gguf(tmp_path / "a.gguf", tmp_path / "hf")
 
 
-def test_settings_that_are_not_understood_are_noted(small, tmp_path):
+def test_unknown_settings_give_a_warning(small, tmp_path):
     write_gguf(tmp_path / "a.gguf", *small, metadata={"llama.brand_new": 1.5})
     with pytest.warns(SplitQuantWarning, match="are left out: brand_new"):
         imported(tmp_path / "a.gguf", tmp_path / "hf")
 
 
 @pytest.mark.parametrize(("factor", "noted"), [(1.0, False), (0.5, True)])
-def test_a_factor_on_attention_is_noted_unless_it_is_one(small, tmp_path, factor, noted):
+def test_an_attention_factor_other_than_1_gives_a_warning(small, tmp_path, factor, noted):
     metadata = {"llama.rope.scaling.attn_factor": factor}
     write_gguf(tmp_path / "a.gguf", *small, metadata=metadata)
     with pytest.warns(SplitQuantWarning, match="attn_factor") if noted else nullcontext():
@@ -342,7 +342,7 @@ def test_a_vocabulary_may_have_fewer_tokens_than_rows(small, tmp_path):
     assert imported(tmp_path / "a.gguf", tmp_path / "hf")[1]["vocab_size"] == VOCAB
 
 
-def test_every_end_of_an_answer_ends_it(small, tmp_path):
+def test_all_end_tokens_are_in_the_config(small, tmp_path):
     ends = {"tokenizer.ggml.eot_token_id": 300, "tokenizer.ggml.eom_token_id": 301}
     write_gguf(tmp_path / "a.gguf", *small, metadata=ends)
     assert imported(tmp_path / "a.gguf", tmp_path / "hf")[1]["eos_token_id"] == [2, 300, 301]
@@ -361,8 +361,8 @@ def test_long_rope_factors_of_phi3(tmp_path, factors):
     for length, factor in zip(("long", "short"), factors, strict=True):
         tensors[f"rope_factors_{length}.weight"] = np.full(8, factor)
     config = {**CONFIG, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96}
-    found = gguf_models.settings(config) | {"rope.scaling.original_context_length": 128}
-    entries = {f"phi3.{key}": value for key, value in found.items()}
+    settings = gguf_models.settings(config) | {"rope.scaling.original_context_length": 128}
+    entries = {f"phi3.{key}": value for key, value in settings.items()}
     gguf_models.write(tmp_path / "a.gguf", "phi3", entries | gguf_models.words(VOCAB), tensors)
     _, config = imported(tmp_path / "a.gguf", tmp_path / "hf")
     assert config["original_max_position_embeddings"] == 128
@@ -381,7 +381,7 @@ def test_missing_and_unknown_tensors_are_named(small, tmp_path):
 
 
 @pytest.mark.parametrize("value", [1e5, float("nan"), float("inf")])
-def test_values_that_float16_cannot_hold_are_refused(small, tmp_path, value):
+def test_values_that_overflow_float16_are_refused(small, tmp_path, value):
     weights, config = small
     norm = weights["model.norm.weight"].copy()
     norm[3] = value
@@ -410,7 +410,7 @@ def test_absent_file_is_a_source_error(tmp_path):
         import_gguf(tmp_path / "absent.gguf", tmp_path)
 
 
-def test_progress_reaches_the_announced_total(small, tmp_path):
+def test_progress_reaches_its_total(small, tmp_path):
     write_gguf(tmp_path / "a.gguf", *small)
     seen = []
 
@@ -484,17 +484,17 @@ def test_real_model_answers_through_its_chat_template(tmp_path, smollm2):
 
 def described(architecture, **metadata):
     """Return the config.json of a file of four layers, without its weights."""
-    found = gguf_models.settings({**CONFIG, "num_hidden_layers": 4}) | metadata
-    found = {f"{architecture}.{key}": value for key, value in found.items()}
-    found |= {"general.architecture": architecture, **gguf_models.words(VOCAB)}
+    settings = gguf_models.settings({**CONFIG, "num_hidden_layers": 4}) | metadata
+    settings = {f"{architecture}.{key}": value for key, value in settings.items()}
+    settings |= {"general.architecture": architecture, **gguf_models.words(VOCAB)}
     tensors = {
         f"blk.{n}.attn_norm.weight": TensorInfo("", (HIDDEN,), "F32", 0, 0) for n in range(4)
     }
     tensors["token_embd.weight"] = TensorInfo("", (VOCAB, HIDDEN), "F32", 0, 0)
-    return model_config(Gguf(Path(), found, tensors, ()), "float32")
+    return model_config(Gguf(Path(), settings, tensors, ()), "float32")
 
 
-def test_what_files_leave_out_is_known():
+def test_settings_that_files_omit():
     assert (
         described("gemma")["hidden_act"]
         == described("starcoder2", **{"attention.layer_norm_epsilon": 1e-5})["hidden_act"]
@@ -510,7 +510,7 @@ def test_what_files_leave_out_is_known():
 
 
 def test_a_gpt_oss_without_scaling_has_plain_rotary_embeddings():
-    # transformers takes YaRN where config.json has no rope_parameters
+    # transformers uses YaRN if config.json has no rope_parameters
     experts = {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32}
     config = described("gpt-oss", **experts, **{"attention.sliding_window": 8})
     assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
@@ -527,9 +527,9 @@ GROUPED = {
 
 
 def test_layers_that_predict_further_tokens_are_not_counted():
-    found = described("glm4moe", **GROUPED, nextn_predict_layers=1)
-    assert found["num_hidden_layers"] == 3 and found["first_k_dense_replace"] == 0
-    assert (found["n_group"], found["norm_topk_prob"]) == (1, False)
+    config = described("glm4moe", **GROUPED, nextn_predict_layers=1)
+    assert config["num_hidden_layers"] == 3 and config["first_k_dense_replace"] == 0
+    assert (config["n_group"], config["norm_topk_prob"]) == (1, False)
 
 
 DELTA_NET = {
@@ -560,16 +560,16 @@ LATENT = {
 }
 
 
-def test_old_files_of_deepseek_leave_out_groups_of_experts_and_sizes_of_heads():
-    found = described("deepseek2", **GROUPED, **LATENT)
-    assert (found["model_type"], found["n_group"], found["topk_group"]) == ("deepseek_v3", 1, 1)
-    assert (found["qk_nope_head_dim"], found["v_head_dim"]) == (32, 24)
-    found = described("deepseek2", **GROUPED | LATENT | {"expert_count": 256})
-    assert (found["n_group"], found["topk_group"]) == (8, 4)
+def test_old_deepseek_files_omit_expert_groups_and_head_sizes():
+    config = described("deepseek2", **GROUPED, **LATENT)
+    assert (config["model_type"], config["n_group"], config["topk_group"]) == ("deepseek_v3", 1, 1)
+    assert (config["qk_nope_head_dim"], config["v_head_dim"]) == (32, 24)
+    config = described("deepseek2", **GROUPED | LATENT | {"expert_count": 256})
+    assert (config["n_group"], config["topk_group"]) == (8, 4)
     second = {key: value for key, value in GROUPED.items() if key != "expert_gating_func"}
-    found = described("deepseek2", **second | LATENT | {"expert_count": 160})
-    assert (found["model_type"], found["n_group"], found["topk_group"]) == ("deepseek_v2", 8, 3)
-    assert found["topk_method"] == "group_limited_greedy"
+    config = described("deepseek2", **second | LATENT | {"expert_count": 160})
+    assert (config["model_type"], config["n_group"], config["topk_group"]) == ("deepseek_v2", 8, 3)
+    assert config["topk_method"] == "group_limited_greedy"
 
 
 @pytest.mark.parametrize(

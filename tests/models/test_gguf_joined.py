@@ -1,4 +1,4 @@
-"""Parameters that files hold in parts, fused or otherwise come back, in every form of the files."""
+"""Parameters that GGUF files split, fuse or transform are restored from every form."""
 
 import math
 from pathlib import Path
@@ -63,7 +63,7 @@ def model(kind, settings):
 
 
 def write(path, architecture, weights, config, keys, replaced):
-    """Write a file; `replaced` holds the tensors of the file instead of some parameters."""
+    """Write a file in which the tensors `replaced` stand for some parameters."""
     name_of = _gguf_names(architecture, config["num_hidden_layers"])
     parts = {part for names, _ in replaced for part in names}
     plain = {n.removeprefix("language_model."): w for n, w in weights.items() if n not in parts}
@@ -76,14 +76,14 @@ def write(path, architecture, weights, config, keys, replaced):
 
 
 def check(path, weights):
-    """Expect that importing a file gives `weights`, and that its header describes all its bytes."""
+    """Check that importing a file gives `weights`, and that its header describes all its bytes."""
     directory = path.with_suffix("")
     directory.mkdir()
     import_gguf(path, directory)
-    found: Any = mx.load(str(directory / "model.safetensors"))
-    assert found.keys() == weights.keys()
+    actual: Any = mx.load(str(directory / "model.safetensors"))
+    assert actual.keys() == weights.keys()
     for name, value in weights.items():
-        np.testing.assert_allclose(np.array(found[name]), value, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(np.array(actual[name]), value, rtol=1e-5, err_msg=name)
     opened = open_gguf(path)
     infos = gguf_parameters(opened)[1]
     assert infos.keys() == weights.keys()
@@ -95,7 +95,7 @@ def check(path, weights):
 
 
 def kv_b(weights, kind):
-    """Return names of the parameters of keys and values, and the hub's one tensor of them."""
+    """Return the names of the parameters of keys and values, and their joint tensor on the hub."""
     stem = "model.layers.0.self_attn"
     if kind == "deepseek_v2":
         return [f"{stem}.kv_b_proj.weight"], weights[f"{stem}.kv_b_proj.weight"]
@@ -137,7 +137,7 @@ def test_queries_keys_and_values_of_phi2(tmp_path, fused):
 
 
 def tiled(w, axis=0):
-    """Order the value heads of 2 key heads as files do: the first of each, then the second."""
+    """Reorder the value heads of 2 key heads as files do: the first of each, then the second."""
     heads = np.moveaxis(w, axis, 0).reshape(2, 3, -1, *np.delete(w.shape, axis))
     flat = np.concatenate([heads[key, value] for value in range(3) for key in range(2)])
     return np.moveaxis(flat, 0, axis)

@@ -1,4 +1,4 @@
-"""A tensor that a checkpoint holds is used, or named, or the conversion is refused."""
+"""A stored tensor is used, or a warning names it, or the conversion is refused."""
 
 import json
 
@@ -18,7 +18,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def rewrite(directory, *, tie=None, tensors=None):
-    """Change what config.json says of tying, and tensors of the file."""
+    """Change tie_word_embeddings in config.json, and tensors of the file."""
     config = json.loads((directory / "config.json").read_text())
     config.pop("tie_word_embeddings", None)
     if tie is not None:
@@ -37,41 +37,41 @@ def converted(source, target):
     return manifest, load_model(target)(TOKENS)
 
 
-def test_thousands_of_tensors_as_large_mixtures_of_experts_have_them():
+def test_thousands_of_tensors():
     stored = {str(n): mx.array([float(n)]) for n in range(2500)}
     used = {n: mx.stack([w, w]) for n, w in stored.items() if n not in ("7", "1023", "2499")}
     assert left_out(stored, used) == ["7", "1023", "2499"]
 
 
 @pytest.mark.parametrize("tie", [True, None], ids=["tied", "silent"])
-def test_a_stored_head_of_its_own_is_used(tmp_path, tie):
+def test_a_stored_untied_head_is_used(tmp_path, tie):
     from mlx_lm.utils import load_model as stock_load_model
 
     source = tiny.write_checkpoint(tmp_path / "source", tie_word_embeddings=False)
-    wanted = load_model(source)(TOKENS)
+    expected = load_model(source)(TOKENS)
     rewrite(source, tie=tie)
-    assert mx.array_equal(load_model(source)(TOKENS), wanted).item()
-    _, found = converted(source, tmp_path / "out")
-    assert mx.allclose(found, wanted, atol=0.3).item()
-    assert mx.array_equal(stock_load_model(tmp_path / "out")[0](TOKENS), found).item()
+    assert mx.array_equal(load_model(source)(TOKENS), expected).item()
+    _, actual = converted(source, tmp_path / "out")
+    assert mx.allclose(actual, expected, atol=0.3).item()
+    assert mx.array_equal(stock_load_model(tmp_path / "out")[0](TOKENS), actual).item()
     assert HEAD in mx.load(str(tmp_path / "out" / "model.safetensors"))
 
 
 @pytest.mark.parametrize("tie", [True, None], ids=["tied", "silent"])
 def test_a_stored_copy_of_the_embedding_is_a_tied_head(tmp_path, tie):
     source = tiny.write_checkpoint(tmp_path / "source", tie_word_embeddings=True)
-    wanted = load_model(source)(TOKENS)
+    expected = load_model(source)(TOKENS)
     copy = mx.load(str(source / "model.safetensors"))[EMBEDDING]
-    manifest, found = converted(rewrite(source, tie=tie, tensors={HEAD: copy}), tmp_path / "out")
-    assert mx.allclose(found, wanted, atol=0.3).item()
+    manifest, actual = converted(rewrite(source, tie=tie, tensors={HEAD: copy}), tmp_path / "out")
+    assert mx.allclose(actual, expected, atol=0.3).item()
     assert manifest.warnings == ()
 
 
-def test_without_a_head_and_a_word_on_it_the_embedding_is_the_head(tmp_path):
+def test_without_a_head_and_a_setting_the_embedding_is_the_head(tmp_path):
     source = tiny.write_checkpoint(tmp_path / "source", tie_word_embeddings=True)
-    wanted = load_model(source)(TOKENS)
-    _, found = converted(rewrite(source), tmp_path / "out")
-    assert mx.allclose(found, wanted, atol=0.3).item()
+    expected = load_model(source)(TOKENS)
+    _, actual = converted(rewrite(source), tmp_path / "out")
+    assert mx.allclose(actual, expected, atol=0.3).item()
 
 
 def test_a_head_that_the_class_cannot_use_is_refused(tmp_path):
@@ -90,7 +90,7 @@ def test_buffers_and_towers_are_named(tmp_path):
     assert "model.layers.*.self_attn.rotary_emb.inv_freq (tensors: 2)" in warning
 
 
-def test_what_to_use_for_the_rest_is_said(tmp_path):
+def test_warnings_say_what_to_use_for_unused_tensors(tmp_path):
     towers = [f"vision_tower.layers.{n}.fc.weight" for n in range(2)] + ["audio_tower.conv.weight"]
     further = ["mtp.fc.weight", "model.layers.2.mlp.up_proj.weight"]
     rest, heads = check_left_out(tmp_path, towers + further, {}, 2, "qwen3_next")

@@ -1,4 +1,4 @@
-"""Experts that are widened one at a time compute what a stack of mlx-lm's does."""
+"""Experts that are converted to float32 one at a time give the results of mlx-lm's stacks."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.models.narrow_experts import NarrowSwitchLinear, keep_experts_narrow
 
 
-@pytest.mark.parametrize("tokens", [3, 40])  # which mlx-lm does not sort by expert, and does
+@pytest.mark.parametrize("tokens", [3, 40])  # mlx-lm sorts 40 by expert, not 3
 @pytest.mark.parametrize("bias", [False, True])
 def test_outputs_and_gradients_are_those_of_the_stack(tokens, bias):
     mx.random.seed(tokens)
@@ -29,26 +29,26 @@ def test_outputs_and_gradients_are_those_of_the_stack(tokens, bias):
     expected = experts(x, indices), mx.grad(squares)(x)
     mx.eval(expected)
     assert "down_proj.weight" in keep_experts_narrow(experts)
-    for found, wanted in zip((experts(x, indices), mx.grad(squares)(x)), expected, strict=True):
-        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    for actual, value in zip((experts(x, indices), mx.grad(squares)(x)), expected, strict=True):
+        np.testing.assert_allclose(actual, value, atol=1e-5)
 
 
 @pytest.mark.skipif(mx.default_device() != mx.cpu, reason="a GPU computes in 16 bits")
-def test_a_model_that_is_calibrated_keeps_its_experts_in_16_bits(tmp_path):
+def test_experts_stay_in_16_bits_for_calibration(tmp_path):
     source = tiny.write_checkpoint(tmp_path / "source", "qwen3_moe", dtype=mx.bfloat16)
     tokens = mx.array([[n * 7 % tiny.VOCAB for n in range(40)]])
-    wanted = load_model(source)(tokens)
+    expected = load_model(source)(tokens)
     model = load_model(source, lazy=True, dequantize=True)
     stacks = [m for m in model.modules() if isinstance(m, NarrowSwitchLinear)]
     assert len(stacks) == 3 * tiny.LAYERS
     assert {stack.weight.dtype for stack in stacks} == {mx.bfloat16}
-    np.testing.assert_allclose(model(tokens), wanted, atol=1e-4)
-    off = np.abs(np.array(compact(model)(tokens) - wanted)).max(-1)[0] / np.abs(wanted).max()
-    assert 0 < np.median(off) < 0.05  # of single tokens, which may change their expert, more
+    np.testing.assert_allclose(model(tokens), expected, atol=1e-4)
+    off = np.abs(np.array(compact(model)(tokens) - expected)).max(-1)[0] / np.abs(expected).max()
+    assert 0 < np.median(off) < 0.05  # more for single tokens, whose experts may change
 
 
 @pytest.mark.skipif(mx.default_device() != mx.cpu, reason="a GPU's copy is mlx's own")
-def test_what_is_coded_is_never_wide_at_once(tmp_path, monkeypatch):
+def test_compact_needs_little_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("splitquant_mlx.models.compact.SLICE", 1 << 10)
     source = tmp_path / "source"
     write_random_checkpoint(source, replace(SHAPES["tiny"], vocab_size=20000))
@@ -57,6 +57,6 @@ def test_what_is_coded_is_never_wide_at_once(tmp_path, monkeypatch):
     before = mx.get_active_memory()
     copy = compact(load_model(source, lazy=True, dequantize=True, narrow=True))
     assert mx.get_peak_memory() - before < 2 * stored
-    mx.eval(copy(mx.array([[3]])))  # whose head is widened in slices
+    mx.eval(copy(mx.array([[3]])))  # the head is converted in slices
     assert mx.get_peak_memory() - before < 2 * stored
     assert {array.dtype for _, array in tree_flatten(copy.parameters())} <= {mx.float32, mx.int8}

@@ -1,4 +1,4 @@
-"""Quantized originals are dequantized: the same weights as written here by numpy, or a message."""
+"""Quantized originals are dequantized to the weights computed here by numpy, or refused."""
 
 import json
 from typing import Any
@@ -19,7 +19,7 @@ RANDOM = np.random.default_rng(0)
 CONFIG = {**tiny.make_config("llama"), "torch_dtype": "float32"}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-# what the 256 codes of float8 e4m3fn stand for, by its definition; two are no number
+# values of the 256 codes of float8 e4m3fn, by its definition; two are NaN
 _SIGN, _EXPONENT, _MANTISSA = (np.arange(256) >> np.array([[7], [3], [0]])) & [[1], [15], [7]]
 E4M3 = np.where(
     _EXPONENT > 0, (1 + _MANTISSA / 8) * 2.0 ** (_EXPONENT - 7.0), _MANTISSA / 8 * 2.0**-6
@@ -40,7 +40,7 @@ def is_projection(name):
 
 
 def write(directory, quantization, pack, config=CONFIG):
-    """Write a checkpoint whose projections `pack` stores; returns the weights to expect.
+    """Write a checkpoint whose projections `pack` stores; return the expected weights.
 
     `pack` gives the tensors of a weight by suffix, as (safetensors' dtype, shape, bytes), and the
     values that they stand for.
@@ -75,7 +75,7 @@ def stored(array):
 
 
 def as_fp8(w, scale):
-    """Return the codes nearest to w / scale, and what they stand for."""
+    """Return the codes nearest to w / scale, and their values."""
     codes = np.abs((w / scale)[..., None] - E4M3).argmin(axis=-1).astype(np.uint8)
     return ("F8_E4M3", w.shape, codes.tobytes()), (E4M3[codes] * scale).astype(np.float32)
 
@@ -89,7 +89,7 @@ def fp8_tensor(w):  # Ministral: one scale
     return {"weight": codes, **scales}, values
 
 
-def fp8_channel(w):  # compressed-tensors: one scale a row
+def fp8_channel(w):  # compressed-tensors: one scale per row
     scale = np.abs(w).max(1, keepdims=True) / 448
     codes, values = as_fp8(w, scale)
     return {"weight": codes, "weight_scale": stored(scale)}, values
@@ -125,7 +125,7 @@ def mxfp8(w):
 
 
 def fp4(*shape):
-    """Return random bytes of two codes of 4 bits, the first in the lower half, and their values."""
+    """Return random bytes of two 4-bit codes, the first in the lower half, and their values."""
     codes = RANDOM.integers(0, 16, shape)
     magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])[codes & 7]
     packed = (codes[..., ::2] | codes[..., 1::2] << 4).astype(np.uint8)
@@ -152,7 +152,7 @@ def nvfp4(w):
 
 
 def pack(codes, bits):
-    """Pack codes along the last axis into 32-bit words, lowest bits first; zeros fill the last."""
+    """Pack codes along the last axis into 32-bit words, lowest bits first, padded with zeros."""
     count = 32 // bits
     codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % count)])
     words = codes.astype(np.uint32).reshape(*codes.shape[:-1], -1, count)
@@ -229,7 +229,7 @@ def ordered_integers(w):  # with zero points, and columns grouped in the order o
 
 
 @pytest.mark.parametrize("bias", [0, 1])
-def test_biases_of_zeros_that_the_model_has_no_place_for_are_left_out(bias, tmp_path):
+def test_extra_biases_of_zeros_are_dropped(bias, tmp_path):
     quantization = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 
     def biased(w):
@@ -286,7 +286,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_weights_are_those_that_the_packed_ones_stand_for(name, tmp_path):
+def test_dequantized_weights(name, tmp_path):
     quantization, packing = CASES[name]
     expected = write(tmp_path / "m", quantization, packing)
     checkpoint = open_checkpoint(tmp_path / "m")
@@ -298,7 +298,7 @@ def test_weights_are_those_that_the_packed_ones_stand_for(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gptq", "integers in another order"])
-def test_widths_that_fill_no_words(name):
+def test_widths_that_do_not_fill_words(name):
     quantization, packing = CASES[name]
     tensors, expected = packing(np.zeros((50, 107), np.float32))
     names = {"I32": mx.int32, "F16": mx.float16}
@@ -308,12 +308,12 @@ def test_widths_that_fill_no_words(name):
     }
     if "weight_packed" in tensors:
         arrays["a.weight_shape"] = mx.array([50, 107])
-    found = dequantize_tensors(arrays, quantization, set(), mx.float32)
-    assert found.keys() == {"a.weight"}
-    np.testing.assert_allclose(np.array(found["a.weight"]), expected, rtol=1e-6, atol=1e-7)
+    actual = dequantize_tensors(arrays, quantization, set(), mx.float32)
+    assert actual.keys() == {"a.weight"}
+    np.testing.assert_allclose(np.array(actual["a.weight"]), expected, rtol=1e-6, atol=1e-7)
 
 
-def test_experts_of_gpt_oss_are_laid_out_as_in_16_bits():
+def test_experts_of_gpt_oss_have_the_layout_of_16_bits():
     packed, values = fp4(4, 6, 64)
     exponents = RANDOM.integers(0, 250, (4, 6, 2)).astype(np.uint8)
     tensors = {
@@ -321,10 +321,10 @@ def test_experts_of_gpt_oss_are_laid_out_as_in_16_bits():
         "experts.down_proj_scales": mx.array(exponents),
         "experts.down_proj_bias": mx.zeros((4, 6)),
     }
-    found = dequantize_tensors(tensors, {"quant_method": "mxfp4"}, set(), mx.bfloat16)
-    assert found.keys() == {"experts.down_proj", "experts.down_proj_bias"}
+    actual = dequantize_tensors(tensors, {"quant_method": "mxfp4"}, set(), mx.bfloat16)
+    assert actual.keys() == {"experts.down_proj", "experts.down_proj_bias"}
     expected = values * (2.0 ** (exponents - 127.0)).repeat(32, -1)
-    w = np.array(found["experts.down_proj"].astype(mx.float32))  # (experts, in, out)
+    w = np.array(actual["experts.down_proj"].astype(mx.float32))  # (experts, in, out)
     np.testing.assert_array_equal(w, expected.swapaxes(1, 2).astype(np.float32))
 
 
@@ -364,7 +364,7 @@ def test_settings_that_mlx_tensors_do_not_have_are_refused(settings):
 
 
 def damages(tensors, quantization):
-    """Yield what may be wrong with the tensors of a layer, and the tensors."""
+    """Yield kinds of damage to the tensors of a layer, and the tensors."""
     optional = {"weight_shape"} if quantization.get("desc_act") else {"weight_shape", "g_idx"}
     for leaf, (dtype, shape, content) in tensors.items():
         if leaf == "activation_scale":
@@ -389,8 +389,10 @@ def test_damaged_tensors_are_refused(name, tmp_path):
 
         def damaged(w, kind=kind):
             tensors, values = packing(w)
-            found = dict(damages(tensors, quantization))[kind] if w.shape == (64, 128) else tensors
-            return found, values
+            damaged = (
+                dict(damages(tensors, quantization))[kind] if w.shape == (64, 128) else tensors
+            )
+            return damaged, values
 
         write(tmp_path / f"{number}", quantization, damaged)
         with pytest.raises(CheckpointError) as caught:
@@ -411,7 +413,7 @@ def test_it_converts_and_runs(name, tmp_path):
 
 
 @pytest.mark.parametrize("mode", [{"bits": 4, "group_size": 32}, {"mode": "mxfp4", "bits": 4}])
-def test_an_mlx_checkpoint_is_dequantized_and_its_own_settings_followed(mode, tmp_path):
+def test_an_mlx_checkpoint_is_dequantized_by_its_settings(mode, tmp_path):
     tiny.write_checkpoint(tmp_path / "m", "llama")
     mode = {"group_size": 32, **mode}
     model = load_model(tmp_path / "m")
@@ -426,24 +428,24 @@ def test_an_mlx_checkpoint_is_dequantized_and_its_own_settings_followed(mode, tm
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "q" / "config.json").write_text(json.dumps({**config, "quantization": mode}))
     tiny.write_tokenizer(tmp_path / "q")
-    found = open_checkpoint(tmp_path / "q").weights["model.layers.0.mlp.down_proj.weight"]
-    assert mx.allclose(found.astype(mx.float32), expected.astype(mx.float32), atol=1e-2)
+    actual = open_checkpoint(tmp_path / "q").weights["model.layers.0.mlp.down_proj.weight"]
+    assert mx.allclose(actual.astype(mx.float32), expected.astype(mx.float32), atol=1e-2)
     recipe = Recipe(method="imatrix", group_size=32)
     assert convert(tmp_path / "q", tmp_path / "out", recipe=recipe).layers
 
 
-def test_old_gptq_models_have_their_settings_in_a_file_of_their_own(tmp_path):
+def test_old_gptq_models_have_their_settings_in_a_separate_file(tmp_path):
     quantization, packing = CASES["gptq of 2 bits, ordered"]
     expected = write(tmp_path / "m", None, packing)
     old = {key: value for key, value in quantization.items() if key != "quant_method"}
     (tmp_path / "m" / "quantize_config.json").write_text(json.dumps(old))
-    found = open_checkpoint(tmp_path / "m").weights
+    actual = open_checkpoint(tmp_path / "m").weights
     for key, value in expected.items():
-        np.testing.assert_allclose(np.array(found[key]), value, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(np.array(actual[key]), value, rtol=1e-6, atol=1e-7)
     assert load_model(tmp_path / "m")(mx.array([[3, 4]])).shape == (1, 2, tiny.VOCAB)
 
 
-def test_a_method_that_cannot_be_undone_says_what_to_fetch(tmp_path):
+def test_an_unsupported_method_says_what_to_convert(tmp_path):
     write(tmp_path / "m", {"quant_method": "bitsandbytes", "load_in_4bit": True}, fp8_tensor)
     with pytest.raises(CheckpointError, match=r"quantized with bitsandbytes.*base_model"):
         open_checkpoint(tmp_path / "m")
@@ -453,7 +455,7 @@ def test_a_method_that_cannot_be_undone_says_what_to_fetch(tmp_path):
     "settings",
     [
         compressed("pack-quantized", num_bits=3),
-        compressed("float-quantized"),  # in blocks of a size that it does not tell
+        compressed("float-quantized"),  # in blocks of unknown size
         {**compressed("float-quantized", block_structure=[48, 48]), "transform_config": {"R1": 1}},
         {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
         {"quant_method": "gptq", "bits": 3, "format": "gptq"},
@@ -462,7 +464,7 @@ def test_a_method_that_cannot_be_undone_says_what_to_fetch(tmp_path):
     ],
     ids=lambda settings: " ".join(map(str, settings.values()))[:40],
 )
-def test_what_is_packed_otherwise_is_refused(settings, tmp_path):
+def test_unsupported_layouts_are_refused(settings, tmp_path):
     write(tmp_path / "m", settings, fp8_block_by_layout)
     with pytest.raises(
         CheckpointError, match=r"convert the (16-bit )?model it was|expected a scale"

@@ -1,4 +1,4 @@
-"""What the ranks of a group compute of a divided layer or model adds up to the whole."""
+"""The results of the ranks of a sharded layer or model add up to the whole."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,14 +14,14 @@ from splitquant_mlx.nn.model_file import Sharded
 
 
 class Rank:
-    """Stand in for a group where only its size and this rank are asked for."""
+    """A fake group with a size and a rank."""
 
     def __init__(self, rank, size):
         self.rank, self.size = lambda: rank, lambda: size
 
 
 class Pair(nn.Module):
-    """Two layers, the first divided by its outputs and the second by its inputs."""
+    """Two layers, the first sharded by its outputs and the second by its inputs."""
 
     def __init__(self, first, second):
         super().__init__()
@@ -78,7 +78,7 @@ def test_ranks_together_compute_a_split_layer(size, clusters, bits, group_size, 
     second = quantized(inner, 24, bias, **options, group_size=group_size)
     x = mx.random.normal((3, width))
     hidden = first(x)
-    wanted = second(hidden)
+    expected = second(hidden)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mx.distributed, "all_sum", lambda x, group=None: x)
         pieces, sums = [], []
@@ -91,17 +91,17 @@ def test_ranks_together_compute_a_split_layer(size, clusters, bits, group_size, 
             assert pair.first.group is None and pair.second.group is not None
             assert pair.second.weight.shape == (24, second.weight.shape[1] // size)
     assert mx.allclose(mx.concatenate(pieces, axis=-1), hidden, rtol=1e-5, atol=1e-5)
-    assert mx.allclose(sum(sums) + (second.bias if bias else 0), wanted, rtol=1e-4, atol=1e-4)
+    assert mx.allclose(sum(sums) + (second.bias if bias else 0), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_bias_is_added_once_after_the_sum(monkeypatch):
     layer = quantized(128, 16, True, clusters=3, group_size=64)
-    wanted = layer(mx.ones((1, 128)))
+    expected = layer(mx.ones((1, 128)))
     pair = SplitPair(quantized(32, 128, False, clusters=3, group_size=32), layer)
     pair.shard(Rank(0, 2))
-    missing = wanted - layer.bias - (pair.second.bias * 0)
+    missing = expected - layer.bias - (pair.second.bias * 0)
     monkeypatch.setattr(mx.distributed, "all_sum", lambda x, group: missing)
-    assert mx.allclose(pair.second(mx.ones((1, 64))), wanted, atol=1e-6)
+    assert mx.allclose(pair.second(mx.ones((1, 64))), expected, atol=1e-6)
 
 
 def test_a_layer_sharded_in_place_leaves_the_sum_to_others():
@@ -124,7 +124,7 @@ def test_a_layer_sharded_in_place_leaves_the_sum_to_others():
 
 @pytest.fixture
 def divided(tmp_path, monkeypatch):
-    """Return a function that divides a tiny model, converted so, among ranks; returns rank 0's."""
+    """Return a function that converts and shards a tiny model, and returns that of rank 0."""
     monkeypatch.setattr(mx.distributed, "all_sum", lambda x, group=None: x)
 
     def run(size, *, pipeline=False, architecture="llama", group_size=32, **changes):
@@ -139,7 +139,7 @@ def divided(tmp_path, monkeypatch):
     return run
 
 
-def test_a_rank_holds_its_share_alone(divided):
+def test_a_rank_has_only_its_share(divided):
     layer = divided(2).model.layers[1]
     assert layer.self_attn.n_heads == tiny.HEADS // 2 and layer.self_attn.n_kv_heads == 1
     assert layer.self_attn.o_proj.weight.shape == (tiny.HIDDEN, 3 * tiny.HIDDEN // 2 * 4 // 32)
@@ -163,6 +163,6 @@ def test_a_rank_holds_its_share_alone(divided):
         (3, {"architecture": "qwen2", "pipeline": True}, "must be positive and sum to 2 layers"),
     ],
 )
-def test_what_does_not_divide_is_refused_by_name(divided, size, options, message):
+def test_a_layer_that_does_not_divide_is_refused(divided, size, options, message):
     with pytest.raises(RecipeError, match=rf"cannot be divided among {size} ranks: .*{message}"):
         divided(size, **options)

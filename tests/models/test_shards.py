@@ -1,4 +1,4 @@
-"""The index decides which files hold a checkpoint; one that is stale does not stop it."""
+"""The index decides which files belong to a checkpoint; a stale one is ignored."""
 
 import shutil
 
@@ -24,14 +24,14 @@ def index(directory, files):
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_an_index_of_another_division_is_ignored(tmp_path, shards):
+def test_an_index_of_another_sharding_is_ignored(tmp_path, shards):
     source = tiny.write_checkpoint(tmp_path / "source", shards=shards, index=False)
     expected = load_model(source)(TOKENS)
     index(source, numbered(3, 1, 2, 3))
     assert mx.array_equal(load_model(source)(TOKENS), expected)
 
 
-def test_a_stale_index_with_tensors_that_are_nowhere_is_named(tmp_path):
+def test_a_stale_index_with_missing_tensors_is_refused(tmp_path):
     source = tiny.write_checkpoint(tmp_path / "source", replace={"model.norm.weight": None})
     index(source, numbered(2, 1, 2))
     with pytest.raises(CheckpointError) as caught:
@@ -41,7 +41,7 @@ def test_a_stale_index_with_tensors_that_are_nowhere_is_named(tmp_path):
     assert "model-0000" in message and "which is missing" in message
 
 
-def test_the_index_decides_where_its_files_are_there(tmp_path):
+def test_the_index_decides_if_its_files_exist(tmp_path):
     source = tiny.write_checkpoint(tmp_path / "source", shards=2)
     expected = load_model(source)(TOKENS)
     stray = {name: w * 0 for name, w in tiny.make_tensors(tiny.make_config()).items()}
@@ -52,7 +52,7 @@ def test_the_index_decides_where_its_files_are_there(tmp_path):
         open_checkpoint(source)
 
 
-def test_a_shard_of_the_index_that_is_missing_is_named(tmp_path):
+def test_a_missing_shard_of_the_index_is_named(tmp_path):
     source = tiny.write_checkpoint(tmp_path / "source", shards=3)
     (source / numbered(3, 2)[0]).unlink()
     with pytest.raises(CheckpointError, match="shard model-00002-of-00003"):

@@ -25,7 +25,7 @@ def hub(monkeypatch, tmp_path):
 
 
 def refusal(model: str, **options) -> str:
-    """Return the message `resolve` fails with: always one line, never with the token."""
+    """Return the error message of `resolve`: always one line, never with the token."""
     with pytest.raises(SourceError) as caught:
         resolve(model, **options)
     message = str(caught.value)
@@ -34,7 +34,7 @@ def refusal(model: str, **options) -> str:
     return message
 
 
-def test_directory_and_gguf_are_taken_as_they_are(tmp_path, monkeypatch):
+def test_directory_and_gguf_are_returned_unchanged(tmp_path, monkeypatch):
     gguf = tmp_path / "a.GGUF"
     gguf.write_bytes(b"GGUF")
     assert resolve(str(tmp_path)) == Source(name=str(tmp_path), path=tmp_path, revision=None)
@@ -53,7 +53,7 @@ def test_existing_path_wins_over_a_repo_of_that_name(tmp_path, monkeypatch, hub)
 @pytest.mark.parametrize(
     "model", ["./x", "../x", "/no/x", "~/no-such", "a/b/c", "x.gguf", "b/x.safetensors", "a\\b"]
 )
-def test_what_looks_like_a_path_is_never_looked_up(model, hub, tmp_path, monkeypatch):
+def test_a_name_like_a_path_is_never_requested(model, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert refusal(model).startswith(f"no such path: {model!r}")
     assert hub.requests == []
@@ -75,7 +75,7 @@ def test_revision_of_a_local_path_is_refused(tmp_path):
     assert "hub repos only" in refusal(str(tmp_path), revision="main")
 
 
-def test_real_model_comes_through_whole(hub):
+def test_a_real_model_is_downloaded_completely(hub):
     files = {path.name: path.read_bytes() for path in LLAMA.iterdir()}
     hub.repos["org/stories"] = files
     source = resolve("org/stories")
@@ -86,8 +86,8 @@ def test_real_model_comes_through_whole(hub):
 
 def test_only_what_a_model_needs_is_fetched(hub):
     names = {path.name for path in resolve("org/whole").path.rglob("*")}
-    wanted = {"config.json", "model.safetensors", "tokenizer.model", "chat_template.jinja"}
-    assert names == {*wanted, "README.md"}  # which names the licence
+    expected = {"config.json", "model.safetensors", "tokenizer.model", "chat_template.jinja"}
+    assert names == {*expected, "README.md"}  # it has the licence
     assert hub.tokens == {f"Bearer {TOKEN}"}
 
 
@@ -104,7 +104,7 @@ def test_revision_is_resolved_and_the_cache_serves_offline(hub, revision):
 
 
 @pytest.mark.parametrize("offline", [False, True])
-def test_what_another_program_fetched_is_used_offline(hub, monkeypatch, offline):
+def test_downloads_of_other_programs_are_used_offline(hub, monkeypatch, offline):
     from huggingface_hub import constants, snapshot_download
 
     hub.repos["org/whole"] = WHOLE | {"LICENSE": b"MIT"}
@@ -115,10 +115,10 @@ def test_what_another_program_fetched_is_used_offline(hub, monkeypatch, offline)
     assert resolve("org/whole") == expected
     for revision in (COMMIT, COMMIT[:7]):
         assert resolve("org/whole", revision=revision) == expected
-    refusal("org/whole", revision="c0ffee1")  # which begins no commit in the cache
+    refusal("org/whole", revision="c0ffee1")  # not a prefix of a commit in the cache
 
 
-def test_what_was_fetched_by_its_commit_is_named(hub):
+def test_a_commit_in_the_cache_is_suggested(hub):
     from huggingface_hub import snapshot_download
 
     path = Path(snapshot_download("org/whole", revision=COMMIT))
@@ -142,7 +142,7 @@ def test_cache_serves_while_the_hub_refuses(hub, status):
 
 
 @pytest.mark.parametrize("offline", [False, True])
-def test_incomplete_cache_is_not_taken_for_a_model(hub, monkeypatch, offline):
+def test_an_incomplete_cache_is_not_used(hub, monkeypatch, offline):
     from huggingface_hub import constants
 
     source = resolve("org/sharded")
@@ -154,7 +154,7 @@ def test_incomplete_cache_is_not_taken_for_a_model(hub, monkeypatch, offline):
     assert expected in refusal("org/sharded")
 
 
-def test_unreadable_cache_is_no_cache(hub, tmp_path):
+def test_an_unreadable_cache_is_not_used(hub, tmp_path):
     (tmp_path / "hub").write_text("a file where the directory should be")
     assert cached("org/whole") is None
     message = refusal("org/whole")
@@ -199,7 +199,7 @@ def test_repo_with_nothing_to_quantize_is_refused_before_a_download(hub, names, 
     assert hub.requests == ["/api/models/org/odd"]
 
 
-def test_index_that_does_not_fit_the_repo(hub):
+def test_an_index_that_does_not_match_the_repo(hub):
     lacking = {name: body for name, body in SHARDED.items() if "00002-of" not in name}
     hub.repos["org/lacking"] = lacking
     assert "lacks weight files: model-00002-of" in refusal("org/lacking")
@@ -209,7 +209,7 @@ def test_index_that_does_not_fit_the_repo(hub):
 
 @pytest.mark.parametrize("manner", ["silent", "dribbling", "dead"])
 @pytest.mark.parametrize("timeout_s", [None, 0.3])
-def test_hub_without_an_answer_is_given_up_in_time(hub, monkeypatch, manner, timeout_s):
+def test_a_hub_that_does_not_answer_times_out(hub, monkeypatch, manner, timeout_s):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", timeout_s or 0.2)
     if manner == "dead":
         hub.close()
@@ -221,7 +221,7 @@ def test_hub_without_an_answer_is_given_up_in_time(hub, monkeypatch, manner, tim
     assert time.monotonic() - start < 5
 
 
-def test_broken_download_leaves_no_model_and_is_resumed(hub, monkeypatch):
+def test_an_interrupted_download_is_not_used_and_is_resumed(hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
     hub.truncated = True
     assert "run the command again" in refusal("org/whole")
@@ -248,7 +248,7 @@ def environment_of(hub, cache):
 
 
 def killed_download(hub, cache, stalled):
-    """Download in a process that is killed in the middle of a file."""
+    """Download in a process that is killed during a file."""
     hub.stalled = stalled
     command = [sys.executable, "-c", DOWNLOAD, "org/large"]
     with subprocess.Popen(command, env=environment_of(hub, cache)) as process:
@@ -260,7 +260,7 @@ def killed_download(hub, cache, stalled):
     hub.stalled = ""
 
 
-def test_killed_download_goes_on(hub, tmp_path):
+def test_a_killed_download_is_resumed(hub, tmp_path):
     weights = bytes(range(256)) * 100_000
     hub.repos["org/large"] = WHOLE | {"model.safetensors": weights}
     killed_download(hub, tmp_path / "hub", "model.safetensors")
@@ -268,20 +268,20 @@ def test_killed_download_goes_on(hub, tmp_path):
     hub.sent.clear()
     source = resolve("org/large")
     assert (source.path / "model.safetensors").read_bytes() == weights
-    assert hub.sent == ["model.safetensors"]  # what was whole is not fetched again
+    assert hub.sent == ["model.safetensors"]  # complete files are not downloaded again
 
 
-def test_what_a_killed_download_left_is_removed_in_time(hub, tmp_path):
+def test_files_of_a_killed_download_are_removed_later(hub, tmp_path):
     source = resolve("org/whole")
     left = [source.path.parents[1] / "blobs" / f"{n}.incomplete" for n in (1, 2)]
     for file in left:
         file.write_text("half")
     os.utime(left[0], (0, 0))
     resolve("org/whole")
-    assert [file.exists() for file in left] == [False, True]  # the second may be in the making
+    assert [file.exists() for file in left] == [False, True]  # the second may be in progress
 
 
-def test_download_killed_before_the_tokenizer_is_no_model(hub, tmp_path):
+def test_a_download_killed_before_the_tokenizer_is_not_used(hub, tmp_path):
     tokenizer = b"pieces" * 4_000_000
     hub.repos["org/large"] = WHOLE | {"tokenizer.model": tokenizer}
     killed_download(hub, tmp_path / "hub", "tokenizer.model")

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 PROMPT = "Once upon a time"
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-TRUST = ", trust_remote_code=True"  # which older ones do without
+TRUST = ", trust_remote_code=True"  # older versions do not have it
 FLAGS = {"rtn": [], "imatrix": [], "gptq": [], "auto": [], "splitquant": ["--trust-remote-code"]}
 FLAGS["lut"] = FLAGS["salience"] = FLAGS["splitquant"]
 EXPERTS = ("auto", "splitquant", "lut", "salience")  # methods that convert a mixture, too
@@ -32,24 +32,24 @@ MLX = f"mlx[cpu]=={version('mlx')}" if sys.platform == "linux" else f"mlx=={vers
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory) -> Path:
-    """Return the Python of a new environment that has mlx-lm, of our versions, and nothing else."""
+    """Return the Python of a new environment that has only mlx-lm, of our versions."""
     return environment(tmp_path_factory.mktemp("stock"), MLX, f"mlx-lm=={version('mlx-lm')}")
 
 
 @pytest.fixture(scope="module")
 def older(tmp_path_factory) -> Path:
-    """Return the Python of an environment with the mlx-lm that many programs still have."""
+    """Return the Python of an environment with the older mlx-lm of many programs."""
     return environment(tmp_path_factory.mktemp("older"), MLX, "mlx-lm==0.31.3")
 
 
 @pytest.fixture(scope="module")
 def vlm(tmp_path_factory) -> Path:
-    """Return the Python of an environment with the newest mlx-vlm, which needs no mlx-lm."""
+    """Return the Python of an environment with the newest mlx-vlm, which does not need mlx-lm."""
     return environment(tmp_path_factory.mktemp("vlm"), MLX, "mlx-vlm")
 
 
 def environment(home: Path, *packages: str) -> Path:
-    """Return the Python of a new environment that has these packages, and not this one."""
+    """Return the Python of a new environment with these packages, without this one."""
     python = home / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", home], check=True)
     subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
@@ -68,7 +68,7 @@ def converted(stories, mixture, tmp_path_factory) -> dict[str, Path]:
     calibration = Calibration(num_samples=16, sequence_length=64)
     for method in FLAGS:
         own = {} if method in ("rtn", "splitquant") else {"calibration": calibration}
-        # float32 scales take 1 bit a weight
+        # float32 scales take 1 bit per weight
         target = {
             "auto": {"target_bpw": 6.0},
             "lut": {"outliers": "1%"},
@@ -83,7 +83,7 @@ def converted(stories, mixture, tmp_path_factory) -> dict[str, Path]:
 
 
 def run(python, *arguments, home):
-    """Run a stock program away from this repository; returns stdout."""
+    """Run a stock program outside of this repository; return stdout."""
     done = subprocess.run([python, *arguments], capture_output=True, text=True, cwd=home)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -127,8 +127,8 @@ def logits_of(python, path, home, program="mlx_lm", options=""):
     return np.load(home / "logits.npy")
 
 
-def difference(found, wanted):
-    return np.abs(found - wanted).max() / np.abs(wanted).max()
+def difference(actual, expected):
+    return np.abs(actual - expected).max() / np.abs(expected).max()
 
 
 @pytest.mark.parametrize("method", FLAGS)
@@ -143,9 +143,9 @@ def test_logits_agree_with_our_load(stock, converted, method, tmp_path):
 @pytest.mark.parametrize("method", FLAGS)
 def test_other_programs_agree_with_mlx_lm(stock, older, vlm, converted, method, tmp_path):
     for path in (path for name, path in converted.items() if name.startswith(method)):
-        wanted = logits_of(stock, path, tmp_path, options=TRUST if FLAGS[method] else "")
-        assert difference(logits_of(older, path, tmp_path), wanted) <= 1e-5
-        assert difference(logits_of(vlm, path, tmp_path, "mlx_vlm"), wanted) <= 1e-5
+        expected = logits_of(stock, path, tmp_path, options=TRUST if FLAGS[method] else "")
+        assert difference(logits_of(older, path, tmp_path), expected) <= 1e-5
+        assert difference(logits_of(vlm, path, tmp_path, "mlx_vlm"), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("method", EXPERTS)
@@ -172,9 +172,9 @@ def test_mlx_vlm_runs_gemma_3(stock, vlm, settings, tmp_path):
     manifest = convert(source, tmp_path / "out", recipe=Recipe(**settings))
     assert manifest.warnings == ()
     trust = TRUST if FLAGS[settings["method"]] else ""
-    wanted = logits_of(stock, tmp_path / "out", tmp_path, options=trust)
-    found = logits_of(vlm, tmp_path / "out", tmp_path, "mlx_vlm")
-    assert difference(found, wanted) <= 1e-5
+    expected = logits_of(stock, tmp_path / "out", tmp_path, options=trust)
+    actual = logits_of(vlm, tmp_path / "out", tmp_path, "mlx_vlm")
+    assert difference(actual, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("method", ["rtn", "auto", "splitquant"])

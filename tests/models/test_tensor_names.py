@@ -1,4 +1,4 @@
-"""Tensors saved under other names are the same model's, or are refused with the cause."""
+"""Tensors saved under other names are recognized, or refused with the cause."""
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +16,7 @@ TOKENS = mx.array([[3, 1, 4, 1, 5]])
 
 
 def save(directory, rename, architecture="llama", extra=None, **config):
-    """Write a tiny checkpoint whose tensors are named by `rename`; returns plain and renamed."""
+    """Write a tiny checkpoint whose tensors are named by `rename`; return plain and renamed."""
     plain = tiny.write_checkpoint(directory / "plain", architecture, **config)
     tensors = mx.load(str(plain / "model.safetensors"))
     renamed = directory / "renamed"
@@ -45,7 +45,7 @@ def test_other_prefixes_are_the_same_model(tmp_path, rename, architecture):
     assert mx.array_equal(load_model(renamed)(TOKENS), load_model(plain)(TOKENS))
 
 
-def test_converted_checkpoint_is_the_same_too(tmp_path):
+def test_a_converted_checkpoint_is_the_same(tmp_path):
     plain, renamed = save(tmp_path, NAMINGS["torch.compile"], tie_word_embeddings=False)
     for source in (plain, renamed):
         convert(source, source / "out", recipe=Recipe(method="rtn"))
@@ -53,7 +53,7 @@ def test_converted_checkpoint_is_the_same_too(tmp_path):
     assert a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]) for name in a)
 
 
-def test_parts_that_see_are_left_out_under_both_of_their_names(tmp_path):
+def test_vision_modules_are_left_out_under_both_names(tmp_path):
     text = tiny.make_config("gemma3_text")
     outputs = []
     for number, (prefix, outer) in enumerate(
@@ -84,7 +84,7 @@ def refusal(path):
     return str(caught.value)
 
 
-def test_a_base_model_without_its_head_is_named(tmp_path):
+def test_a_base_model_without_its_head_is_refused(tmp_path):
     rename = NAMINGS["no prefix"]
     _, renamed = save(tmp_path, rename)
     config = tiny.make_config(tie_word_embeddings=False)
@@ -92,7 +92,7 @@ def test_a_base_model_without_its_head_is_named(tmp_path):
     assert "saved without its output head" in refusal(renamed)
 
 
-def test_names_of_another_program_are_shown_beside_those_expected(tmp_path):
+def test_names_of_another_program_are_shown_with_the_expected_ones(tmp_path):
     _, renamed = save(tmp_path, lambda name: f"blk_{name.replace('.', '_')}", "qwen3_moe")
     message = refusal(renamed)
     assert "expected names such as lm_head" in message or "such as model.embed_tokens" in message
@@ -100,7 +100,7 @@ def test_names_of_another_program_are_shown_beside_those_expected(tmp_path):
     assert "config.json" not in message.removeprefix(str(tmp_path))
 
 
-def test_an_adapter_is_called_one(tmp_path):
+def test_an_adapter_is_refused(tmp_path):
     _, renamed = save(tmp_path, lambda name: f"base_model.model.{name[:-7]}.lora_A.weight")
     assert "this is an adapter" in refusal(renamed)
 
@@ -129,7 +129,7 @@ def test_float64_is_read_as_float32(tmp_path, mixed):
 
 
 @pytest.mark.parametrize(
-    ("kind", "saved", "wanted"),
+    ("kind", "saved", "expected"),
     [
         ("nanochat", "model.embed_tokens.weight", "transformer.wte.weight"),
         ("nanochat", "model.layers.10.self_attn.q_proj.weight", "transformer.h.10.attn.c_q.weight"),
@@ -148,11 +148,11 @@ def test_float64_is_read_as_float32(tmp_path, mixed):
         ("llama", "model.embed_tokens.weight", "model.embed_tokens.weight"),
     ],
 )
-def test_names_that_transformers_gave_an_architecture(kind, saved, wanted):
-    assert list(rename({saved: mx.zeros(1)}, kind)) == [wanted]
+def test_names_of_transformers(kind, saved, expected):
+    assert list(rename({saved: mx.zeros(1)}, kind)) == [expected]
 
 
-def test_layers_saved_without_the_keys_they_share_are_named(tmp_path):
+def test_layers_saved_without_shared_keys_are_refused(tmp_path):
     plain, _ = save(tmp_path, str)
     tensors = mx.load(str(plain / "model.safetensors"))
     shared = [
