@@ -128,8 +128,8 @@ def _attention(metadata: dict[str, Any], architecture: Architecture) -> dict[str
     head_dim = number(metadata, "attention.key_length", int, max(1, hidden // heads))
     value_dim = number(metadata, "attention.value_length", int, head_dim)
     rotated = number(metadata, "rope.dimension_count", int, head_dim)
-    whole = rotated == head_dim or (architecture.partial_rotary and rotated < head_dim)
-    if head_dim != value_dim or head_dim % 2 or heads % kv_heads or not whole:
+    rotation_valid = rotated == head_dim or (architecture.partial_rotary and rotated < head_dim)
+    if head_dim != value_dim or head_dim % 2 or heads % kv_heads or not rotation_valid:
         raise CheckpointError(
             f"attention: expected heads of one even size, got {heads} heads of {head_dim} channels "
             f"({rotated} rotated) and {kv_heads} value heads of {value_dim}; {ELSEWHERE}"

@@ -238,8 +238,8 @@ def _merges(vocabulary: _Vocabulary, scores: list[float]) -> list[tuple[str, str
 def _add_tokens(tokenizer: Tokenizer, vocabulary: _Vocabulary) -> None:
     """Add control, named and user-defined tokens, which are never split."""
     special = {*vocabulary.of_type(UNKNOWN, CONTROL), *vocabulary.named.values()}
-    whole = sorted({*special, *vocabulary.of_type(USER_DEFINED)}, key=vocabulary.ids.__getitem__)
-    tokenizer.add_tokens([AddedToken(t, normalized=False, special=t in special) for t in whole])
+    added = sorted({*special, *vocabulary.of_type(USER_DEFINED)}, key=vocabulary.ids.__getitem__)
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=t in special) for t in added])
 
 
 def _add_template(

@@ -78,8 +78,8 @@ def broadcast_scales(
         return scale.reshape(())
     scale = scale.reshape(-1, *[1] * (len(shape) - 1)) if scale.ndim == 1 else scale
     rows, columns = shape[-2:] if len(shape) > 1 else (1, 1)
-    whole = [(1, columns), (rows, columns), *([(rows, 1)] if len(shape) > 2 else [])]
-    for height, width in (*blocks, *whole):
+    larger = [(1, columns), (rows, columns), *([(rows, 1)] if len(shape) > 2 else [])]
+    for height, width in (*blocks, *larger):
         if scale.shape == (*shape[:-2], -(-rows // height), -(-columns // width)):
             scale = mx.repeat(scale, min(height, rows), axis=-2)[..., :rows, :]
             return mx.repeat(scale, min(width, columns), axis=-1)[..., :columns]

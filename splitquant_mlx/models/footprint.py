@@ -53,7 +53,7 @@ def check_running(path: Path, work: str) -> str:
     advice = "choose a smaller model, or fewer bits/weight"
     if _is_dense(path):
         four_bit = (sum(tensor_sizes(path).values()) * 4.5 / 8 + PROGRAM_BYTES) / 1e9
-        advice = f"converted to 4.5 bits/weight it takes about {four_bit:.1f} GB"
+        advice = f"converted to 4.5 bits/weight it needs about {four_bit:.1f} GB"
     return check_memory(needed, work, advice)
 
 

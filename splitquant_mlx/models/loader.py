@@ -60,7 +60,7 @@ def load(
         mlx-lm's model and tokenizer, for mlx_lm.generate and similar functions.
 
     Raises:
-        SplitQuantError: when the model is not found or not usable.
+        SplitQuantError: when the model is missing or not usable.
     """
     source = model if isinstance(model, Source) else resolve(str(model), revision=revision)
     with as_directory(source) as directory:

@@ -29,15 +29,15 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
             contain the same tensor.
     """
     weight_map = read_index(path)
-    there = {file.name for file in path.glob(f"*{SUFFIX}") if not file.name.startswith(".")}
-    names = shard_names(there, set(weight_map.values()))
+    existing = {file.name for file in path.glob(f"*{SUFFIX}") if not file.name.startswith(".")}
+    names = shard_names(existing, set(weight_map.values()))
     if not names:
         if pickles := sorted(f.name for f in path.glob("*") if f.name.endswith(PICKLES)):
             raise CheckpointError(
                 f"{path} has only pickled weights ({pickles[0]}), which can run code when loaded "
                 "and are never read: convert them to safetensors first"
             )
-        problem = f"no {SUFFIX} file" + (f" of a model, only {some(there)}" if there else "")
+        problem = f"no {SUFFIX} file" + (f" of a model, only {some(existing)}" if existing else "")
         raise CheckpointError(f"{path} is not a model directory: it has {problem}")
     headers: dict[str, TensorHeader] = {}
     for file in (path / name for name in sorted(names)):
@@ -93,24 +93,24 @@ def read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def shard_names(there: Collection[str], indexed: Collection[str]) -> set[str]:
+def shard_names(existing: Collection[str], indexed: Collection[str]) -> set[str]:
     """Return the names of a checkpoint's files, including missing ones.
 
     Args:
-        there: names of the .safetensors files in the directory.
+        existing: names of the .safetensors files in the directory.
         indexed: names in the index; empty without an index.
     """
-    missing = set(indexed).difference(there)
+    missing = set(indexed).difference(existing)
     if indexed and not missing:
         return set(indexed)
-    found = {name for name in there if name.startswith("model")} or {
-        name for name in there if not name.startswith(("adapter", "consolidated"))
+    candidates = {name for name in existing if name.startswith("model")} or {
+        name for name in existing if not name.startswith(("adapter", "consolidated"))
     }
-    series = [_series(name) for name in found]
+    series = [_series(name) for name in candidates]
     if missing:
-        complete = set().union(*(names for names in series if names <= found))
+        complete = set().union(*(names for names in series if names <= candidates))
         return complete if not complete <= set(indexed) else set(indexed)
-    return found.union(*series)
+    return candidates.union(*series)
 
 
 def _series(name: str) -> set[str]:

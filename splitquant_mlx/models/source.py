@@ -136,8 +136,8 @@ def _from_hub(repo: str, revision: str | None, timeout_s: float | None) -> Sourc
     except (HFValidationError, RevisionNotFoundError) as exc:
         raise SourceError(explain(exc, repo, revision=revision)) from exc
     except Exception as exc:
-        if found := cached(repo, revision=revision):
-            return found
+        if snapshot := cached(repo, revision=revision):
+            return snapshot
         otherwise = None
         if revision is None and (commits := _cached_commits(repo)):
             only = f"the cache has no branch of it, only commit {some(commits)}"
@@ -217,6 +217,6 @@ def _check_snapshot(source: Source) -> None:
         indexed = set(read_index(source.path).values())
     except CheckpointError as exc:
         raise SourceError(f"{source.name}: its {INDEX} is corrupt") from exc
-    there = {name for name in names if name.endswith(SUFFIX)}
-    if missing := shard_names(there, indexed) - there:
+    existing = {name for name in names if name.endswith(SUFFIX)}
+    if missing := shard_names(existing, indexed) - existing:
         raise SourceError(f"{source.name} lacks weight files: {some(missing)}")
