@@ -70,29 +70,25 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
         raise CheckpointError(
             f"{path}: corrupt safetensors header (metadata is not text): {_AGAIN}"
         )
-    tensors, spans = {}, []
-    for name, entry in header.items():
-        tensors[name], span = _check_entry(path, name, entry, 8 + length)
-        spans.append((*span, name))
-    end = 0
-    for start, stop, name in sorted(spans):
+    data = end = 8 + length
+    tensors = {name: _check_entry(path, name, entry, data) for name, entry in header.items()}
+    for start, nbytes, name in sorted((t.offset, t.nbytes, name) for name, t in tensors.items()):
         if start != end:
             raise CheckpointError(
-                f"{path}: tensor {name!r}: expected to start at byte {end} of the "
-                f"data, got {start}: {_AGAIN}"
+                f"{path}: tensor {name!r}: expected to start at byte {end - data} of the data, got "
+                f"{start - data}: {_AGAIN}"
             )
-        end = stop
-    if end != size - 8 - length:
+        end += nbytes
+    if end != size:
         raise CheckpointError(
-            f"{path}: truncated or corrupt: expected {end} bytes of data, got "
-            f"{size - 8 - length}: {_AGAIN}"
+            f"{path}: truncated or corrupt: expected {end - data} bytes of data, got "
+            f"{size - data}: {_AGAIN}"
         )
     return tensors
 
 
-def _check_entry(
-    path: Path, name: str, entry: object, data: int
-) -> tuple[TensorHeader, tuple[int, int]]:
+def _check_entry(path: Path, name: str, entry: object, data: int) -> TensorHeader:
+    """Return the header of a tensor; `data` is the position of the tensors' bytes in the file."""
     try:
         if not isinstance(entry, dict):
             raise ValueError("it is not an object")
@@ -118,7 +114,5 @@ def _check_entry(
             f"{path}: tensor {name!r} of dtype {dtype} and shape {list(shape)}: expected {nbytes} "
             f"bytes, got {stop - start}: {_AGAIN}"
         )
-    header = TensorHeader(
-        file=path, dtype=dtype, shape=tuple(shape), nbytes=nbytes, offset=data + start
-    )
-    return header, (start, stop)
+    offset = data + start
+    return TensorHeader(file=path, dtype=dtype, shape=tuple(shape), nbytes=nbytes, offset=offset)

@@ -32,23 +32,24 @@ def _full_attention_setting(key: str) -> Callable[[Reference], Any]:
     return value
 
 
-_GEMMA4: dict[str, Callable[[Reference], Any]] = {
+_GEMMA4 = {
     "global_head_dim": _full_attention_setting("head_dim"),
     "num_global_key_value_heads": _full_attention_setting("num_key_value_heads"),
 }
-DERIVED: dict[str, dict[str, Callable[[Reference], Any]]] = {
+# model_type -> key -> value, or a function of the configuration
+DERIVED: dict[str, dict[str, Any]] = {
     "apertus": {
-        "mlp_bias": lambda c: False,
-        "post_norm": lambda c: False,
-        "qk_norm": lambda c: True,
+        "mlp_bias": False,
+        "post_norm": False,
+        "qk_norm": True,
     },
     "exaone_moe": {"is_moe_layer": _is_sparse},
     "gemma4_text": _GEMMA4,
-    "gemma4_unified_text": {**_GEMMA4, "hidden_size_per_layer_input": lambda c: 0},
+    "gemma4_unified_text": {**_GEMMA4, "hidden_size_per_layer_input": 0},
     "glm_moe_dsa": {
-        "topk_method": lambda c: "noaux_tc",
-        "scoring_func": lambda c: "sigmoid",
-        "moe_layer_freq": lambda c: 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "moe_layer_freq": 1,
         "first_k_dense_replace": lambda c: [*_is_sparse(c), True].index(True),
     },
     "gpt2": {"n_ctx": lambda c: c.n_positions},
@@ -61,10 +62,10 @@ DERIVED: dict[str, dict[str, Callable[[Reference], Any]]] = {
     },
     "lfm2": {"block_dim": lambda c: c.hidden_size},
     "longcat_flash": {
-        "attention_method": lambda c: "MLA",
-        "zero_expert_type": lambda c: "identity",
-        "mla_scale_q_lora": lambda c: True,
-        "mla_scale_kv_lora": lambda c: True,
+        "attention_method": "MLA",
+        "zero_expert_type": "identity",
+        "mla_scale_q_lora": True,
+        "mla_scale_kv_lora": True,
     },
     "mamba2": {"intermediate_size": lambda c: c.expand * c.hidden_size},
     "mimo_v2_flash": {
@@ -73,11 +74,11 @@ DERIVED: dict[str, dict[str, Callable[[Reference], Any]]] = {
         ],
         "moe_layer_freq": lambda c: [int(sparse) for sparse in _is_sparse(c)],
         "sliding_window_size": lambda c: c.sliding_window - 1,  # excludes the token itself
-        "add_swa_attention_sink_bias": lambda c: True,
-        "add_full_attention_sink_bias": lambda c: False,
-        "n_shared_experts": lambda c: None,
-        "topk_method": lambda c: "noaux_tc",
-        "scoring_func": lambda c: "sigmoid",
+        "add_swa_attention_sink_bias": True,
+        "add_full_attention_sink_bias": False,
+        "n_shared_experts": None,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
         "layernorm_epsilon": lambda c: c.rms_norm_eps,
         "swa_num_attention_heads": lambda c: c.num_attention_heads,
         "swa_num_key_value_heads": lambda c: 2 * c.num_key_value_heads,
@@ -85,15 +86,15 @@ DERIVED: dict[str, dict[str, Callable[[Reference], Any]]] = {
         "swa_v_head_dim": lambda c: c.v_head_dim,
     },
     "minimax_m2": {
-        "shared_intermediate_size": lambda c: 0,
+        "shared_intermediate_size": 0,
         "rotary_dim": lambda c: int(c.head_dim * c.rope_parameters.get("partial_rotary_factor", 1)),
     },
     "nemotron_h": {"layers_block_type": _old_layer_types},
-    "qwen3_vl_moe_text": {"norm_topk_prob": lambda c: True},
+    "qwen3_vl_moe_text": {"norm_topk_prob": True},
     "solar_open": {
         "intermediate_size": lambda c: c.moe_intermediate_size,
-        "first_k_dense_replace": lambda c: 0,
-        "partial_rotary_factor": lambda c: 1.0,
+        "first_k_dense_replace": 0,
+        "partial_rotary_factor": 1.0,
     },
 }
 
@@ -105,7 +106,7 @@ def derived_keys(reference: Reference) -> dict[str, Any]:
     derived = {}
     for key, value in DERIVED.get(reference.model_type, {}).items():
         with suppress(AttributeError, KeyError, TypeError, ValueError):
-            derived[key] = value(reference)
+            derived[key] = value(reference) if callable(value) else value
     heads, width = (getattr(reference, key, None) for key in ("num_attention_heads", "hidden_size"))
     if isinstance(heads, int) and isinstance(width, int) and heads:
         derived["head_dim"] = width // heads  # a default, if the configuration has none
