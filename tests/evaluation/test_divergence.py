@@ -284,7 +284,7 @@ def test_model_hash_is_of_the_content(stories, tmp_path):
     assert model_hash(copy) != wanted
     one, two = (write_checkpoint(tmp_path / str(n), shards=n, tokenizer=False) for n in (1, 2))
     assert model_hash(one) != model_hash(two)
-    with pytest.raises(CheckpointError, match=r"holds no \.safetensors file"):
+    with pytest.raises(CheckpointError, match=r"has no \.safetensors file"):
         model_hash(tmp_path)
 
 

@@ -76,7 +76,7 @@ def test_bad_settings_are_refused(arguments, message, stories, questions_file, c
         (["--task", "ppl"], "did you mean perplexity?"),
         (["--task", "arc"], "did you mean arc_challenge or arc_easy?"),
         (["--task", "arc_easy,kl"], "one task at a time"),
-        (["--task", "perplexity", "--context-length", "513"], "expected at most 512, what the"),
+        (["--task", "perplexity", "--context-length", "513"], "expected at most 512, the model's"),
     ],
 )
 def test_what_cannot_be_meant_is_named(stories, tmp_path, capsys, options, message):
