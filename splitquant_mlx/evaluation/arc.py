@@ -1,9 +1,8 @@
 """Measure the accuracy of a model on multiple-choice questions such as ARC's.
 
-The model rates the options of each question as `protocols.py` puts them, and the option of the
-largest log-likelihood is its answer. In the protocol "loglikelihood" there is a second answer, by
-the log-likelihood a character, so that long options are not at a disadvantage: "acc" and
-"acc_norm" of lm-evaluation-harness.
+`protocols.py` turns each option of a question into a continuation. The model's answer is the option
+with the largest log-likelihood: "acc" of lm-evaluation-harness. The protocol "loglikelihood" has a
+second metric, "acc_norm", by the log-likelihood per character, which does not favour short options.
 """
 
 import hashlib
@@ -32,14 +31,14 @@ from splitquant_mlx.runtime.ranks import Group, alone, gather
 
 @dataclass(frozen=True, kw_only=True)
 class Exam:
-    """Questions, and how they are asked.
+    """Questions and the way they are asked.
 
     Attributes:
-        task: name that the result carries.
+        task: name of the data set, such as "arc_challenge".
         questions: see `questions.load_questions`.
         protocol: "loglikelihood" or "letter".
-        shots: questions to draw solved examples from, of another split.
-        num_shots: number of examples before each question, 0 to 25.
+        shots: questions of another split to draw few-shot examples from.
+        num_shots: number of few-shot examples before each question, 0 to 25.
     """
 
     task: str
@@ -51,21 +50,21 @@ class Exam:
 
 @dataclass(frozen=True, kw_only=True)
 class ArcResult:
-    """Hold how a model answered a list of questions.
+    """Result of a model on a list of questions.
 
     Attributes:
-        task: name of the data, such as "arc_challenge".
+        task: name of the data set, such as "arc_challenge".
         protocol: "loglikelihood" or "letter".
-        num_shots: number of solved examples before each question.
+        num_shots: number of few-shot examples before each question.
         questions: number of questions.
-        accuracy: share of right answers.
-        standard_error: of accuracy, sample standard deviation / sqrt(questions); NaN for a single
-            question.
-        accuracy_norm: share of right answers by the log-likelihood a character; None for "letter".
-        standard_error_norm: of accuracy_norm; None for "letter".
-        ids: of the questions, in their order.
-        correct: 1 for each question answered right, 0 for each other.
-        correct_norm: the same by the log-likelihood a character; None for "letter".
+        accuracy: fraction of correct answers.
+        standard_error: standard error of accuracy, sample standard deviation / sqrt(questions);
+            NaN for a single question.
+        accuracy_norm: accuracy by the log-likelihood per character; None for "letter".
+        standard_error_norm: standard error of accuracy_norm; None for "letter".
+        ids: ids of the questions, in order.
+        correct: 1 for each correct answer, else 0.
+        correct_norm: the same by the log-likelihood per character; None for "letter".
     """
 
     task: str
@@ -91,30 +90,29 @@ def evaluate_arc(
     group: Group | None = None,
     progress: Progress = SILENT,
 ) -> ArcResult:
-    """Have a model answer questions, after none or some solved examples.
+    """Measure the zero-shot or few-shot accuracy of a model.
 
     Args:
-        model: one of mlx-lm's, best after `scoring.for_scoring`.
+        model: an mlx-lm model, preferably prepared by `dense.for_scoring`.
         tokenizer: mlx-lm's TokenizerWrapper.
-        exam: the questions, and how they are asked.
-        journal: file to keep the answers in. A run with the same model, prompts and versions goes
-            on from there; any other begins the file afresh.
-        model_hash: names the model in the journal; see `reference.model_hash`.
-        group: ranks that share the work, each with a journal of its own, and have one result.
-        progress: told how many questions have been answered.
+        exam: the questions and the way they are asked.
+        journal: file that stores the answers. A run with the same model, prompts and versions
+            resumes from it; any other run overwrites it.
+        model_hash: identifies the model in the journal; see `lazy.model_hash`.
+        group: ranks that share the questions, each with a separate journal; every rank returns the
+            complete result.
+        progress: progress reporter.
 
     Raises:
-        RecipeError: when a setting is out of range or does not fit the others.
+        RecipeError: when a setting is out of range or conflicts with another.
         CheckpointError: when the chat template fails.
         TargetError: when the journal cannot be written.
     """
     questions, task = exam.questions, exam.task
     if len({question.id for question in questions}) < max(len(questions), 1):
-        raise RecipeError("questions: expected one or more, each with an id of its own")
+        raise RecipeError("questions: expected one or more, each with a unique id")
     if journal and not model_hash:
-        raise RecipeError(
-            "journal: expected the model_hash too, to tell one model's from another's"
-        )
+        raise RecipeError("journal: expected model_hash as well, to identify the model")
     drawn = draw_shots(exam.shots, exam.num_shots, questions)
     length = context_length(model)
     prompts: dict[str, list[Pair]] = {}
@@ -127,15 +125,15 @@ def evaluate_arc(
     settings = {"task": task, "protocol": exam.protocol, "num_shots": exam.num_shots}
     settings["model"] = model_hash
     with (
-        Journal(journal, _key(settings, prompts)) if journal else nullcontext() as kept,
+        Journal(journal, _key(settings, prompts)) if journal else nullcontext() as opened,
         progress.task(f"Answering {task}", len(questions)) as advance,
     ):
         answers = {question.id: question.answer for question in questions}
-        rated = _rate(model, prompts, answers, kept, group, advance)
-    return _result(exam, rated)
+        scores = _score_options(model, prompts, answers, opened, group, advance)
+    return _result(exam, scores)
 
 
-def _rate(
+def _score_options(
     model: nn.Module,
     prompts: dict[str, list[Pair]],
     answers: dict[str, int],
@@ -143,40 +141,40 @@ def _rate(
     group: Group | None,
     advance: Advance,
 ) -> dict[str, list[float]]:
-    """Return the log-likelihoods of every question's options, nats, by the question's id."""
-    own = {done["id"]: done["loglikelihoods"] for done in journal.done} if journal else {}
-    rated = {name: values for done in gather(group, own) for name, values in done.items()}
-    right = sum(values.index(max(values)) == answers[name] for name, values in rated.items())
-    advance(len(rated))
-    left = {name: pairs for name, pairs in prompts.items() if name not in rated}
-    options = [(name, option) for name, pairs in left.items() for option in range(len(pairs))]
-    partial: dict[str, dict[int, float]] = {name: {} for name in left}
-    pairs = [left[name][option] for name, option in options]
+    """Return the log-likelihoods of each question's options, nats, by question id."""
+    resumed = {done["id"]: done["loglikelihoods"] for done in journal.done} if journal else {}
+    scores = {name: values for done in gather(group, resumed) for name, values in done.items()}
+    correct = sum(values.index(max(values)) == answers[name] for name, values in scores.items())
+    advance(len(scores))
+    remaining = {name: pairs for name, pairs in prompts.items() if name not in scores}
+    options = [(name, option) for name, pairs in remaining.items() for option in range(len(pairs))]
+    partial: dict[str, dict[int, float]] = {name: {} for name in remaining}
+    pairs = [remaining[name][option] for name, option in options]
 
-    def note(index: int, loglikelihood: float) -> None:
-        nonlocal right
+    def add(index: int, loglikelihood: float) -> None:
+        nonlocal correct
         name, option = options[index]
         partial[name][option] = loglikelihood
-        if name in rated or len(partial[name]) < len(left[name]):
+        if name in scores or len(partial[name]) < len(remaining[name]):
             return
-        rated[name] = [value for _, value in sorted(partial[name].items())]
+        scores[name] = [value for _, value in sorted(partial[name].items())]
         if journal:
-            journal.append({"id": name, "loglikelihoods": rated[name]})
-        right += rated[name].index(max(rated[name])) == answers[name]
-        advance(1, f"{right / len(rated):.1%} right")
+            journal.append({"id": name, "loglikelihoods": scores[name]})
+        correct += scores[name].index(max(scores[name])) == answers[name]
+        advance(1, f"{correct / len(scores):.1%} correct")
 
-    found = []
+    computed = []
     for index, score_ in score(model, pairs, group=group):
-        found.append((index, score_.loglikelihood))
-        note(*found[-1])
-    for share in [] if alone(group) else gather(group, found):
+        computed.append((index, score_.loglikelihood))
+        add(index, score_.loglikelihood)
+    for share in [] if alone(group) else gather(group, computed):
         for index, loglikelihood in share:
-            note(index, loglikelihood)
-    return rated
+            add(index, loglikelihood)
+    return scores
 
 
 def _key(settings: dict[str, Any], prompts: dict[str, list[Pair]]) -> dict[str, Any]:
-    """Return everything that the log-likelihoods depend on, the prompts as a hash."""
+    """Return everything the log-likelihoods depend on, with a hash of the prompts."""
     content = json.dumps([[name, *pairs] for name, pairs in prompts.items()])
     return {
         **settings,
@@ -186,14 +184,14 @@ def _key(settings: dict[str, Any], prompts: dict[str, list[Pair]]) -> dict[str, 
     }
 
 
-def _result(exam: Exam, rated: dict[str, list[float]]) -> ArcResult:
+def _result(exam: Exam, scores: dict[str, list[float]]) -> ArcResult:
     correct, correct_norm = [], []
     for question in exam.questions:
-        values = np.array(rated[question.id])
+        values = np.array(scores[question.id])
         lengths = [len(choice) for choice in question.choices]
         correct.append(int(np.argmax(values) == question.answer))
         correct_norm.append(int(np.argmax(values / lengths) == question.answer))
-    by_character = exam.protocol == "loglikelihood"
+    has_norm = exam.protocol == "loglikelihood"
     return ArcResult(
         task=exam.task,
         protocol=exam.protocol,
@@ -201,11 +199,11 @@ def _result(exam: Exam, rated: dict[str, list[float]]) -> ArcResult:
         questions=len(exam.questions),
         accuracy=sum(correct) / len(correct),
         standard_error=_standard_error(correct),
-        accuracy_norm=sum(correct_norm) / len(correct_norm) if by_character else None,
-        standard_error_norm=_standard_error(correct_norm) if by_character else None,
+        accuracy_norm=sum(correct_norm) / len(correct_norm) if has_norm else None,
+        standard_error_norm=_standard_error(correct_norm) if has_norm else None,
         ids=tuple(question.id for question in exam.questions),
         correct=tuple(correct),
-        correct_norm=tuple(correct_norm) if by_character else None,
+        correct_norm=tuple(correct_norm) if has_norm else None,
     )
 
 

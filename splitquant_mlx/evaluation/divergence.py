@@ -1,4 +1,4 @@
-"""Measure how far a model's predictions are from a reference model's.
+"""Measure the KL divergence of a model's predictions from a reference model's.
 
 For each position of a text, p is the reference's distribution of the next token and q the
 model's; the Kullback-Leibler divergence is sum_v p_v (ln p_v - ln q_v), in nats.
@@ -24,7 +24,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """Distance of a model from a reference over `positions` predictions.
+    """KL divergence of a model from a reference over `positions` predictions.
 
     Attributes:
         positions: number of predictions compared.
@@ -32,10 +32,10 @@ class Divergence:
         kl_median: median, nats.
         kl_p99: 99th percentile, nats.
         kl_low, kl_high: 95 % confidence interval of kl_mean, nats, by bootstrap over windows of
-            text, whose positions depend on each other; None for a single window.
-        top1_agreement: share of positions at which both find the same token most likely.
-        standard_error: of kl_mean, nats, taking the positions for independent draws (those of
-            one text are not quite); NaN for a single position.
+            text, because positions within a window are correlated; None for a single window.
+        top1_agreement: fraction of positions with the same most likely token in both models.
+        standard_error: standard error of kl_mean, nats, which assumes independent positions; NaN
+            for a single position.
     """
 
     positions: int
@@ -58,15 +58,15 @@ def measure_divergence(
     """Compare a model with a reference over all next-token predictions of its windows.
 
     Args:
-        model: one of mlx-lm's, best after `scoring.for_scoring`.
+        model: an mlx-lm model, preferably prepared by `dense.for_scoring`.
         reference: see `reference.open_reference`.
-        group: ranks that share the work and have one result; `reference` has the windows that
-            were dealt to this one.
-        progress: told how many predictions have been compared.
+        group: ranks that share the windows; `reference` has those of this rank, and every rank
+            returns the complete result.
+        progress: progress reporter.
 
     Raises:
-        RecipeError: when the two models do not share a vocabulary.
-        SplitQuantError: when the reference is needed and cannot be loaded.
+        RecipeError: when the vocabularies of the two models differ.
+        SplitQuantError: when the reference is not cached and cannot be loaded.
     """
     kl, same, _ = _run(model, reference, progress)
     return _divergence(_collect(group, kl), _collect(group, same))
@@ -75,10 +75,10 @@ def measure_divergence(
 def measure_both(
     model: nn.Module, reference: Reference, *, progress: Progress = SILENT
 ) -> tuple[Divergence, Perplexity]:
-    """Measure divergence and perplexity of the same windows in one run of the model.
+    """Measure divergence and perplexity over the same windows in one pass of the model.
 
-    The perplexity is that of `measure_perplexity` with a stride of a whole window; windows have 3
-    tokens or more. All else is as in `measure_divergence`.
+    The perplexity equals that of `measure_perplexity` with stride = context_length; windows have
+    at least 3 tokens. See `measure_divergence` for arguments and errors.
     """
     kl, same, nll = _run(model, reference, progress)
     length = kl.shape[1]
@@ -88,9 +88,9 @@ def measure_both(
 def _run(
     model: nn.Module, reference: Reference, progress: Progress
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return each position's divergence, agreement and -ln q of the next token, as the windows.
+    """Return KL divergence, top-1 agreement and -ln q of the next token, shaped as the windows.
 
-    The last position of a window has no next token: what stands there for it means nothing.
+    -ln q of a window's last position, which has no next token, is meaningless.
     """
     windows = reference.windows
     following = mx.array(np.roll(windows, -1, axis=1).reshape(-1, 1))
@@ -111,8 +111,8 @@ def _run(
     return kl.reshape(shape), same.reshape(shape), np.concatenate(nll).reshape(shape)
 
 
-def _collect(group: Group | None, found: np.ndarray) -> np.ndarray:
-    return np.array(collect(group, found.tolist()))
+def _collect(group: Group | None, values: np.ndarray) -> np.ndarray:
+    return np.array(collect(group, values.tolist()))
 
 
 def log_probabilities(model: nn.Module, tokens: list[int]) -> mx.array:
@@ -121,10 +121,10 @@ def log_probabilities(model: nn.Module, tokens: list[int]) -> mx.array:
 
 
 def divergence(reference: Iterable[mx.array], model: Iterable[mx.array]) -> Divergence:
-    """Compare two sequences of log-probabilities (positions, vocabulary), block by block.
+    """Compare two sequences of log-probability blocks (positions, vocabulary).
 
     Raises:
-        RecipeError: when there is nothing to compare, or the vocabularies differ.
+        RecipeError: when there are no blocks, or the vocabularies differ.
     """
     kl, same = _compare(reference, model)
     return _divergence(kl[None], same)
@@ -133,23 +133,23 @@ def divergence(reference: Iterable[mx.array], model: Iterable[mx.array]) -> Dive
 def _compare(
     reference: Iterable[mx.array], model: Iterable[mx.array]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the KL divergence of every position, nats, and whether both agree on the top token."""
+    """Return the KL divergence of every position, nats, and whether the top-1 tokens agree."""
     kl, same = [], []
     for p, q in zip(reference, model, strict=True):
         if p.shape != q.shape:
             raise RecipeError(
-                f"the reference predicts {p.shape}, the model {q.shape} (positions, vocabulary): "
-                "only models of one vocabulary can be compared"
+                f"expected log-probabilities of shape {p.shape} (positions, vocabulary), as the "
+                f"reference's, got {q.shape}: compare models of the same vocabulary"
             )
         kl.append(np.array(_kl(p, q)))
         same.append(np.array(mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1)))
     if not kl:
-        raise RecipeError("there are no predictions to compare: give a text")
+        raise RecipeError("expected at least one prediction to compare, got none: give a text")
     return np.concatenate(kl).astype(np.float64), np.concatenate(same)
 
 
 def _divergence(kl: np.ndarray, same: np.ndarray) -> Divergence:
-    """Return the statistics of divergences (windows, positions), nats."""
+    """Return the statistics of KL divergences (windows, positions), nats."""
     count, (low, high) = kl.size, bootstrap_interval(kl.mean(axis=1))
     return Divergence(
         positions=count,
@@ -164,7 +164,7 @@ def _divergence(kl: np.ndarray, same: np.ndarray) -> Divergence:
 
 
 def bootstrap_interval(means: np.ndarray) -> tuple[float | None, float | None]:
-    """Return the 95 % bootstrap percentile interval of the mean of `means`, fixed seed."""
+    """Return the 95 % bootstrap percentile interval of the mean of `means`, with a fixed seed."""
     if len(means) < 2:
         return None, None
     draws = np.random.default_rng(0).choice(means, (RESAMPLES, len(means))).mean(axis=1)
@@ -175,8 +175,8 @@ def bootstrap_interval(means: np.ndarray) -> tuple[float | None, float | None]:
 def _kl(log_p: mx.array, log_q: mx.array) -> mx.array:
     """Return the KL divergence of every row, nats.
 
-    The terms q - p sum to zero but for rounding. With them every summand is non-negative and an
-    error common to a row's log-probabilities, as of its logsumexp, cancels in the first order.
+    The added terms q - p sum to zero up to rounding. They make every summand non-negative and
+    cancel, to first order, an error common to a row's log-probabilities, such as its logsumexp's.
     """
     p, q = mx.exp(log_p), mx.exp(log_q)
     return mx.maximum(mx.sum(p * (log_p - log_q) + (q - p), axis=-1), 0)

@@ -1,8 +1,7 @@
-"""Run any task of lm-evaluation-harness on a model, with this package's own scoring.
+"""Run any task of lm-evaluation-harness with log-likelihoods from `loglikelihood.score`.
 
-Importing this module needs lm-evaluation-harness, and says so where it is missing. Tokenization,
-truncation and the handling of special tokens are those of its class for models of transformers, so
-figures compare. Log-likelihoods come from `loglikelihood.score`.
+Importing this module raises RecipeError if lm-evaluation-harness is not installed. Tokenization,
+truncation and special tokens are handled as in its `HFLM`, so that results are comparable.
 """
 
 from collections.abc import Sequence
@@ -11,12 +10,7 @@ from typing import Any
 import mlx.nn as nn
 
 from splitquant_mlx.errors import RecipeError, one_line
-from splitquant_mlx.evaluation.loglikelihood import (
-    Pair,
-    Score,
-    fit,
-    score,
-)
+from splitquant_mlx.evaluation.loglikelihood import Pair, Score, fit, score
 from splitquant_mlx.models.footprint import context_length
 from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.runtime.ranks import Group, collect, deal, gather
@@ -28,18 +22,18 @@ except ImportError as exc:
         'lm-evaluation-harness is not installed: pip install "splitquant-mlx[lm-eval]"'
     ) from exc
 
-DEFAULT_LENGTH = 2048  # what the harness takes for models that do not say
+DEFAULT_LENGTH = 2048  # the harness's, for models without a context length
 DEFAULT_MAX_TOKENS = 256
 
 
 class SplitQuantLM(TemplateLM):
-    """Give lm-evaluation-harness a loaded model.
+    """A loaded model as a language model of lm-evaluation-harness.
 
     Args:
-        model: one of mlx-lm's, best after `scoring.for_scoring`.
+        model: an mlx-lm model, preferably prepared by `dense.for_scoring`.
         tokenizer: mlx-lm's TokenizerWrapper.
-        group: ranks that share the answering of the requests, and all have the answers.
-        progress: told how many requests have been answered.
+        group: ranks that share the requests; every rank returns all responses.
+        progress: progress reporter.
     """
 
     def __init__(
@@ -59,19 +53,19 @@ class SplitQuantLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """Return the token that ends a text."""
+        """Return the end-of-text token."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
-        """Return the token that an empty context stands for."""
+        """Return the token that replaces an empty context."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Return the tokens of a string, with one beginning-of-text token at most."""
+        """Return the tokens of a string, with at most one beginning-of-text token."""
         if add_special_tokens is None:
             opening = self.tokenizer.decode([self.prefix_token_id])
             add_special_tokens = not string.startswith(opening)
@@ -80,7 +74,7 @@ class SplitQuantLM(TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Return the log-likelihood of each whole text, in windows that do not overlap, nats."""
+        """Return the log-likelihood of each text, nats, in windows whose targets do not overlap."""
         from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
         pairs: list[Pair] = []
@@ -95,19 +89,19 @@ class SplitQuantLM(TemplateLM):
             pairs += map(make_disjoint_window, windows)
             owners += [owner] * (len(pairs) - len(owners))
         totals = [0.0] * len(requests)
-        for owner, found in zip(owners, self._score(pairs), strict=True):
-            totals[owner] += found.loglikelihood
+        for owner, scored in zip(owners, self._score(pairs), strict=True):
+            totals[owner] += scored.loglikelihood
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return the model's continuation of each prompt, up to a stop string or the length."""
-        mine = deal(self.group, requests)
-        with self.progress.task("Generating", len(mine)) as advance:
-            answers = []
-            for request in mine:
-                answers.append(self._generate(*request.args))
+        """Return the continuation of each prompt, up to a stop string or the maximum length."""
+        share = deal(self.group, requests)
+        with self.progress.task("Generating", len(share)) as advance:
+            texts = []
+            for request in share:
+                texts.append(self._generate(*request.args))
                 advance(1)
-        return collect(self.group, answers)
+        return collect(self.group, texts)
 
     def _generate(self, prompt: str, settings: dict[str, Any]) -> str:
         from lm_eval.models.utils import (
@@ -121,17 +115,17 @@ class SplitQuantLM(TemplateLM):
         options: dict[str, Any] = {**normalize_gen_kwargs(settings, DEFAULT_MAX_TOKENS)}
         eos = self.tokenizer.decode([self.eot_token_id])
         stops = [stop for stop in handle_stop_sequences(options["until"], eos) if stop]
-        room = self.max_length - options["max_gen_toks"]
-        if room < 1:
+        max_prompt = self.max_length - options["max_gen_toks"]
+        if max_prompt < 1:
             raise RecipeError(
-                f"the task generates {options['max_gen_toks']} tokens, the model reads "
-                f"{self.max_length} at most, the prompt's included"
+                f"max_gen_toks: expected less than the model's context length "
+                f"({self.max_length}), got {options['max_gen_toks']}"
             )
         text = ""
         for piece in stream_generate(
             self.model,
             self.tokenizer,
-            self.tok_encode(prompt)[-room:],
+            self.tok_encode(prompt)[-max_prompt:],
             max_tokens=options["max_gen_toks"],
             sampler=make_sampler(
                 options.get("temperature", float(options["do_sample"])),
@@ -148,20 +142,20 @@ class SplitQuantLM(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         pairs = [fit(context, end, self.max_length) for _, context, end in requests]
-        return [(found.loglikelihood, found.is_greedy) for found in self._score(pairs)]
+        return [(scored.loglikelihood, scored.is_greedy) for scored in self._score(pairs)]
 
     def _score(self, pairs: Sequence[Pair]) -> list[Score]:
-        """Return the scores in the pairs' order."""
-        mine = [
-            (index, found.loglikelihood, found.is_greedy)
-            for index, found in score(self.model, pairs, group=self.group, progress=self.progress)
+        """Return the scores in the pairs' order, on every rank."""
+        computed = [
+            (index, scored.loglikelihood, scored.is_greedy)
+            for index, scored in score(self.model, pairs, group=self.group, progress=self.progress)
         ]
-        scored = {
+        scores = {
             index: Score(loglikelihood=loglikelihood, is_greedy=is_greedy)
-            for share in gather(self.group, mine)
+            for share in gather(self.group, computed)
             for index, loglikelihood, is_greedy in share
         }
-        return [scored[index] for index in range(len(pairs))]
+        return [scores[index] for index in range(len(pairs))]
 
 
 def run_task(
@@ -174,20 +168,20 @@ def run_task(
     group: Group | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Run a task of lm-evaluation-harness and return what its `simple_evaluate` does.
+    """Run a task of lm-evaluation-harness and return the results of its `simple_evaluate`.
 
     Args:
-        model: one of mlx-lm's, best after `scoring.for_scoring`.
+        model: an mlx-lm model, preferably prepared by `dense.for_scoring`.
         tokenizer: mlx-lm's TokenizerWrapper.
         task: name of a task or group of the harness, or a task's configuration.
-        num_shots: number of solved examples before each request; None is the task's own.
-        limit: number of requests to answer, from the start; None is all.
-        group: ranks that share the work, and all have the results.
-        progress: told how many requests have been answered.
+        num_shots: number of few-shot examples; None is the task's default.
+        limit: number of documents to evaluate, from the start; None is all.
+        group: ranks that share the requests; every rank returns the complete results.
+        progress: progress reporter.
 
     Raises:
-        RecipeError: when there is no such task, its data cannot be loaded, or it does not fit the
-            model.
+        RecipeError: when the task does not exist, its data cannot be loaded, or its requests
+            exceed the model's context length.
     """
     with progress.task("Reading lm-eval's tasks"):  # thousands of files
         from lm_eval.evaluator import simple_evaluate
@@ -205,7 +199,7 @@ def run_task(
             limit=limit,
             task_manager=manager,
         )
-    except (OSError, ValueError) as exc:  # those of the data sets' loaders among them
+    except (OSError, ValueError) as exc:  # such as those of a failed data set download
         raise RecipeError(f"lm-evaluation-harness cannot run the task: {one_line(exc)}") from exc
-    assert results is not None  # only processes after the first get none
+    assert results is not None  # None on ranks after the first of the harness's own distribution
     return dict(results)

@@ -1,11 +1,11 @@
-"""Measure how well a model predicts a text.
+"""Measure the perplexity of a model on a text.
 
-Perplexity is exp of the mean of -ln p(token | the tokens before it). A text longer than the
-context is read in windows, as the documentation of transformers does it ("Perplexity of
-fixed-length models"): a window of `context_length` tokens begins every `stride` tokens, and scores
-the tokens that no window before it held, so that each has at least `context_length - stride`
-tokens of context. The first token of a window has no context and is never scored: of the text that
-is its first token, and with `stride` = `context_length` one in every window.
+Perplexity is exp of the mean of -ln p(token | preceding tokens). A text longer than the context is
+split into windows, as in "Perplexity of fixed-length models" in the documentation of transformers:
+a window of `context_length` tokens starts every `stride` tokens and scores the tokens that are in
+no earlier window, each with at least `context_length - stride` tokens of context. The first token
+of a window has no context and is not scored by it: this leaves out the first token of the text
+and, with `stride` = `context_length`, the first of every window.
 """
 
 import math
@@ -25,18 +25,18 @@ from splitquant_mlx.runtime.ranks import Group, collect, deal
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """Hold how well a model predicts a text.
+    """Perplexity of a model on a text.
 
     Attributes:
         perplexity: exp(mean_nll).
-        standard_error: of the perplexity, by the delta method: perplexity times the standard
-            error of mean_nll. It takes the tokens for independent draws; those of one text are
-            not, so the true error is somewhat larger. It is also no error of a difference: two
-            models on the same text differ by far less than their errors suggest.
-        mean_nll: mean negative log-likelihood of a scored token, nats.
-        tokens: number of tokens scored.
-        context_length: tokens of a window.
-        stride: tokens from one window's start to the next one's.
+        standard_error: standard error of the perplexity by the delta method: perplexity times the
+            standard error of mean_nll. It assumes independent tokens; those of a text are
+            correlated, so the true error is somewhat larger. The error of a difference between two
+            models on the same text is far smaller.
+        mean_nll: mean negative log-likelihood per scored token, nats.
+        tokens: number of scored tokens.
+        context_length: tokens per window.
+        stride: tokens from the start of one window to the next.
     """
 
     perplexity: float
@@ -56,20 +56,20 @@ def measure_perplexity(
     group: Group | None = None,
     progress: Progress = SILENT,
 ) -> Perplexity:
-    """Measure the perplexity of `tokens`; the windows of a batch are as many as memory allows.
+    """Measure the perplexity of `tokens` in batches of windows that fit the memory bound.
 
     Args:
-        model: one of mlx-lm's, best after `scoring.for_scoring`.
-        tokens: one text; see `text.encode` for the token that opens it.
-        context_length: tokens of a window; more than the model was trained for tells nothing.
-        stride: tokens from one window's start to the next one's; None is `context_length`. Half
-            of it doubles the work and gives every token half a window of context or more.
-        group: ranks that share the work, batch by batch, and have one result.
-        progress: told how many tokens have been scored.
+        model: an mlx-lm model, preferably prepared by `dense.for_scoring`.
+        tokens: one text; see `text.encode` for its first token.
+        context_length: tokens per window, at most the model's context length.
+        stride: tokens from the start of one window to the next; None is `context_length`. Half of
+            that doubles the work and gives every token at least half a window of context.
+        group: ranks that share the batches; every rank returns the complete result.
+        progress: progress reporter.
 
     Raises:
-        RecipeError: when the lengths do not fit each other or the text, or a token is none of the
-            model's.
+        RecipeError: when context_length, stride or the text's length is out of range, or a token
+            is not in the model's vocabulary.
     """
     stride = context_length if stride is None else stride
     array, vocabulary = token_array(model, tokens)
@@ -92,7 +92,7 @@ def measure_perplexity(
 def perplexity_of(nll: np.ndarray, context_length: int, stride: int) -> Perplexity:
     """Return the statistics of the negative log-likelihoods (tokens,) of scored tokens, nats."""
     mean = float(nll.mean())
-    # a ruined model's exp may not fit a float
+    # exp overflows for a severely damaged model
     perplexity = math.exp(mean) if mean < 709 else math.inf if mean >= 709 else math.nan
     return Perplexity(
         perplexity=perplexity,
@@ -113,28 +113,28 @@ def _check(tokens: int, context_length: int, stride: int) -> None:
         )
     if tokens < context_length:
         raise RecipeError(
-            f"the text has {tokens} tokens, expected at least context_length ({context_length}): "
+            f"expected a text of at least context_length ({context_length}) tokens, got {tokens}: "
             "give a longer text or a smaller context_length"
         )
 
 
 def _windows(tokens: int, context_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Yield where each window starts, its length, and which of its tokens to score first."""
-    seen = 0
+    """Yield the start of each window, its length, and the position of its first scored token."""
+    scored = 0
     for start in range(0, tokens, stride):
         end = min(start + context_length, tokens)
-        first = max(seen - start, 1)
+        first = max(scored - start, 1)
         if first < end - start:
             yield start, end - start, first
         if end == tokens:
             return
-        seen = end
+        scored = end
 
 
 def _batches(
     windows: list[tuple[int, int, int]], size: int
 ) -> Iterator[tuple[list[int], int, int]]:
-    """Yield the starts of at most `size` windows that agree in all else."""
+    """Yield the starts of up to `size` windows of the same length and first scored position."""
     for (length, first), alike in groupby(windows, key=lambda window: window[1:]):
         starts = [start for start, _, _ in alike]
         for i in range(0, len(starts), size):
@@ -147,6 +147,6 @@ def _negative_log_likelihoods(
     """Yield -ln p of the tokens (texts, length) from position `first` on, in blocks, nats."""
     # position i predicts token i + 1
     for start, logits in logit_blocks(model, texts[:, :-1], vocabulary, first - 1):
-        wanted = mx.array(texts[:, start + 1 : start + 1 + logits.shape[1], None])
-        found = mx.take_along_axis(logits, wanted, axis=-1)
-        yield np.array(mx.logsumexp(logits, axis=-1, keepdims=True) - found).ravel()
+        targets = mx.array(texts[:, start + 1 : start + 1 + logits.shape[1], None])
+        target_logits = mx.take_along_axis(logits, targets, axis=-1)
+        yield np.array(mx.logsumexp(logits, axis=-1, keepdims=True) - target_logits).ravel()

@@ -1,14 +1,14 @@
 """Turn multiple-choice questions into contexts and continuations to score, by one of two protocols.
 
-`loglikelihood` is the tasks arc_challenge and arc_easy of lm-evaluation-harness 0.4.13, to the
-token: the model reads the question without its options, and each option's text is a continuation.
-Few-shot examples are drawn for each question anew, by the same random numbers as there.
+`loglikelihood` matches the tasks arc_challenge and arc_easy of lm-evaluation-harness 0.4.13 token
+by token: the context is the question without its options, and each option's text is a
+continuation. Few-shot examples are drawn separately for each question, with the harness's random
+numbers.
 
-`letter` shows the options as A, B, C, .., whatever the data calls them, in the tokenizer's chat
-template (as plain text if there is none), and the letters are the continuations. The assistant's
-turn is begun with the words of `LEAD`, so that a letter after a space is what comes next: one
-token in the usual vocabularies. Right after a template's header a model would sooner begin a
-sentence, and whether a letter has a space before it there depends on the model.
+`letter` lists the options as A, B, C, ... in the tokenizer's chat template (as plain text if it has
+none); the letters are the continuations. The assistant's turn starts with `LEAD`, so that the next
+token is a space and a letter, one token in the usual vocabularies. Directly after a template's
+header a model tends to start a sentence, and the space before a letter depends on the model.
 """
 
 import random
@@ -22,32 +22,31 @@ from splitquant_mlx.evaluation.loglikelihood import Pair, fit
 from splitquant_mlx.evaluation.settings import Protocol
 
 MAX_SHOTS = 25
-SHOT_SEED = 1234  # of lm-evaluation-harness
+SHOT_SEED = 1234  # lm-evaluation-harness's
 INSTRUCTION = "Read the question and say which of the options answers it best."
 LEAD = "The best answer is"
-# Llama 3's template writes today's date unless it is told another: figures must not depend on it.
-# Reasoning, where a template offers it, would stand before the letter.
+# Llama 3's template inserts today's date by default: results must not depend on it.
+# Reasoning, if a template supports it, would come before the letter.
 TEMPLATE_OPTIONS = {"date_string": "26 Jul 2024", "enable_thinking": False}
 
 
 def draw_shots(
     shots: Sequence[Question], num_shots: int, questions: Sequence[Question]
 ) -> list[list[Question]]:
-    """Draw the solved examples that each question is asked after.
+    """Draw the few-shot examples of each question.
 
     Raises:
-        RecipeError: when there are too few, too many are wanted, or one is asked itself.
+        RecipeError: when `num_shots` is out of range, or a question is in both lists.
     """
     if not 0 <= num_shots <= MAX_SHOTS:
         raise RecipeError(f"num_shots: expected 0 to {MAX_SHOTS}, got {num_shots}")
     if num_shots > len(shots):
         raise RecipeError(
-            f"num_shots: expected {num_shots} examples, got {len(shots)} to draw from"
+            f"num_shots: expected at least {num_shots} examples to draw from, got {len(shots)}"
         )
     if num_shots and (both := {shot.id for shot in shots} & {asked.id for asked in questions}):
         raise RecipeError(
-            f"the question {min(both)!r} is also an example with its answer: draw examples from "
-            "another split"
+            f"question {min(both)!r} is also a few-shot example: draw examples from another split"
         )
     generator = random.Random(SHOT_SEED)
     return [generator.sample(list(shots), num_shots) if num_shots else [] for _ in questions]
@@ -61,20 +60,20 @@ def encode_question(
     protocol: str,
     length: int | None,
 ) -> list[Pair]:
-    """Return the tokens of a question's context and continuation, once for each option.
+    """Return the tokens of (context, continuation) for each option of a question.
 
-    As in lm-evaluation-harness, the continuation is what the tokens of both have beyond those of
-    the context alone.
+    As in lm-evaluation-harness, the continuation is the tokens of the whole text after the first
+    len(context).
 
     Args:
         tokenizer: mlx-lm's TokenizerWrapper.
-        question: to ask.
-        examples: solved ones that come before it.
+        question: the question.
+        examples: few-shot examples before it.
         protocol: "loglikelihood" or "letter".
-        length: of what the model reads, tokens; earlier ones are dropped, see `loglikelihood.fit`.
+        length: the model's context length, tokens; pairs are truncated by `loglikelihood.fit`.
 
     Raises:
-        RecipeError: when there is no such protocol, or an option is too long.
+        RecipeError: when the protocol is unknown, or an option is too long.
         CheckpointError: when the chat template fails.
     """
     templated = False
@@ -90,7 +89,7 @@ def encode_question(
         raise RecipeError(f"protocol: expected {' or '.join(get_args(Protocol))}, got {protocol!r}")
 
     def encode(text: str) -> list[int]:
-        # a template writes the special tokens itself
+        # a chat template contains the special tokens
         return tokenizer.encode(text, add_special_tokens=not templated, verbose=False)
 
     context = encode(text)
@@ -109,16 +108,16 @@ def _ask_for_letter(question: Question) -> str:
 
 
 def _letter_turns(question: Question, examples: Iterable[Question]) -> list[tuple[str, str]]:
-    """Return what the user says and what the assistant answers, of the last answer its begin."""
-    solved = [
+    """Return (user, assistant) turns; the last answer is only its beginning."""
+    shots = [
         (_ask_for_letter(shot), f"{LEAD} {ascii_uppercase[shot.answer]}.") for shot in examples
     ]
-    return [*solved, (_ask_for_letter(question), LEAD)]
+    return [*shots, (_ask_for_letter(question), LEAD)]
 
 
 def _plain(tokenizer: Any, question: Question, examples: Iterable[Question]) -> str:
     turns = _letter_turns(question, examples)
-    return "\n\n".join(f"{asked}\n\n{answered}" for asked, answered in turns)
+    return "\n\n".join(f"{user}\n\n{assistant}" for user, assistant in turns)
 
 
 def _chat(tokenizer: Any, question: Question, examples: Iterable[Question]) -> str:
@@ -129,11 +128,11 @@ def _chat(tokenizer: Any, question: Question, examples: Iterable[Question]) -> s
         for role, content in zip(("user", "assistant"), turn, strict=True)
     ]
     try:
-        opened = tokenizer.apply_chat_template(
+        prompt = tokenizer.apply_chat_template(
             messages[:-1], tokenize=False, add_generation_prompt=True, **TEMPLATE_OPTIONS
         )
-    except Exception as exc:  # a template raises what it likes
+    except Exception as exc:  # a template can raise anything
         raise CheckpointError(
-            f"the chat template refuses a question: {type(exc).__name__}: {one_line(exc)}"
+            f"the chat template fails on a question: {type(exc).__name__}: {one_line(exc)}"
         ) from exc
-    return opened + LEAD
+    return prompt + LEAD

@@ -1,10 +1,9 @@
-"""Keep what the reference model predicts, so that it runs once for all models measured against it.
+"""Cache the reference model's log-probabilities, so that it runs once for all compared models.
 
-Its log-probabilities are cached on disk as the float32 numbers they were computed as, so that a
-model does not differ from itself. An entry is one .npy file (windows, length, vocabulary), read
-and written block by block, named by a hash of everything that the numbers depend on. The cache is
-bounded; the entries used longest ago go first. What does not fit, or cannot be written, is computed
-again each time, with the same result.
+The cache stores float32, as computed, so that the divergence of a model from itself is zero. An
+entry is one .npy file (windows, length, vocabulary), read and written block by block and named by
+a hash of everything the values depend on. The cache is bounded and evicts the least recently used
+entries. Predictions that do not fit, or cannot be written, are recomputed on each iteration.
 """
 
 import hashlib
@@ -36,14 +35,12 @@ ABANDONED_S = 3600
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reference:
-    """Yield, each time it is iterated, the reference's ln p in blocks; see `open_reference`.
-
-    The blocks are those of `scoring.log_probability_blocks`.
+    """Iterable over the reference's ln p, in the blocks of `scoring.log_probability_blocks`.
 
     Attributes:
         windows: tokens (windows, length), int32.
-        file: the cached predictions; None where they are computed anew each time.
-        load: returns the reference model; not called while the file serves.
+        file: the cached predictions; None if they are recomputed on each iteration.
+        load: returns the reference model; only called if `file` is missing or damaged.
     """
 
     windows: np.ndarray
@@ -66,64 +63,65 @@ def open_reference(
     limit_bytes: int = LIMIT_BYTES,
     progress: Progress = SILENT,
 ) -> Reference:
-    """Find the predictions of a reference model in the cache, else compute and cache them.
+    """Look up a reference model's predictions in the cache; compute and cache them if missing.
 
-    The model is not held: with the predictions cached, it and the models measured against it are
-    never in memory together.
+    The model is released after that: if the predictions are cached, it is never in memory together
+    with the models compared with it.
 
     Args:
         windows: tokens (windows, length); see `text.cut_windows`.
-        model_hash: of the reference; see `lazy.model_hash`.
-        load: returns the reference model, ready for scoring; called only when it is needed.
-        directory: of the cache; None is `reference` in the package's cache directory.
-        limit_bytes: bound on the whole cache. Predictions that need more are not cached; the
-            reference then runs beside each model, block by block.
-        progress: told how far the computation is.
+        model_hash: content hash of the reference; see `lazy.model_hash`.
+        load: returns the reference model, ready for scoring; only called if needed.
+        directory: cache directory; None is `reference` in the package's cache directory.
+        limit_bytes: maximum size of the cache. Larger predictions are not cached; the reference
+            then runs alongside each model, block by block.
+        progress: progress reporter.
 
     Raises:
-        RecipeError: when a token is none of the model's.
-        SplitQuantError: what `load` raises.
+        RecipeError: when a token is not in the model's vocabulary.
+        SplitQuantError: any error of `load`.
     """
     windows = np.ascontiguousarray(windows, np.int32)
-    home = directory or cache_directory() / "reference"
-    file = home / f"{_key(windows, model_hash)}{SUFFIX}"
+    directory = directory or cache_directory() / "reference"
+    file = directory / f"{_key(windows, model_hash)}{SUFFIX}"
     if not _cached_vocabulary(file, windows.shape):
         model = load()
         _, vocabulary = token_array(model, windows)
-        if 4 * windows.size * vocabulary > limit_bytes:
+        nbytes = 4 * windows.size * vocabulary
+        if nbytes > limit_bytes:
             return Reference(windows=windows, file=None, load=load)
         try:
-            _make_room(home, limit_bytes - 4 * windows.size * vocabulary, keep=file)
+            _prepare_cache(directory, limit_bytes - nbytes, replace=file)
             _write(file, model, windows, vocabulary, progress)
         except OSError:  # a full or read-only disk costs time, not the result
             return Reference(windows=windows, file=None, load=load)
     with suppress(OSError):
-        os.utime(file)  # marks the entry as used
+        os.utime(file)  # mark as recently used
     return Reference(windows=windows, file=file, load=load)
 
 
 def _key(windows: np.ndarray, model_hash: str) -> str:
-    """Hash model, tokens, their cut into windows, and what rounds: mlx's release and the device."""
+    """Hash the model, the tokens, their shape, and what affects rounding: mlx version, device."""
     device = mx.default_device().type.name
     settings = f"{model_hash}\0{windows.shape}\0{version('mlx')}\0{device}\0"
     return hashlib.sha256(settings.encode() + windows.astype("<i4").tobytes()).hexdigest()
 
 
 def _cached_vocabulary(file: Path, shape: tuple[int, ...]) -> int:
-    """Return the size of the vocabulary in a whole entry for windows of `shape`; 0 without one."""
+    """Return the vocabulary size of a complete entry for windows of `shape`; 0 if there is none."""
     try:
         nbytes = file.stat().st_size - len(_header(shape, 1))
         vocabulary, rest = divmod(max(nbytes, 0), 4 * math.prod(shape))
         header = _header(shape, vocabulary)
         with file.open("rb") as opened:
-            whole = not rest and opened.read(len(header)) == header
+            complete = not rest and opened.read(len(header)) == header
     except OSError:
         return 0
-    return vocabulary if whole else 0
+    return vocabulary if complete else 0
 
 
 def _header(shape: tuple[int, ...], vocabulary: int) -> bytes:
-    """Return the header of an entry; numpy pads it to a length that does not vary."""
+    """Return the .npy header of an entry; numpy pads it to a fixed length."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         buffer, {"descr": "<f4", "fortran_order": False, "shape": (*shape, vocabulary)}
@@ -141,14 +139,14 @@ def _read(file: Path, shape: tuple[int, ...], vocabulary: int) -> Iterator[mx.ar
                 nbytes = 4 * min(rows, length - start) * vocabulary
                 content = opened.read(nbytes)
                 if len(content) != nbytes:
-                    raise SourceError(f"{file} was cut short while it was read: run it again")
+                    raise SourceError(f"{file} was truncated while it was read: run it again")
                 yield mx.array(np.frombuffer(content, "<f4").reshape(-1, vocabulary))
 
 
 def _write(
     file: Path, model: nn.Module, windows: np.ndarray, vocabulary: int, progress: Progress
 ) -> None:
-    """Write an entry beside its place, and move it there when it is whole."""
+    """Write an entry to a temporary file and rename it when complete."""
     with tempfile.NamedTemporaryFile(
         dir=file.parent, prefix=f".{file.stem}-", suffix=PARTIAL, delete=False
     ) as opened:
@@ -167,17 +165,17 @@ def _write(
             raise
 
 
-def _make_room(directory: Path, allowed_bytes: int, keep: Path) -> None:
-    """Remove the entries used longest ago until the rest holds `allowed_bytes` at most."""
+def _prepare_cache(directory: Path, allowed_bytes: int, replace: Path) -> None:
+    """Remove a damaged entry, abandoned files, and least recently used entries over the limit."""
     directory.mkdir(parents=True, exist_ok=True)
-    keep.unlink(missing_ok=True)  # it is torn or foreign
+    replace.unlink(missing_ok=True)
     for file in directory.glob(f".*{PARTIAL}"):
         if time.time() - file.stat().st_mtime > ABANDONED_S:  # its writer was killed
             file.unlink(missing_ok=True)
     entries = [(file.stat(), file) for file in directory.glob(f"*{SUFFIX}")]
-    held_bytes = sum(stat.st_size for stat, _ in entries)
+    total_bytes = sum(stat.st_size for stat, _ in entries)
     for stat, file in sorted(entries, key=lambda entry: entry[0].st_mtime_ns):
-        if held_bytes <= allowed_bytes:
+        if total_bytes <= allowed_bytes:
             return
         file.unlink(missing_ok=True)
-        held_bytes -= stat.st_size
+        total_bytes -= stat.st_size

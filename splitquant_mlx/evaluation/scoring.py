@@ -1,7 +1,6 @@
-"""Run a model over texts to score them, within a bounded memory.
+"""Compute logits and log-probabilities of texts in blocks of bounded memory.
 
-The logits of one window of 2,048 tokens are a gigabyte where the vocabulary has 128,000 entries,
-so they come in blocks.
+The logits of one window of 2,048 tokens take a gigabyte with a vocabulary of 128,000 entries.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,41 +19,40 @@ def token_array(model: nn.Module, tokens: Sequence[int] | np.ndarray) -> tuple[n
     """Return `tokens` as an int32 array of the same shape, and the size of the vocabulary.
 
     Raises:
-        RecipeError: when a token is none of the model's, which mlx would not notice.
+        RecipeError: when a token is not in the model's vocabulary; mlx does not check this.
     """
     array = np.asarray(tokens, np.int32)
     vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]  # lazy: nothing is computed
     if array.size and not (array.min() >= 0 and array.max() < vocabulary):
         raise RecipeError(
-            f"got tokens from {array.min()} to {array.max()}, the model knows 0 to "
-            f"{vocabulary - 1}: use the model's own tokenizer"
+            f"expected tokens from 0 to {vocabulary - 1}, got {array.min()} to {array.max()}: use "
+            "the model's tokenizer"
         )
     return array, vocabulary
 
 
 def block_rows(vocabulary: int) -> int:
-    """Return how many predictions over a vocabulary to hold in memory at a time."""
+    """Return the number of logit rows to hold in memory at a time."""
     return max(1, min(MAX_BLOCK_ROWS, BLOCK_BYTES // (4 * vocabulary)))
 
 
 def logit_blocks(
     model: nn.Module, tokens: np.ndarray, vocabulary: int, first: int = 0
 ) -> Iterator[tuple[int, mx.array]]:
-    """Yield the logits of every next token from position `first` on, block by block.
+    """Yield the next-token logits from position `first` on, block by block.
 
-    The blocks go through the model one after the other with a key-value cache, so that neither
-    their number nor `first` changes the result, and the output layer is applied to no position
-    that is not asked for.
+    The blocks run through the model in order with a key-value cache, so that the result depends
+    neither on their size nor on `first`. The output layer skips the positions before `first`.
 
     Args:
-        model: one of mlx-lm's.
+        model: an mlx-lm model.
         tokens: (texts, length), int32.
-        vocabulary: its size, which sets the size of a block.
-        first: positions before it are context only.
+        vocabulary: vocabulary size, which sets the block size.
+        first: earlier positions are context only.
 
     Yields:
-        The position a block begins at, and its logits (texts, positions, vocabulary), float32 and
-        not evaluated yet; a block is for the caller to evaluate before it asks for the next.
+        The first position of a block and its logits (texts, positions, vocabulary), float32, not
+        yet evaluated; evaluate each block before requesting the next.
     """
     from mlx_lm.models.cache import make_prompt_cache
 
@@ -72,15 +70,15 @@ def logit_blocks(
 def log_probability_blocks(model: nn.Module, windows: np.ndarray) -> Iterator[mx.array]:
     """Yield ln p of every next token of every window, (positions, vocabulary), float32.
 
-    The blocks follow the text, do not cross windows, and depend on the vocabulary's size alone:
-    two models of one vocabulary yield blocks that match.
+    Blocks are in the order of the text and do not cross windows. Their sizes depend on the
+    vocabulary size only, so that two models of the same vocabulary yield matching blocks.
 
     Args:
-        model: one of mlx-lm's.
-        windows: tokens (windows, length), each window a text of its own.
+        model: an mlx-lm model.
+        windows: tokens (windows, length); windows are independent texts.
 
     Raises:
-        RecipeError: when a token is none of the model's.
+        RecipeError: when a token is not in the model's vocabulary.
     """
     windows, vocabulary = token_array(model, windows)
     for window in windows:
@@ -89,7 +87,7 @@ def log_probability_blocks(model: nn.Module, windows: np.ndarray) -> Iterator[mx
 
 
 def log_probabilities_of(logits: mx.array) -> mx.array:
-    """Return ln p for float32 logits (..., vocabulary), evaluated."""
+    """Return ln p of float32 logits (..., vocabulary), evaluated."""
     log_p = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     mx.eval(log_p)
     return log_p

@@ -1,4 +1,4 @@
-"""Settings of an evaluation: one field per option of `eval`."""
+"""Settings of an evaluation: one field for each option of `eval`."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,25 +12,26 @@ Protocol = Literal["loglikelihood", "letter"]
 ARC_TASKS: tuple[str, ...] = get_args(ArcTask)
 TASKS = (*ARC_TASKS, "perplexity", "kl")
 ALIASES = {"ppl": "perplexity", "arc": " or ".join(ARC_TASKS)}
-CONTEXT_LENGTH = 512  # where the model has no shorter one
+CONTEXT_LENGTH = 512  # default; the model's context length if that is shorter
 
 
 @settings
 class Task:
-    """What a model is evaluated on.
+    """Settings of an evaluation task.
 
     Attributes:
-        name: what to do: arc_challenge, arc_easy, perplexity (the default), kl or a task of
-            lm-eval.
-        protocol: how to ask: loglikelihood (lm-eval's, the default) or letter (through the chat).
-        num_shots: solved examples before each question; by default none, or the lm-eval task's
-            own.
-        data: .jsonl, .parquet, .csv or text, instead of the hub's data.
-        shots: questions to draw the examples from, instead of the hub's.
-        limit: at most so many questions, or windows of text.
-        context_length: tokens per window of text; by default 512, or what the model was made for
-            where that is less.
-        stride: tokens from window to window, for perplexity; the window's length if not set.
+        name: task: arc_challenge, arc_easy, perplexity (the default), kl or a task of lm-eval.
+        protocol: form of the questions: loglikelihood (as in lm-eval, the default) or letter (with
+            the chat template).
+        num_shots: few-shot examples before each question; by default 0, or the lm-eval task's
+            default.
+        data: .jsonl, .parquet, .csv or text file, instead of the data set on the hub.
+        shots: file of questions to draw few-shot examples from, instead of the data set on the hub.
+        limit: maximum number of questions, or of windows of text.
+        context_length: tokens per window of text; by default 512, or the model's context length if
+            that is shorter.
+        stride: tokens from the start of one window to the next, for perplexity; by default
+            context_length.
     """
 
     name: str = "perplexity"
@@ -44,7 +45,7 @@ class Task:
 
     def __post_init__(self) -> None:
         if "," in self.name:
-            raise RecipeError(f"task {self.name!r}: one task at a time")
+            raise RecipeError(f"task: expected the name of one task, got {self.name!r}")
         near = ALIASES.get(self.name)
         if self.name not in TASKS and not find_spec("lm_eval"):
             near = near or meant(self.name, TASKS)

@@ -1,4 +1,4 @@
-"""Evaluate one model on one task, from its directory to JSON values."""
+"""Evaluate one model on one task and return JSON values."""
 
 import dataclasses
 import hashlib
@@ -41,38 +41,39 @@ def evaluate(
 
     Args:
         model: repo id, directory or .gguf file.
-        task: what to do.
-        reference: a model to compare with: the one that "kl" measures from, or one that answers
-            the same questions.
-        revision: of the model's hub repo.
-        trust_remote_code: run Python files that the checkpoint brings along.
-        group: ranks that share the questions or the text, each with the whole model, and all
-            return what one would alone.
-        progress: told how far the work is.
+        task: the task and its settings.
+        reference: model to compare with: required for "kl", optional for ARC (the same questions),
+            not allowed otherwise.
+        revision: revision of the model's hub repo.
+        trust_remote_code: run Python files that come with the checkpoint.
+        group: ranks that share the questions or the text, each with the whole model; every rank
+            returns the complete result.
+        progress: progress reporter.
 
     Returns:
         JSON values: "model", "model_hash" (of its content), "task", "settings", "reference",
-        "values" (what was found; with a reference for ARC, its own under "reference" and McNemar's
-        test under "comparison"), and the environment.
+        "values" (the metrics; with a reference for ARC, also its metrics under "reference" and
+        McNemar's test under "comparison"), and the environment.
 
     Raises:
-        SplitQuantError: when model, data or settings cannot be had or used.
+        SplitQuantError: when the model or the data cannot be loaded, or a setting is invalid.
     """
     model = str(model)
     reference = None if reference is None else str(reference)
     _check_reference(task, reference)
     options: Any = {"trust_remote_code": trust_remote_code, "progress": progress}
     with together(group), ExitStack() as stack:
-        own = stack.enter_context(open_model(model, revision=revision, **options))
-        other = None
+        lazy_model = stack.enter_context(open_model(model, revision=revision, **options))
+        lazy_reference = None
         if reference is not None:
-            other = stack.enter_context(open_model(reference, revision=None, **options))
-        for opened in [] if alone(group) else filter(None, (own, other)):
+            lazy_reference = stack.enter_context(open_model(reference, revision=None, **options))
+        models = [lazy_model, lazy_reference] if lazy_reference else [lazy_model]
+        for opened in [] if alone(group) else models:
             check_alike(group, f"model at {opened.path}", opened.hash)
-        length = window_length(task.context_length, filter(None, (own, other)))
+        length = window_length(task.context_length, models)
         task = dataclasses.replace(task, context_length=length)
-        found = _measure(own, other, task, group, progress)
-        model_hash = own.hash
+        values = _measure(lazy_model, lazy_reference, task, group, progress)
+        model_hash = lazy_model.hash
     settings = {name: value for name, value in dataclasses.asdict(task).items() if name != "name"}
     return {
         "model": model,
@@ -80,7 +81,7 @@ def evaluate(
         "task": task.name,
         "settings": {name: str(v) if isinstance(v, Path) else v for name, v in settings.items()},
         "reference": reference,
-        "values": found,
+        "values": values,
         "device": mx.default_device().type.name,
         **made_with(),
     }
@@ -88,52 +89,56 @@ def evaluate(
 
 def _check_reference(task: Task, reference: str | None) -> None:
     if task.name == "kl" and reference is None:
-        raise RecipeError("task kl measures the distance from another model: name it (--reference)")
+        raise RecipeError("task kl: expected a model to compare with, got none: give --reference")
     if task.name not in (*ARC_TASKS, "kl") and reference is not None:
         raise RecipeError(f"task {task.name} takes no --reference")
 
 
 def _measure(
-    own: LazyModel,
-    other: LazyModel | None,
+    model: LazyModel,
+    reference: LazyModel | None,
     task: Task,
     group: Group | None,
     progress: Progress,
 ) -> dict[str, Any]:
     if task.name in ARC_TASKS:
-        return _answer(own, other, task, group, progress)
+        return _arc(model, reference, task, group, progress)
     if task.name == "perplexity":
-        return _perplexity(own, task, group, progress)
+        return _perplexity(model, task, group, progress)
     if task.name == "kl":
-        assert other
-        return _divergence(own, other, task, group, progress)
-    return _harness(own, task, group, progress)
+        assert reference
+        return _divergence(model, reference, task, group, progress)
+    return _harness(model, task, group, progress)
 
 
-def window_length(asked: int | None, models: Iterable[LazyModel]) -> int:
-    """Return the tokens per window of text that `models` are measured in.
+def window_length(context_length: int | None, models: Iterable[LazyModel]) -> int:
+    """Return the number of tokens per window of text.
 
     Args:
-        asked: what the user wants; None for 512, or what the models were made for where it is less.
-        models: those to be measured.
+        context_length: requested length; None for 512, or the smallest context length of `models`
+            if that is shorter.
+        models: the models that read the text.
 
     Raises:
-        RecipeError: when more is asked for than a model was made for.
+        RecipeError: when the requested length exceeds the context length of a model.
     """
     limits = [context_limit(read_config(opened.path)) for opened in models]
     limit = min((tokens for tokens in limits if tokens is not None), default=None)
-    if asked is None:
+    if context_length is None:
         return min(CONTEXT_LENGTH, limit or CONTEXT_LENGTH)
-    check_context("context_length", asked, limit)
-    return asked
+    check_context("context_length", context_length, limit)
+    return context_length
 
 
-def _answer(
-    own: LazyModel, other: LazyModel | None, task: Task, group: Group | None, progress: Progress
+def _arc(
+    model: LazyModel,
+    reference: LazyModel | None,
+    task: Task,
+    group: Group | None,
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Have a model, and the one to compare it with, answer the same questions."""
-    read = load_questions(task.data) if task.data else fetch_questions(task.name)
-    questions = read[: task.limit]
+    questions = load_questions(task.data) if task.data else fetch_questions(task.name)
+    questions = questions[: task.limit]
     num_shots = task.num_shots or 0
     shots: list[Question] = []
     if num_shots:
@@ -147,7 +152,7 @@ def _answer(
         num_shots=num_shots,
     )
 
-    def answers(opened: LazyModel) -> ArcResult:
+    def answer(opened: LazyModel) -> ArcResult:
         key = (opened.hash, task.name, task.protocol, num_shots, [q.id for q in questions])
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
         if group is not None and group.rank():
@@ -162,67 +167,70 @@ def _answer(
             progress=progress,
         )
 
-    mine = answers(own)
-    values = dataclasses.asdict(mine)
-    if other:
-        theirs = answers(other)
-        values["reference"] = dataclasses.asdict(theirs)
-        values["comparison"] = dataclasses.asdict(compare(mine.correct, theirs.correct))
+    result = answer(model)
+    values = dataclasses.asdict(result)
+    if reference:
+        reference_result = answer(reference)
+        values["reference"] = dataclasses.asdict(reference_result)
+        values["comparison"] = dataclasses.asdict(compare(result.correct, reference_result.correct))
     return values
 
 
 def _perplexity(
-    own: LazyModel, task: Task, group: Group | None, progress: Progress
+    model: LazyModel, task: Task, group: Group | None, progress: Progress
 ) -> dict[str, Any]:
     text = _text(task)
-    tokens = encode(own.tokenizer, text)
+    tokens = encode(model.tokenizer, text)
     if task.limit:
         tokens = tokens[: task.limit * (task.stride or task.context_length or 0)]
-    found = measure_perplexity(
-        own.model,
+    result = measure_perplexity(
+        model.model,
         tokens,
         context_length=task.context_length or CONTEXT_LENGTH,
         stride=task.stride,
         group=group,
         progress=progress,
     )
-    return {**dataclasses.asdict(found), "text_sha256": text_hash(text)}
+    return {**dataclasses.asdict(result), "text_sha256": text_hash(text)}
 
 
 def _divergence(
-    own: LazyModel, other: LazyModel, task: Task, group: Group | None, progress: Progress
+    model: LazyModel, reference: LazyModel, task: Task, group: Group | None, progress: Progress
 ) -> dict[str, Any]:
     text = _text(task)
     windows = cut_windows(
-        encode(other.tokenizer, text), task.context_length or CONTEXT_LENGTH, task.limit
+        encode(reference.tokenizer, text), task.context_length or CONTEXT_LENGTH, task.limit
     )
     if group is not None and len(windows) < group.size():
         raise RecipeError(
-            f"{len(windows)} windows of text are too few for {group.size()} ranks: give a longer "
-            "text, or take fewer ranks"
+            f"expected at least one window of text per rank, got {len(windows)} windows for "
+            f"{group.size()} ranks: give a longer text, or start fewer ranks"
         )
-    mine = deal(group, windows)
-    reference = open_reference(mine, model_hash=other.hash, load=other.load, progress=progress)
-    found = measure_divergence(own.model, reference, group=group, progress=progress)
-    return {**dataclasses.asdict(found), "text_sha256": text_hash(text)}
+    predictions = open_reference(
+        deal(group, windows), model_hash=reference.hash, load=reference.load, progress=progress
+    )
+    result = measure_divergence(model.model, predictions, group=group, progress=progress)
+    return {**dataclasses.asdict(result), "text_sha256": text_hash(text)}
 
 
 def _text(task: Task) -> str:
     return load_text(task.data) if task.data else fetch_wikitext()
 
 
-def _harness(own: LazyModel, task: Task, group: Group | None, progress: Progress) -> dict[str, Any]:
+def _harness(
+    model: LazyModel, task: Task, group: Group | None, progress: Progress
+) -> dict[str, Any]:
     from splitquant_mlx.evaluation.harness import run_task
 
     if task.data or task.shots:
         near = meant(task.name, TASKS)
-        hint = f"did you mean {near}? " if near else ""
+        hint = f", or did you mean {near}?" if near else ""
         raise RecipeError(
-            f"{hint}Task {task.name} is lm-eval's, which has its own data: leave out --data"
+            f"task {task.name} of lm-eval defines its data: omit --data and --shots{hint}"
         )
-    found = run_task(
-        own.model,
-        own.tokenizer,
+    results = run_task(
+        model.model,
+        model.tokenizer,
         task.name,
         num_shots=task.num_shots,
         limit=task.limit,
@@ -231,7 +239,7 @@ def _harness(own: LazyModel, task: Task, group: Group | None, progress: Progress
     )
     return {
         f"{name} {metric.removesuffix(',none')}": value
-        for name, metrics in found["results"].items()
+        for name, metrics in results["results"].items()
         for metric, value in metrics.items()
         if isinstance(value, int | float)
     }

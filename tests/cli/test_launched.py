@@ -143,7 +143,7 @@ def test_a_signal_ends_a_rank_that_others_do_not_join(endless):
         (["generate", "--model", "MODEL", "--kv-bits", "7"], "--kv-bits: expected 2, 3"),
         (["generate", "--model", "MODEL", "--pipeline"], "no way to divide a llama in a pipeline"),
         (["generate", "--model", "MODEL", "-p", "-"], "no standard input under mlx.launch"),
-        (["eval", "--model", "MODEL", "--task", "kl"], "name it (--reference)"),
+        (["eval", "--model", "MODEL", "--task", "kl"], "give --reference"),
         (["eval", "--model", "MODEL", "--task", "perplexity", "--data", "no"], "no: "),
         (["serve", "--model", "./missing"], "no such path: './missing'"),
         (["serve", "--model", "MODEL", "--hots", "x"], "No such option: --hots. Did you"),

@@ -1,4 +1,4 @@
-"""Answers are those of lm-evaluation-harness, question by question; letters are whole tokens."""
+"""Answers agree with lm-evaluation-harness, question by question; letters are single tokens."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def easy(questions_file):
 
 @pytest.fixture(scope="module")
 def shots(questions_file):
-    """Return questions that are none of `easy`."""
+    """Return questions that are not in `easy`."""
     return load_questions(questions_file)[40:60]
 
 
@@ -74,9 +74,9 @@ def test_agrees_with_lm_evaluation_harness(num_shots, count, easy, shots, small,
         model_hash="none",
     )
     kept = map(json.loads, (tmp_path / "journal").read_text().splitlines()[1:])
-    found = {line["id"]: line["loglikelihoods"] for line in kept}
-    for question, wanted in zip(easy[:count], responses(theirs), strict=True):
-        assert found[question.id] == pytest.approx(wanted, abs=1e-3)
+    result = {line["id"]: line["loglikelihoods"] for line in kept}
+    for question, expected in zip(easy[:count], responses(theirs), strict=True):
+        assert result[question.id] == pytest.approx(expected, abs=1e-3)
     assert ours.correct == answers(theirs, "acc")
     assert ours.correct_norm == answers(theirs, "acc_norm")
     assert ours.correct != ours.correct_norm
@@ -108,7 +108,7 @@ def make_question(name="q", choices=("one", "four"), answer=0, labels=None):
 
 
 class Words:
-    """Tokenize by the word; a template makes it a chat model's."""
+    """A tokenizer by words, without a chat template."""
 
     has_chat_template = False
 
@@ -128,7 +128,7 @@ class ChatWords(Words):
 
 
 def read(pairs):
-    """Return the words of the one context, and the continuations."""
+    """Return the words of the common context, and the continuations."""
     contexts = {" ".join(context) for context, _ in pairs}
     assert len(contexts) == 1
     return contexts.pop().replace(" \n ", "\n"), [" ".join(end) for _, end in pairs]
@@ -210,7 +210,7 @@ def test_an_interrupted_evaluation_goes_on(small, easy, tmp_path, monkeypatch):
     whole = ask(*small, questions, task="arc_easy")
 
     class Interrupt:
-        """Stop in the middle, as Ctrl-C does."""
+        """Raise KeyboardInterrupt after five questions."""
 
         def task(self, label, total=None):
             return nullcontext(self.advance if label.startswith("Answering") else lambda _: None)
@@ -235,15 +235,15 @@ def test_an_interrupted_evaluation_goes_on(small, easy, tmp_path, monkeypatch):
     assert asked == [4 * (12 - int(sum(scored)))]
     assert ask(*small, questions, **settings) == whole
     assert asked[1:] == [0]
-    # what another model, or another prompt, answered is of no use
+    # another model or another prompt does not resume
     ask(*small, questions, **{**settings, "model_hash": "b"})
     ask(*small, [replace(questions[0], question="Why?")], **{**settings, "model_hash": "b"})
     assert all(asked[2:]) and len(asked) == 4
 
 
 def test_one_question_has_no_standard_error(small, easy):
-    found = ask(*small, easy[:1], task="arc_easy")
-    assert found.accuracy in (0.0, 1.0) and math.isnan(found.standard_error)
+    result = ask(*small, easy[:1], task="arc_easy")
+    assert result.accuracy in (0.0, 1.0) and math.isnan(result.standard_error)
 
 
 def test_progress_adds_up(small, easy):
@@ -264,12 +264,12 @@ def test_progress_adds_up(small, easy):
         ({"protocol": "guess"}, "protocol: expected loglikelihood or letter, got 'guess'"),
         ({"num_shots": -1}, "num_shots: expected 0 to 25, got -1"),
         ({"num_shots": 26}, "num_shots: expected 0 to 25, got 26"),
-        ({"num_shots": 3, "shots": [make_question("s")]}, "expected 3 examples, got 1"),
-        ({"num_shots": 1, "shots": [make_question("q")]}, "'q' is also an example"),
+        ({"num_shots": 3, "shots": [make_question("s")]}, "expected at least 3 examples"),
+        ({"num_shots": 1, "shots": [make_question("q")]}, "'q' is also a few-shot example"),
         ({"questions": []}, "questions: expected one or more"),
-        ({"questions": [make_question(), make_question()]}, "each with an id of its own"),
-        ({"journal": "journal"}, "journal: expected the model_hash too"),
-        ({"questions": [make_question(choices=("x" * 600, "y"))]}, "the model reads 512 at most"),
+        ({"questions": [make_question(), make_question()]}, "each with a unique id"),
+        ({"journal": "journal"}, "journal: expected model_hash as well"),
+        ({"questions": [make_question(choices=("x" * 600, "y"))]}, "at most 512 tokens (the model"),
     ],
 )
 def test_refusals(options, expected, small):
@@ -311,7 +311,7 @@ def test_a_real_model_knows_something(smollm2):
     questions = []
     for number, line in enumerate(KNOWN.strip().splitlines()):
         text, *choices = line.split("|")
-        answer = number % 4  # the right one does not always stand first
+        answer = number % 4  # the correct option is not always the first
         choices.insert(answer, choices.pop(0))
         questions.append(
             Question(
@@ -323,8 +323,8 @@ def test_a_real_model_knows_something(smollm2):
             )
         )
     model = for_scoring(model)
-    found = ask(model, tokenizer, questions, task="arc_easy")
-    assert found.accuracy > 0.25 + 4 * found.standard_error
+    result = ask(model, tokenizer, questions, task="arc_easy")
+    assert result.accuracy > 0.25 + 4 * result.standard_error
     letters = ask(model, tokenizer, questions[:16], task="arc_easy", protocol="letter")
     assert letters.questions == 16 and 0 <= letters.accuracy <= 1
     pairs = encode_question(tokenizer, questions[0], [], protocol="letter", length=None)

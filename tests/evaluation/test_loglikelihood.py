@@ -1,4 +1,4 @@
-"""Scores are those of each pair alone in the model, whatever shares a batch with it."""
+"""A pair's score does not depend on the other pairs of its batch."""
 
 from contextlib import nullcontext
 
@@ -16,9 +16,9 @@ from splitquant_mlx.evaluation.loglikelihood import fit, score
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.progress import Silent
 
-TOLERANCE = 1e-5  # nats a token: float32 sums in another order
+TOLERANCE = 1e-5  # nats per token: float32 sums in another order
 DENSE = ("llama", "qwen3", "gemma")
-OTHERS = ("gemma3_text", "mamba")  # caches of limited size; a recurrent state
+OTHERS = ("gemma3_text", "mamba")  # sliding-window caches; a recurrent state
 
 
 def make_model(architecture, directory):
@@ -45,7 +45,7 @@ def make_model(architecture, directory):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Return a function that makes each architecture's model once."""
+    """Return a function that builds each architecture's model once."""
     made = {}
 
     def model(architecture):
@@ -57,7 +57,7 @@ def models(tmp_path_factory):
 
 
 def alone(model, context, continuation):
-    """Score one pair with nothing beside it: no cache, no padding, float64 after the logits."""
+    """Score one pair without cache, padding or batch, in float64 after the logits."""
     if not continuation:
         return 0.0, True
     inputs = [*context, *continuation][:-1]
@@ -65,18 +65,18 @@ def alone(model, context, continuation):
     logits = logits[len(context) - 1 :]
     shifted = logits - logits.max(axis=-1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    found = log_p[range(len(continuation)), continuation].sum()
-    return found, (logits.argmax(axis=-1) == continuation).all()
+    result = log_p[range(len(continuation)), continuation].sum()
+    return result, (logits.argmax(axis=-1) == continuation).all()
 
 
 def check(model, pairs, **options):
-    found = dict(score(model, pairs, **options))
-    assert set(found) == set(range(len(pairs)))
+    result = dict(score(model, pairs, **options))
+    assert set(result) == set(range(len(pairs)))
     for index, (context, continuation) in enumerate(pairs):
         loglikelihood, greedy = alone(model, list(context), list(continuation))
         tolerance = TOLERANCE * max(len(continuation), 1)
-        assert found[index].loglikelihood == pytest.approx(loglikelihood, abs=tolerance)
-        assert found[index].is_greedy == greedy
+        assert result[index].loglikelihood == pytest.approx(loglikelihood, abs=tolerance)
+        assert result[index].is_greedy == greedy
 
 
 def random_pairs(seed, contexts, longest, options, longest_option, common=0):
@@ -105,7 +105,7 @@ def test_the_bound_on_logits_changes_nothing(architecture, rows, models, monkeyp
     monkeypatch.setattr(scoring, "MAX_BLOCK_ROWS", rows)
     model, shapes = models(architecture), []
     pairs = random_pairs(2, contexts=3, longest=30, options=3, longest_option=9)
-    wanted = [alone(model, *pair)[0] for pair in pairs]
+    expected = [alone(model, *pair)[0] for pair in pairs]
 
     def logsumexp(logits, axis):
         shapes.append(logits.shape)
@@ -113,12 +113,12 @@ def test_the_bound_on_logits_changes_nothing(architecture, rows, models, monkeyp
 
     original = mx.logsumexp
     monkeypatch.setattr(mx, "logsumexp", logsumexp)
-    found = dict(score(model, pairs))
-    assert [found[i].loglikelihood for i in range(len(pairs))] == pytest.approx(wanted, abs=1e-4)
+    result = dict(score(model, pairs))
+    assert [result[i].loglikelihood for i in range(len(pairs))] == pytest.approx(expected, abs=1e-4)
     assert shapes and all(batch * columns <= rows for batch, columns, _ in shapes)
 
 
-tokens = st.lists(st.integers(2, 4), max_size=6)  # of few kinds, so that prefixes are shared
+tokens = st.lists(st.integers(2, 4), max_size=6)  # few distinct tokens, so prefixes are shared
 
 
 @settings(max_examples=40, deadline=None)
@@ -134,11 +134,11 @@ def test_agrees_with_numpy(stories, story_text):
     tokens, oracle = tokenizer.encode(story_text[:700]), NumpyLlama(stories)
     pairs = [(tokens[:n], tokens[n : n + 5]) for n in (1, 30, 31, 90, 200)]
     pairs += [(tokens[:31], [7, 8]), (tokens[:31], [9]), (tokens[:31], [7, 9])]
-    found = dict(score(model, pairs))
+    result = dict(score(model, pairs))
     for index, (context, continuation) in enumerate(pairs):
         log_p = oracle([*context, *continuation][:-1])[len(context) - 1 :]
-        wanted = log_p[range(len(continuation)), continuation].sum()
-        assert found[index].loglikelihood == pytest.approx(wanted, abs=1e-4)
+        expected = log_p[range(len(continuation)), continuation].sum()
+        assert result[index].loglikelihood == pytest.approx(expected, abs=1e-4)
 
 
 def test_greedy_is_what_the_model_would_write(stories):
@@ -149,8 +149,8 @@ def test_greedy_is_what_the_model_would_write(stories):
         written.append(int(mx.argmax(model(mx.array([context + written]))[0, -1])))
     other = [*written[:-1], (written[-1] + 1) % 512]
     late = [(written[0] + 1) % 512, *written[1:]]
-    found = dict(score(model, [(context, written), (context, other), (context, late)]))
-    assert [found[i].is_greedy for i in range(3)] == [True, False, False]
+    result = dict(score(model, [(context, written), (context, other), (context, late)]))
+    assert [result[i].is_greedy for i in range(3)] == [True, False, False]
 
 
 def test_shared_tokens_are_computed_once(models, monkeypatch):
@@ -165,7 +165,7 @@ def test_shared_tokens_are_computed_once(models, monkeypatch):
 
     monkeypatch.setattr(type(model), "__call__", counted)
     assert len(list(score(model, pairs))) == 24
-    # the opening, the rest of each context, and one token to find the vocabulary's size with
+    # the prefix, the rest of each context, and one token to find the vocabulary size
     assert sum(seen) == 40 + 6 * 3 + 1
 
 
@@ -193,9 +193,9 @@ def test_nothing_to_score(models):
 @pytest.mark.parametrize(
     ("pairs", "options", "expected"),
     [
-        ([([5], [6]), ([], [6])], {}, "pair 1 has an empty context"),
-        ([([5], [96])], {}, "the model knows 0 to 95"),
-        ([([-1], [5])], {}, "tokens from -1"),
+        ([([5], [6]), ([], [6])], {}, "pair 1: expected a context of at least one token"),
+        ([([5], [96])], {}, "expected tokens from 0 to 95"),
+        ([([-1], [5])], {}, "got -1 to 5"),
         ([([5], [6])], {"batch_tokens": 0}, "batch_tokens: expected 1 or more, got 0"),
     ],
 )
@@ -208,11 +208,11 @@ def test_refusals(pairs, options, expected, models):
 @given(st.lists(st.integers(), min_size=1), st.lists(st.integers()), st.integers(1, 30))
 def test_what_does_not_fit_is_dropped_from_the_left(context, continuation, length):
     if len(continuation) > length:
-        with pytest.raises(RecipeError, match=f"has {len(continuation)} tokens, the model reads"):
+        with pytest.raises(RecipeError, match=f"got {len(continuation)}"):
             fit(context, continuation, length)
         return
     cut, end = fit(context, continuation, length)
-    # as lm-evaluation-harness's models/huggingface.py cuts what its model reads
+    # as in lm-evaluation-harness's models/huggingface.py
     read = (context + continuation)[-(length + 1) :][:-1]
     assert [*cut, *end][:-1] == read
     assert end == continuation and cut

@@ -16,15 +16,15 @@ answers = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, 
 @given(answers)
 def test_p_value_is_the_doubled_binomial_tail(pairs):
     first, second = zip(*pairs, strict=True)
-    found = compare(first, second)
-    assert found.questions == len(pairs)
-    assert found.only_first == pairs.count((1, 0)) and found.only_second == pairs.count((0, 1))
-    assert found.difference == pytest.approx(sum(first) / len(pairs) - sum(second) / len(pairs))
-    n, fewer = found.only_first + found.only_second, min(found.only_first, found.only_second)
+    result = compare(first, second)
+    assert result.questions == len(pairs)
+    assert result.only_first == pairs.count((1, 0)) and result.only_second == pairs.count((0, 1))
+    assert result.difference == pytest.approx(sum(first) / len(pairs) - sum(second) / len(pairs))
+    n, fewer = result.only_first + result.only_second, min(result.only_first, result.only_second)
     tail = sum(math.comb(n, i) for i in range(fewer + 1)) / 2**n
-    assert found.p_value == pytest.approx(min(1.0, 2 * tail), rel=1e-9)
+    assert result.p_value == pytest.approx(min(1.0, 2 * tail), rel=1e-9)
     other = compare(second, first)
-    assert other.p_value == found.p_value and other.difference == -found.difference
+    assert other.p_value == result.p_value and other.difference == -result.difference
 
 
 @pytest.mark.parametrize("heads", range(9))
@@ -37,8 +37,8 @@ def test_counts_every_outcome_at_least_as_uneven(heads):
 
 
 def test_a_large_difference_among_many_questions():
-    found = compare([1] * 900 + [0] * 272, [0] * 1172)
-    assert found.only_first == 900 and 0 < found.p_value < 1e-200
+    result = compare([1] * 900 + [0] * 272, [0] * 1172)
+    assert result.only_first == 900 and 0 < result.p_value < 1e-200
     assert compare([1] * 5000, [0] * 5000).p_value == 0.0  # below the smallest float
 
 

@@ -1,4 +1,4 @@
-"""Perplexity is what float64 numpy, and mlx-lm itself, say it is."""
+"""Perplexity agrees with float64 numpy and with mlx-lm."""
 
 import math
 
@@ -26,24 +26,24 @@ def story(story_text) -> str:
     return story_text[:4000]
 
 
-def check(found, nlls):
+def check(result, nlls):
     mean = nlls.mean()
-    assert found.tokens == len(nlls)
-    assert found.mean_nll == pytest.approx(mean, rel=TOLERANCE)
-    assert found.perplexity == pytest.approx(math.exp(mean), rel=TOLERANCE)
+    assert result.tokens == len(nlls)
+    assert result.mean_nll == pytest.approx(mean, rel=TOLERANCE)
+    assert result.perplexity == pytest.approx(math.exp(mean), rel=TOLERANCE)
     error = math.exp(mean) * nlls.std(ddof=1) / math.sqrt(len(nlls))
-    assert found.standard_error == pytest.approx(error, rel=TOLERANCE)
+    assert result.standard_error == pytest.approx(error, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize(("context_length", "stride"), STRIDES)
 def test_agrees_with_numpy(context_length, stride, stories, story):
     model, tokenizer = load(stories)
     tokens = encode(tokenizer, story)[: 200 if stride != 1 else 70]
-    found = measure_perplexity(model, tokens, context_length=context_length, stride=stride)
+    result = measure_perplexity(model, tokens, context_length=context_length, stride=stride)
     stride = stride or context_length
-    assert (found.context_length, found.stride) == (context_length, stride)
-    check(found, window_nlls(NumpyLlama(stories), tokens, context_length, stride))
-    assert 1 < found.perplexity < 12  # a model that has learned, on text like its own
+    assert (result.context_length, result.stride) == (context_length, stride)
+    check(result, window_nlls(NumpyLlama(stories), tokens, context_length, stride))
+    assert 1 < result.perplexity < 12  # a trained model on text like its training data
 
 
 @pytest.mark.parametrize("recipe", [Recipe(), Recipe(method="rtn", group_size=32, bits=5)])
@@ -64,17 +64,17 @@ def test_agrees_with_mlx_lm(stories, story, capsys):
     model, tokenizer = load(stories)
     tokens = encode(tokenizer, story)[: 128 * 6]
     perplexity, standard_error = eval_ppl(model, mx.array(tokens).reshape(6, 128))
-    found = measure_perplexity(model, tokens, context_length=128)
-    assert found.perplexity == pytest.approx(perplexity, rel=1e-5)
-    assert found.standard_error == pytest.approx(standard_error, rel=1e-5)
-    assert found.tokens == 6 * 127
+    result = measure_perplexity(model, tokens, context_length=128)
+    assert result.perplexity == pytest.approx(perplexity, rel=1e-5)
+    assert result.standard_error == pytest.approx(standard_error, rel=1e-5)
+    assert result.tokens == 6 * 127
 
 
 @pytest.mark.parametrize("rows", [1, 7, 32, 100])
 def test_memory_bound_does_not_change_the_result(rows, stories, story, monkeypatch):
     model, tokenizer = load(stories)
     tokens = encode(tokenizer, story)[:150]
-    wanted = measure_perplexity(model, tokens, context_length=32, stride=20)
+    expected = measure_perplexity(model, tokens, context_length=32, stride=20)
     shapes = []
 
     def watched(*arguments):
@@ -84,9 +84,9 @@ def test_memory_bound_does_not_change_the_result(rows, stories, story, monkeypat
 
     monkeypatch.setattr(scoring, "MAX_BLOCK_ROWS", rows)
     monkeypatch.setattr(module, "logit_blocks", watched)
-    found = measure_perplexity(model, tokens, context_length=32, stride=20)
-    assert found.mean_nll == pytest.approx(wanted.mean_nll, rel=1e-5)
-    assert found.tokens == wanted.tokens
+    result = measure_perplexity(model, tokens, context_length=32, stride=20)
+    assert result.mean_nll == pytest.approx(expected.mean_nll, rel=1e-5)
+    assert result.tokens == expected.tokens
     assert max(batch * positions for batch, positions, _ in shapes) <= rows
     assert rows < 100 or max(batch for batch, _, _ in shapes) == 100 // 32
 
@@ -114,11 +114,11 @@ def test_windows_score_every_token_once_with_its_context(tokens, context_length,
 def test_more_context_helps(stories, story):
     model, tokenizer = load(stories)
     tokens = encode(tokenizer, story)[:600]
-    found = [
+    result = [
         measure_perplexity(model, tokens, context_length=length, stride=stride).perplexity
         for length, stride in ((16, 16), (64, 64), (256, 64))
     ]
-    assert found == sorted(found, reverse=True) and len(set(found)) == 3
+    assert result == sorted(result, reverse=True) and len(set(result)) == 3
 
 
 def test_progress_adds_up(stories):
@@ -131,22 +131,22 @@ def test_progress_adds_up(stories):
             reported.append(-total)
             return nullcontext(reported.append)
 
-    found = measure_perplexity(
+    result = measure_perplexity(
         load_model(stories), [5] * 100, context_length=30, stride=20, progress=Recorder()
     )
-    assert sum(reported) == 0 and -reported[0] == found.tokens
+    assert sum(reported) == 0 and -reported[0] == result.tokens
 
 
 @pytest.mark.parametrize(
     ("tokens", "options", "expected"),
     [
-        ([1] * 63, {"context_length": 64}, "has 63 tokens, expected at least context_length (64)"),
-        ([], {}, "has 0 tokens"),
+        ([1] * 63, {"context_length": 64}, "context_length (64) tokens, got 63"),
+        ([], {}, "tokens, got 0"),
         ([1] * 99, {"context_length": 2}, "expected at least 3 tokens, got 2"),
         ([1] * 99, {"context_length": 64, "stride": 65}, "1 to context_length (64) tokens, got 65"),
         ([1] * 99, {"context_length": 64, "stride": 0}, "got 0"),
-        ([1] * 99 + [512], {"context_length": 64}, "the model knows 0 to 511"),
-        ([1] * 99 + [-1], {"context_length": 64}, "tokens from -1 to 1"),
+        ([1] * 99 + [512], {"context_length": 64}, "expected tokens from 0 to 511"),
+        ([1] * 99 + [-1], {"context_length": 64}, "got -1 to 1"),
     ],
 )
 def test_refusals(tokens, options, expected, stories):
@@ -158,5 +158,5 @@ def test_refusals(tokens, options, expected, stories):
 def test_a_ruined_model_has_a_figure(stories):
     model = load_model(stories)
     model.model.norm.weight = model.model.norm.weight * 1e6
-    found = measure_perplexity(model, np.arange(3, 200), context_length=64)
-    assert found.perplexity == math.inf and found.mean_nll > 709
+    result = measure_perplexity(model, np.arange(3, 200), context_length=64)
+    assert result.perplexity == math.inf and result.mean_nll > 709

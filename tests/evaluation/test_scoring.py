@@ -1,4 +1,4 @@
-"""Scoring gives the model's own numbers, whatever form it takes and however it is cut up."""
+"""Logits in blocks, and of dense and quantized models, equal those of one whole pass."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,7 +13,7 @@ from splitquant_mlx.evaluation import scoring
 from splitquant_mlx.models.dense import for_scoring
 from splitquant_mlx.models.loader import load_model
 
-# of the largest logit: both compute in float32, in another order
+# relative to the largest logit: float32 sums in another order
 TOLERANCE = 1e-5
 RECIPES = {
     "split": Recipe(group_size=32),
@@ -44,14 +44,14 @@ def test_dense_and_quantized_models_agree(source, name, tmp_path, request):
     convert(directory, tmp_path / "model", recipe=RECIPES[name])
     model = load_model(tmp_path / "model")
     assert any(isinstance(module, QUANTIZED) for module in model.modules())
-    wanted = logits_of(model, vocabulary)
+    expected = logits_of(model, vocabulary)
     dense = for_scoring(model)
     left = {type(module) for module in dense.modules() if isinstance(module, QUANTIZED)}
     assert left <= ({nn.QuantizedEmbedding} if source == "untied" else set())
-    found = logits_of(dense, vocabulary)
-    assert np.abs(found - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+    result = logits_of(dense, vocabulary)
+    assert np.abs(result - expected).max() <= TOLERANCE * np.abs(expected).max()
     original = logits_of(load_model(directory), vocabulary)
-    assert np.abs(found - original).max() > 100 * TOLERANCE * np.abs(wanted).max()
+    assert np.abs(result - original).max() > 100 * TOLERANCE * np.abs(expected).max()
 
 
 def test_a_gpu_runs_the_model_as_it_is(split_stories, monkeypatch):
@@ -64,7 +64,7 @@ def test_a_gpu_runs_the_model_as_it_is(split_stories, monkeypatch):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Return models of several kinds, one of which attends to windows shorter than a text."""
+    """Return models of several architectures, one with sliding-window attention."""
     home = tmp_path_factory.mktemp("models")
     names = ("llama", "qwen3", "gemma3_text", "mixtral")
     return {name: load_model(write_checkpoint(home / name, name)) for name in names}
@@ -85,8 +85,8 @@ def test_blocks_are_the_whole_cut_up(models, data):
         for start, logits in scoring.logit_blocks(model, tokens, VOCAB, first):
             assert start == position and logits.dtype == mx.float32
             assert logits.shape[0] * logits.shape[1] <= max(rows, texts)
-            wanted = whole[:, start : start + logits.shape[1]]
-            assert np.abs(np.array(logits) - wanted).max() <= TOLERANCE * np.abs(whole).max()
+            expected = whole[:, start : start + logits.shape[1]]
+            assert np.abs(np.array(logits) - expected).max() <= TOLERANCE * np.abs(whole).max()
             position += logits.shape[1]
         assert position == length
 
@@ -107,5 +107,5 @@ def test_log_probabilities_are_normalized(stories):
 
 def test_foreign_tokens_are_refused(stories):
     model = load_model(stories)
-    with pytest.raises(RecipeError, match="the model knows 0 to 511"):
+    with pytest.raises(RecipeError, match="expected tokens from 0 to 511"):
         list(scoring.log_probability_blocks(model, np.array([[1, 600]])))

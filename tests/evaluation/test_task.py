@@ -27,18 +27,18 @@ def evaluated(tmp_path, capsys):
 
 
 def test_arc_of_two_models_on_the_same_questions(evaluated, stories, split_stories, questions_file):
-    out, found = evaluated(
+    out, result = evaluated(
         "--task", "arc_easy", "--model", split_stories, "--reference", stories,
         "--data", questions_file, "--limit", 12,
     )  # fmt: skip
-    values = found["values"]
+    values = result["values"]
     assert values["questions"] == 12 and len(values["correct"]) == 12
     assert values["accuracy"] == sum(values["correct"]) / 12
     differ = [a - b for a, b in zip(values["correct"], values["reference"]["correct"], strict=True)]
     assert values["comparison"]["only_first"] == differ.count(1)
     assert values["comparison"]["only_second"] == differ.count(-1)
     assert "McNemar" in out and "accuracy, by length (higher is better)" in out and " ± " in out
-    assert found["versions"]["mlx"] and found["machine"]["cores"]
+    assert result["versions"]["mlx"] and result["machine"]["cores"]
 
 
 def test_perplexity_and_divergence(evaluated, stories, split_stories, text_file):
@@ -56,7 +56,7 @@ def test_perplexity_and_divergence(evaluated, stories, split_stories, text_file)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--task", "kl"), "name it (--reference)"),
+        (("--task", "kl"), "give --reference"),
         (("--task", "perplexity", "--reference", "x"), "takes no --reference"),
         (("--task", "arc_easy", "--limit", "0"), "limit: expected at least 1"),
         (("--task", "arc_easy", "--data", "missing.jsonl"), "missing.jsonl"),
@@ -75,7 +75,7 @@ def test_bad_settings_are_refused(arguments, message, stories, questions_file, c
     [
         (["--task", "ppl"], "did you mean perplexity?"),
         (["--task", "arc"], "did you mean arc_challenge or arc_easy?"),
-        (["--task", "arc_easy,kl"], "one task at a time"),
+        (["--task", "arc_easy,kl"], "expected the name of one task"),
         (["--task", "perplexity", "--context-length", "513"], "expected at most 512, the model's"),
     ],
 )
