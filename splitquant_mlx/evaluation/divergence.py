@@ -69,7 +69,8 @@ def measure_divergence(
         SplitQuantError: when the reference is not cached and cannot be loaded.
     """
     kl, same, _ = _run(model, reference, progress)
-    return _divergence(_collect(group, kl), _collect(group, same))
+    kl, same = (np.array(collect(group, values.tolist())) for values in (kl, same))
+    return _divergence(kl, same)
 
 
 def measure_both(
@@ -109,10 +110,6 @@ def _run(
         kl, same = _compare(reference, blocks())
     shape = windows.shape
     return kl.reshape(shape), same.reshape(shape), np.concatenate(nll).reshape(shape)
-
-
-def _collect(group: Group | None, values: np.ndarray) -> np.ndarray:
-    return np.array(collect(group, values.tolist()))
 
 
 def log_probabilities(model: nn.Module, tokens: list[int]) -> mx.array:

@@ -92,10 +92,7 @@ def score(
     if not pairs:
         return
     groups = sorted(contexts.items(), key=lambda item: len(item[0]), reverse=True)
-    used = {
-        t for context, ends in groups for part in (context, *(e for _, e in ends)) for t in part
-    }
-    _, vocabulary = token_array(model, sorted(used))
+    _, vocabulary = token_array(model, sorted({t for pair in pairs for part in pair for t in part}))
     runner = _Runner(model, vocabulary, batch_tokens)
     with progress.task("Scoring", len(pairs)) as advance:
         prefix = _common_prefix(groups) if runner.can_copy else 0
