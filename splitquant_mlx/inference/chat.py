@@ -1,8 +1,8 @@
-"""Talk to a loaded model: build prompts, keep a conversation, compute each token once.
+"""Chat with a loaded model: prompts, conversation state and KV cache reuse.
 
-Every turn renders the chat template over the whole conversation, so the model sees what a fresh
-start with the same messages would show it. What makes that cheap is the KV cache: of each prompt
-only the part after the longest prefix that is already in the cache is computed.
+Every turn renders the chat template over the whole conversation, so the result does not depend on
+earlier turns. The KV cache makes this cheap: only the tokens after the longest cached prefix of the
+prompt are computed.
 """
 
 import json
@@ -17,7 +17,7 @@ from splitquant_mlx.inference.decoding import Decoding, readable_errors
 from splitquant_mlx.runtime.disk import as_target_error
 
 Message = dict[str, str]
-# Given a prompt's tokens and a question "stop now?", yields mlx-lm's GenerationResponses.
+# (prompt tokens, callback that returns whether to stop) -> mlx-lm GenerationResponses
 Stream = Callable[[list[int], Callable[[], bool]], Iterator[Any]]
 
 
@@ -28,56 +28,56 @@ def encode(
     template: bool = True,
     template_options: dict[str, Any] | None = None,
 ) -> list[int]:
-    """Return the tokens of the prompt that asks for what comes after `messages`.
+    """Return the tokens of the prompt for the assistant's next message.
 
     Args:
         tokenizer: mlx-lm's TokenizerWrapper.
-        messages: with `role` (system, user, assistant) and `content`. If the last one is the
+        messages: `role` (system, user, assistant) and `content` of each. If the last is the
             assistant's, the model continues it.
-        template: render the chat template, if there is one; else prompt with the bare contents,
-            a newline before each of the user's.
+        template: render the chat template, if there is one; else join the contents, with a newline
+            before each of the user's messages.
         template_options: further variables for the chat template.
 
     Raises:
-        CheckpointError: the chat template refuses the messages.
-        RecipeError: the prompt is empty.
+        CheckpointError: when the chat template or the tokenizer fails.
+        RecipeError: when the prompt is empty.
     """
     template = template and tokenizer.has_chat_template
     if template:
-        begun = messages[-1]["role"] == "assistant"
+        continues = messages[-1]["role"] == "assistant"
         try:
             text = tokenizer.apply_chat_template(
                 messages,
                 tokenize=False,
-                continue_final_message=begun,
-                add_generation_prompt=not begun,
+                continue_final_message=continues,
+                add_generation_prompt=not continues,
                 **(template_options or {}),
             )
-        except Exception as exc:  # a template raises what it likes
-            message = f"the chat template refuses these messages: {one_line(exc)}"
+        except Exception as exc:  # a template can raise anything
+            message = f"the chat template fails on these messages: {one_line(exc)}"
             raise CheckpointError(message) from exc
     else:
         text = "".join(
             "\n" * (turn > 0 and message["role"] == "user") + message["content"]
             for turn, message in enumerate(messages)
         )
-    text = text.encode(errors="replace").decode()  # a shell passes on bytes that are no text
+    text = text.encode(errors="replace").decode()  # arguments of a shell may be invalid UTF-8
     try:
         tokens = list(tokenizer.encode(text, add_special_tokens=not template))
     except KeyboardInterrupt:
         raise
-    except BaseException as exc:  # a panic in Rust is no Exception
+    except BaseException as exc:  # a panic in Rust is not an Exception
         raise CheckpointError(f"the tokenizer fails on this text: {one_line(exc)}") from exc
     if not tokens:
-        raise RecipeError("the prompt is empty: say something with --prompt")
+        raise RecipeError("the prompt is empty: give a text with --prompt")
     return tokens
 
 
 class Decoder:
-    """Stream a model's tokens after a prompt, reusing the KV cache of the prompt before.
+    """Token stream of a model that reuses the KV cache of the previous prompt.
 
-    The cache is cut back to the longest common prefix where its kind allows that, and built anew
-    where it does not: a full RotatingKVCache (`max_kv_size`), or the state of a recurrent layer.
+    The cache is trimmed to the longest common prefix, or rebuilt if it cannot be trimmed: a full
+    RotatingKVCache (`max_kv_size`), or the state of a recurrent layer.
     """
 
     def __init__(self, model: Any, tokenizer: Any, decoding: Decoding) -> None:
@@ -88,18 +88,18 @@ class Decoder:
         self._cached: list[int] = []
 
     def __call__(self, prompt: list[int], stop: Callable[[], bool]) -> Iterator[Any]:
-        """Yield one mlx-lm GenerationResponse a token, until the answer ends or `stop` says so.
+        """Yield one mlx-lm GenerationResponse per token.
 
         Args:
-            prompt: its tokens, at least one.
-            stop: asked after each token, and before each chunk of a long prompt.
+            prompt: token ids, at least one.
+            stop: returns whether to stop; called after each token and each chunk of a long prompt.
         """
         from mlx_lm.generate import stream_generate
 
         reused = self._reuse(prompt)
 
         def after_chunk(done: int, total: int) -> None:
-            # At the end of the prompt mlx-lm has begun with the answer: too late to count.
+            # at the end of the prompt, mlx-lm has already started the answer
             if done < total:
                 self._cached = prompt[: reused + done]
                 if stop():
@@ -117,7 +117,7 @@ class Decoder:
                     prompt_progress_callback=after_chunk,
                     **self.decoding.options(),
                 ):
-                    # mlx-lm computes one token ahead: this one is in the cache already.
+                    # mlx-lm computes one token ahead: this one is already in the cache
                     self._cached.append(response.token)
                     yield response
                     if stop():
@@ -125,15 +125,15 @@ class Decoder:
         except (_Stopped, GeneratorExit):
             return
         except BaseException:
-            # Broken off inside the model, where some layers' caches are ahead of others'.
+            # interrupted inside the model: some layers' caches may be ahead of others'
             self._cache, self._cached = [], []
             raise
 
     def _reuse(self, prompt: list[int]) -> int:
-        """Make the cache hold a prefix of `prompt`, as long as can be; return its length."""
+        """Trim the cache to the longest cached prefix of `prompt`; return its length."""
         from mlx_lm.models.cache import trim_prompt_cache
 
-        # The last token is computed in any case: the logits after it are in no cache.
+        # the last token is always computed: a cache does not contain the logits after it
         common = sum(takewhile(bool, map(eq, self._cached, prompt[:-1])))
         surplus = len(self._cached) - common
         if not self._cache or (surplus and trim_prompt_cache(self._cache, surplus) != surplus):
@@ -148,11 +148,11 @@ class _Stopped(Exception):
 
 
 class Conversation:
-    """The messages of a conversation, and the answers to those of the user.
+    """A conversation with a model.
 
     Attributes:
-        messages: with `role` and `content`, the system prompt first where there is one.
-        tokens: of the last prompt and what was said of its answer.
+        messages: `role` and `content` of each; first the system prompt, if any.
+        tokens: number of tokens of the last prompt and its answer so far.
     """
 
     def __init__(self, tokenizer: Any, stream: Stream, *, system_prompt: str | None = None) -> None:
@@ -170,40 +170,40 @@ class Conversation:
 
     def set_system_prompt(self, text: str | None) -> None:
         """Replace the system prompt, or remove it, and keep the other messages."""
-        said = self.messages[self.system_prompt is not None :]
-        self.messages = [{"role": "system", "content": text}] * (text is not None) + said
+        rest = self.messages[self.system_prompt is not None :]
+        self.messages = [{"role": "system", "content": text}] * (text is not None) + rest
 
     def replace(self, messages: Sequence[Message]) -> None:
-        """Go on from other messages. Raises CheckpointError when the template refuses them."""
+        """Replace all messages. Raises CheckpointError when the chat template fails on them."""
         tokens = len(encode(self._tokenizer, messages)) if messages else 0
         self.messages, self.tokens = list(messages), tokens
 
     def reset(self) -> None:
-        """Forget all messages but the system prompt."""
+        """Remove all messages except the system prompt."""
         self.messages = self.messages[: self.system_prompt is not None]
         self.tokens = 0
 
     def answer(
         self, message: str, stop: Callable[[], bool] = lambda: False
     ) -> Generator[Any, None, None]:
-        """Yield the answer to `message`; what was said of it becomes part of the conversation.
+        """Yield the answer to `message` and add both to the conversation, also when stopped.
 
-        An answer that ends before its first word is forgotten, along with the message.
+        If the answer has no text, the message is removed.
         """
         self.messages.append({"role": "user", "content": message})
-        said = ""
+        text = ""
         try:
             for response in self._responses(stop):
-                said += response.text
+                text += response.text
                 yield response
         finally:
-            if said:
-                self.messages.append({"role": "assistant", "content": said})
+            if text:
+                self.messages.append({"role": "assistant", "content": text})
             else:
                 self.messages.pop()
 
     def retry(self, stop: Callable[[], bool] = lambda: False) -> Generator[Any, None, None]:
-        """Yield another answer to the user's last message. Raises RecipeError without one."""
+        """Yield another answer to the last user message. Raises RecipeError if there is none."""
         before = list(self.messages)
         while self.messages and self.messages[-1]["role"] == "assistant":
             self.messages.pop()
@@ -211,15 +211,15 @@ class Conversation:
             self.messages = before
             raise RecipeError("there is no message to answer again")
         message = self.messages.pop()["content"]
-        answered = len(self.messages)
+        length = len(self.messages)
         try:
             yield from self.answer(message, stop)
         finally:
-            if len(self.messages) == answered:  # the old answer is better than none
+            if len(self.messages) == length:  # no new answer: restore the old one
                 self.messages = before
 
     def resume(self, stop: Callable[[], bool] = lambda: False) -> Generator[Any, None, None]:
-        """Yield what follows on the last answer. Raises RecipeError without one."""
+        """Yield the continuation of the last answer. Raises RecipeError if there is none."""
         if not self.messages or self.messages[-1]["role"] != "assistant":
             raise RecipeError("there is no answer to continue")
         for response in self._responses(stop):
@@ -244,16 +244,18 @@ def save_messages(messages: Sequence[Message], file: Path) -> None:
 
 
 def load_messages(file: Path) -> list[Message]:
-    """Read what `save_messages` wrote. Raises RecipeError for anything else."""
+    """Read a file of `save_messages`. Raises RecipeError when it is unreadable or invalid."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        messages = [{"role": m["role"], "content": m["content"]} for m in found]
+        content = json.loads(file.read_text(encoding="utf-8"))
+        messages = [{"role": m["role"], "content": m["content"]} for m in content]
     except OSError as exc:
         raise RecipeError(f"cannot read {file}: {exc.strerror or exc}") from exc
     except (ValueError, TypeError, KeyError, RecursionError) as exc:
-        raise RecipeError(f"{file} holds no conversation: expected what /save writes") from exc
+        raise RecipeError(f"{file}: expected a conversation saved by /save") from exc
     for message in messages:
-        text = all(isinstance(value, str) for value in message.values())
-        if not text or message["role"] not in ("system", "user", "assistant"):
-            raise RecipeError(f"{file} holds no conversation: got a message {message!r:.80}")
+        is_text = all(isinstance(value, str) for value in message.values())
+        if not is_text or message["role"] not in ("system", "user", "assistant"):
+            raise RecipeError(
+                f"{file}: expected a conversation saved by /save, got a message {message!r:.80}"
+            )
     return messages

@@ -1,4 +1,4 @@
-"""Settings of how tokens are chosen and how the KV cache is kept, and a model's own wishes."""
+"""Settings of sampling and of the KV cache, and the sampling that a model recommends."""
 
 import json
 import time
@@ -12,11 +12,10 @@ from pydantic import Field
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.settings import NonNegativeInt, settings
 
-# A KV cache of limited size never drops the first tokens, on which models lean; as in mlx-lm.
-KEPT_TOKENS = 4
+KEEP_TOKENS = 4  # first tokens (attention sinks) that a rotating KV cache keeps, as in mlx-lm
 KVBits = Literal[2, 3, 4, 5, 6, 8]
 KVGroupSize = Literal[32, 64, 128]
-Share = Annotated[float, Field(ge=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 @settings
@@ -24,26 +23,26 @@ class Decoding:
     """Settings of sampling and of the KV cache; names and meanings are mlx-lm's.
 
     Attributes:
-        max_tokens: longest answer, in tokens; -1 sets no limit.
-        temp: sampling temperature; 0 takes the likeliest token.
-        top_p: sample from the likeliest tokens of this total.
-        min_p: drop tokens less likely than this times the likeliest.
-        top_k: sample from this many likeliest tokens; 0 from all.
-        max_kv_size: tokens the KV cache holds; older ones are overwritten.
+        max_tokens: maximum number of tokens to generate; -1 for no limit.
+        temp: sampling temperature; 0 for greedy decoding.
+        top_p: sample from the most likely tokens with this total probability.
+        min_p: drop tokens less likely than this times the most likely.
+        top_k: sample from this many most likely tokens; 0 for all.
+        max_kv_size: maximum size of the KV cache, tokens; older tokens are overwritten.
         kv_bits: quantize the KV cache to this many bits.
-        kv_group_size: group size of a quantized KV cache; by default 64.
-        quantized_kv_start: token from which on the KV cache is quantized; by default 5000.
+        kv_group_size: group size of the quantized KV cache; by default 64.
+        quantized_kv_start: position at which to start quantizing the KV cache; by default 5000.
 
     Raises:
-        RecipeError: when a setting is out of range or does not fit the others.
+        RecipeError: when a setting is out of range or conflicts with another.
     """
 
     max_tokens: Annotated[int, Field(ge=-1)] = 256
     temp: Annotated[float, Field(ge=0)] = 0.0
-    top_p: Share = 1.0
-    min_p: Share = 0.0
+    top_p: Probability = 1.0
+    min_p: Probability = 0.0
     top_k: NonNegativeInt = 0
-    max_kv_size: Annotated[int, Field(gt=KEPT_TOKENS)] | None = None
+    max_kv_size: Annotated[int, Field(gt=KEEP_TOKENS)] | None = None
     kv_bits: KVBits | None = None
     kv_group_size: KVGroupSize = 64
     quantized_kv_start: NonNegativeInt = 5000
@@ -52,12 +51,12 @@ class Decoding:
         if self.max_tokens == 0:
             raise RecipeError("max_tokens: expected 1 or more, or -1, got 0")
         if self.kv_bits is not None and self.max_kv_size is not None:
-            raise RecipeError("kv_bits: mlx-lm quantizes no KV cache that max_kv_size limits")
+            raise RecipeError("kv_bits: mlx-lm cannot quantize a KV cache limited by max_kv_size")
 
     def options(self, group: Any = None) -> dict[str, Any]:
-        """Return the keyword arguments for mlx-lm's `generate`, all but `prompt_cache`.
+        """Return the keyword arguments for mlx-lm's `generate`, except `prompt_cache`.
 
-        With a group of ranks, all take the token that rank 0 samples.
+        In a group of ranks, all use the token that rank 0 samples.
         """
         from mlx_lm.sample_utils import make_sampler
 
@@ -73,43 +72,42 @@ class Decoding:
         }
 
     def empty_cache(self, model: Any) -> list[Any]:
-        """Return a new KV cache for `model`."""
+        """Return an empty KV cache for `model`."""
         from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
         cache = make_prompt_cache(model, self.max_kv_size)
         if (size := self.max_kv_size) is None:
             return cache
-        # Models that make their cache themselves, Llama for one, know nothing of the limit.
-        return [RotatingKVCache(size, keep=KEPT_TOKENS) if type(c) is KVCache else c for c in cache]
+        # models with a make_cache method, such as Llama, ignore the limit
+        return [RotatingKVCache(size, keep=KEEP_TOKENS) if type(c) is KVCache else c for c in cache]
 
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turn mlx-lm's errors on settings that do not suit the model into RecipeError."""
+    """Convert mlx-lm's errors about settings that the model does not support to RecipeError."""
     try:
         yield
     except (ValueError, NotImplementedError) as exc:
         import mlx.core as mx
 
-        # one that comes out of mlx-lm's compiled sampling leaves a random state that is of no use
+        # an error inside mlx-lm's compiled sampling leaves an unusable random state
         mx.random.seed(time.time_ns())
         raise RecipeError(f"mlx-lm cannot run this model with these settings: {exc}") from exc
 
 
 def recommended_sampling(directory: Path) -> dict[str, Any]:
-    """Return what a model's generation_config.json recommends, by `Decoding`'s names.
+    """Return the sampling settings in a model's generation_config.json, by `Decoding`'s names.
 
-    Empty where there is no such file, or where it says nothing of sampling; temp 0 where it says
-    not to sample.
+    Empty without a valid file; temp 0 if do_sample is false.
     """
     try:
-        found = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
-        if found.get("do_sample") is False:
+        config = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
+        if config.get("do_sample") is False:
             return {"temp": 0.0}
         names = {"temp": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
-        given = {name: found.get(key) for name, key in names.items()}
-        chosen = {name: value for name, value in given.items() if type(value) in (int, float)}
-        Decoding(**chosen)
+        values = {name: config.get(key) for name, key in names.items()}
+        sampling = {name: value for name, value in values.items() if type(value) in (int, float)}
+        Decoding(**sampling)
     except (OSError, ValueError, AttributeError, RecursionError, RecipeError):
         return {}
-    return chosen
+    return sampling

@@ -1,4 +1,4 @@
-"""What is posted, answered in the shapes of OpenAI's API: in chunks or, collected, whole."""
+"""POST endpoints of OpenAI's API: answers as a stream of chunks, or merged into one response."""
 
 import asyncio
 import json
@@ -15,10 +15,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from splitquant_mlx.inference.answers import BEGIN, END, Answer, Part, Service
 from splitquant_mlx.inference.protocol import (
+    APIError,
     ChatRequest,
     CompletionRequest,
-    Refusal,
-    failure,
+    internal_error,
     parse,
 )
 from splitquant_mlx.inference.settings import ServeSettings
@@ -28,11 +28,11 @@ Chunk = dict[str, Any]
 
 
 class Completions:
-    """/v1/completions as an ASGI application, and what other endpoints share with it.
+    """/v1/completions as an ASGI application, and the base class of the other endpoints.
 
     Args:
         service: plans the answers.
-        slots: places for requests that are being answered.
+        slots: limits the number of concurrent requests.
     """
 
     kind: type[Any] = CompletionRequest
@@ -44,13 +44,14 @@ class Completions:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer one request."""
-        posted, service, settings = Request(scope, receive), self.service, self.service.settings
-        request = parse(await _body(posted, settings), self.kind)
+        http_request = Request(scope, receive)
+        service, settings = self.service, self.service.settings
+        request = parse(await _body(http_request, settings), self.kind)
         service.check_model(request.model)
         if self.slots.locked():
-            text = f"{settings.max_concurrent} requests are being answered: try again"
-            raise Refusal(429, text, code="rate_limit_exceeded")
-        began, answers = time.perf_counter(), []
+            text = f"{settings.max_concurrent} requests are already in progress: try again later"
+            raise APIError(429, text, code="rate_limit_exceeded")
+        start, answers = time.perf_counter(), []
         async with self.slots:
             try:
                 answers += await run_in_threadpool(self.answers, request)
@@ -61,42 +62,43 @@ class Completions:
                     events = self._server_sent(chunks)
                     response: Response = StreamingResponse(events, media_type="text/event-stream")
                 else:
-                    found = []
+                    collected = []
                     async for chunk in chunks:
-                        found.append(chunk)
-                        if await posted.is_disconnected():
-                            raise Refusal(400, "the client left")
-                    response = JSONResponse(self.collect(found))
+                        collected.append(chunk)
+                        if await http_request.is_disconnected():
+                            raise APIError(400, "the client disconnected")
+                    response = JSONResponse(self.merge(collected))
                 await response(scope, receive, send)
             finally:
                 for answer in answers:
                     answer.cancelled = True
-                usage, took_s = usage_of(answers), time.perf_counter() - began
-                prompt, said = usage["prompt_tokens"], usage["completion_tokens"]
-                speed = f"{said / took_s:.1f} tokens/s"
-                scope["note"] = f"{prompt} prompt + {said} answer tokens, {speed}, "
+                usage, duration_s = count_usage(answers), time.perf_counter() - start
+                prompt, completion = usage["prompt_tokens"], usage["completion_tokens"]
+                speed = f"{completion / duration_s:.1f} tokens/s"
+                scope["note"] = f"{prompt} prompt + {completion} answer tokens, {speed}, "
 
     def answers(self, request: Any) -> list[Answer]:
-        """Return the answers to compute. Raises Refusal."""
+        """Plan the answers. Raises APIError."""
         return self.service.completions(request)
 
     def choice(self, request: Any, part: Part) -> Chunk:
-        """Return what a part of an answer adds to its choice: lists, strings, what comes once."""
-        wanted = request.logprobs is not None and part.tokens
-        logprobs = self.service.texts.completion_logprobs(part.tokens) if wanted else None
+        """Return the chunk's choice for a part of an answer."""
+        logprobs = None
+        if request.logprobs is not None and part.tokens:
+            logprobs = self.service.token_texts.completion_logprobs(part.tokens)
         return {"text": part.text, "logprobs": logprobs, "finish_reason": part.finish}
 
     async def chunks(self, request: Any, answers: Sequence[Answer]) -> AsyncIterator[Chunk]:
-        """Yield what a stream consists of."""
+        """Yield the chunks of a stream."""
         head = self.envelope(self.chunk_object)
         for index, answer in enumerate(answers):
             async for part in answer.parts():
                 yield {**head, "choices": [{"index": index, **self.choice(request, part)}]}
         if request.stream_options.get("include_usage") or not request.stream:
-            yield {**head, "choices": [], "usage": usage_of(answers)}
+            yield {**head, "choices": [], "usage": count_usage(answers)}
 
-    def collect(self, chunks: Sequence[Chunk]) -> Chunk:
-        """Return the chunks of a stream in one."""
+    def merge(self, chunks: Sequence[Chunk]) -> Chunk:
+        """Merge the chunks of a stream into one response."""
         choices: dict[int, Chunk] = {}
         for chunk in chunks:
             for choice in chunk["choices"]:
@@ -104,12 +106,12 @@ class Completions:
         return {**chunks[-1], "object": self.object, "choices": list(choices.values())}
 
     def envelope(self, kind: str) -> Chunk:
-        """Return what all chunks of an answer share."""
+        """Return the fields common to all chunks of an answer."""
         created, model = int(time.time()), self.service.names[0]
         return {"id": new_id(self.prefix), "object": kind, "created": created, "model": model}
 
     async def _server_sent(self, chunks: AsyncIterator[Chunk]) -> AsyncIterator[str]:
-        """Yield chunks as server-sent events."""
+        """Format chunks as server-sent events."""
 
         def event(chunk: Chunk, kind: str) -> str:
             name = f"event: {kind}\n" if self.named_events else ""
@@ -118,10 +120,10 @@ class Completions:
         try:
             async for chunk in chunks:
                 yield event(chunk, chunk.get("type", ""))
-        except Exception as exc:  # too late for another status
-            if not isinstance(exc, Refusal):
+        except Exception as exc:  # the status has been sent
+            if not isinstance(exc, APIError):
                 logging.exception("a stream failed")
-            yield event((exc if isinstance(exc, Refusal) else failure()).body, "error")
+            yield event((exc if isinstance(exc, APIError) else internal_error()).body, "error")
         else:
             if not self.named_events:
                 yield "data: [DONE]\n\n"
@@ -134,11 +136,11 @@ class Chat(Completions):
     object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl-"
 
     def answers(self, request: ChatRequest) -> list[Answer]:
-        """Return the one answer to compute."""
+        """Plan the answer. Raises APIError."""
         return [self.service.chat(request)]
 
     def choice(self, request: ChatRequest, part: Part) -> Chunk:
-        """Return what a part of an answer adds to its message."""
+        """Return the chunk's choice for a part of an answer."""
         deltas = {
             BEGIN: {"role": "assistant", "content": ""},
             REASONING: {"reasoning": part.text, "reasoning_content": part.text},
@@ -146,13 +148,14 @@ class Chat(Completions):
             END: {},
         }
         delta = deltas.get(part.kind, {"content": part.text})
-        wanted = request.logprobs and part.tokens
-        logprobs = self.service.texts.chat_logprobs(part.tokens) if wanted else None
+        logprobs = None
+        if request.logprobs and part.tokens:
+            logprobs = self.service.token_texts.chat_logprobs(part.tokens)
         return {"delta": delta, "logprobs": logprobs, "finish_reason": part.finish}
 
-    def collect(self, chunks: Sequence[Chunk]) -> Chunk:
-        """Return the chunks of a stream in one."""
-        answer = super().collect(chunks)
+    def merge(self, chunks: Sequence[Chunk]) -> Chunk:
+        """Merge the chunks of a stream into one response."""
+        answer = super().merge(chunks)
         choice = answer["choices"][0]
         choice["message"] = message = choice.pop("delta")
         for call in message.get("tool_calls", ()):
@@ -162,7 +165,7 @@ class Chat(Completions):
 
 
 def _merge(whole: Chunk, part: Chunk) -> None:
-    """Add a part of a choice to what there is of it."""
+    """Add `part` to `whole`: concatenate strings and lists, merge dicts, replace other values."""
     for name, value in part.items():
         before = whole.get(name)
         if isinstance(value, dict) and before:
@@ -173,32 +176,35 @@ def _merge(whole: Chunk, part: Chunk) -> None:
             whole[name] = value
 
 
-async def _body(posted: Request, settings: ServeSettings) -> bytes:
-    """Return a request's body, within the limits. Raises Refusal (408, 413)."""
+async def _body(request: Request, settings: ServeSettings) -> bytes:
+    """Read a request's body within the limits. Raises APIError (400, 408, 413)."""
     limit_s, limit, body = settings.request_timeout, settings.max_request_bytes, bytearray()
-    too_large = Refusal(413, f"the body is larger than {limit} bytes")
-    if int(posted.headers.get("content-length", "0")) > limit:
+    too_large = APIError(413, f"expected a body of at most {limit} bytes")
+    if int(request.headers.get("content-length", "0")) > limit:
         raise too_large
     try:
         with anyio.fail_after(limit_s):
-            async for piece in posted.stream():
-                body += piece
+            async for data in request.stream():
+                body += data
                 if len(body) > limit:
                     raise too_large
     except TimeoutError:
-        raise Refusal(408, f"the request took longer than {limit_s:g} s to arrive") from None
+        raise APIError(408, f"expected the complete request within {limit_s:g} s") from None
     except ClientDisconnect:
-        raise Refusal(400, "the client left before the end of the request") from None
+        raise APIError(400, "the client disconnected before the end of the request") from None
     return bytes(body)
 
 
-def usage_of(answers: Sequence[Answer]) -> Chunk:
-    """Return the token counts of answers together."""
+def count_usage(answers: Sequence[Answer]) -> Chunk:
+    """Return `usage`: the total token counts of answers."""
     prompt = sum(len(answer.plan.prompt) for answer in answers)
-    said = sum(answer.completion_tokens for answer in answers)
-    cached = {"cached_tokens": sum(answer.cached for answer in answers)}
-    counts = {"prompt_tokens": prompt, "completion_tokens": said, "total_tokens": prompt + said}
-    return {**counts, "prompt_tokens_details": cached}
+    completion = sum(answer.completion_tokens for answer in answers)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(answer.cached for answer in answers)},
+    }
 
 
 def new_id(prefix: str) -> str:

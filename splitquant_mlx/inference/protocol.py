@@ -1,7 +1,7 @@
-"""Requests of OpenAI's API: bytes in, a checked request out.
+"""Parse and validate requests of OpenAI's API.
 
-Unknown fields are refused, since they may change the answer; those known not to are listed. Null
-means: not given.
+Unknown fields are rejected because they may change the answer; `IGNORED_FIELDS` do not. Null is the
+same as an absent field.
 """
 
 import json
@@ -12,25 +12,25 @@ from pydantic_core import from_json
 
 from splitquant_mlx.settings import explain
 
-IGNORED = {
+IGNORED_FIELDS = {
     *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"),
     *("prompt_cache_retention", "keep_alive", "cache_prompt", "include"),
 }
-CODES = {  # of what `explain` says
+ERROR_CODES = {  # by the message of `settings.explain`
     "unknown key": "unknown_parameter",
     "expected a value, got none": "missing_required_parameter",
 }
-ENDS = "the server ends"
+SHUTTING_DOWN = "the server is shutting down"
 
 
-class Refusal(Exception):
-    """Why there is no answer, as OpenAI's API says it.
+class APIError(Exception):
+    """An error response of OpenAI's API.
 
     Args:
-        status: of HTTP, 400 to 599.
-        message: what was wrong, expected and got.
-        param: the field of the request to blame.
-        code: a word for programs.
+        status: HTTP status, 400 to 599.
+        message: text for the user.
+        param: the invalid field of the request.
+        code: error code.
     """
 
     def __init__(
@@ -42,20 +42,20 @@ class Refusal(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def failure() -> Refusal:
-    """Return the Refusal of a server that is at fault itself."""
-    return Refusal(500, "the server could not answer; its log says why")
+def internal_error() -> APIError:
+    """Return the APIError (500) for an unexpected exception."""
+    return APIError(500, "internal server error: see the server's log")
 
 
-def refuse(path: str, message: str, got: object) -> NoReturn:
-    """Raise the Refusal (400) of a field, or of a part of it."""
+def reject(path: str, message: str, got: object) -> NoReturn:
+    """Raise an APIError (400) for a field or a part of it."""
     text = json.dumps(got, default=str)
     text = text if len(text) <= 60 else f"{text[:60]}..."
-    raise Refusal(400, f"{path}: {message}, got {text}", param=path.split(".")[0])
+    raise APIError(400, f"{path}: {message}, got {text}", param=path.split(".")[0])
 
 
-def text_of(content: Any) -> Any:
-    """Return the text of a list of text parts; what is no list stays."""
+def join_text_parts(content: Any) -> Any:
+    """Return the joined text of a list of text parts; anything but a list is unchanged."""
     if not isinstance(content, list):
         return content
     texts = []
@@ -70,13 +70,13 @@ def text_of(content: Any) -> Any:
     return "".join(texts)
 
 
-class Strict(BaseModel):
-    """A request, or a part of one, without unknown fields."""
+class StrictModel(BaseModel):
+    """A request or a part of one; unknown fields are errors."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
-class Function(Strict):
+class Function(StrictModel):
     """A function that the model may call; `parameters` is a JSON schema."""
 
     name: str
@@ -92,21 +92,21 @@ class Function(Strict):
         return {"type": "object", "properties": properties, **closed}
 
 
-class Tool(Strict):
+class Tool(StrictModel):
     """A tool that the model may call."""
 
     type: Literal["function"]
     function: Function
 
 
-class Called(Strict, extra="allow"):
-    """The function of an earlier call; chat templates expect the value of its arguments."""
+class CalledFunction(StrictModel, extra="allow"):
+    """The function of an earlier call; chat templates expect its arguments decoded from JSON."""
 
     name: str
     arguments: Any = None
 
     @model_validator(mode="after")
-    def _read(self) -> "Called":
+    def _decode_arguments(self) -> "CalledFunction":
         if isinstance(self.arguments, str | None):
             try:
                 self.arguments = from_json(self.arguments or "{}")
@@ -115,22 +115,22 @@ class Called(Strict, extra="allow"):
         return self
 
 
-class Call(Strict, extra="allow"):
-    """A call that the model has made."""
+class ToolCall(StrictModel, extra="allow"):
+    """An earlier call of a tool."""
 
-    function: Called
+    function: CalledFunction
 
 
-class Message(Strict, extra="allow"):
-    """One message; further fields go to the chat template as they are."""
+class Message(StrictModel, extra="allow"):
+    """A message; unknown fields are passed to the chat template."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(text_of)] = None
-    tool_calls: list[Call] | None = None
+    content: Annotated[str | None, BeforeValidator(join_text_parts)] = None
+    tool_calls: list[ToolCall] | None = None
 
     @model_validator(mode="after")
     def _for_templates(self) -> "Message":
-        """Make what chat templates know of a message."""
+        """Use the content and roles that chat templates expect."""
         if self.content is None and self.role != "assistant":
             raise ValueError("expected content")
         self.content = self.content or ""
@@ -138,23 +138,23 @@ class Message(Strict, extra="allow"):
         return self
 
 
-Number = Annotated[float, Field(ge=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Context = Annotated[int, Field(ge=0, le=2**20)]
 One = Annotated[int, Field(ge=1, le=1)]
 Tokens = Annotated[int, Field(ge=-1)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
-Listed = BeforeValidator(lambda given: [given] if isinstance(given, str) else given)
+AsList = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 
 
-def _prompts(given: Any) -> Any:
-    several = isinstance(given, list) and given and isinstance(given[0], str | list)
-    return given if several else [given]
+def _prompts(value: Any) -> Any:
+    is_batch = isinstance(value, list) and value and isinstance(value[0], str | list)
+    return value if is_batch else [value]
 
 
-class Request(Strict):
-    """What completions and chat completions have in common."""
+class Request(StrictModel):
+    """Fields common to completions and chat completions."""
 
     model: str | None = None
     stream: bool = False
@@ -162,9 +162,9 @@ class Request(Strict):
     n: One = 1
     max_tokens: Tokens | None = None
     temp: Annotated[float | None, Field(ge=0, le=2, alias="temperature")] = None
-    top_p: Number | None = None
+    top_p: Probability | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**31)] | None = None
-    min_p: Number | None = None
+    min_p: Probability | None = None
     repetition_penalty: Annotated[float, Field(ge=0, le=10)] = 0.0
     repetition_context_size: Context = 20
     presence_penalty: Penalty = 0.0
@@ -173,7 +173,7 @@ class Request(Strict):
     frequency_context_size: Context = 20
     logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] = {}
     seed: int | None = None
-    stop: Annotated[list[Stop], Field(max_length=16), Listed] = []
+    stop: Annotated[list[Stop], Field(max_length=16), AsList] = []
 
 
 class CompletionRequest(Request):
@@ -201,16 +201,16 @@ class ChatRequest(Request):
     modalities: list[Literal["text"]] = ["text"]
 
     def conversation(self) -> list[dict[str, Any]]:
-        """Return the messages as chat templates take them."""
+        """Return the messages for the chat template."""
         return [message.model_dump(exclude_none=True) for message in self.messages]
 
     def offered_tools(self) -> list[dict[str, Any]]:
-        """Return the tools that the model may call, as chat templates take them."""
+        """Return the tools that the model may call, for the chat template."""
         tools = [] if self.tool_choice == "none" else self.tools
         return [tool.model_dump(exclude_none=True) for tool in tools]
 
     def forced_tools(self) -> list[Function]:
-        """Return the functions of which one must be called; none if the model may say otherwise."""
+        """Return the functions of which the model must call one; empty if a call is optional."""
         functions = [tool.function for tool in self.tools]
         match self.tool_choice:
             case "none" | "auto":
@@ -220,10 +220,10 @@ class ChatRequest(Request):
             case choice if choice != "required":
                 functions = []
         expected = "expected none, auto, required or one of tools"
-        return functions or refuse("tool_choice", expected, self.tool_choice)
+        return functions or reject("tool_choice", expected, self.tool_choice)
 
     def schema(self) -> dict[str, Any] | None:
-        """Return the JSON schema that the answer must follow, if there is one."""
+        """Return the JSON schema of the answer, if one is required."""
         if forced := self.forced_tools():
             return {"anyOf": [function.call_schema() for function in forced]}
         match self.response_format:
@@ -234,30 +234,30 @@ class ChatRequest(Request):
             case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
                 return schema
         expected = "expected type text, json_object, or json_schema with a json_schema.schema"
-        refuse("response_format", expected, self.response_format)
+        reject("response_format", expected, self.response_format)
 
 
 R = TypeVar("R", bound=BaseModel)
 
 
 def parse(body: bytes, kind: type[R]) -> R:
-    """Return a request's body as a `kind` of request. Raises Refusal (400)."""
+    """Parse a request's body as a `kind` of request. Raises APIError (400)."""
     try:
         fields = from_json(body.removeprefix(b"\xef\xbb\xbf"), allow_inf_nan=False)
     except ValueError as exc:
-        raise Refusal(400, f"the request is not JSON in UTF-8: {exc}") from exc
+        raise APIError(400, f"the request: expected JSON in UTF-8: {exc}") from exc
     if not isinstance(fields, dict):
-        refuse("the request", "expected a JSON object", fields)
-    return validate({k: v for k, v in fields.items() if k not in IGNORED}, kind)
+        reject("the request", "expected a JSON object", fields)
+    return validate({k: v for k, v in fields.items() if k not in IGNORED_FIELDS}, kind)
 
 
 def validate(fields: dict[str, Any], kind: type[R]) -> R:
-    """Return fields as a `kind` of request. Raises Refusal (400)."""
+    """Validate fields as a `kind` of request. Raises APIError (400)."""
     try:
         return kind.model_validate({k: v for k, v in fields.items() if v is not None})
     except ValidationError as exc:
         path, _, problem = explain(exc).partition(": ")
-    code = CODES.get(problem)
+    code = ERROR_CODES.get(problem)
     if code == "unknown_parameter":
-        problem = "not known here, and it might change the answer: leave it out"
-    raise Refusal(400, f"{path}: {problem}", param=path.partition(".")[0], code=code)
+        problem = "unknown field, which could change the answer: omit it"
+    raise APIError(400, f"{path}: {problem}", param=path.partition(".")[0], code=code)

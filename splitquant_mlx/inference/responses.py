@@ -1,4 +1,4 @@
-"""OpenAI's /v1/responses by way of chat completions: text and function calls."""
+"""OpenAI's /v1/responses, implemented with chat completions: text and function calls."""
 
 from collections.abc import AsyncIterator, Sequence
 from itertools import count
@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from splitquant_mlx.inference.answers import Answer
-from splitquant_mlx.inference.endpoints import Chunk, Completions, new_id, usage_of
-from splitquant_mlx.inference.protocol import ChatRequest, Strict, refuse, validate
+from splitquant_mlx.inference.endpoints import Chunk, Completions, count_usage, new_id
+from splitquant_mlx.inference.protocol import ChatRequest, StrictModel, reject, validate
 from splitquant_mlx.inference.stops import NORMAL
 
 
-class ResponsesRequest(Strict):
+class ResponsesRequest(StrictModel):
     """A request of /v1/responses."""
 
     input: str | list[dict[str, Any]]
@@ -31,9 +31,9 @@ class ResponsesRequest(Strict):
     reasoning: dict[str, Any] = Field({})
 
     def chat(self) -> ChatRequest:
-        """Return the chat completion that asks for the same."""
+        """Return the equivalent chat completion request. Raises APIError."""
         if unknown := set(self.text) - {"format", "verbosity"}:
-            refuse("text", "expected format", sorted(unknown))
+            reject("text", "expected format", sorted(unknown))
         items = [{"role": "user", "content": self.input}]
         items = items if isinstance(self.input, str) else self.input
         if self.instructions:
@@ -54,13 +54,13 @@ class ResponsesRequest(Strict):
 
 
 def _nested(flat: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Return what chat completions nest under the name of its type."""
+    """Nest all fields but `type` under `kind`, as in chat completions."""
     rest = {name: value for name, value in flat.items() if name != "type"}
     return {"type": flat.get("type"), kind: rest} if rest else flat
 
 
 def _messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages that items of a conversation stand for."""
+    """Convert input items to messages of a chat completion."""
     messages: list[dict[str, Any]] = []
     for i, item in enumerate(items):
         kind = item.get("type", "message")
@@ -73,11 +73,11 @@ def _messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 messages.append({"role": "assistant", "content": None})
             messages[-1].setdefault("tool_calls", []).append(call)
         elif kind == "function_call_output":
-            name, said = item.get("call_id"), item.get("output")
-            messages.append({"role": "tool", "tool_call_id": name, "content": said})
-        elif kind != "reasoning":  # which no chat template asks for
+            call_id, output = item.get("call_id"), item.get("output")
+            messages.append({"role": "tool", "tool_call_id": call_id, "content": output})
+        elif kind != "reasoning":  # not used by chat templates
             expected = "expected message, function_call or function_call_output"
-            refuse(f"input.{i}.type", expected, kind)
+            reject(f"input.{i}.type", expected, kind)
     return messages
 
 
@@ -89,41 +89,44 @@ class Responses(Completions):
     named_events = True
 
     def answers(self, request: ResponsesRequest) -> list[Answer]:
-        """Return the one answer to compute."""
+        """Plan the answer. Raises APIError."""
         return [self.service.chat(request.chat())]
 
-    def collect(self, chunks: Sequence[Chunk]) -> Chunk:
-        """Return the response as it is at the end."""
+    def merge(self, chunks: Sequence[Chunk]) -> Chunk:
+        """Return the complete response, which is in the last event."""
         return chunks[-1]["response"]
 
     async def chunks(
         self, request: ResponsesRequest, answers: Sequence[Answer]
     ) -> AsyncIterator[Chunk]:
         """Yield the events of a stream."""
-        head, output, said, finish = self.envelope(self.object), [], "", None
-        asked = request.model_dump(exclude={"input", "stream", "background", "model"})
-        nothing = {"error": None, "incomplete_details": None, "usage": None, "metadata": {}}
-        created = {"created_at": head.pop("created"), "status": "in_progress", "output": []}
-        response = {**head, **asked, **nothing, **created}
+        envelope, output, text, finish = self.envelope(self.object), [], "", None
+        created = envelope.pop("created")
+        response = {
+            **envelope,
+            **request.model_dump(exclude={"input", "stream", "background", "model"}),
+            **{"error": None, "incomplete_details": None, "usage": None, "metadata": {}},
+            **{"created_at": created, "status": "in_progress", "output": []},
+        }
         message = _item("message", role="assistant", content=[])
-
         numbers = count()
 
-        def event(kind: str, at: Chunk | None = None, **rest: Any) -> Chunk:
-            place = {"output_index": output.index(at), "item_id": at["id"]} if at else {}
+        def event(kind: str, of: Chunk | None = None, /, **fields: Any) -> Chunk:
+            ids = {"output_index": output.index(of), "item_id": of["id"]} if of else {}
             number = next(numbers)
-            return {"type": f"response.{kind}", "sequence_number": number, **place, **rest}
+            return {"type": f"response.{kind}", "sequence_number": number, **ids, **fields}
 
         yield event("created", response=response)
         yield event("in_progress", response=response)
         async for part in answers[0].parts():
             if part.kind == NORMAL and part.text:
-                if not said:
+                if not text:
                     output.append(message)
                     yield event("output_item.added", message, item=message)
                     yield event("content_part.added", message, content_index=0, part=_text(""))
-                said, rest = said + part.text, {"delta": part.text, "logprobs": []}
-                yield event("output_text.delta", message, content_index=0, **rest)
+                text += part.text
+                fields = {"content_index": 0, "delta": part.text, "logprobs": []}
+                yield event("output_text.delta", message, **fields)
             for call in part.calls:
                 function = call["function"]
                 item = _item("function_call", call_id=call["id"], **function)
@@ -135,13 +138,12 @@ class Responses(Completions):
                 item["status"] = "completed"
                 yield event("output_item.done", item, item=item)
             finish = part.finish
-        if said:
-            message.update(status="completed", content=[_text(said)])
-            rest = {"text": said, "logprobs": []}
-            yield event("output_text.done", message, content_index=0, **rest)
-            yield event("content_part.done", message, content_index=0, part=_text(said))
+        if text:
+            message.update(status="completed", content=[_text(text)])
+            yield event("output_text.done", message, content_index=0, text=text, logprobs=[])
+            yield event("content_part.done", message, content_index=0, part=_text(text))
             yield event("output_item.done", message, item=message)
-        counts = usage_of(answers)
+        counts = count_usage(answers)
         usage = {
             "input_tokens": counts["prompt_tokens"],
             "input_tokens_details": counts["prompt_tokens_details"],
@@ -150,8 +152,8 @@ class Responses(Completions):
             "total_tokens": counts["total_tokens"],
         }
         status = "incomplete" if finish == "length" else "completed"
-        why = {"reason": "max_output_tokens"} if finish == "length" else None
-        end = {"status": status, "incomplete_details": why, "output": output, "usage": usage}
+        details = {"reason": "max_output_tokens"} if finish == "length" else None
+        end = {"status": status, "incomplete_details": details, "output": output, "usage": usage}
         yield event(status, response={**response, **end})
 
 

@@ -1,8 +1,8 @@
 """Serve a model over HTTP with OpenAI's API.
 
-mlx computes in the main thread, where errors and Ctrl-C arrive; uvicorn answers in another. The
-port is taken first and opened once the model is loaded. Under mlx.launch each rank holds a share of
-the model; rank 0 serves, and the others compute along.
+mlx runs in the main thread, which receives Ctrl-C; uvicorn runs in another. The port is bound first
+and accepts connections once the model is loaded. Under mlx.launch each rank has a shard of the
+model, and rank 0 runs the HTTP server.
 """
 
 import logging
@@ -22,7 +22,7 @@ from splitquant_mlx.errors import CheckpointError, RankError, RecipeError, Split
 from splitquant_mlx.inference.answers import Service
 from splitquant_mlx.inference.app import application
 from splitquant_mlx.inference.engine import Engine
-from splitquant_mlx.inference.protocol import ENDS, Refusal
+from splitquant_mlx.inference.protocol import SHUTTING_DOWN, APIError
 from splitquant_mlx.inference.settings import ServeSettings
 from splitquant_mlx.models.footprint import context_length
 from splitquant_mlx.models.loader import load
@@ -30,9 +30,9 @@ from splitquant_mlx.models.source import Source, resolve
 from splitquant_mlx.runtime.compatibility import NAMES, check_names
 from splitquant_mlx.runtime.ranks import Group, alone, connected, join, together
 
-CONNECTIONS = 200
-CONTEXT = 32768  # of a model that does not say
-END_S = 1.0  # for answers under way to be told that the server ends
+MAX_CONNECTIONS = 200
+DEFAULT_CONTEXT = 32768  # context length of models whose config has none
+SHUTDOWN_S = 1.0  # time to send the shutdown error to clients
 
 
 def serve(
@@ -42,17 +42,17 @@ def serve(
     trust_remote_code: bool = False,
     on_ready: Callable[[str], None] = lambda url: None,
 ) -> None:
-    """Serve `model`, and no other, until a KeyboardInterrupt.
+    """Serve `model` until a KeyboardInterrupt.
 
     Args:
         model: hub repo id, directory or .gguf file.
-        settings: of the server; None takes the defaults.
-        trust_remote_code: run Python files that `model` brings along.
-        on_ready: called with the URL once requests are answered.
+        settings: settings of the server; None for the defaults.
+        trust_remote_code: run Python files that come with the checkpoint.
+        on_ready: called with the URL once the server accepts requests.
 
     Raises:
-        SplitQuantError: the model is not usable, a setting does not fit it, the port is taken, or
-            another rank is gone.
+        SplitQuantError: when the model cannot be loaded, does not support a setting, the port is in
+            use, or the connection to another rank is lost.
     """
     for module in NAMES:
         check_names(module)
@@ -61,10 +61,11 @@ def serve(
     with ExitStack() as stack:
         with together(group):
             if not alone(group) and (settings.adapter_path or settings.draft_model):
-                raise RecipeError("--adapter-path, --draft-model: not for more than one rank")
+                raise RecipeError("--adapter-path, --draft-model: expected one rank, got several")
             source = resolve(model)
-            bound = bind(settings.host, settings.port) if group.rank() == 0 else nullcontext()
-            listener = stack.enter_context(bound)
+            listener = stack.enter_context(
+                bind(settings.host, settings.port) if group.rank() == 0 else nullcontext()
+            )
         with together(group):
             service = load_service(source, settings, trust_remote_code, group)
         engine = service.engine
@@ -75,19 +76,19 @@ def serve(
         url = stack.enter_context(listening(service, listener))
         with suppress(KeyboardInterrupt), connected():
             on_ready(url)
-            if not alone(group):  # the others have to hear of the end
+            if not alone(group):  # to stop the other ranks, too
                 for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, lambda *_: setattr(engine, "stopping", True))
             engine.run()
 
 
 def load_service(source: Source, settings: ServeSettings, trusted: bool, group: Group) -> Service:
-    """Return what answers with a model, adapter and draft model, in the thread to compute."""
-    own = {"chat_template": settings.chat_template} if settings.chat_template else {}
+    """Load model, adapter and draft model; call this in the thread that runs the engine."""
+    template = {"chat_template": settings.chat_template} if settings.chat_template else {}
     model, tokenizer = load(
         source,
         trust_remote_code=trusted,
-        tokenizer_config={**own, "trust_remote_code": trusted},
+        tokenizer_config={**template, "trust_remote_code": trusted},
         group=group,
         pipeline=settings.pipeline,
     )
@@ -102,24 +103,27 @@ def load_service(source: Source, settings: ServeSettings, trusted: bool, group: 
         model.eval()
     draft = None
     if settings.draft_model is not None:
-        draft, words = load(settings.draft_model)
-        if words.get_vocab() != tokenizer.get_vocab():
-            raise RecipeError(f"--draft-model {settings.draft_model}: expected the model's tokens")
+        draft, draft_tokenizer = load(settings.draft_model)
+        if draft_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise RecipeError(
+                f"--draft-model {settings.draft_model}: expected the vocabulary of the model, got "
+                "another: give a model of the same family"
+            )
     engine = Engine(model, tokenizer, settings, group=group, draft_model=draft)
-    return Service(engine, model_names(source, settings), context_length(model) or CONTEXT)
+    return Service(engine, model_names(source, settings), context_length(model) or DEFAULT_CONTEXT)
 
 
 def model_names(source: Source, settings: ServeSettings) -> list[str]:
-    """Return the names by which clients may ask for a model, first the one that they are told."""
-    own = source.name.rstrip("/").removeprefix("./")
-    base = Path(own).name
+    """Return the names that requests may use for the model; responses contain the first."""
+    name = source.name.rstrip("/").removeprefix("./")
+    base = Path(name).name
     paths = (source.path.absolute(), source.path.resolve())
-    names = [*settings.served_model_name, own, base, base.removesuffix(".gguf"), *map(str, paths)]
-    return list(dict.fromkeys([*names, "default_model"]))  # mlx_lm.server's name for it
+    names = [*settings.served_model_name, name, base, base.removesuffix(".gguf"), *map(str, paths)]
+    return list(dict.fromkeys([*names, "default_model"]))  # mlx_lm.server's name
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that has its port, but takes no connections yet."""
+    """Return a socket that is bound, but does not accept connections yet."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -135,7 +139,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 @contextmanager
 def listening(service: Service, listener: socket.socket) -> Iterator[str]:
-    """Answer requests in a thread; yield the URL once they are."""
+    """Run the HTTP server in a thread; yield its URL once it accepts requests."""
     logging.getLogger("splitquant_mlx.serve").setLevel(service.settings.log_level)
     config = uvicorn.Config(
         application(service),
@@ -148,7 +152,7 @@ def listening(service: Service, listener: socket.socket) -> Iterator[str]:
         access_log=False,
         server_header=False,
         timeout_keep_alive=service.settings.request_timeout,  # type: ignore[arg-type]
-        timeout_graceful_shutdown=END_S,  # type: ignore[arg-type]
+        timeout_graceful_shutdown=SHUTDOWN_S,  # type: ignore[arg-type]
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -159,36 +163,36 @@ def listening(service: Service, listener: socket.socket) -> Iterator[str]:
     try:
         yield f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     finally:
-        service.engine.close(Refusal(503, ENDS))
+        service.engine.close(APIError(503, SHUTTING_DOWN))
         server.should_exit = True
-        thread.join(5 * END_S)
+        thread.join(5 * SHUTDOWN_S)
 
 
 class Connection(H11Protocol):
-    """A connection that is cut when its client takes longer than the time limit.
+    """A connection with a timeout for slow clients.
 
-    uvicorn waits as long as it takes for a request's head, and for a client that does not read.
+    uvicorn has no timeout for a request's headers, nor for a client that does not read.
     """
 
     def connection_made(self, transport: Any) -> None:
-        """Begin to watch; turn away who is one too many."""
+        """Start the timeout; reject connections above the limit."""
         super().connection_made(transport)
-        if len(self.connections) > CONNECTIONS:
+        if len(self.connections) > MAX_CONNECTIONS:
             transport.abort()
         self._watch(None)
 
     def _watch(self, before: Any) -> None:
-        """Cut the connection if the client is to do something, and nothing has changed."""
+        """Close the connection if it waits for the client and has not changed since `before`."""
         cycle = self.cycle
-        computing = cycle is not None and not (
+        waits_for_server = cycle is not None and not (
             cycle.more_body or cycle.response_complete or self.flow.write_paused
         )
         now = (cycle, self.transport.get_write_buffer_size())
-        if now == before and not computing:
+        if now == before and not waits_for_server:
             self.transport.abort()
         self._timer = self.loop.call_later(self.timeout_keep_alive, self._watch, now)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop watching."""
+        """Stop the timeout."""
         self._timer.cancel()
         super().connection_lost(exc)

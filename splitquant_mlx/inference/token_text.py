@@ -1,16 +1,16 @@
-"""Single tokens as bytes and text, as OpenAI's log-probabilities show them."""
+"""Bytes, text and offsets of single tokens, for OpenAI's `logprobs`."""
 
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from splitquant_mlx.inference.engine import Scored
+from splitquant_mlx.inference.engine import ScoredToken
 
-Placed = tuple[Scored, int]  # with the index of its first character in the text
+OffsetToken = tuple[ScoredToken, int]  # and the index of its first character in the text
 
 
-class Texts:
-    """The bytes of each of a tokenizer's tokens.
+class TokenTexts:
+    """Bytes and text of a tokenizer's tokens.
 
     Args:
         tokenizer: mlx-lm's TokenizerWrapper.
@@ -25,7 +25,7 @@ class Texts:
         self._bytes = {c: b for b, c in bytes_to_unicode().items()} if byte_level else {}
 
     def bytes_of(self, token: int) -> bytes:
-        """Return a token's bytes; none for an id without a token."""
+        """Return a token's bytes; empty for an unused id."""
         piece = self._tokenizer.convert_ids_to_tokens(token) or ""
         if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
             return bytes.fromhex(byte[1])
@@ -34,25 +34,25 @@ class Texts:
         return piece.replace("▁", " ").encode()
 
     def text_of(self, token: int) -> str:
-        """Return a token's text; bytes that are no text by themselves are spelled out."""
+        """Return a token's text, or its bytes in hex for a partial character."""
         data = self.bytes_of(token)
         try:
             return data.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
-    def place(self, tokens: Sequence[Scored], text: str) -> list[Placed]:
-        """Return where each token of a text begins; special ones, put in, take no room."""
-        data, placed = b"", []
+    def add_offsets(self, tokens: Sequence[ScoredToken], text: str) -> list[OffsetToken]:
+        """Return tokens with their offsets in `text`; special tokens have no length."""
+        data, offset_tokens = b"", []
         pieces = [b"" if s.token in self._special else self.bytes_of(s.token) for s in tokens]
-        # a tokenizer may put a space before the text
+        # a tokenizer may add a space before the text
         extra = len(b"".join(pieces).decode(errors="replace")) - len(text)
         for scored, piece in zip(tokens, pieces, strict=True):
-            placed.append((scored, max(len(data.decode(errors="replace")) - extra, 0)))
+            offset_tokens.append((scored, max(len(data.decode(errors="replace")) - extra, 0)))
             data += piece
-        return placed
+        return offset_tokens
 
-    def chat_logprobs(self, tokens: Sequence[Placed]) -> dict[str, Any]:
+    def chat_logprobs(self, tokens: Sequence[OffsetToken]) -> dict[str, Any]:
         """Return `logprobs` of a chat completion."""
 
         def entry(token: int, logprob: float | None) -> dict[str, Any]:
@@ -66,8 +66,8 @@ class Texts:
             ]
         }
 
-    def completion_logprobs(self, tokens: Sequence[Placed]) -> dict[str, Any]:
-        """Return `logprobs` of a completion; a token itself is always among its top ones."""
+    def completion_logprobs(self, tokens: Sequence[OffsetToken]) -> dict[str, Any]:
+        """Return `logprobs` of a completion; top_logprobs always include the token itself."""
         tops = []
         for s, _ in tokens:
             top = {self.text_of(token): logprob for token, logprob in reversed(s.top)}

@@ -25,7 +25,7 @@ STORY = "Once upon a time"
 
 
 class Letters:
-    """Stand in for a tokenizer: a token a character, and a template that marks roles."""
+    """A fake tokenizer: one token per character, and a template that marks roles."""
 
     has_chat_template = True
 
@@ -41,7 +41,7 @@ class Letters:
 
 
 class Parrot:
-    """Stand in for a model: keep the prompts, answer with the same words each time."""
+    """A fake model that records the prompts and always gives the same answer."""
 
     def __init__(self, *words):
         self.words = words
@@ -129,7 +129,7 @@ def test_settings_out_of_range_are_refused(setting, value):
 
 
 def test_a_limited_kv_cache_cannot_be_quantized():
-    with pytest.raises(RecipeError, match="kv_bits: mlx-lm quantizes no KV cache"):
+    with pytest.raises(RecipeError, match="kv_bits: mlx-lm cannot quantize a KV cache"):
         Decoding(kv_bits=4, max_kv_size=512)
 
 
@@ -144,7 +144,7 @@ def loaded(split_stories):
 
 
 def tokens(loaded, prompt, decoding=None, decoder=None):
-    """Return the tokens a decoder, by default a fresh one, says after `prompt`; and the last."""
+    """Return the tokens that a decoder, by default a new one, generates; and the last response."""
     decoder = decoder or Decoder(*loaded, decoding=decoding or Decoding(max_tokens=24))
     responses = list(decoder(prompt, lambda: False))
     return [response.token for response in responses], responses[-1]
@@ -332,7 +332,7 @@ def test_a_conversation_is_saved_and_loaded(tmp_path):
     assert load_messages(tmp_path / "saved.json") == messages
     for content in ("{", "[1]", '[{"role": "pirate", "content": "x"}]', '[{"role": "user"}]'):
         (tmp_path / "bad.json").write_text(content)
-        with pytest.raises(RecipeError, match="holds no conversation"):
+        with pytest.raises(RecipeError, match="expected a conversation"):
             load_messages(tmp_path / "bad.json")
 
 

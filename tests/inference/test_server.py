@@ -1,4 +1,4 @@
-"""`serve` as a command: how it starts and stops, and which options it refuses."""
+"""The command `serve`: startup, shutdown and invalid options."""
 
 import json
 import signal
@@ -15,7 +15,7 @@ from splitquant_mlx.models.loader import load
 
 
 def test_it_says_what_generate_says_and_ctrl_c_ends_it(split_stories, monkeypatch):
-    """One process for all of this: starting one takes seconds."""
+    """One process for all checks: starting one takes seconds."""
     from mlx_lm import generate
 
     monkeypatch.setenv("SPLITQUANT_API_KEY", "secret")
@@ -26,7 +26,7 @@ def test_it_says_what_generate_says_and_ctrl_c_ends_it(split_stories, monkeypatc
         key = {"Authorization": "Bearer secret"}
         status, answer = server.ask("POST", TEXT, {"prompt": STORY, "model": "stories"}, **key)
         assert status == 200, answer
-        # which leaves out the first space
+        # `generate` drops the first space
         text = answer["choices"][0]["text"].lstrip()
         assert text == generate(*load(split_stories), STORY, max_tokens=24)
         body = {"prompt": STORY, "max_tokens": 8000, "logit_bias": {"2": -100}}
@@ -39,7 +39,9 @@ def test_it_says_what_generate_says_and_ctrl_c_ends_it(split_stories, monkeypatc
             server.process.send_signal(signal.SIGINT)
             assert server.process.wait(timeout=10) == 0
             assert time.monotonic() - began < 2 + 2  # on a busy machine
-            assert b"the server ends" in b"".join(iter(lambda: streamed.recv(2**16), b""))
+            assert b"the server is shutting down" in b"".join(
+                iter(lambda: streamed.recv(2**16), b"")
+            )
     log = "".join(server.log)
     assert "POST /v1/completions 200, 5 prompt + 24 answer tokens, " in log
     assert "secret" not in log and "Traceback" not in log

@@ -1,4 +1,4 @@
-"""A page of another origin gets nothing from the server, whatever it tries in a real browser."""
+"""A page of another origin cannot use the server, tested in a real browser."""
 
 import pytest
 from serving import CHAT, TEXT, running
@@ -22,7 +22,7 @@ TRIES = [
     ("GET", "/v1/models", "", "cors"),
     ("POST", CHAT, "application/json", "cors"),
     ("POST", TEXT, "application/json", "cors"),
-    ("POST", CHAT, "text/plain", "cors"),  # which asks the server nothing before
+    ("POST", CHAT, "text/plain", "cors"),  # without a preflight request
     ("POST", CHAT, "text/plain", "no-cors"),
     ("POST", TEXT, "application/x-www-form-urlencoded", "no-cors"),
 ]
@@ -38,7 +38,7 @@ def page(browser):
 
 
 def attempt(page, url, *how):
-    """Return what the page saw, and the statuses that the server gave."""
+    """Return what the page received, and the statuses of the server's responses."""
     given = []
     page.on("response", lambda response: given.append(response.status))
     method, type, mode = how
@@ -51,7 +51,7 @@ def test_a_page_of_another_origin(page, mixture, method, path, type, mode):
         (kind, status, text), given = attempt(page, server.url + path, method, type, mode)
         assert (status, text) == (0, "") and kind in ("TypeError", "opaque")
         assert all(status in (403, 415) for status in given)
-        # a name that an attacker lets point to this machine
+        # DNS rebinding
         rebound = server.url.replace("127.0.0.1", "page.example")
         (_, _, text), given = attempt(page, rebound + path, method, type, mode)
         assert text == "" and all(status in (403, 415) for status in given)

@@ -1,4 +1,4 @@
-"""Several clients: who is one too many, who leaves, and what is done for whom."""
+"""Concurrent clients: limits, disconnects and failures."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +11,7 @@ from serving import STORY, TEXT, check_error, message, running
 from splitquant_mlx.inference import engine
 from splitquant_mlx.inference.server import load_service
 from splitquant_mlx.inference.settings import ServeSettings
-from splitquant_mlx.inference.stops import Reader
+from splitquant_mlx.inference.stops import StreamParser
 from splitquant_mlx.models.source import resolve
 from splitquant_mlx.runtime.ranks import join
 
@@ -27,16 +27,16 @@ def server(split_stories):
 
 @pytest.fixture
 def tokens(monkeypatch):
-    """Return a list that grows by the time of every token computed, which takes a while each."""
+    """Return a list of the time of every computed token, each delayed by 10 ms."""
     tokens: list[float] = []
-    scored = engine._scored
+    scored = engine._scored_token
 
     def slowly(*args):
         tokens.append(time.monotonic())
         time.sleep(0.01)
         return scored(*args)
 
-    monkeypatch.setattr(engine, "_scored", slowly)
+    monkeypatch.setattr(engine, "_scored_token", slowly)
     return tokens
 
 
@@ -64,8 +64,8 @@ def test_who_leaves_stops_the_answer_and_frees_the_place(server, tokens, stream)
 
 
 def test_who_does_not_read_frees_the_place(server, monkeypatch):
-    much = [("normal", "x" * 50_000)]  # soon more than the system keeps for a reader
-    monkeypatch.setattr(Reader, "feed", lambda *args, **options: much)
+    much = [("normal", "x" * 50_000)]  # soon fills the socket's buffers
+    monkeypatch.setattr(StreamParser, "feed", lambda *args, **options: much)
     with ExitStack() as stack:
         for _ in range(3):
             stack.enter_context(server.start(**LONG, stream=True))
@@ -75,7 +75,7 @@ def test_who_does_not_read_frees_the_place(server, monkeypatch):
 
 @pytest.fixture
 def uncompiled():
-    """Do without mx.compile, which takes seconds for every way to sample, on a CPU."""
+    """Disable mx.compile, which takes seconds for each sampler on a CPU."""
     mx.disable_compile()
     yield
     mx.enable_compile()
@@ -91,13 +91,13 @@ def test_eight_clients_get_what_one_does(split_stories, uncompiled):
             return answer["choices"][0]["text"]
 
         alone = [say(prompt) for prompt in prompts]
-        assert len(set(alone)) > 4  # or mixing them up would not show
+        assert len(set(alone)) > 4  # so that a mix-up of answers is detected
         sampled = say("Tom", temperature=1.5, seed=7)
         assert sampled != alone[0] and say("Tom", temperature=1.5, seed=8) != sampled
         with ThreadPoolExecutor(8) as pool:
             hot = pool.submit(say, "Tom", temperature=1.5, seed=7)
             assert list(pool.map(say, prompts)) == alone
-        # the others change nothing of a seeded answer
+        # a seeded answer does not depend on the others
         assert hot.result() == sampled
         begun = STORY + say(STORY)
         more = server.post(TEXT, prompt=begun, max_tokens=4, temperature=0)
@@ -109,7 +109,7 @@ def test_eight_clients_get_what_one_does(split_stories, uncompiled):
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 def test_a_failing_generation_is_an_error_and_not_the_end(server, monkeypatch, stream, caplog):
-    """Whatever mlx does, all answers under way are told, and the next ones are computed."""
+    """After an exception, all answers in progress end with an error and later ones succeed."""
     sampler, calls = engine._sampler, iter(range(100))
 
     def failing(**settings):
@@ -145,7 +145,7 @@ def test_a_long_prompt_is_refused(server):
 
 
 def test_who_comes_after_the_end_is_told(split_stories):
-    """A request may be planned while the answers under way are ended."""
+    """A request may arrive during shutdown."""
     source = resolve(str(split_stories))
     computing = load_service(source, ServeSettings(), False, join()).engine
     computing.close(KeyError("the end"))
@@ -164,5 +164,5 @@ def test_a_request_that_never_ends_to_arrive_does_not_outlive_the_server(split_s
     with connection:
         received = b"".join(iter(lambda: connection.recv(2**16), b""))
     assert received.startswith(b"HTTP/1.1 503")
-    assert b"the server ends" in received
+    assert b"the server is shutting down" in received
     assert not any(record.exc_info for record in caplog.records)

@@ -1,4 +1,4 @@
-"""Many clients at once, for a long time."""
+"""Memory use with many concurrent clients."""
 
 import random
 import sys

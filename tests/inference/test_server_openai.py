@@ -1,4 +1,4 @@
-"""`serve` and OpenAI's own client."""
+"""`serve` and OpenAI's Python client."""
 
 import openai
 import pytest

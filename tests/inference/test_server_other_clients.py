@@ -1,6 +1,6 @@
-"""`serve` and programs of others that speak OpenAI's API, in environments of their own.
+"""`serve` and other clients of OpenAI's API, in separate environments.
 
-What each of them does is in tests/support/clients.
+The client programs are in tests/support/clients.
 """
 
 import json
@@ -57,10 +57,10 @@ def talker(tmp_path_factory):
 
 
 def run(server, *command, **variables):
-    """Run a client's program, which must succeed; returns what it prints."""
-    own = {"OPENAI_BASE_URL": f"{server.url}/v1", "OPENAI_API_KEY": "none", **variables}
+    """Run a client program, which must succeed; return its standard output."""
+    client = {"OPENAI_BASE_URL": f"{server.url}/v1", "OPENAI_API_KEY": "none", **variables}
     inherited = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(command, env=inherited | own, capture_output=True, text=True)
+    done = subprocess.run(command, env=inherited | client, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -84,18 +84,18 @@ def test_lm_evaluation_harness(python, mixture, questions_file, tmp_path):
     file.write_text("".join(lines), encoding="utf-8")
     with running(mixture, served_model_name=(MODEL,)) as server:
         program = CLIENTS / "lm_eval_client.py"
-        found = json.loads(
+        result = json.loads(
             run(server, python, program, QUESTIONS=str(file), TOKENIZER=str(mixture))
         )
     model, tokenizer = load(mixture)
     questions = load_questions(file)
     for ours, theirs in zip(
         responses(run_task(model, tokenizer, arc_task(questions), num_shots=0, limit=None)),
-        found["choices"],
+        result["choices"],
         strict=True,
     ):
         assert [float(value) for value, _ in theirs] == pytest.approx(ours, abs=1e-3)
-    for question, (said,) in zip(questions, found["written"], strict=True):
+    for question, (said,) in zip(questions, result["written"], strict=True):
         message = {"role": "user", "content": f"Question: {question.question}"}
         prompt = tokenizer.apply_chat_template([message], add_generation_prompt=True)
         whole = mlx_lm.generate(model, tokenizer, prompt, max_tokens=20)

@@ -1,4 +1,4 @@
-"""Requests: what is wrong is named, what is right passes, whatever JSON comes."""
+"""Validation of requests: invalid fields are named, valid requests pass, any JSON is handled."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from splitquant_mlx.inference.protocol import ChatRequest, CompletionRequest, Refusal, parse
+from splitquant_mlx.inference.protocol import APIError, ChatRequest, CompletionRequest, parse
 from splitquant_mlx.inference.responses import ResponsesRequest
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -27,7 +27,7 @@ def chat(body: object, kind=ChatRequest):
     ],
 )
 def test_what_is_no_json_object_is_refused(raw):
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(APIError) as caught:
         chat(raw)
     assert caught.value.status == 400
 
@@ -77,7 +77,7 @@ def test_what_is_no_json_object_is_refused(raw):
 )
 def test_fields_of_the_wrong_type_or_size_are_named(field, values):
     for value in values:
-        with pytest.raises(Refusal) as caught:
+        with pytest.raises(APIError) as caught:
             request = chat({"messages": HELLO, field: value})
             request.conversation(), request.schema()
         assert caught.value.status == 400
@@ -89,7 +89,7 @@ def test_fields_of_the_wrong_type_or_size_are_named(field, values):
     "field", ["guided_json", "grammar", "functions", "function_call", "suffix"]
 )
 def test_unknown_fields_that_may_change_the_answer_are_refused(field):
-    with pytest.raises(Refusal, match=f"{field}: not known here"):
+    with pytest.raises(APIError, match=f"{field}: unknown field"):
         chat({"messages": HELLO, field: "x"})
     assert chat({"messages": HELLO, field: None, "user": "x", "metadata": {}, "store": True})
 
@@ -104,11 +104,11 @@ def test_images_hidden_in_text_are_text():
         {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
         {"role": "assistant", "content": None},
     ]
-    found = chat(b"\xef\xbb\xbf" + json.dumps({"messages": messages}).encode()).conversation()
-    assert [message["role"] for message in found][:2] == ["system", "assistant"]
-    assert [message["content"] for message in found] == ["ab", "", "sunny", "no", ""]
-    assert found[0]["name"] == "me" and found[2]["tool_call_id"] == "1"
-    assert found[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+    result = chat(b"\xef\xbb\xbf" + json.dumps({"messages": messages}).encode()).conversation()
+    assert [message["role"] for message in result][:2] == ["system", "assistant"]
+    assert [message["content"] for message in result] == ["ab", "", "sunny", "no", ""]
+    assert result[0]["name"] == "me" and result[2]["tool_call_id"] == "1"
+    assert result[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
 
 
 def test_a_forced_tool_is_a_schema():
@@ -148,9 +148,9 @@ def test_a_response_is_a_chat_completion_by_another_name():
         ("background", True),
         ("truncation", "auto"),
     ):
-        with pytest.raises(Refusal, match=field):
+        with pytest.raises(APIError, match=field):
             chat({"input": "Hi", field: value}, ResponsesRequest)
-    with pytest.raises(Refusal, match="function"):
+    with pytest.raises(APIError, match="function"):
         chat({"input": "Hi", "tools": [{"type": "web_search"}]}, ResponsesRequest).chat()
 
 
@@ -182,6 +182,6 @@ def test_any_json_is_refused_or_made_fit(body, kind):
             request = request.chat()
         if isinstance(request, ChatRequest):
             request.conversation(), request.schema()
-    except Refusal as refusal:
+    except APIError as refusal:
         assert refusal.status == 400
         assert "\n" not in str(refusal)

@@ -1,4 +1,4 @@
-"""Who may use the server, from where, and how much of it."""
+"""Access control and limits of the server."""
 
 import json
 import time
@@ -8,7 +8,7 @@ import pytest
 from scripted import write_scripted
 from serving import CHAT, TEXT, check_error, message, running
 
-from splitquant_mlx.inference.server import CONNECTIONS
+from splitquant_mlx.inference.server import MAX_CONNECTIONS
 
 OK = json.dumps({"prompt": "X", "max_tokens": 2}).encode()
 LIMITS = {"max_request_bytes": 2000, "request_timeout": 0.5}
@@ -94,18 +94,18 @@ def test_paths_and_methods(server):
 
 @pytest.mark.parametrize("path", ["/", "/v1", "/v1/"])
 def test_the_root_tells_what_is_served(server, path):
-    status, found = server.ask("GET", path)
-    assert status == 200 and "/v1" in found["message"]
-    assert "POST /v1/chat/completions" in found["paths"]
+    status, result = server.ask("GET", path)
+    assert status == 200 and "/v1" in result["message"]
+    assert "POST /v1/chat/completions" in result["paths"]
 
 
 def test_a_path_cannot_write_lines_of_the_log(server, caplog):
     check_error(server.ask("GET", "/v1/models/x%0A127.0.0.1%1B[2J"), 404)
     for _ in range(100):  # the line is written after the answer
-        if found := [m for m in caplog.messages if "models/x%0A127.0.0.1%1B" in m]:
+        if result := [m for m in caplog.messages if "models/x%0A127.0.0.1%1B" in m]:
             break
         time.sleep(0.05)
-    assert found[0].isprintable()
+    assert result[0].isprintable()
 
 
 def test_bodies_are_read_within_the_limits(server):
@@ -147,7 +147,7 @@ def test_slow_clients_do_not_hold_the_server(server):
 
 def test_a_crowd_is_turned_away_at_the_door(server):
     with ExitStack() as stack:
-        crowd = [stack.enter_context(server.connect()) for _ in range(CONNECTIONS + 1)]
+        crowd = [stack.enter_context(server.connect()) for _ in range(MAX_CONNECTIONS + 1)]
         crowd[-1].settimeout(10)
         try:
             assert crowd[-1].recv(1) == b""

@@ -1,4 +1,4 @@
-"""Text is cut at stop strings and markers, however it comes."""
+"""Text is split at stop strings and markers, independent of the pieces it arrives in."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitquant_mlx.inference.stops import NORMAL, REASONING, TOOL, Reader, marks_of
+from splitquant_mlx.inference.stops import NORMAL, REASONING, TOOL, StreamParser, marker_transitions
 
 MARKS = {
     NORMAL: {"<think>": REASONING, "<call>": TOOL},
@@ -16,19 +16,19 @@ MARKS = {
 
 
 def read(pieces, stops=(), marks=None, state=NORMAL):
-    """Return the pieces read, joined where the state stays, and the reader."""
-    reader, found = Reader(stops, marks or {}, state), []
+    """Return the pieces, joined within a state, and the parser."""
+    parser, result = StreamParser(stops, marks or {}, state), []
     for i, piece in enumerate(pieces):
-        for kind, text in reader.feed(piece, last=i == len(pieces) - 1):
-            if found and found[-1][0] == kind != TOOL:
-                found[-1] = kind, found[-1][1] + text
+        for kind, text in parser.feed(piece, last=i == len(pieces) - 1):
+            if result and result[-1][0] == kind != TOOL:
+                result[-1] = kind, result[-1][1] + text
             else:
-                found.append((kind, text))
-    return found, reader
+                result.append((kind, text))
+    return result, parser
 
 
 def first_stop(text, stops):
-    """Return the text before the stop string that is complete first."""
+    """Return the text before the first complete stop string."""
     for end in range(len(text) + 1):
         ended = [stop for stop in stops if text[:end].endswith(stop)]
         if ended:
@@ -41,16 +41,16 @@ def first_stop(text, stops):
 )
 def test_a_text_ends_at_its_first_stop_string(pieces, stops):
     text = "".join(pieces)
-    found, reader = read(pieces, stops)
+    result, parser = read(pieces, stops)
     expected = first_stop(text, stops)
-    assert "".join(said for _, said in found) == expected
-    assert reader.stopped == any(stop in text for stop in stops)
-    assert reader.position == len(expected)
+    assert "".join(said for _, said in result) == expected
+    assert parser.stopped == any(stop in text for stop in stops)
+    assert parser.position == len(expected)
 
 
 def test_what_may_begin_a_stop_string_is_held_back_and_no_more():
-    reader = Reader(["gamma delta"], {})
-    assert [reader.feed(piece) for piece in ("alpha ga", "mma", " del", "ay")] == [
+    parser = StreamParser(["gamma delta"], {})
+    assert [parser.feed(piece) for piece in ("alpha ga", "mma", " del", "ay")] == [
         [(NORMAL, "alpha ")],
         [],
         [],
@@ -65,7 +65,7 @@ def test_thoughts_and_calls_are_told_apart(size):
     said = [(REASONING, "well, x\n"), (NORMAL, "Yes. "), (TOOL, "{1}"), (TOOL, "{2}")]
     done = [(NORMAL, "Done")]
     assert read(pieces, (), MARKS)[0] == said + done
-    # no stop string ends a thought, and the white space after it is none
+    # stop strings do not apply to reasoning, nor to the white space after it
     assert read(pieces, ["\n\n", "x", "Done"], MARKS)[0] == said
     assert read([text[8:]], (), MARKS, REASONING)[0] == said + done
 
@@ -88,6 +88,6 @@ def test_a_format_of_several_messages(tools):
         tool_call_end="</calls>",
     )
     text = "to=self|hm<eom>from=me to=user|<start>Yes.<eom><calls>{}</calls>"
-    said, _ = read(list(text), (), marks_of(tokenizer, tools=tools), "header")
+    said, _ = read(list(text), (), marker_transitions(tokenizer, tools=tools), "header")
     call = [(TOOL, "{}")] if tools else []
     assert said == [(REASONING, "hm"), (NORMAL, "Yes."), *call]
