@@ -1,8 +1,8 @@
-"""Results of a study on disk: one JSON file for each measured part of each variant.
+"""Results of a study on disk: one JSON file for each part of each variant.
 
-A study converts one model by several recipes, its variants, and measures parts of each: the
-conversion itself, ARC, perplexity, KL divergence, speed. Every file names the machine and the
-versions that it was made with. Numbers that JSON lacks are written as "inf", "-inf" and "nan".
+The parts are the conversion itself, ARC, perplexity, KL divergence, speed and a weight histogram;
+see `schema.PARTS`. Every file names the machine and the package versions. Non-finite numbers, which
+JSON lacks, are written as "inf", "-inf" and "nan".
 """
 
 import dataclasses
@@ -34,18 +34,18 @@ def _now() -> str:
 
 @settings
 class Result:
-    """Result of measuring one part of one variant.
+    """Result of one part of one variant.
 
     Attributes:
         study: name of the study.
         variant: name of the variant.
-        part: what was measured, a name in `schema.PARTS`.
-        settings: what it was measured with.
-        values: what was measured, the fields of the part's class in `schema.PARTS`.
-        seconds: time of the measurement, s.
-        created: ISO 8601 time of its end, UTC.
-        machine: as from `describe_machine`.
-        versions: of Python and the packages.
+        part: name of the part in `schema.PARTS`.
+        settings: settings of the measurement.
+        values: fields of the part's class in `schema.PARTS`.
+        seconds: duration of the measurement, s.
+        created: ISO 8601 time of the end of the measurement, UTC.
+        machine: see `describe_machine`.
+        versions: versions of Python and the packages.
         schema: version of the file format.
     """
 
@@ -67,7 +67,7 @@ class Result:
 
 @record
 class Claim:
-    """A figure that a paper states."""
+    """A published figure."""
 
     what: str
     value: Number
@@ -76,7 +76,7 @@ class Claim:
 
 @record
 class Paper:
-    """A paper's figures, to stand beside those measured here."""
+    """Published figures to compare with."""
 
     source: str
     claims: Annotated[tuple[Annotated[Claim, nested(Claim)], ...], Field(strict=False)]
@@ -84,15 +84,15 @@ class Paper:
 
 @record
 class StudyRecord:
-    """Description of the study that a directory of results belongs to.
+    """Description of a study, stored with its results.
 
     Attributes:
-        title: heading of its report.
+        title: title of the report.
         model: repo id or path of the model.
         reference_variant: the unquantized variant that the others are compared with.
-        notes: what a reader should know.
-        paper: a publication whose figures are shown beside those measured here.
-        order: the variants in the order of the study.
+        notes: sentences for the report.
+        paper: published figures to compare with.
+        order: names of the variants in the order of the study.
     """
 
     title: str
@@ -104,10 +104,10 @@ class StudyRecord:
 
 
 def result_file(directory: Path, variant: str, part: str) -> Path:
-    """Return the file of one measurement: `<variant-slug>.<part>.json`.
+    """Return the file of a result: `<variant-slug>.<part>.json`.
 
-    A slug that differs from the name ends in a few digits of the name's hash, so that no two
-    variants share a file.
+    A slug that differs from the name ends with part of the name's hash, so that file names are
+    unique.
     """
     slug = re.sub(r"[^a-z0-9]+", "-", variant.lower()).strip("-")[:60]
     if slug != variant:
@@ -119,7 +119,7 @@ def save(result: Result, directory: Path) -> Path:
     """Write a result into `directory` atomically and return its file.
 
     Raises:
-        SplitQuantError: when its settings cannot be written as JSON.
+        SplitQuantError: when the settings cannot be written as JSON.
         TargetError: when the file cannot be written.
     """
     file = result_file(directory, result.variant, result.part)
@@ -128,51 +128,51 @@ def save(result: Result, directory: Path) -> Path:
 
 
 def save_study(study: StudyRecord, directory: Path) -> Path:
-    """Write `directory`/study.json and return it. Raises TargetError when that fails."""
+    """Write `directory`/study.json and return it. Raises TargetError."""
     file = directory / STUDY_FILE
     _write(encode(dataclasses.asdict(study)), file)
     return file
 
 
 def load_results(directory: Path) -> list[Result]:
-    """Read every result of a directory, sorted by file name.
+    """Read all results of a directory, sorted by file name.
 
     Raises:
-        SplitQuantError: when there is none, when a file is broken or unknown, when two hold the
-            same measurement, or when they are of different studies; it names the file.
+        SplitQuantError: when there are none, a file is invalid, two files contain the same part of
+            the same variant, or the files are of different studies.
     """
     if not directory.is_dir():
         raise SplitQuantError(f"{directory} is not a directory of results")
-    found: dict[tuple[str, str], Path] = {}
+    files: dict[tuple[str, str], Path] = {}
     results: list[Result] = []
     for file in sorted(directory.glob("*.json")):
         if file.name == STUDY_FILE:
             continue
         result = load_result(file)
-        other = found.setdefault((result.variant, result.part), file)
+        other = files.setdefault((result.variant, result.part), file)
         if other != file:
-            raise broken(file, f"{other.name} holds the same measurement, remove one of them")
+            raise broken(file, f"{other.name} contains the same measurement: remove one of them")
         results.append(result)
         if result.study != results[0].study:
-            raise broken(file, f"study {result.study!r}, the others are of {results[0].study!r}")
+            raise broken(file, f"expected study {results[0].study!r}, got {result.study!r}")
     if not results:
-        raise SplitQuantError(f"{directory} holds no results: run a study first")
+        raise SplitQuantError(f"{directory} contains no results: run a study first")
     return results
 
 
 def load_result(file: Path) -> Result:
-    """Read one result. Raises SplitQuantError, naming the file, when it is not valid."""
+    """Read one result. Raises SplitQuantError, naming the file, when it is invalid."""
     return _load(Result, file)
 
 
 def load_study_record(directory: Path) -> StudyRecord:
-    """Read `directory`/study.json. Raises SplitQuantError when it is missing or not valid."""
+    """Read `directory`/study.json. Raises SplitQuantError when it is missing or invalid."""
     return _load(StudyRecord, directory / STUDY_FILE)
 
 
 def broken(file: Path, reason: str) -> SplitQuantError:
-    """Return the error that says what is wrong with a results file."""
-    return SplitQuantError(f"{file} is not a usable result: {reason}")
+    """Return the error for an invalid results file."""
+    return SplitQuantError(f"{file} is not a valid result: {reason}")
 
 
 def _load(kind: type[T], file: Path) -> T:
@@ -183,7 +183,7 @@ def _load(kind: type[T], file: Path) -> T:
 
 
 def read_content(file: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises SplitQuantError, naming the file, when that cannot be done."""
+    """Read a JSON object. Raises SplitQuantError, naming the file."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as exc:
@@ -206,7 +206,7 @@ def _write(content: Any, file: Path) -> None:
 
 
 def encode(value: Any) -> Any:
-    """Return a value as JSON has it: numbers that JSON lacks as strings."""
+    """Convert a value to JSON types, and non-finite numbers to strings."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):

@@ -1,8 +1,8 @@
-"""Run a study: convert a model by every recipe, measure each variant, and write every result.
+"""Run a study: convert a model by every recipe, measure each variant, and write the results.
 
-An existing result of the same model, settings and data is not measured again, so an interrupted
-study resumes where it stopped. Data that cannot be fetched is named in the report; the rest is
-measured.
+Existing results of the same model, settings and data are reused, so that an interrupted study
+resumes where it stopped. Measurements whose data cannot be fetched are listed in the report and
+skipped.
 """
 
 import dataclasses
@@ -40,13 +40,7 @@ from splitquant_mlx.recipe import Recipe
 from splitquant_mlx.runtime.disk import as_target_error, remove
 from splitquant_mlx.runtime.workspace import empty, workspace
 from splitquant_mlx.study.data import Data
-from splitquant_mlx.study.results import (
-    Result,
-    StudyRecord,
-    load_results,
-    save,
-    save_study,
-)
+from splitquant_mlx.study.results import Result, StudyRecord, load_results, save, save_study
 from splitquant_mlx.study.spec import FOREIGN, ORIGINAL, Study, slug
 from splitquant_mlx.study.values import (
     convert_values,
@@ -55,7 +49,8 @@ from splitquant_mlx.study.values import (
     weights_values,
 )
 
-Measurement = Callable[[], dict[str, Any]]
+Measurement = Callable[[], dict[str, Any]]  # returns the values of a part
+Parts = dict[str, tuple[dict[str, Any], Measurement]]  # settings and measurement, by part
 
 
 def run_study(
@@ -69,20 +64,20 @@ def run_study(
     """Run `study` and write its results into `directory`, for `report.load_report`.
 
     Args:
-        study: what to do.
-        directory: of the results; existing ones are kept where their settings still hold.
-        data: files in place of the hub's data sets, by "arc_challenge", "arc_easy" and "text".
-        keep_models: leave the converted models in `directory`/models.
+        study: the study.
+        directory: directory of the results; existing results with the same settings are reused.
+        data: files to use instead of the hub's data sets, by "arc_challenge", "arc_easy", "text".
+        keep_models: keep the converted models in `directory`/models.
         progress: progress reporter.
 
     Raises:
-        SplitQuantError: when the model cannot be fetched, a conversion fails, a data file is not
-            valid, or another process is at work in `directory`.
+        SplitQuantError: when the model cannot be fetched, a conversion fails, a data file is
+            invalid, or another process uses `directory`.
     """
     source = fetch_demo_model(progress) if study.model == "demo" else None
     source = source or resolve(study.model, revision=study.revision)
     with (
-        _held(directory) as scratch,
+        _locked(directory) as scratch,
         as_directory(source, progress, scratch=scratch) as original,
     ):
         runner = _Runner(
@@ -110,8 +105,8 @@ def run_study(
 
 
 @contextmanager
-def _held(directory: Path) -> Iterator[Path]:
-    """Lock `directory` against other studies; yields a directory in it for temporary files."""
+def _locked(directory: Path) -> Iterator[Path]:
+    """Lock `directory` against other studies; yield a directory in it for temporary files."""
     scratch = directory / ".running"
     with as_target_error(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -133,56 +128,56 @@ class _Runner:
 
     def __post_init__(self) -> None:
         self.reference = LazyModel(self.original, progress=self.progress)
-        self.before = 0  # measurements that are not made again
-        found = load_results(self.directory) if any(self.directory.glob("*.*.json")) else []
-        self.done = {(result.variant, result.part): result.settings for result in found}
+        self.reused = 0  # results of an earlier run that were reused
+        results = load_results(self.directory) if any(self.directory.glob("*.*.json")) else []
+        self.done = {(result.variant, result.part): result.settings for result in results}
 
     def measure_original(self) -> None:
-        """Measure the model as it is."""
+        """Measure the original model."""
         original = self.original
-        parts = {
+        parts: Parts = {
             "convert": ({}, lambda: measured_sizes(original, original, ORIGINAL)),
             **self._answers(LazyModel(original), ORIGINAL),
             **self._speed(original),
         }
         if windows := self._windows:
             parts["perplexity"] = (windows.settings, lambda: self._perplexity(windows))
-        self._take(ORIGINAL, parts)
+        self._measure_parts(ORIGINAL, parts)
 
     def measure(self, name: str, recipe: Recipe) -> None:
         """Convert the model by one recipe and measure the result."""
-        home = self.directory / "models" / slug(name)
-        sweep(home)
-        opened = LazyModel(home)
-        parts: dict[str, tuple[dict[str, Any], Measurement]] = {
-            "convert": ({}, lambda: self._convert(recipe, home)),
-            **self._answers(opened, name, recipe),
-            **self._text(opened),
-            **self._speed(home),
+        path = self.directory / "models" / slug(name)
+        sweep(path)
+        model = LazyModel(path)
+        parts: Parts = {
+            "convert": ({}, lambda: self._convert(recipe, path)),
+            **self._answers(model, name, recipe),
+            **self._text(model),
+            **self._speed(path),
         }
         if recipe.method == "splitquant":
-            parts["weights"] = ({}, lambda: weights_values(self.original, home))
-        with _removed(home, self.keep_models):
-            self._take(name, parts, recipe, home)
+            parts["weights"] = ({}, lambda: weights_values(self.original, path))
+        try:
+            self._measure_parts(name, parts, recipe, path)
+        finally:
+            if not self.keep_models:
+                remove(path)
 
-    def measure_foreign(self, name: str, path: str) -> None:
-        """Measure a checkpoint that another program made of the same model."""
-        source = resolve(path)
-        with as_directory(source, self.progress, scratch=self.scratch) as home:
-            model = LazyModel(home)
-            parts: dict[str, tuple[dict[str, Any], Measurement]] = {
-                "convert": ({}, lambda: measured_sizes(home, self.original, FOREIGN)),
+    def measure_foreign(self, name: str, source: str) -> None:
+        """Measure a checkpoint of the same model that another program converted."""
+        with as_directory(resolve(source), self.progress, scratch=self.scratch) as path:
+            model = LazyModel(path)
+            parts: Parts = {
+                "convert": ({}, lambda: measured_sizes(path, self.original, FOREIGN)),
                 **self._answers(model, name),
                 **self._text(model),
-                **self._speed(home),
+                **self._speed(path),
             }
-            self._take(
-                name,
-                {part: ({**own, "foreign": model.hash}, f) for part, (own, f) in parts.items()},
-            )
+            parts = {p: ({**s, "foreign": model.hash}, f) for p, (s, f) in parts.items()}
+            self._measure_parts(name, parts)
 
     def describe(self) -> None:
-        """Write the description of the study, for the report."""
+        """Write the study record, for the report."""
         study = self.study
         missing = [f"{name} was not measured: {why}" for name, why in self.data.missing.items()]
         record = StudyRecord(
@@ -196,8 +191,8 @@ class _Runner:
         save_study(record, self.directory)
 
     def finish(self) -> None:
-        """Remove what only an interrupted study needs."""
-        self._tell_what_was_done("nothing is left to measure")
+        """Remove the journals, which only an interrupted study needs."""
+        self._report_reused("nothing is left to measure")
         for task in self.study.measure.arc:
             for protocol in self.study.measure.protocols:
                 self._journal(task, protocol).unlink(missing_ok=True)
@@ -205,31 +200,34 @@ class _Runner:
     def _journal(self, task: str, protocol: str) -> Path:
         return self.directory / f"{task}.{protocol}.journal"
 
-    def _take(
-        self,
-        name: str,
-        parts: dict[str, tuple[dict[str, Any], Measurement]],
-        recipe: Recipe | None = None,
-        home: Path | None = None,
+    def _measure_parts(
+        self, name: str, parts: Parts, recipe: Recipe | None = None, path: Path | None = None
     ) -> None:
-        """Measure the parts that no result with the same settings holds."""
+        """Measure and save the parts without a result of the same settings.
+
+        Args:
+            name: name of the variant.
+            parts: parts to measure.
+            recipe: recipe of a variant that the study converts.
+            path: directory of the converted model.
+        """
         shared = {"model_hash": self.reference.hash, "recipe": recipe.to_dict() if recipe else {}}
         shared["device"] = mx.default_device().type.name
-        ready = False
-        for part, (own, measurement) in parts.items():
-            settings = {**shared, **own}
+        converted = False
+        for part, (part_settings, measurement) in parts.items():
+            settings = {**shared, **part_settings}
             if self.done.get((name, part)) == settings:
-                self.before += 1
+                self.reused += 1
                 continue
-            self._tell_what_was_done(f"going on with {part} of {name}")
-            if home and recipe and part != "convert" and not ready:
-                if not self._is_whole(home, recipe):
-                    self._convert(recipe, home)
-            ready = True
+            self._report_reused(f"continuing with {part} of {name}")
+            if path and recipe and part != "convert" and not converted:
+                if not self._is_complete(path, recipe):
+                    self._convert(recipe, path)
+            converted = True
             with self.progress.task(f"{name}: {part}"):
-                started = time.perf_counter()
+                start = time.perf_counter()
                 values = measurement()
-                seconds = time.perf_counter() - started
+                seconds = time.perf_counter() - start
             result = Result(
                 study=self.study.name,
                 variant=name,
@@ -240,58 +238,56 @@ class _Runner:
             )
             save(result, self.directory)
 
-    def _tell_what_was_done(self, rest: str) -> None:
-        """Say, once, from where an interrupted study goes on."""
-        if self.before:
-            self.progress.note(f"{self.before} measurements were made before: {rest}")
-        self.before = 0
+    def _report_reused(self, status: str) -> None:
+        """Report once how many results were reused."""
+        if self.reused:
+            self.progress.note(f"{self.reused} results of an earlier run reused: {status}")
+        self.reused = 0
 
-    def _is_whole(self, home: Path, recipe: Recipe) -> bool:
-        """Tell whether an interrupted study left a whole model of this recipe."""
+    def _is_complete(self, path: Path, recipe: Recipe) -> bool:
+        """Return whether an interrupted study left a complete model of this recipe."""
         try:
-            manifest = load_manifest(home)
+            manifest = load_manifest(path)
         except CheckpointError:
             return False
         if manifest is None or manifest.recipe != recipe.to_dict():
             return False
-        return not check_files(home, manifest, self.progress).problems
+        return not check_files(path, manifest, self.progress).problems
 
-    def _convert(self, recipe: Recipe, home: Path) -> dict[str, Any]:
-        """Convert in a process of its own, to measure its peak memory."""
+    def _convert(self, recipe: Recipe, path: Path) -> dict[str, Any]:
+        """Convert in a separate process, to measure its peak memory."""
         file = self.scratch / "recipe.toml"
         file.write_text(recipe.to_toml(), encoding="utf-8")
         command = [*OURS, "convert", "--model", str(self.original), "--recipe", str(file)]
-        command += ["--mlx-path", str(home), "--overwrite"]
+        command += ["--mlx-path", str(path), "--overwrite"]
         run = run_program([*command, "--device", mx.default_device().type.name])
-        manifest = load_manifest(home)
+        manifest = load_manifest(path)
         if manifest is None:
-            raise CheckpointError(f"{home} was converted without a manifest")
-        values = convert_values(manifest, recipe, home, run.peak_bytes)
-        if recipe.method == "auto":  # whose sensitivities the conversion left in the cache
+            raise CheckpointError(f"{path} was converted without a manifest")
+        values = convert_values(manifest, recipe, path, run.peak_bytes)
+        if recipe.method == "auto":  # the conversion cached the sensitivities
             planned = choose_bits(self.reference, recipe, self.progress)
             values["forecast_kl"] = sum(planned.divergence.values())
-        return {**values, "model_hash": LazyModel(home, progress=self.progress).hash}
+        return {**values, "model_hash": LazyModel(path, progress=self.progress).hash}
 
-    def _answers(
-        self, opened: LazyModel, name: str, recipe: Recipe | None = None
-    ) -> dict[str, tuple[dict[str, Any], Measurement]]:
+    def _answers(self, model: LazyModel, name: str, recipe: Recipe | None = None) -> Parts:
         measure = self.study.measure
-        parts: dict[str, tuple[dict[str, Any], Measurement]] = {}
+        parts: Parts = {}
         for task in measure.arc:
             questions = self.data.questions(task, measure.questions)
-            asked: dict[str, Any] = {"num_shots": measure.num_shots}
-            asked["questions"] = [question.id for question in questions]
-            if task in self.data.files:  # which may say anything else under the same ids
-                asked["content"] = text_hash(repr(questions))
+            settings: dict[str, Any] = {"num_shots": measure.num_shots}
+            settings["questions"] = [question.id for question in questions]
+            if task in self.data.files:  # files can change under the same ids
+                settings["content"] = text_hash(repr(questions))
             for protocol in measure.protocols if questions else ():
                 parts[f"{task}.{protocol}"] = (
-                    asked,
-                    partial(self._arc, opened, task, protocol, questions, f"{name} {recipe}"),
+                    settings,
+                    partial(self._arc, model, task, protocol, questions, f"{name} {recipe}"),
                 )
         return parts
 
-    def _text(self, opened: LazyModel) -> dict[str, tuple[dict[str, Any], Measurement]]:
-        """Divergence and perplexity of a variant, of which one run of the model is enough."""
+    def _text(self, model: LazyModel) -> Parts:
+        """Return the parts for KL divergence and perplexity, which share one pass of the model."""
         windows = self._windows
         if windows is None:
             return {}
@@ -304,14 +300,14 @@ class _Runner:
                 load=self.reference.load,
                 progress=self.progress,
             )
-            return measure_both(opened.model, reference, progress=self.progress)
+            return measure_both(model.model, reference, progress=self.progress)
 
         return {
             "kl": (windows.settings, lambda: dataclasses.asdict(both()[0])),
             "perplexity": (windows.settings, lambda: dataclasses.asdict(both()[1])),
         }
 
-    def _speed(self, path: Path) -> dict[str, tuple[dict[str, Any], Measurement]]:
+    def _speed(self, path: Path) -> Parts:
         measure = self.study.measure
         if not measure.prompt_tokens:
             return {}
@@ -322,36 +318,35 @@ class _Runner:
         return {"speed": (settings, lambda: speed_values(path, workload, measure.trials))}
 
     def _arc(
-        self, opened: LazyModel, task: str, protocol: str, questions: list[Question], variant: str
+        self, model: LazyModel, task: str, protocol: str, questions: list[Question], variant: str
     ) -> dict[str, Any]:
-        journal = self._journal(task, protocol)
-        shots = self.study.measure.num_shots if protocol == "loglikelihood" else 0
+        num_shots = self.study.measure.num_shots if protocol == "loglikelihood" else 0
         exam = Exam(
             task=task,
             questions=questions,
             protocol=protocol,
-            shots=fetch_questions(task, "train") if shots else (),
-            num_shots=shots,
+            shots=fetch_questions(task, "train") if num_shots else (),
+            num_shots=num_shots,
         )
-        found = evaluate_arc(
-            opened.model,
+        result = evaluate_arc(
+            model.model,
             self.reference.tokenizer,
             exam,
-            journal=journal,
+            journal=self._journal(task, protocol),
             model_hash=f"{self.reference.hash} {variant}",
             progress=self.progress,
         )
-        values = dataclasses.asdict(found)
+        values = dataclasses.asdict(result)
         return {name: values[name] for name in values if name not in ("task", "protocol", "ids")}
 
     def _perplexity(self, windows: "_Windows") -> dict[str, Any]:
-        found = measure_perplexity(
+        result = measure_perplexity(
             LazyModel(self.original).model,
             windows.tokens.reshape(-1),
             context_length=windows.tokens.shape[1],
             progress=self.progress,
         )
-        return dataclasses.asdict(found)
+        return dataclasses.asdict(result)
 
     @cached_property
     def _windows(self) -> "_Windows | None":
@@ -361,20 +356,11 @@ class _Runner:
             return None
         tokens = encode(self.reference.tokenizer, text[: 16 * measure.text_tokens])
         length = window_length(measure.context_length, [self.reference])
-        cut = cut_windows(tokens, length, max(1, measure.text_tokens // length))
-        return _Windows(cut, {"text": text_hash(text), "windows": list(cut.shape)})
+        windows = cut_windows(tokens, length, max(1, measure.text_tokens // length))
+        return _Windows(windows, {"text": text_hash(text), "windows": list(windows.shape)})
 
 
 @dataclass(frozen=True, eq=False)
 class _Windows:
     tokens: np.ndarray
     settings: dict[str, Any]
-
-
-@contextmanager
-def _removed(home: Path, keep: bool) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        if not keep:
-            remove(home)

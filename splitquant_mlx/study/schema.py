@@ -1,4 +1,4 @@
-"""The values of each part of a study's results: one class per part, validated by pydantic."""
+"""Schema of a study's results: one pydantic class for the values of each part."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from splitquant_mlx.settings import NonNegativeInt, load_json, record
 
-NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}  # which JSON lacks
+NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}  # strings in JSON
 
 
 def _number(value: Any) -> Any:
@@ -28,20 +28,20 @@ Answers = tuple[Literal[0, 1], ...]
 
 @record
 class Conversion:
-    """Size and cost of a converted model; of a model that was not converted, its size.
+    """Size of a model, and cost of its conversion if the study converted it.
 
     Attributes:
-        method: the recipe's; "original" or "foreign" for a model that was not converted here.
-        bits_per_weight: stored bits over the original's parameters, whole model.
+        method: method of the recipe; "original" or "foreign" for other models.
+        bits_per_weight: stored bits divided by the original's parameter count, whole model.
         linear_bits_per_weight: the same for the linear layers.
         stored_bytes: size of the tensors.
         weight_file_bytes: size on disk of the model directory's weight files.
         source_bytes: size of the original's tensors.
-        seconds: time of each stage, added up over threads, and wall time in "total", s.
+        seconds: time of each stage, summed over threads, and wall time in "total", s.
         peak_bytes: peak memory of the conversion.
-        bits, granularity, clusters: from the recipe.
-        model_hash: of the converted model.
-        forecast_kl: mean KL divergence that an "auto" recipe forecast, nats per token.
+        bits, granularity, clusters: settings of the recipe.
+        model_hash: content hash of the converted model.
+        forecast_kl: mean KL divergence forecast for an "auto" recipe, nats per token.
     """
 
     method: Line
@@ -92,7 +92,7 @@ class PerplexityScore:
 
 @record
 class DivergenceScore:
-    """Distance from the original; see `evaluation.divergence.Divergence`."""
+    """KL divergence from the original; see `evaluation.divergence.Divergence`."""
 
     kl_mean: Number
     kl_low: Number | None = None
@@ -114,7 +114,7 @@ class DivergenceScore:
 
 @record
 class Speed:
-    """Speed of a model: medians of the trials; `_min` and `_max` of the slowest and fastest."""
+    """Speed of a model: median of the trials; `_min` and `_max` are their range."""
 
     decode_tokens_per_s: float
     decode_tokens_per_s_min: float | None = None
@@ -127,7 +127,7 @@ class Speed:
 
 @record
 class Weights:
-    """Histogram of one layer's weights, and where k-means cut them."""
+    """Histogram of one layer's weights, and the cut points of its k-means clusters."""
 
     layer: Line
     edges: tuple[float, ...]
@@ -156,10 +156,10 @@ PARTS: dict[str, type] = {
 
 
 def check_values(part: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a part as plain JSON values, entries that are missing left out.
+    """Validate the values of a part; return them as JSON values, without absent fields.
 
     Raises:
-        ValueError: with a message of one line, when the part is unknown or a value is not valid.
+        ValueError: with a one-line message, when the part is unknown or a value is invalid.
     """
     if part not in PARTS:
         raise ValueError(f"part: expected one of {', '.join(PARTS)}, got {part!r:.80}")
@@ -167,5 +167,5 @@ def check_values(part: str, values: Mapping[str, Any]) -> dict[str, Any]:
         checked = load_json(PARTS[part], values)
     except ValueError as exc:
         raise ValueError(f"values.{exc}") from None
-    found = ((name, getattr(checked, name)) for name in values)
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in found}
+    fields = ((name, getattr(checked, name)) for name in values)
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in fields}

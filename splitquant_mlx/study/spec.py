@@ -1,8 +1,8 @@
-"""Settings of a study: one model, converted in several ways, each measured alike.
+"""Settings of a study: variants of one model with the same measurements.
 
 A study is a TOML file with a `model`, a `[measure]` table, `[[variants]]`, and a `[recipe]` table
-of settings that all recipes share. A variant has a name and is a recipe, or, with a `path`, a
-checkpoint that another program made of the same model.
+of settings shared by all recipes. A variant has a name and is a recipe, or, with a `path`, a
+checkpoint of the same model that another program converted.
 """
 
 import dataclasses
@@ -25,24 +25,24 @@ from splitquant_mlx.settings import (
 )
 from splitquant_mlx.study.results import Paper
 
-ORIGINAL, FOREIGN = "original", "foreign"  # methods of models that were not converted here
+ORIGINAL, FOREIGN = "original", "foreign"  # methods of models that the study did not convert
 
 
 @settings
 class Measure:
-    """Settings of what is measured of every variant.
+    """Settings of the measurements of every variant.
 
     Attributes:
-        arc: question sets, of "arc_challenge" and "arc_easy".
-        protocols: ways to ask, of "loglikelihood" and "letter".
-        num_shots: answered questions before each, for "loglikelihood".
-        questions: number of questions per set; 0 is all.
-        text_tokens: tokens for perplexity and KL divergence; 0 measures neither.
-        context_length: tokens per window, for the two; by default 512, or what the model was made
-            for where that is less.
-        prompt_tokens: prompt of the timing; 0 measures no speed.
-        generation_tokens: generated tokens of the timing.
-        trials: counted rounds of the timing.
+        arc: question sets: "arc_challenge", "arc_easy".
+        protocols: forms of the questions: "loglikelihood", "letter".
+        num_shots: few-shot examples before each question, for "loglikelihood".
+        questions: number of questions per set; 0 for all.
+        text_tokens: tokens for perplexity and KL divergence; 0 for neither.
+        context_length: tokens per window for perplexity and KL divergence; by default 512, or the
+            model's context length if that is shorter.
+        prompt_tokens: prompt tokens of the speed measurement; 0 for none.
+        generation_tokens: generated tokens of the speed measurement.
+        trials: trials of the speed measurement after the warm-up.
     """
 
     arc: Annotated[tuple[ArcTask, ...], Field(strict=False)] = ("arc_challenge",)
@@ -61,16 +61,15 @@ class Study:
     """Settings of one study.
 
     Attributes:
-        name: of the file it came from, without its suffix.
+        name: name of the study's file, without its suffix.
         model: repo id, directory, .gguf file, or "demo" for the model of `splitquant-mlx demo`.
-        variants: by name, in the study's order, a recipe or the path of a checkpoint that another
-            program made; "original" is always measured.
-        title: for the report; by default the name.
+        variants: recipe, or path of a checkpoint that another program converted, by variant name;
+            "original" is always measured.
+        title: title of the report; by default the name.
         revision: branch, tag or commit of a hub repo.
-        measure: what is measured.
+        measure: measurements of every variant.
         notes: sentences for the report.
-        paper: {"source", "claims": [{"what", "value", "unit"}]}: published figures to stand beside
-            those measured here.
+        paper: {"source", "claims": [{"what", "value", "unit"}]}: published figures to compare with.
     """
 
     name: str
@@ -84,7 +83,7 @@ class Study:
 
 
 def load_study(path: Path) -> Study:
-    """Read a study. Raises RecipeError naming the file and the variant when it is wrong."""
+    """Read a study. Raises RecipeError, naming the file and the variant, when it is invalid."""
     values = read_toml(path)
     try:
         return _study(path.stem, values)
@@ -93,23 +92,23 @@ def load_study(path: Path) -> Study:
 
 
 def slug(name: str) -> str:
-    """Return a variant's name as a file name."""
+    """Convert a variant's name to a file name."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "variant"
 
 
 def _study(name: str, values: dict[str, Any]) -> Study:
-    shared, listed = values.pop("recipe", {}), values.pop("variants", [])
-    if not isinstance(shared, dict) or not isinstance(listed, list):
+    shared, tables = values.pop("recipe", {}), values.pop("variants", [])
+    if not isinstance(shared, dict) or not isinstance(tables, list):
         raise RecipeError("expected a [recipe] table and [[variants]] tables")
     variants: dict[str, Recipe | str] = {}
-    for table in listed:
+    for table in tables:
         variant = table.get("name") if isinstance(table, dict) else None
         if not isinstance(variant, str) or not variant.strip() or not variant.isprintable():
             raise RecipeError(
                 f"variants: expected a table with a name, one printable line, got {table!r:.80}"
             )
         if slug(variant) in {ORIGINAL, *map(slug, variants)}:
-            raise RecipeError(f"variant {variant!r}: the name is taken")
+            raise RecipeError(f"variant {variant!r}: the name is already in use")
         try:
             variants[variant] = _variant({k: v for k, v in table.items() if k != "name"}, shared)
         except RecipeError as exc:
@@ -118,13 +117,13 @@ def _study(name: str, values: dict[str, Any]) -> Study:
     return study if study.title else dataclasses.replace(study, title=name)
 
 
-def _variant(own: dict[str, Any], shared: dict[str, Any]) -> Recipe | str:
-    if "path" in own:
-        if len(own) > 1 or not isinstance(own["path"], str) or not own["path"]:
-            raise RecipeError(f"path: expected a path and no recipe settings beside it, got {own}")
-        return own["path"]
-    settings = {**shared, **own}
-    if settings.get("method") == "auto":  # which chooses them; the other variants share them
-        for key in {"bits", "group_size"} - own.keys():
+def _variant(values: dict[str, Any], shared: dict[str, Any]) -> Recipe | str:
+    if "path" in values:
+        if len(values) > 1 or not isinstance(values["path"], str) or not values["path"]:
+            raise RecipeError(f"path: expected a path and no recipe settings, got {values}")
+        return values["path"]
+    settings = {**shared, **values}
+    if settings.get("method") == "auto":  # chooses bits and group size itself
+        for key in {"bits", "group_size"} - values.keys():
             settings.pop(key, None)
     return Recipe.from_dict(settings)

@@ -1,4 +1,4 @@
-"""Values of the parts of a result that are taken from a model's files or a timing."""
+"""Values of the parts "convert", "speed" and "weights" of a study's results."""
 
 import math
 from pathlib import Path
@@ -20,9 +20,9 @@ def measured_sizes(directory: Path, original: Path, method: str) -> dict[str, An
     """Return the size of a model that this study did not convert, as a "convert" part.
 
     Args:
-        directory: of the model.
-        original: directory of the original, whose parameters bits/weight refer to.
-        method: name for the report.
+        directory: directory of the model.
+        original: directory of the original, which has the parameter count for bits/weight.
+        method: name of the method in the report.
     """
     stored = sum(header.nbytes for header in read_headers(directory).values())
     source = read_headers(original).values()
@@ -60,23 +60,23 @@ def convert_values(
 
 
 def speed_values(path: Path, workload: Workload, trials: int) -> dict[str, Any]:
-    """Time a model, as a "speed" part."""
+    """Measure the speed of a model, as a "speed" part."""
     device = mx.default_device().type.name
-    (found,) = bench_speed([str(path)], workload, trials=trials, device=device)["models"]
-    decode = found["generation_tps"]
+    (result,) = bench_speed([str(path)], workload, trials=trials, device=device)["models"]
+    decode = result["generation_tps"]
     return {
         "decode_tokens_per_s": decode["median"],
         "decode_tokens_per_s_min": decode["min"],
         "decode_tokens_per_s_max": decode["max"],
-        "prefill_tokens_per_s": found["prompt_tps"]["median"],
-        "load_s": found["load_s"]["median"],
-        "first_token_s": found["first_token_s"]["median"],
-        "peak_bytes": max(found["peak_bytes"]["runs"]),
+        "prefill_tokens_per_s": result["prompt_tps"]["median"],
+        "load_s": result["load_s"]["median"],
+        "first_token_s": result["first_token_s"]["median"],
+        "peak_bytes": max(result["peak_bytes"]["runs"]),
     }
 
 
 def weights_values(original: Path, home: Path) -> dict[str, Any]:
-    """Return a histogram of a layer in the middle of the model, and its cut points."""
+    """Return the weight histogram of a middle layer and its cut points, as a "weights" part."""
     manifest = load_manifest(home)
     layers = [layer for layer in manifest.layers if layer.action == "split"] if manifest else []
     layer = layers[len(layers) // 2]

@@ -83,7 +83,7 @@ def test_replacing_that_is_interrupted_leaves_the_old_model(tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt if kind is KeyboardInterrupt else TargetError):
         convert(source, target, overwrite=True)
     assert [path.name for path in target.iterdir()] == ["config.json"]
-    # what the user interrupts goes on from the finished weights; an error leaves nothing
+    # an interrupted conversion resumes from the finished weights; an error leaves nothing
     left = [".target.partial"] if kind is KeyboardInterrupt else []
     assert sorted(path.name for path in tmp_path.iterdir()) == [*left, "source", "target"]
     monkeypatch.undo()
@@ -154,7 +154,7 @@ def test_config_that_says_it_is_not_quantized(tmp_path):
 
 
 def test_checkpoint_of_symlinks_is_converted_to_files(tmp_path):
-    """The hub's cache is one of symlinks."""
+    """The hub's cache consists of symlinks."""
     home = tmp_path / "models--org--name"
     blobs = tiny.write_checkpoint(home / "blobs", shards=2)
     source = home / "snapshots" / "c0ffee"
@@ -191,7 +191,7 @@ def slow_read(self, name):
     w = read(self, name)
     if "layers.1" in name:
         print("ready", flush=True)
-        for _ in range(300):  # a signal may reach another thread, and not cut a sleep short
+        for _ in range(300):  # a signal to another thread does not interrupt a sleep
             time.sleep(0.1)
     return w
 Converter._read = slow_read
@@ -237,7 +237,7 @@ def test_interrupt_leaves_nothing(tmp_path, number):
         _, err = process.communicate(timeout=20)
     assert process.returncode == 128 + number
     assert err.splitlines()[-1] == "Interrupted. Run the same command to go on."
-    assert err.count("\n") == 2  # the stage it was in, and that
+    assert err.count("\n") == 2  # the current stage, and this message
     assert tree(tmp_path) == before
 
 

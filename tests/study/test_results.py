@@ -1,4 +1,4 @@
-"""Result files: kept whole, read back as they were, and refused by name when they are not."""
+"""Result files: written atomically, read back unchanged, and named in errors when invalid."""
 
 import errno
 import json
@@ -27,9 +27,9 @@ names = st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1)
 
 def test_results_come_back_as_they_were(tmp_path):
     write_study(tmp_path)
-    found = {(made.variant, made.part): made for made in load_results(tmp_path)}
-    wanted = {(made.variant, made.part): made for made in results()}
-    assert found == wanted
+    loaded = {(made.variant, made.part): made for made in load_results(tmp_path)}
+    expected = {(made.variant, made.part): made for made in results()}
+    assert loaded == expected
     assert load_study_record(tmp_path) == study()
 
 
@@ -55,8 +55,8 @@ def test_time_machine_and_versions_are_filled_in():
 def test_numbers_that_json_lacks_survive(tmp_path, number):
     file = save(result("v", "kl", {"kl_mean": number}), tmp_path)
     json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"not JSON: {name}"))
-    found = load_results(tmp_path)[0].values["kl_mean"]
-    assert found == number or (math.isnan(number) and math.isnan(found))
+    loaded = load_results(tmp_path)[0].values["kl_mean"]
+    assert loaded == number or (math.isnan(number) and math.isnan(loaded))
 
 
 @given(first=names, second=names)
@@ -152,12 +152,12 @@ def test_broken_file_is_named(tmp_path, damage):
 def test_one_measurement_in_two_files_is_refused(tmp_path):
     file = save(result("v", "kl", KL), tmp_path)
     (tmp_path / "copy.json").write_bytes(file.read_bytes())
-    with pytest.raises(SplitQuantError, match=r"v\.kl\.json .* copy\.json holds the same"):
+    with pytest.raises(SplitQuantError, match=r"v\.kl\.json .* copy\.json contains the same"):
         load_results(tmp_path)
 
 
 def test_directory_without_results(tmp_path):
-    with pytest.raises(SplitQuantError, match="holds no results"):
+    with pytest.raises(SplitQuantError, match="contains no results"):
         load_results(tmp_path)
     with pytest.raises(SplitQuantError, match="is not a directory"):
         load_results(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""A study runs to its report, goes on where it stopped, and says what it could not measure."""
+"""A study runs to its report, resumes after an interruption, and reports missing data."""
 
 import json
 import os
@@ -56,7 +56,7 @@ claims = [{{ what = "time", value = 126, unit = "s" }}]
 
 @pytest.fixture
 def study(stories, tmp_path):
-    """Return a function that writes the study, and the data it wants."""
+    """Return a function that writes the study file."""
 
     def write(prompt_tokens=0, **changes):
         text = STUDY.format(model=stories, prompt_tokens=prompt_tokens)
@@ -82,7 +82,7 @@ def options(files):
 
 
 def test_a_study_ends_in_a_report_of_what_was_measured(study, files, tmp_path, capsys, monkeypatch):
-    """Conversions and speed trials run in this process; that they are processes, `bench` tests."""
+    """Conversions and speed trials run in this process; tests/bench tests separate processes."""
     monkeypatch.setattr(runner, "run_program", run_here)
     monkeypatch.setattr(speed, "run_program", run_here)
     home = tmp_path / "out"
@@ -107,10 +107,10 @@ def test_a_study_ends_in_a_report_of_what_was_measured(study, files, tmp_path, c
     assert f"{split.kl:.3g}"[:4] in shown
     assert not any(line.endswith(" ") for line in shown.splitlines())
     assert run(["report", str(home), "--json", "-"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["study"]["title"] == load_report(home).study.title
-    kept = {one["variant"]: one["values"] for one in told["variants"]}
-    assert kept["split"]["kl"]["kl_mean"] == split.kl and set(kept) == set(rows)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["study"]["title"] == load_report(home).study.title
+    variants = {one["variant"]: one["values"] for one in printed["variants"]}
+    assert variants["split"]["kl"]["kl_mean"] == split.kl and set(variants) == set(rows)
     assert not any((home / "models").glob("*")), "the models were to be removed"
     weights = json.loads(next(home.glob("split*.weights.json")).read_text())["values"]
     assert len(weights["cut_points"]) == 2 and sum(weights["counts"]) > 1000
@@ -125,8 +125,8 @@ def test_an_auto_variant_carries_its_forecast(study, files, stories, tmp_path, m
     run_study(chosen, tmp_path / "out", data=files)
     rows = {row.variant: row for row in load_report(tmp_path / "out").rows}
     planned = forecast(str(stories), chosen.variants["plain"])
-    found = rows["plain"].get("convert", "forecast_kl")
-    assert found == pytest.approx(sum(planned.divergence.values())) and found > 0
+    stored = rows["plain"].get("convert", "forecast_kl")
+    assert stored == pytest.approx(sum(planned.divergence.values())) and stored > 0
     assert rows["split"].get("convert", "forecast_kl") is None
 
 
@@ -219,19 +219,19 @@ def test_a_checkpoint_of_another_program_is_a_row(stories, tmp_path):
     content = SMALL.format(model=stories).replace("256", "192").replace("128", "64")
     file.write_text(content + f'path = "{theirs}"\n')
     run_study(load_study(file), home, data={"text": text})
-    found = {(result.variant, result.part): result for result in load_results(home)}
-    sizes, kl = found["split", "convert"].values, found["split", "kl"].values
+    results = {(result.variant, result.part): result for result in load_results(home)}
+    sizes, kl = results["split", "convert"].values, results["split", "kl"].values
     assert sizes["method"] == "foreign"
     assert sizes["weight_file_bytes"] == (theirs / "model.safetensors").stat().st_size
-    parameters = found["original", "convert"].values["stored_bytes"] / 4  # float32
+    parameters = results["original", "convert"].values["stored_bytes"] / 4  # float32
     assert sizes["bits_per_weight"] == 8 * sizes["stored_bytes"] / parameters
     assert 0 < kl["kl_low"] < kl["kl_mean"] < kl["kl_high"] < kl["kl_p99"]
     written = {file: file.stat().st_mtime_ns for file in home.glob("*.*.json")}
-    told = Notes()
-    run_study(load_study(file), home, data={"text": text}, progress=told)
+    notes = Notes()
+    run_study(load_study(file), home, data={"text": text}, progress=notes)
     assert {file: file.stat().st_mtime_ns for file in home.glob("*.*.json")} == written
-    (note,) = told.notes
-    assert note == f"{len(written)} measurements were made before: nothing is left to measure"
+    (note,) = notes.notes
+    assert note == f"{len(written)} results of an earlier run reused: nothing is left to measure"
     assert theirs.is_dir() and not list((home / "models").glob("*"))
 
 
@@ -240,15 +240,15 @@ def test_questions_changed_under_their_ids_are_asked_again(stories, questions_fi
     file, asked, home = tmp_path / "arc.toml", tmp_path / "asked.jsonl", tmp_path / "out"
     file.write_text(content.partition("[[")[0].replace("256", "0"))
     lines = [json.loads(line) for line in questions_file.read_text().splitlines()[:4]]
-    found = []
+    answers = []
     for _ in range(2):
         asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
         run_study(load_study(file), home, data={"arc_easy": asked})
-        found.append(values_of(home)["original", "arc_easy.loglikelihood"]["correct"])
-        for line in lines:  # whatever was right is not
+        answers.append(values_of(home)["original", "arc_easy.loglikelihood"]["correct"])
+        for line in lines:  # change the correct option
             labels = line["choices"]["label"]
             line["answerKey"] = labels[labels.index(line["answerKey"]) - 1]
-    assert any(found[0]) and not any(a and b for a, b in zip(*found, strict=True))
+    assert any(answers[0]) and not any(a and b for a, b in zip(*answers, strict=True))
 
 
 def test_two_studies_in_one_directory(small, capsys):
@@ -265,7 +265,7 @@ def test_two_studies_in_one_directory(small, capsys):
 def test_a_study_killed_anywhere_goes_on(small, tmp_path):
     command, home = small
     assert run(command) == 0
-    wanted, names = values_of(home), {path.name for path in home.iterdir()}
+    expected, names = values_of(home), {path.name for path in home.iterdir()}
     shutil.rmtree(home)
     program = [sys.executable, "-m", "splitquant_mlx", *command]
     rng, points, began = random.Random(0), 0, time.monotonic()
@@ -277,11 +277,11 @@ def test_a_study_killed_anywhere_goes_on(small, tmp_path):
             _, err = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), err
         if any(home.glob("*.*.json")):
-            assert values_of(home).items() <= wanted.items()
+            assert values_of(home).items() <= expected.items()
         points += 1
         assert time.monotonic() - began < 300
     assert run(command) == 0
-    assert points > 2 and values_of(home) == wanted
+    assert points > 2 and values_of(home) == expected
     assert {path.name for path in home.iterdir()} == names
     assert not any((home / "models").iterdir())
 
@@ -291,7 +291,7 @@ def test_a_study_killed_anywhere_goes_on(small, tmp_path):
 def test_a_model_left_by_a_killed_study_is_used_if_it_is_whole(small, monkeypatch, damage):
     command, home = small
     assert run([*command, "--keep-models"]) == 0
-    wanted, model = values_of(home), home / "models" / "split" / "model.safetensors"
+    expected, model = values_of(home), home / "models" / "split" / "model.safetensors"
     next(home.glob("split*.kl.json")).unlink()
     if damage:
         with model.open("r+b") as file:
@@ -300,7 +300,7 @@ def test_a_model_left_by_a_killed_study_is_used_if_it_is_whole(small, monkeypatc
     made = model.stat().st_mtime_ns
     assert run([*command, "--keep-models"]) == 0
     assert (model.stat().st_mtime_ns != made) == damage
-    assert values_of(home) == wanted
+    assert values_of(home) == expected
 
 
 def test_what_the_hub_does_not_give_is_named(study, tmp_path, monkeypatch):
@@ -333,7 +333,7 @@ def test_a_bad_data_file_stops_the_study(study, tmp_path, capsys):
 
 
 def test_windows_are_no_longer_than_the_model_was_made_for(study, files, tmp_path, capsys):
-    """The context of the model is 512; half of a window of 1,024 would tell nothing."""
+    """The context length of the model is 512."""
     file = study(**{"context_length = 128": "context_length = 1024"})
     assert run(["run", str(file), "--output-dir", str(tmp_path / "out"), *options(files)]) == 2
     assert "context_length: expected at most 512" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A study's TOML file: what it may say, and what is said of a wrong one."""
+"""A study's TOML file: valid settings, and the errors of invalid ones."""
 
 from pathlib import Path
 
@@ -51,8 +51,8 @@ def test_variants_share_the_recipe_and_may_differ_from_it(written):
         (('model = "some/model"', ""), "model: expected a value, got none"),
         (('name = "plain"', ""), "variants: expected a table with a name"),
         (('name = "plain"', 'name = "a\\nb"'), "a name, one printable line"),
-        (('name = "fine"', 'name = "Plain!"'), "the name is taken"),
-        (('name = "fine"', 'name = "original"'), "the name is taken"),
+        (('name = "fine"', 'name = "Plain!"'), "the name is already in use"),
+        (('name = "fine"', 'name = "original"'), "the name is already in use"),
         (('method = "rtn"', 'method = "best"'), "variant 'plain': method: expected 'splitquant'"),
         (('["arc_easy"]', '["arc_hard"]'), "arc.0: expected 'arc_challenge' or 'arc_easy'"),
         (("questions = 5", "questions = -1"), "questions: expected at least 0, got -1"),
