@@ -1,11 +1,11 @@
 """Read multiple-choice questions in the layout of ARC (Clark et al. 2018, arXiv:1803.05457).
 
-A question is {"id", "question", "choices": {"text": [..], "label": [..]}, "answerKey"}, one on
-every line of a .jsonl file or in every row of a .parquet file, as on the hub. A .csv file has the
-columns id, question, choices and answerKey, where choices is that object as JSON.
+A question is {"id", "question", "choices": {"text": [..], "label": [..]}, "answerKey"}, one per
+line of a .jsonl file or per row of a .parquet file, as on the hub. A .csv file has the columns id,
+question, choices and answerKey, where choices is that object as JSON.
 
-The files of AI2's own archive are read too: its .jsonl has question and choices together,
-{"stem", "choices": [{"text", "label"}, ..]}, its .csv has the columns questionID, question and
+The files of AI2's archive are supported, too: the .jsonl has question and choices in one object,
+{"stem", "choices": [{"text", "label"}, ..]}; the .csv has the columns questionID, question and
 AnswerKey, and the options in the question's text: "Which is it? (A) this (B) that".
 """
 
@@ -27,19 +27,19 @@ FOLDERS = {"arc_challenge": "ARC-Challenge", "arc_easy": "ARC-Easy"}
 SPLITS = ("train", "validation", "test")
 COLUMNS = ("id", "question", "choices", "answerKey")
 AI2_COLUMNS = ("questionID", "question", "AnswerKey")
-MAX_CHOICES = 26  # as many as there are letters
+MAX_CHOICES = 26  # letters A to Z
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """Hold a question, its options and which of them is right.
+    """A multiple-choice question.
 
     Attributes:
-        id: its name, unique in its file.
-        question: its text.
-        labels: what the file calls the options: A, B, C, .. or 1, 2, 3, ..
-        choices: the options' texts, 2 to 26.
-        answer: index of the right one.
+        id: unique id within its file.
+        question: text of the question.
+        labels: labels of the options in the file: A, B, C, .. or 1, 2, 3, ..
+        choices: texts of the options, 2 to 26.
+        answer: index of the correct option.
     """
 
     id: str
@@ -54,7 +54,7 @@ def load_questions(path: Path) -> list[Question]:
 
     Raises:
         SourceError: when the file cannot be read or a question is malformed; it names the line,
-            of .parquet the row.
+            or the row of a .parquet file.
     """
     readers: dict[str, Callable[[Path], Iterable[Row]]] = {
         ".jsonl": jsonl_rows,
@@ -74,33 +74,33 @@ def load_questions(path: Path) -> list[Question]:
                 raise SourceError(f"{path}, {where}: {exc}") from exc
             if question.id in first_seen:
                 raise SourceError(
-                    f"{path}, {where}: the id {question.id!r} is taken by "
-                    f"{first_seen[question.id]}: give every question its own"
+                    f"{path}, {where}: the id {question.id!r} is already in use in "
+                    f"{first_seen[question.id]}: give every question a unique id"
                 )
             first_seen[question.id] = where
             questions.append(question)
     except OSError as exc:
         raise SourceError(f"cannot read {path}: {exc.strerror or one_line(exc)}") from exc
     if not questions:
-        raise SourceError(f"{path} holds no questions: give a file with some")
+        raise SourceError(f"{path} contains no questions: give another file")
     return questions
 
 
 def fetch_questions(task: str, split: str = "test") -> list[Question]:
-    """Return the questions of ARC from the hub, or from the hub's cache on this machine.
+    """Return the questions of ARC from the hub or its local cache.
 
     Args:
         task: "arc_challenge" or "arc_easy".
         split: "train", "validation" or "test".
 
     Raises:
-        RecipeError: when there is no such task or split.
-        SourceError: when they cannot be fetched.
+        RecipeError: when the task or the split is unknown.
+        SourceError: when the questions cannot be fetched.
     """
     if task not in FOLDERS:
         raise RecipeError(f"task: expected {' or '.join(FOLDERS)}, got {task!r}")
     if split not in SPLITS:
-        raise RecipeError(f"{task}: expected the split {', '.join(SPLITS)}, got {split!r}")
+        raise RecipeError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
     name = f"{FOLDERS[task]}/{split}-00000-of-00001.parquet"
     return load_questions(fetch_dataset_file(ARC, name))
 
@@ -128,11 +128,11 @@ def _csv_row(row: dict[str, str]) -> dict[str, Any]:
     try:
         return {**row, "choices": json.loads(row["choices"] or "")}
     except (ValueError, RecursionError) as exc:
-        raise ValueError(f"choices is not JSON ({one_line(exc)})") from exc
+        raise ValueError(f"choices: expected JSON ({one_line(exc)})") from exc
 
 
 def _ai2_row(row: dict[str, str]) -> dict[str, Any]:
-    """Bring a row of AI2's .csv into the layout of the hub."""
+    """Convert a row of AI2's .csv to the layout of the hub."""
     text = row["question"] or ""
     for labels in (string.ascii_uppercase, string.digits[1:]):
         starts = [text.rfind(f"({labels[0]})")]
@@ -153,32 +153,32 @@ def _ai2_row(row: dict[str, str]) -> dict[str, Any]:
 
 
 def _question(row: Any) -> Question:
-    """Build a question from a row of the file. Raises ValueError saying what is wrong with it."""
+    """Build a question from a row of a file. Raises ValueError when the row is malformed."""
     if not isinstance(row, dict):
         raise ValueError(
             f"expected an object with {', '.join(COLUMNS)}, got a {type(row).__name__}"
         )
-    if isinstance(inner := row.get("question"), dict):  # AI2's own layout
-        listed = inner.get("choices")
-        if not isinstance(listed, list) or not all(isinstance(c, dict) for c in listed):
+    if isinstance(inner := row.get("question"), dict):  # the layout of AI2's archive
+        options = inner.get("choices")
+        if not isinstance(options, list) or not all(isinstance(o, dict) for o in options):
             raise ValueError('expected "question" to have a list "choices" of objects')
-        choices = {key: [choice.get(key) for choice in listed] for key in ("text", "label")}
+        choices = {key: [option.get(key) for option in options] for key in ("text", "label")}
         row = {**row, "question": inner.get("stem"), "choices": choices}
-    name, question, answer = (_text(row, key) for key in ("id", "question", "answerKey"))
+    id_, question, answer = (_text(row, key) for key in ("id", "question", "answerKey"))
     choices = row.get("choices")
     if not isinstance(choices, dict):
         raise ValueError('expected "choices" to be an object with the lists "text" and "label"')
     texts, labels = _texts(choices, "text"), _texts(choices, "label")
     if len(texts) != len(labels):
-        raise ValueError(f"the choices have {len(texts)} texts and {len(labels)} labels")
+        raise ValueError(f"expected one label per text, got {len(texts)} and {len(labels)}")
     if not 2 <= len(texts) <= MAX_CHOICES:
         raise ValueError(f"expected 2 to {MAX_CHOICES} choices, got {len(texts)}")
     if len(set(labels)) < len(labels):
-        raise ValueError(f"two choices have the same label: {', '.join(labels)}")
+        raise ValueError(f"expected unique labels, got {', '.join(labels)}")
     if answer not in labels:
-        raise ValueError(f"the answerKey {answer!r} is none of the labels {', '.join(labels)}")
+        raise ValueError(f"answerKey: expected one of {', '.join(labels)}, got {answer!r}")
     return Question(
-        id=name, question=question, labels=labels, choices=texts, answer=labels.index(answer)
+        id=id_, question=question, labels=labels, choices=texts, answer=labels.index(answer)
     )
 
 
@@ -192,10 +192,10 @@ def _texts(choices: dict[str, Any], key: str) -> tuple[str, ...]:
 def _text(row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
-        got = "none" if value is None else "an empty one" if value == "" else repr(value)[:40]
-        raise ValueError(f'expected a "{key}" that is a string with some text, got {got}')
+        got = "none" if value is None else repr(value)[:40]
+        raise ValueError(f'expected a non-empty string "{key}", got {got}')
     if "\0" in value:
-        raise ValueError(f'the "{key}" holds a NUL character')
+        raise ValueError(f'"{key}" contains a NUL character')
     if not value.isascii():
-        value.encode()  # JSON can write half a character; its error is a ValueError
+        value.encode()  # raises UnicodeEncodeError, a ValueError, for a lone surrogate
     return value

@@ -1,4 +1,4 @@
-"""Questions come in as they are, or are refused by file and line."""
+"""Questions are loaded unchanged, or rejected with file and line."""
 
 import csv
 import io
@@ -55,7 +55,7 @@ def as_csv(*rows, columns=("id", "question", "choices", "answerKey", "note")) ->
 
 
 def as_ai2_jsonl(*rows) -> bytes:
-    """Write questions as the .jsonl files of AI2's archive have them."""
+    """Write questions in the layout of the .jsonl files of AI2's archive."""
     return as_jsonl(
         *(
             {
@@ -75,7 +75,7 @@ def as_ai2_jsonl(*rows) -> bytes:
 
 
 def as_ai2_csv(*rows) -> bytes:
-    """Write questions as the .csv files of AI2's archive have them."""
+    """Write questions in the layout of the .csv files of AI2's archive."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["questionID", "originalQuestionID", "AnswerKey", "question", "subject"])
@@ -106,15 +106,15 @@ def test_every_layout_reads_the_same(tmp_path, name, write):
 def test_a_letter_in_brackets_before_the_options_is_the_questions(tmp_path):
     row = {**ROW, "question": "Is vitamin (A) found in (B) or (1)?"}
     (tmp_path / "a.csv").write_bytes(as_ai2_csv(row))
-    (found,) = load_questions(tmp_path / "a.csv")
-    assert found.question == row["question"] and found.choices == QUESTION.choices
+    (result,) = load_questions(tmp_path / "a.csv")
+    assert result.question == row["question"] and result.choices == QUESTION.choices
 
 
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
         ("a.csv", b"questionID,AnswerKey,question\n1,A,What?\n", "line 2: expected options such"),
-        ("a.csv", b"questionID,AnswerKey,question\n1,C,Q (A) a (B) b\n", "the answerKey 'C' is"),
+        ("a.csv", b"questionID,AnswerKey,question\n1,C,Q (A) a (B) b\n", "one of A, B, got 'C'"),
         ("a.jsonl", b'{"id": "1", "question": {"stem": "Q"}, "answerKey": "A"}', "a list"),
     ],
 )
@@ -140,9 +140,9 @@ def test_any_question_round_trips(tmp_path_factory, count, draw, text):
     directory = tmp_path_factory.mktemp("any")
     for name, write in (("a.jsonl", as_jsonl), ("a.parquet", as_parquet), ("a.csv", as_csv)):
         (directory / name).write_bytes(write(row))
-        (found,) = load_questions(directory / name)
-        assert (found.id, found.question, found.choices) == (text, text, (text,) * count)
-        assert found.labels[found.answer] == row["answerKey"]
+        (result,) = load_questions(directory / name)
+        assert (result.id, result.question, result.choices) == (text, text, (text,) * count)
+        assert result.labels[result.answer] == row["answerKey"]
 
 
 def test_reads_a_file_laid_out_as_arc(questions_file):
@@ -162,17 +162,17 @@ def choices(texts, labels):
 
 
 MALFORMED = [
-    (changed(answerKey=...), 'expected a "answerKey" that is a string with some text, got none'),
-    (changed(answerKey="D"), "the answerKey 'D' is none of the labels A, B, C"),
-    (changed(answerKey="b"), "the answerKey 'b' is none"),
-    (changed(question="  "), 'expected a "question"'),
-    (changed(question=""), "got an empty one"),
-    (changed(id=None), 'expected a "id"'),
+    (changed(answerKey=...), 'expected a non-empty string "answerKey", got none'),
+    (changed(answerKey="D"), "answerKey: expected one of A, B, C, got 'D'"),
+    (changed(answerKey="b"), "answerKey: expected one of A, B, C, got 'b'"),
+    (changed(question="  "), 'expected a non-empty string "question"'),
+    (changed(question=""), "got ''"),
+    (changed(id=None), 'expected a non-empty string "id"'),
     (changed(choices=choices(["a"], ["A"]), answerKey="A"), "expected 2 to 26 choices, got 1"),
-    (changed(choices=choices(["a", "b"], ["A", "B", "C"])), "have 2 texts and 3 labels"),
-    (changed(choices=choices(["a", "b", "c"], ["A", "B", "B"])), "same label: A, B, B"),
-    (changed(choices=choices(["a", "", "c"], ["A", "B", "C"])), 'expected a "text"'),
-    (changed(choices=choices(["a", None, "c"], ["A", "B", "C"])), 'expected a "text"'),
+    (changed(choices=choices(["a", "b"], ["A", "B", "C"])), "label per text, got 2 and 3"),
+    (changed(choices=choices(["a", "b", "c"], ["A", "B", "B"])), "unique labels, got A, B, B"),
+    (changed(choices=choices(["a", "", "c"], ["A", "B", "C"])), 'non-empty string "text"'),
+    (changed(choices=choices(["a", None, "c"], ["A", "B", "C"])), 'non-empty string "text"'),
     (changed(choices={"text": ["a", "b"]}), 'expected "choices" to have a list "label"'),
 ]
 
@@ -195,34 +195,30 @@ def check(path, *expected):
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.jsonl", b"", "a.jsonl holds no questions"),
-        ("a.jsonl", b"\n \n", "a.jsonl holds no questions"),
-        ("a.jsonl", as_jsonl(ROW, NUMBERED, ROW), "line 3: the id 'Mercury_1' is taken by line 1"),
-        ("a.jsonl", as_jsonl(ROW) + b"\n{", "a.jsonl, line 3: not JSON"),
-        ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: not JSON"),
-        (
-            "a.jsonl",
-            as_jsonl(ROW) + b"[1]",
-            "line 2: expected an object with id, question",
-        ),
-        ("a.jsonl", as_jsonl(ROW) + b"caf\xe9", "a.jsonl, line 2: not UTF-8 text (byte 0xe9)"),
-        ("a.jsonl", as_jsonl(ROW).decode().encode("utf-16"), "not UTF-8"),
+        ("a.jsonl", b"", "a.jsonl contains no questions"),
+        ("a.jsonl", b"\n \n", "a.jsonl contains no questions"),
+        ("a.jsonl", as_jsonl(ROW, NUMBERED, ROW), "line 3: the id 'Mercury_1' is already in use"),
+        ("a.jsonl", as_jsonl(ROW) + b"\n{", "a.jsonl, line 3: expected JSON"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: expected JSON"),
+        ("a.jsonl", as_jsonl(ROW) + b"[1]", "line 2: expected an object with id, question"),
+        ("a.jsonl", as_jsonl(ROW) + b"caf\xe9", "line 2: expected UTF-8 text, got byte 0xe9"),
+        ("a.jsonl", as_jsonl(ROW).decode().encode("utf-16"), "expected UTF-8"),
         ("a.jsonl", as_jsonl(changed(question="\ud800?")), "line 1: 'utf-8' codec can't encode"),
-        ("a.jsonl", as_jsonl(changed(question="a\0")), 'line 1: the "question" holds a NUL'),
+        ("a.jsonl", as_jsonl(changed(question="a\0")), 'line 1: "question" contains a NUL'),
         ("a.jsonl", as_jsonl(changed(choices=["a", "b"])), 'line 1: expected "choices" to be'),
         ("a.jsonl", as_jsonl(changed(choices=choices("abc", "ABC"))), 'have a list "text"'),
         ("a.jsonl", as_jsonl(changed(choices=choices(["a"] * 27, ["A"] * 27))), "got 27"),
-        ("a.jsonl", as_jsonl(changed(answerKey=2)), 'expected a "answerKey"'),
-        ("a.parquet", b"PAR1 and no more PAR1", "a.parquet: not a sound parquet file"),
+        ("a.jsonl", as_jsonl(changed(answerKey=2)), 'expected a non-empty string "answerKey"'),
+        ("a.parquet", b"PAR1 and no more PAR1", "a.parquet: invalid parquet file"),
         ("a.parquet", as_parquet(changed(answerKey=...)), "got id, question, choices: add answer"),
-        ("a.parquet", as_parquet(ROW, ROW), "row 2: the id 'Mercury_1' is taken by row 1"),
-        ("a.csv", b"", "a.csv: expected the columns id, question, choices, answerKey, got none"),
+        ("a.parquet", as_parquet(ROW, ROW), "row 2: the id 'Mercury_1' is already in use in row 1"),
+        ("a.csv", b"", "a.csv: expected columns id, question, choices, answerKey, got none"),
         ("a.csv", b"id,question\n1,2\n", "got id, question: add choices, answerKey"),
-        ("a.csv", as_csv(), "a.csv holds no questions"),
-        ("a.csv", as_csv(ROW) + b"2,Why?,oops,A\n", "a.csv, line 4: choices is not JSON"),
-        ("a.csv", as_csv(ROW) + b"2,Why?\n", "a.csv, line 4: choices is not JSON"),
+        ("a.csv", as_csv(), "a.csv contains no questions"),
+        ("a.csv", as_csv(ROW) + b"2,Why?,oops,A\n", "a.csv, line 4: choices: expected JSON"),
+        ("a.csv", as_csv(ROW) + b"2,Why?\n", "a.csv, line 4: choices: expected JSON"),
         ("a.csv", as_csv(ROW) + b'2,"Why', "a.csv, near line 3: not CSV (unexpected end"),
-        ("a.csv", as_csv(changed(answerKey="E")), "a.csv, line 3: the answerKey 'E'"),
+        ("a.csv", as_csv(changed(answerKey="E")), "a.csv, line 3: answerKey: expected"),
         ("a.txt", b"Why?", "expected a .jsonl, .parquet or .csv file, got '.txt'"),
     ],
 )
@@ -268,7 +264,7 @@ def test_a_hub_that_refuses_is_named(hub):
     ("task", "split", "expected"),
     [
         ("arc", "test", "expected arc_challenge or arc_easy, got 'arc'"),
-        ("arc_easy", "dev", "expected the split train, validation, test, got 'dev'"),
+        ("arc_easy", "dev", "expected one of train, validation, test, got 'dev'"),
     ],
 )
 def test_there_is_no_such_split(task, split, expected):

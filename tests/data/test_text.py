@@ -1,4 +1,4 @@
-"""Texts come in whole, or are refused by file and line."""
+"""Texts are loaded unchanged, or rejected with file and line."""
 
 import hashlib
 import io
@@ -53,27 +53,31 @@ def test_text_comes_in_as_it_is(tmp_path, name, content, text):
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.txt", b"", "a.txt holds no text"),
-        ("a.txt", b" \n\t\n", "a.txt holds no text"),
-        ("a.txt", b"one\ntwo\ncaf\xe9\n", "a.txt, line 3: not UTF-8 text (byte 0xe9)"),
-        ("a.txt", "text".encode("utf-16"), "a.txt, line 1: not UTF-8"),
-        ("a.txt", b"one\nt\0o\n", "a.txt, line 2: not text: it holds a NUL"),
-        ("a.jsonl", b"", "a.jsonl holds no text"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2: not JSON"),
-        ("a.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', 'a.jsonl, line 3: expected a "text"'),
+        ("a.txt", b"", "a.txt contains no text"),
+        ("a.txt", b" \n\t\n", "a.txt contains no text"),
+        ("a.txt", b"one\ntwo\ncaf\xe9\n", "a.txt, line 3: expected UTF-8 text, got byte 0xe9"),
+        ("a.txt", "text".encode("utf-16"), "a.txt, line 1: expected UTF-8"),
+        ("a.txt", b"one\nt\0o\n", "a.txt, line 2: expected text, got a NUL"),
+        ("a.jsonl", b"", "a.jsonl contains no text"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "a.jsonl, line 2: expected JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n\n{"body": "b"}\n',
+            'a.jsonl, line 3: expected a string "text"',
+        ),
         ("a.jsonl", b'{"text": 3}', "a.jsonl, line 1: expected"),
         ("a.jsonl", b'["text"]', "a.jsonl, line 1: expected"),
-        ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: not JSON"),
-        ("a.jsonl", b'{"text": "a\\u0000"}', "a.jsonl, line 1: not text"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}', "a.jsonl, line 2: not text"),
-        ("a.jsonl", b'{"text": ""}\n', "a.jsonl holds no text"),
-        ("a.parquet", b"", "a.parquet: not a sound parquet file"),
-        ("a.parquet", b"PAR1 and no more PAR1", "a.parquet: not a sound parquet file"),
-        ("a.parquet", as_parquet(["a"], name="body"), 'expected a column "text", got id, body'),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: expected JSON"),
+        ("a.jsonl", b'{"text": "a\\u0000"}', "a.jsonl, line 1: expected text"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}', "a.jsonl, line 2: expected text"),
+        ("a.jsonl", b'{"text": ""}\n', "a.jsonl contains no text"),
+        ("a.parquet", b"", "a.parquet: invalid parquet file"),
+        ("a.parquet", b"PAR1 and no more PAR1", "a.parquet: invalid parquet file"),
+        ("a.parquet", as_parquet(["a"], name="body"), "expected column text, got id, body"),
         ("a.parquet", as_parquet(["a", None]), "a.parquet, row 2: expected"),
         ("a.parquet", as_parquet([1, 2]), "a.parquet, row 1: expected"),
-        ("a.parquet", as_parquet(pa.array([], pa.string())), "a.parquet holds no text"),
-        ("a.parquet", as_parquet(["a" * 999])[:-40] + b"PAR1", "not a sound parquet file"),
+        ("a.parquet", as_parquet(pa.array([], pa.string())), "a.parquet contains no text"),
+        ("a.parquet", as_parquet(["a" * 999])[:-40] + b"PAR1", "invalid parquet file"),
     ],
 )
 def test_malformed_text_is_refused(tmp_path, name, content, expected):
