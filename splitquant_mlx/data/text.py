@@ -6,6 +6,7 @@ transformers do the same on WikiText-2, so that results are comparable.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from splitquant_mlx.models.hub import fetch_dataset_file
 
 Row = tuple[str, Any]  # location in the file, and content
 SEPARATOR = "\n\n"
+NOT_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and surrogates, which JSON can escape singly
 WIKITEXT = "Salesforce/wikitext"
 
 
@@ -149,16 +151,7 @@ def _join(path: Path, rows: Iterable[Row]) -> str:
         value = row.get("text") if isinstance(row, dict) else None
         if not isinstance(value, str):
             raise SourceError(f'{path}, {where}: expected a string "text"')
-        if "\0" in value or not _encodes(value):
+        if NOT_TEXT.search(value):
             raise SourceError(f"{path}, {where}: expected text, got a NUL or a lone surrogate")
         texts.append(value)
     return SEPARATOR.join(texts)
-
-
-def _encodes(value: str) -> bool:
-    """Return whether a string can be encoded as UTF-8; JSON can escape lone surrogates."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
