@@ -1,1 +1,1 @@
-"""Measure what a user meets: the time and memory of whole processes, and what they are made of."""
+"""Benchmarks of whole processes: time and memory of conversion and inference."""

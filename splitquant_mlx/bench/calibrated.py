@@ -1,11 +1,11 @@
-"""Time a calibrated conversion against the arithmetic that it cannot do without.
+"""Compare the time of a calibrated conversion with a lower bound from its matrix products.
 
-The bound counts the products of matrices of `gptq`: with N weights of linear layers in blocks, V h
-of the output head, T calibration tokens and d the width of each distinct layer input, sampling
-takes 2 T (N + V h) operations, the forward pass 2 T N, the Hessians T sum(d^2) (a symmetric
-product), the rounding 5 sum(out in^2). Of a mixture's experts, N and the Hessians count those that
-a token goes to. Divided by the rate of float32 products that the
-machine reaches in the same run, before and after the conversion, that is a time.
+The bound counts the operations of `gptq`. With N weights of linear layers in blocks, V h of the
+output head, T calibration tokens and d the width of each distinct layer input, sampling takes
+2 T (N + V h) operations, the forward pass 2 T N, the Hessians T sum(d^2) (a symmetric product), and
+the rounding 5 sum(out in^2). In a mixture of experts, N and the Hessians count the experts that are
+active per token. The bound is the number of operations divided by the rate of float32 matrix
+products, measured on the same machine before and after the conversion.
 """
 
 import math
@@ -30,30 +30,37 @@ from splitquant_mlx.progress import SILENT, Advance, Progress
 from splitquant_mlx.recipe import Calibration, Recipe
 from splitquant_mlx.runtime.environment import made_with
 
-SIZE = 2048  # of the matrices whose product is timed
-ROUNDING = 5  # operations an entry and channel: half a product, then one in each of two sweeps
+SIZE = 2048  # rows and columns of the timed matrix product
+ROUNDING = 5  # operations per entry and channel: half a product, and one in each of two sweeps
 
 
 class Stages:
-    """A progress reporter that notes time and peak memory of every task, and passes them on."""
+    """A progress reporter that records time and peak memory of every task.
 
-    def __init__(self, shown: Progress):
-        self.found: list[dict[str, Any]] = []
-        self._shown = shown
+    Args:
+        progress: progress reporter that receives the same tasks.
+
+    Attributes:
+        records: {"stage", "seconds", "peak_bytes"} of each finished task.
+    """
+
+    def __init__(self, progress: Progress):
+        self.records: list[dict[str, Any]] = []
+        self._progress = progress
 
     @contextmanager
     def task(self, label: str, total: float | None = None) -> Iterator[Advance]:
-        """Note a task."""
+        """Record a task."""
         _reset_peak()
-        started = time.perf_counter()
-        with self._shown.task(label, total) as advance:
+        start = time.perf_counter()
+        with self._progress.task(label, total) as advance:
             yield advance
-        seconds = time.perf_counter() - started
-        self.found.append({"stage": label, "seconds": seconds, "peak_bytes": peak_bytes()})
+        seconds = time.perf_counter() - start
+        self.records.append({"stage": label, "seconds": seconds, "peak_bytes": peak_bytes()})
 
     def note(self, text: str) -> None:
-        """Pass a line on."""
-        self._shown.note(text)
+        """Pass a note to the other reporter."""
+        self._progress.note(text)
 
 
 def bench_calibrated(
@@ -63,50 +70,50 @@ def bench_calibrated(
     recipe: Recipe | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Convert `model` in this process, from a cold cache of this package's.
+    """Convert `model` in this process with an empty cache.
 
     Args:
         model: a model directory.
-        scratch: an existing directory, for the cache and the output, which are removed.
-        recipe: a calibrated one; None is gptq with 4 bits.
+        scratch: an existing directory for the cache and the output, which are removed.
+        recipe: a calibrated recipe; None is gptq with 4 bits.
         progress: progress reporter.
 
     Returns:
-        JSON values: operations by stage, rates in operations/s, bound, wall time in s, their ratio,
-        time and peak memory in bytes of every stage, and the environment. On Linux the peak is each
-        stage's own, elsewhere the process's up to its end.
+        JSON values: operations by stage, the product rate in operations/s, bound and wall time in
+        s, their ratio, time and peak memory in bytes of every stage, and the environment. On Linux
+        the peak is that of the stage, elsewhere that of the process until the end of the stage.
 
     Raises:
         SplitQuantError: when the conversion fails.
     """
     recipe = recipe or Recipe(method="gptq")
-    work = count_operations(model, recipe.texts)
+    operations = count_operations(model, recipe.texts)
     stages = Stages(progress)
-    before = product_rate()
-    with TemporaryDirectory(dir=scratch, prefix=".bench-") as room, _cache_in(Path(room)):
-        started = time.perf_counter()
-        manifest = convert(model, Path(room) / "target", recipe=recipe, progress=stages)
-        wall_s = time.perf_counter() - started
-    rate = (before + product_rate()) / 2
-    bound_s = sum(work.values()) / rate
+    rate_before = product_rate()
+    with TemporaryDirectory(dir=scratch, prefix=".bench-") as directory, _cache_in(Path(directory)):
+        start = time.perf_counter()
+        manifest = convert(model, Path(directory) / "target", recipe=recipe, progress=stages)
+        wall_s = time.perf_counter() - start
+    rate = (rate_before + product_rate()) / 2
+    bound_s = sum(operations.values()) / rate
     return {
         "model": model.name,
         "recipe": recipe.to_dict(),
-        "operations": work,
+        "operations": operations,
         "product_rate": rate,
         "bound_s": bound_s,
         "wall_s": wall_s,
         "ratio": wall_s / bound_s,
-        "stages": stages.found,
+        "stages": stages.records,
         "seconds": manifest.seconds,
-        "peak_bytes": max(stage["peak_bytes"] for stage in stages.found),
+        "peak_bytes": max(stage["peak_bytes"] for stage in stages.records),
         "source_bytes": manifest.source_bytes,
         **made_with(),
     }
 
 
 def count_operations(model: Path, calibration: Calibration) -> dict[str, float]:
-    """Return the operations of each stage of gptq; see the module."""
+    """Return the number of operations of each stage of gptq; see the module's docstring."""
     tokens = calibration.num_samples * calibration.sequence_length
     run = start_pass(lambda: load_model(model, lazy=True), np.zeros((1, 2), np.int32))
     weights, squares, rounding = 0, 0, 0.0
@@ -120,7 +127,7 @@ def count_operations(model: Path, calibration: Calibration) -> dict[str, float]:
         with tapped(block, layers) as taps:
             run.advance(index)
             for path, seen in taken(taps).items():
-                experts = 1 if seen.routes is None else seen.routes.shape[-1]  # of each token
+                experts = 1 if seen.routes is None else seen.routes.shape[-1]  # per token
                 weight = taps[path].layer.weight
                 weights += experts * math.prod(weight.shape[-2:])
                 rounding += ROUNDING * weight.size * weight.shape[-1]
@@ -137,7 +144,7 @@ def count_operations(model: Path, calibration: Calibration) -> dict[str, float]:
 
 
 def _outer_weights(model: nn.Module) -> list[mx.array]:
-    """Return the weights of embedding and head."""
+    """Return the weights of the embedding and the head."""
     return [
         module.weight
         for path, module in model.named_modules()
@@ -146,19 +153,19 @@ def _outer_weights(model: nn.Module) -> list[mx.array]:
 
 
 def product_rate() -> float:
-    """Return the best rate of float32 products on the default device, operations/s."""
+    """Return the best of three rates of float32 products on the default device, operations/s."""
     a = mx.random.normal((SIZE, SIZE))
     mx.eval(a @ a)
     seconds = []
     for _ in range(3):
-        started = time.perf_counter()
+        start = time.perf_counter()
         mx.eval(a @ a)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(time.perf_counter() - start)
     return 2 * SIZE**3 / min(seconds)
 
 
 def peak_bytes() -> int:
-    """Return the peak of this process's memory since the last reset, bytes."""
+    """Return the peak memory of this process since the last reset, bytes."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return 1024 * int(status.split("VmHWM:")[1].split()[0])

@@ -1,8 +1,8 @@
-"""Time conversions side by side: ours, split and plain, and `mlx_lm.convert -q`.
+"""Compare the time of conversions: splitquant, rtn, and `mlx_lm.convert -q`.
 
-Every conversion is a process of its own, as a user would start it, imports and all. The programs
-take turns, after one round that is not counted, so that a slow spell of the machine or a cold file
-cache meets all of them. Only ratios of medians are worth comparing across machines.
+Every conversion is a separate process, including imports. The programs alternate, after a warm-up
+round, so that a slow phase of the machine affects all of them. Across machines, only ratios of
+medians are comparable.
 """
 
 import shutil
@@ -16,8 +16,8 @@ from splitquant_mlx.formats.manifest import load_manifest
 from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.runtime.environment import made_with
 
-YARDSTICK = "mlx_lm.convert -q"
-PUBLISHED = "splitquant, scikit-learn KMeans"
+BASELINE = "mlx_lm.convert -q"
+SKLEARN = "splitquant, scikit-learn KMeans"
 
 
 def bench_convert(
@@ -28,19 +28,19 @@ def bench_convert(
     sklearn: bool = False,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Convert `model` in turns with each program.
+    """Convert `model` with each program, alternating between them.
 
     Args:
-        model: a model directory, with a tokenizer, which mlx_lm.convert wants.
-        scratch: an existing directory, for the outputs; they are removed.
-        trials: counted rounds.
-        sklearn: time the published approach too: each tensor clustered by scikit-learn, about
-            0.5 s per million weights.
-        progress: told how far the work is.
+        model: a model directory; mlx_lm.convert requires a tokenizer.
+        scratch: an existing directory for the outputs, which are removed.
+        trials: rounds after the warm-up.
+        sklearn: also time the published approach, which clusters each tensor with scikit-learn, at
+            about 0.5 s per million weights.
+        progress: progress reporter.
 
     Returns:
-        JSON values: per program the runs, medians and ratios to mlx_lm.convert's, of ours the
-        median seconds of every stage, and the environment.
+        JSON values: per program the runs, their median and its ratio to mlx_lm.convert's, for
+        splitquant-mlx the median seconds of every stage, and the environment.
 
     Raises:
         SplitQuantError: when a program fails.
@@ -51,10 +51,10 @@ def bench_convert(
     commands = {
         "splitquant": ours,
         "rtn": [*ours, "--method", "rtn"],
-        YARDSTICK: [*theirs, "--mlx-path", str(target)],
+        BASELINE: [*theirs, "--mlx-path", str(target)],
     }
     if sklearn:
-        commands[PUBLISHED] = [*ours, "--kmeans", "sklearn"]
+        commands[SKLEARN] = [*ours, "--kmeans", "sklearn"]
     runs: dict[str, list[Run]] = {name: [] for name in commands}
     stages: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     with progress.task("Converting", (trials + 1) * len(commands)) as advance:
@@ -65,21 +65,21 @@ def bench_convert(
                     runs[name].append(run)
                     stages[name].append(seconds)
                 advance(1)
-    yardstick = statistics.median(run.seconds for run in runs[YARDSTICK])
+    baseline_s = statistics.median(run.seconds for run in runs[BASELINE])
     return {
         "model": model.name,
         "trials": trials,
-        "programs": {name: _summary(runs[name], stages[name], yardstick) for name in commands},
+        "programs": {name: _summary(runs[name], stages[name], baseline_s) for name in commands},
         **made_with(),
     }
 
 
 def run_conversion(command: list[str], target: Path) -> tuple[Run, dict[str, float]]:
-    """Run a conversion that writes `target`, and remove that.
+    """Run a conversion that writes `target`, and remove the output.
 
     Returns:
-        The run, and the seconds of its stages where it left a manifest: read and write in one
-        thread, cluster and quantize added up over all.
+        The run, and the seconds of its stages if the output has a manifest; `cluster` and
+        `quantize` are summed over threads.
     """
     run = run_program(command)
     manifest = load_manifest(target)
@@ -87,16 +87,16 @@ def run_conversion(command: list[str], target: Path) -> tuple[Run, dict[str, flo
     return run, manifest.seconds if manifest else {}
 
 
-def _summary(runs: list[Run], stages: list[dict[str, float]], yardstick_s: float) -> dict[str, Any]:
+def _summary(runs: list[Run], stages: list[dict[str, float]], baseline_s: float) -> dict[str, Any]:
     median_s = statistics.median(run.seconds for run in runs)
-    found = {
+    summary = {
         "seconds": [run.seconds for run in runs],
         "median_s": median_s,
-        "ratio": median_s / yardstick_s,
+        "ratio": median_s / baseline_s,
         "peak_bytes": max(run.peak_bytes for run in runs),
     }
     if stages[0]:
-        found["stages_s"] = {
+        summary["stages_s"] = {
             stage: statistics.median(seconds[stage] for seconds in stages) for stage in stages[0]
         }
-    return found
+    return summary

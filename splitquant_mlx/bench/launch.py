@@ -1,11 +1,11 @@
-"""Run a command from a small process, and write down what it took.
+"""Run a command from a small process and report its time and peak memory.
 
-`launch.py REPORT PIPE COMMAND...`: the number of a pipe whose other end is the caller's alone tells
-when the caller was killed, which ends the command too: it would go on writing where the caller's
-successor does.
+Usage: `launch.py REPORT PIPE COMMAND...`. PIPE is a file descriptor whose other end only the caller
+holds: if the caller is killed, the pipe closes and the command is killed, too, so that it does not
+write to the same files as the caller's next run.
 
-On Linux a process begins its life with the peak memory of the one that started it. This file is run
-as a script by an interpreter that has imported next to nothing, and so adds next to nothing.
+On Linux, a process starts with the peak memory of its parent. This script therefore runs in an
+interpreter with minimal imports.
 """
 
 import json
@@ -18,21 +18,21 @@ import time
 
 
 def main(report: str, pipe: int, command: list[str]) -> None:
-    """Run `command` to its end; write start (`time.perf_counter`), seconds, peak and exit code."""
+    """Run `command`; write its start (`time.perf_counter`), seconds, peak memory and exit code."""
     started = time.perf_counter()
     process = subprocess.Popen(command)
 
-    def end_with_caller() -> None:
+    def kill_with_caller() -> None:
         os.read(pipe, 1)  # nothing is ever written: this returns when the other end is closed
         process.kill()
 
-    threading.Thread(target=end_with_caller, daemon=True).start()
+    threading.Thread(target=kill_with_caller, daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command itself gets Ctrl-C, and ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command receives Ctrl-C as well
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)
-    found = {
+    usage_report = {
         "started": started,
         "seconds": seconds,
         # ru_maxrss is in kB on Linux, in bytes on macOS
@@ -40,7 +40,7 @@ def main(report: str, pipe: int, command: list[str]) -> None:
         "exit_code": process.returncode,
     }
     with open(report, "w", encoding="utf-8") as file:
-        json.dump(found, file)
+        json.dump(usage_report, file)
 
 
 if __name__ == "__main__":

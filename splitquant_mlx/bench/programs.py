@@ -1,4 +1,4 @@
-"""Run programs as a user starts them, each a fresh process, and sum up repeated runs."""
+"""Run programs as separate processes and measure their time and peak memory."""
 
 import json
 import os
@@ -19,13 +19,13 @@ OURS = (sys.executable, "-m", "splitquant_mlx")
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Hold what one run of a program took.
+    """Result of one run of a program.
 
     Attributes:
-        started: when, s, on the clock of `time.perf_counter`, which all processes share.
+        started: start time, s, on the clock of `time.perf_counter`, which all processes share.
         seconds: wall time, s.
         peak_bytes: peak resident memory.
-        output: what it wrote to standard output.
+        output: standard output.
     """
 
     started: float
@@ -38,16 +38,16 @@ def run_program(command: Sequence[str]) -> Run:
     """Run a command to its end.
 
     Raises:
-        SplitQuantError: when it fails; the message is the last line it wrote to stderr.
+        SplitQuantError: when it fails; the message has the last line of stderr.
     """
     with tempfile.TemporaryDirectory(prefix="splitquant-mlx-bench-") as scratch:
         report = Path(scratch) / "report.json"
-        theirs, ours = os.pipe()
-        launcher = [sys.executable, "-I", "-S", launch.__file__, str(report), str(theirs), *command]
+        read_end, write_end = os.pipe()
+        launcher = [sys.executable, "-I", "-S", launch.__file__, str(report), str(read_end)]
         options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         try:
             process = subprocess.Popen(
-                launcher, text=True, errors="replace", pass_fds=[theirs], **options
+                [*launcher, *command], text=True, errors="replace", pass_fds=[read_end], **options
             )
             try:
                 output, error = process.communicate()
@@ -56,17 +56,17 @@ def run_program(command: Sequence[str]) -> Run:
                 process.communicate()
                 raise
         finally:
-            os.close(theirs)
-            os.close(ours)
-        found: dict[str, Any] = json.loads(report.read_text()) if report.exists() else {}
-    if found.pop("exit_code", None) != 0:
+            os.close(read_end)
+            os.close(write_end)
+        usage: dict[str, Any] = json.loads(report.read_text()) if report.exists() else {}
+    if usage.pop("exit_code", None) != 0:
         lines = error.strip().splitlines() or [f"exit code {process.returncode}"]
         raise SplitQuantError(f"{' '.join(command[1:4])} failed: {lines[-1]}")
-    return Run(**found, output=output)
+    return Run(**usage, output=output)
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Return the runs with their median, least and largest, as JSON values."""
+    """Return the runs with their median, minimum and maximum, as JSON values."""
     return {
         "runs": list(values),
         "median": statistics.median(values),

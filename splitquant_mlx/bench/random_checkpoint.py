@@ -1,4 +1,4 @@
-"""Write checkpoints of well-known shapes with random weights, to time and measure on."""
+"""Write checkpoints of well-known shapes with random weights, for benchmarks."""
 
 import json
 from pathlib import Path
@@ -19,10 +19,10 @@ STANDARD_DEVIATION = 0.02
 class Shape:
     """Sizes of a Llama model, or with experts of a Qwen3 mixture, named as in config.json.
 
-    `intermediate_size` is the width of one expert where there are experts.
+    With experts, `intermediate_size` is the width of one expert.
 
     Raises:
-        RecipeError: when a size is below 1, or the heads do not divide what they share.
+        RecipeError: when a size is below 1, or not divisible by the number of heads.
     """
 
     hidden_size: PositiveInt
@@ -36,8 +36,8 @@ class Shape:
     num_experts_per_tok: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
-        """Refuse sizes that no such model has."""
-        # rotary position embeddings turn pairs of a head's entries
+        """Check the divisibility of the sizes."""
+        # rotary position embeddings rotate pairs of a head's entries
         if self.hidden_size % (2 * self.num_attention_heads):
             raise RecipeError(
                 f"hidden_size: expected a multiple of {2 * self.num_attention_heads}, twice the "
@@ -50,11 +50,11 @@ class Shape:
             )
 
     def config(self, dtype: str) -> dict:
-        """Return config.json."""
+        """Return the content of config.json."""
         sizes = {name: value for name, value in vars(self).items() if "experts" not in name}
-        kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+        architecture = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
         if self.num_experts:
-            kind = {
+            architecture = {
                 "architectures": ["Qwen3MoeForCausalLM"],
                 "model_type": "qwen3_moe",
                 "num_experts": self.num_experts,
@@ -67,7 +67,7 @@ class Shape:
             }
         return {
             **sizes,
-            **kind,
+            **architecture,
             "rms_norm_eps": 1e-5,
             "rope_theta": 500000.0,
             "max_position_embeddings": 8192,
@@ -75,14 +75,14 @@ class Shape:
         }
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every tensor of mlx-lm's model, by its name in a published one."""
-        found = {}
+        """Return the shapes of all tensors by their names in a published checkpoint."""
+        shapes = {}
         for name, array in parameters(build_model(Path("model"), self.config("float32"))).items():
             experts = range(self.num_experts if ".switch_mlp." in name else 0)
-            found |= {name.replace("switch_mlp", f"experts.{n}"): array.shape[1:] for n in experts}
+            shapes |= {name.replace("switch_mlp", f"experts.{n}"): array.shape[1:] for n in experts}
             if not experts:
-                found[name] = array.shape
-        return found
+                shapes[name] = array.shape
+        return shapes
 
 
 def _llama(hidden: int, inner: int, layers: int, heads: int, tied: bool = False) -> Shape:
@@ -105,7 +105,7 @@ SHAPES = {
         num_key_value_heads=2,
         vocab_size=256,
     ),
-    # wide MLPs between narrow layers: many layers of large tensors in few parameters
+    # wide MLPs and a small hidden size: many layers of large tensors with few parameters
     "deep": Shape(
         hidden_size=512,
         intermediate_size=16384,
@@ -118,7 +118,7 @@ SHAPES = {
     "llama-3.2-3b": _llama(3072, 8192, 28, 24, tied=True),
     "llama-3.1-8b": _llama(4096, 14336, 32, 32),
     "llama-3.1-70b": _llama(8192, 28672, 80, 64),
-    # attention has 32 heads of 128 in the original, twice the hidden size
+    # the original has 32 heads of size 128, twice the hidden size in total
     "qwen3-30b-a3b": Shape(
         hidden_size=2048,
         intermediate_size=768,
@@ -140,14 +140,14 @@ def write_random_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress = SILENT,
 ) -> None:
-    """Write a checkpoint: normal weights of std 0.02, norms of 1, a tokenizer of as many tokens.
+    """Write a checkpoint: normal weights of std 0.02, norms of 1, and a word-level tokenizer.
 
     Args:
-        directory: to be made; must not exist.
-        shape: of the model.
+        directory: target directory; must not exist.
+        shape: sizes of the model.
         dtype: "float16", "bfloat16" or "float32".
-        max_shard_bytes: largest file, bytes.
-        progress: told how far the work is.
+        max_shard_bytes: maximum size of a file, bytes.
+        progress: progress reporter.
 
     Raises:
         RecipeError: when `directory` exists.
@@ -167,7 +167,7 @@ def write_random_checkpoint(
     settings = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"})
     (directory / "tokenizer_config.json").write_text(settings + "\n", encoding="utf-8")
     tensors = shape.tensors()
-    stored = getattr(mx, dtype)
+    mx_dtype = getattr(mx, dtype)
     rng = np.random.default_rng(0)
     with (
         progress.task("Writing random weights", len(tensors)) as advance,
@@ -175,10 +175,10 @@ def write_random_checkpoint(
     ):
         for name, size in tensors.items():
             if len(size) == 1:
-                w = mx.ones(size, stored)
+                w = mx.ones(size, mx_dtype)
             else:
                 values = rng.standard_normal(size, np.float32)
-                w = (mx.array(values) * STANDARD_DEVIATION).astype(stored)
+                w = (mx.array(values) * STANDARD_DEVIATION).astype(mx_dtype)
             writer.add(name, w)
             advance(1)
         writer.close()

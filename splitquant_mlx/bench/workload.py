@@ -1,19 +1,19 @@
-"""Settings of a trial of speed."""
+"""Settings of a trial of the speed benchmark."""
 
 from splitquant_mlx.settings import PositiveInt, settings
 
 
 @settings
 class Workload:
-    """How much is generated in one trial.
+    """Settings of one trial.
 
     Attributes:
         prompt_tokens: length of each random prompt.
         generation_tokens: length of each answer.
-        batch_size: prompts answered together.
+        batch_size: number of prompts per batch.
 
     Raises:
-        RecipeError: when one is below 1.
+        RecipeError: when a setting is below 1.
     """
 
     prompt_tokens: PositiveInt = 512

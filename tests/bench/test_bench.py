@@ -1,4 +1,4 @@
-"""The benchmarks measure real processes, and their figures hang together."""
+"""The benchmarks measure real processes, and their results are consistent."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ import pytest
 
 from splitquant_mlx import SplitQuantError, cli
 from splitquant_mlx.bench import conversion
-from splitquant_mlx.bench.conversion import PUBLISHED, YARDSTICK, bench_convert, run_conversion
+from splitquant_mlx.bench.conversion import BASELINE, SKLEARN, bench_convert, run_conversion
 from splitquant_mlx.bench.programs import OURS, Run, run_program, spread
 from splitquant_mlx.bench.random_checkpoint import SHAPES, write_random_checkpoint
 from splitquant_mlx.formats.manifest import load_manifest
@@ -35,7 +35,7 @@ def test_run_is_timed_from_start_to_end():
 
 
 def test_peak_memory_is_the_programs_own():
-    """On Linux a child's peak begins at its parent's, which must not show here."""
+    """On Linux a child's peak starts at its parent's, which must not be reported."""
     ballast = np.ones(40_000_000)  # 320 MB
     small = run_program([sys.executable, "-c", "pass"]).peak_bytes
     large = run_program([sys.executable, "-c", "x = b'1' * 200_000_000"]).peak_bytes
@@ -53,9 +53,9 @@ def test_failure_is_named_by_its_last_line():
 
 @pytest.mark.parametrize("values", [[3.0], [5, 1, 2], [4.0, 8.0]])
 def test_spread_is_numpys(values):
-    found = spread(values)
-    assert found["runs"] == values
-    assert (found["median"], found["min"], found["max"]) == (
+    result = spread(values)
+    assert result["runs"] == values
+    assert (result["median"], result["min"], result["max"]) == (
         np.median(values),
         np.min(values),
         np.max(values),
@@ -74,11 +74,11 @@ def test_convert_is_timed_side_by_side(tiny, tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "peak memory" in out and "seconds of rtn: read" in out
     programs = json.loads((tmp_path / "b.json").read_text())["programs"]
-    assert programs.keys() == {"splitquant", "rtn", YARDSTICK}
+    assert programs.keys() == {"splitquant", "rtn", BASELINE}
     for program in programs.values():
         assert program["median_s"] == program["seconds"][0] > 0
         assert program["peak_bytes"] > 10_000_000
-        assert program["ratio"] == program["median_s"] / programs[YARDSTICK]["median_s"]
+        assert program["ratio"] == program["median_s"] / programs[BASELINE]["median_s"]
     for name in ("splitquant", "rtn"):
         stages = programs[name]["stages_s"]
         assert stages.keys() == {"read", "cluster", "quantize", "write", "total"}
@@ -88,7 +88,7 @@ def test_convert_is_timed_side_by_side(tiny, tmp_path, capsys, monkeypatch):
 
 
 def test_published_approach_is_timed_when_asked_for(tiny, tmp_path, monkeypatch):
-    """Each command of ours does what its name says; here in this process, for speed."""
+    """Each program converts with its method; in this process, for speed."""
     did = {}
 
     def run_here(command, target):
@@ -104,7 +104,7 @@ def test_published_approach_is_timed_when_asked_for(tiny, tmp_path, monkeypatch)
     monkeypatch.setattr(conversion, "run_conversion", run_here)
     programs = bench_convert(tiny, tmp_path, trials=1, sklearn=True)["programs"]
     assert did.keys() == {("splitquant", "exact"), ("rtn", "exact"), ("splitquant", "sklearn")}
-    assert programs[PUBLISHED]["stages_s"] == did["splitquant", "sklearn"]
+    assert programs[SKLEARN]["stages_s"] == did["splitquant", "sklearn"]
     assert [program["ratio"] for program in programs.values()] == [4, 4, 1, 4]
 
 

@@ -1,4 +1,4 @@
-"""The scripts in `benchmarks`, whose figures are in the documents."""
+"""The scripts in `benchmarks`, whose results are in the documentation."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def test_exact_kmeans_is_much_faster():
 
 
 def test_memory_is_compared_between_depths(tmp_path, monkeypatch):
-    # the floor's model has 2 layers
+    # the model for floor_bytes has 2 layers
     peaks = {2: iter([100, 90, 110]), 1: iter([200, 500, 100]), 3: iter([230, 230, 231])}
 
     def run_here(command, target):
@@ -44,19 +44,19 @@ def test_memory_is_compared_between_depths(tmp_path, monkeypatch):
         return Run(started=0, seconds=layers, peak_bytes=peak_bytes, output=""), {}
 
     monkeypatch.setattr(memory_by_depth, "run_conversion", run_here)
-    found = bench_memory(SHAPES["tiny"], [1, 3], tmp_path)
-    assert [run["layers"] for run in found["runs"]] == [1, 3]
-    assert [run["peak_bytes"] for run in found["runs"]] == [200, 230]
-    assert found["runs"][0]["peak_runs_bytes"] == [200, 500, 100]
-    assert found["floor_bytes"] == 100
-    assert (found["growth"], found["growth_above_floor"]) == (1.15, 1.3)
-    assert found["runs"][1]["source_bytes"] > 2 * found["runs"][0]["source_bytes"]
+    result = bench_memory(SHAPES["tiny"], [1, 3], tmp_path)
+    assert [run["layers"] for run in result["runs"]] == [1, 3]
+    assert [run["peak_bytes"] for run in result["runs"]] == [200, 230]
+    assert result["runs"][0]["peak_runs_bytes"] == [200, 500, 100]
+    assert result["floor_bytes"] == 100
+    assert (result["growth"], result["growth_above_floor"]) == (1.15, 1.3)
+    assert result["runs"][1]["source_bytes"] > 2 * result["runs"][0]["source_bytes"]
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_layers(tmp_path):
-    """Four times the layers, 1.6 GB at most, of tensors that outweigh the libraries."""
-    found = bench_memory(SHAPES["deep"], [8, 16, 32], tmp_path)
-    assert min(run["peak_bytes"] for run in found["runs"]) > 2 * found["floor_bytes"]
-    assert found["growth"] < 1.1
+    """Four times the layers, at most 1.6 GB, with tensors larger than the libraries."""
+    result = bench_memory(SHAPES["deep"], [8, 16, 32], tmp_path)
+    assert min(run["peak_bytes"] for run in result["runs"]) > 2 * result["floor_bytes"]
+    assert result["growth"] < 1.1

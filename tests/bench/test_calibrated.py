@@ -1,4 +1,4 @@
-"""The bench of calibrated conversions: the operations counted, and what it prints."""
+"""The benchmark of calibrated conversions: operation counts and output."""
 
 import dataclasses
 import json
@@ -14,12 +14,12 @@ from splitquant_mlx.recipe import Calibration
 
 def test_operations_are_those_of_the_formula(tmp_path):
     source = tiny.write_checkpoint(tmp_path / "source")
-    found = count_operations(source, Calibration(num_samples=4, sequence_length=8))
+    result = count_operations(source, Calibration(num_samples=4, sequence_length=8))
     h, inner, kv = tiny.HIDDEN, tiny.INNER, tiny.KV_HEADS * tiny.HEAD_DIM
     queries = tiny.HEADS * tiny.HEAD_DIM
     layers = [(queries, h), (kv, h), (kv, h), (h, queries), (inner, h), (inner, h), (h, inner)]
     weights = tiny.LAYERS * sum(out * width for out, width in layers)
-    assert found == {
+    assert result == {
         "sampling": 2 * 32 * (weights + tiny.VOCAB * h),
         "forward": 2 * 32 * weights,
         "hessians": 32 * tiny.LAYERS * (2 * h**2 + queries**2 + inner**2),
@@ -30,7 +30,7 @@ def test_operations_are_those_of_the_formula(tmp_path):
 def test_operations_of_experts_are_those_of_the_ones_that_a_token_goes_to(tmp_path):
     shape = dataclasses.replace(SHAPES["tiny"], num_experts=4, num_experts_per_tok=2)
     write_random_checkpoint(tmp_path / "mixture", shape)
-    found = count_operations(tmp_path / "mixture", Calibration(num_samples=4, sequence_length=8))
+    result = count_operations(tmp_path / "mixture", Calibration(num_samples=4, sequence_length=8))
     h, inner, kv, vocab = 128, 256, 64, 256
     attention = [(h, h), (kv, h), (kv, h), (h, h)]
     router = [(4, h)]
@@ -40,7 +40,7 @@ def test_operations_of_experts_are_those_of_the_ones_that_a_token_goes_to(tmp_pa
         return sum(out * width**2 for out, width in layers)
 
     weights = 2 * sum(out * width for out, width in attention + router + 2 * expert)
-    assert found == {
+    assert result == {
         "sampling": 2 * 32 * (weights + vocab * h),
         "forward": 2 * 32 * weights,
         # of q, k, v; of o; of router; of gate and up; of down
@@ -58,10 +58,10 @@ def test_command_prints_bound_ratio_and_stages(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = ["bench", "calibrated", "--model", str(source), "--recipe", "recipe.toml"]
     assert cli.run([*command, "--device", "cpu", "--json", "found.json"]) == 0
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["ratio"] == pytest.approx(found["wall_s"] / found["bound_s"])
-    stages = [stage["stage"] for stage in found["stages"]]
+    result = json.loads((tmp_path / "found.json").read_text())
+    assert result["ratio"] == pytest.approx(result["wall_s"] / result["bound_s"])
+    stages = [stage["stage"] for stage in result["stages"]]
     assert stages[-2:] == ["Sampling text", "Quantizing"]
-    assert all(stage["peak_bytes"] > 1 << 26 for stage in found["stages"])
-    assert sum(stage["seconds"] for stage in found["stages"]) <= found["wall_s"]
+    assert all(stage["peak_bytes"] > 1 << 26 for stage in result["stages"])
+    assert sum(stage["seconds"] for stage in result["stages"]) <= result["wall_s"]
     assert {path.name for path in tmp_path.iterdir()} == {"source", "recipe.toml", "found.json"}

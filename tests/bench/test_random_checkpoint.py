@@ -1,4 +1,4 @@
-"""Random checkpoints are models that mlx-lm loads, of the sizes asked for."""
+"""Random checkpoints can be loaded by mlx-lm and have the requested sizes."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Speed, start and memory of models, measured in fresh processes."""
+"""Speed, startup time and memory of models, measured in separate processes."""
 
 import json
 from importlib import import_module
@@ -22,8 +22,8 @@ def test_models_take_turns_and_are_compared(stories, split_stories, tmp_path, ca
     assert cli.run(command) == 0
     out = capsys.readouterr().out
     assert "decode, tokens/s" in out and "resident in the process" in out
-    found = json.loads(file.read_text())
-    split, plain = found["models"]
+    result = json.loads(file.read_text())
+    split, plain = result["models"]
     assert (split["model"], plain["model"]) == (str(split_stories), str(stories))
     for model in (split, plain):
         for key in ("prompt_tps", "generation_tps", "import_s", "load_s", "peak_bytes"):
@@ -32,27 +32,27 @@ def test_models_take_turns_and_are_compared(stories, split_stories, tmp_path, ca
         assert model["first_token_s"]["median"] > (
             model["import_s"]["median"] + model["load_s"]["median"]
         )
-    (ratio,) = found["ratios"]
+    (ratio,) = result["ratios"]
     for name, key in (("prefill_time", "prompt_tps"), ("decode_time", "generation_tps")):
         assert ratio[name]["median"] == plain[key]["median"] / split[key]["median"]
     assert ratio["load_s"]["median"] == split["load_s"]["median"] / plain["load_s"]["median"]
     assert ratio["peak_bytes"]["median"] == 1
-    assert found["settings"] == {
+    assert result["settings"] == {
         "prompt_tokens": 8, "generation_tokens": 4, "batch_size": 1, "trials": 1,
     }  # fmt: skip
-    assert "mlx-lm" in found["versions"] and found["machine"]["cores"] >= 1
+    assert "mlx-lm" in result["versions"] and result["machine"]["cores"] >= 1
 
 
 @pytest.mark.slow
 def test_a_trial_runs_in_a_process_of_its_own(stories):
-    (found,) = bench_speed([str(stories)], Workload(prompt_tokens=8), trials=1)["models"]
-    assert found["import_s"]["median"] > 0.1
-    assert 50e6 < found["peak_bytes"]["median"] < 2e9
+    (result,) = bench_speed([str(stories)], Workload(prompt_tokens=8), trials=1)["models"]
+    assert result["import_s"]["median"] > 0.1
+    assert 50e6 < result["peak_bytes"]["median"] < 2e9
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_trial_generates_what_was_asked(split_stories, monkeypatch, batch_size):
-    """Every answer has its full length, on the quantized model as it is loaded."""
+    """Every answer has its full length."""
     name = "stream_generate" if batch_size == 1 else "batch_generate"
     module = import_module("mlx_lm.generate")
     right, asked = getattr(module, name), []
@@ -64,10 +64,10 @@ def test_a_trial_generates_what_was_asked(split_stories, monkeypatch, batch_size
 
     monkeypatch.setattr(module, name, recorded)
     workload = Workload(prompt_tokens=8, generation_tokens=6, batch_size=batch_size)
-    found = run_trial(str(split_stories), workload)
+    result = run_trial(str(split_stories), workload)
     assert asked[-1] == ((batch_size, 8), 6)
-    assert found["prompt_tps"] > 0 and found["generation_tps"] > 0
-    assert found["imported_at"] + found["load_s"] < found["first_token_at"]
+    assert result["prompt_tps"] > 0 and result["generation_tps"] > 0
+    assert result["imported_at"] + result["load_s"] < result["first_token_at"]
 
 
 def test_ratio_is_of_medians_with_the_extremes_of_rounds():
@@ -77,10 +77,10 @@ def test_ratio_is_of_medians_with_the_extremes_of_rounds():
 
     mine = runs(prompt_tps=[10, 20, 40], generation_tps=[2, 2, 2], load_s=[3, 1, 2])
     theirs = runs(prompt_tps=[30, 30, 20], generation_tps=[4, 6, 8], load_s=[1, 1, 1])
-    found = ratios(mine, theirs)
-    assert found["prefill_time"] == {"median": 1.5, "min": 0.5, "max": 3}
-    assert found["decode_time"] == {"median": 3, "min": 2, "max": 4}
-    assert found["load_s"] == {"median": 2, "min": 1, "max": 3}
+    result = ratios(mine, theirs)
+    assert result["prefill_time"] == {"median": 1.5, "min": 0.5, "max": 3}
+    assert result["decode_time"] == {"median": 3, "min": 2, "max": 4}
+    assert result["load_s"] == {"median": 2, "min": 1, "max": 3}
 
 
 def test_model_that_does_not_load_is_named(tmp_path):
