@@ -34,7 +34,7 @@ def test_run_is_timed_from_start_to_end():
     assert run.output == "done\n"
 
 
-def test_peak_memory_is_the_programs_own():
+def test_peak_memory_is_that_of_the_program():
     """On Linux a child's peak starts at its parent's, which must not be reported."""
     ballast = np.ones(40_000_000)  # 320 MB
     small = run_program([sys.executable, "-c", "pass"]).peak_bytes
@@ -63,7 +63,7 @@ def test_spread_is_numpys(values):
 
 
 @pytest.mark.slow
-def test_convert_is_timed_side_by_side(tiny, tmp_path, capsys, monkeypatch):
+def test_conversions_are_compared(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     once = cache(lambda command, target: run_conversion(list(command), target))
     monkeypatch.setattr(
@@ -87,7 +87,7 @@ def test_convert_is_timed_side_by_side(tiny, tmp_path, capsys, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.json"]
 
 
-def test_published_approach_is_timed_when_asked_for(tiny, tmp_path, monkeypatch):
+def test_published_approach_is_timed_on_request(tiny, tmp_path, monkeypatch):
     """Each program converts with its method; in this process, for speed."""
     did = {}
 

@@ -27,7 +27,7 @@ def test_operations_are_those_of_the_formula(tmp_path):
     }
 
 
-def test_operations_of_experts_are_those_of_the_ones_that_a_token_goes_to(tmp_path):
+def test_operations_count_the_active_experts(tmp_path):
     shape = dataclasses.replace(SHAPES["tiny"], num_experts=4, num_experts_per_tok=2)
     write_random_checkpoint(tmp_path / "mixture", shape)
     result = count_operations(tmp_path / "mixture", Calibration(num_samples=4, sequence_length=8))

@@ -41,12 +41,12 @@ def test_shapes_have_the_parameters_of_their_names():
         ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of the 4"),
     ],
 )
-def test_sizes_that_no_model_has_are_refused(sizes, named):
+def test_invalid_sizes_are_rejected(sizes, named):
     with pytest.raises(RecipeError, match=named):
         Shape(**{**vars(TINY), **sizes})
 
 
-def test_command_writes_the_sizes_asked_for(tmp_path):
+def test_command_writes_the_requested_sizes(tmp_path):
     options = ["--layers", "1", "--hidden-size", "64", "--intermediate-size", "96"]
     options += ["--dtype", "float32", "--shard-size", "0.05"]
     assert cli.run(["bench", "make-checkpoint", "tiny", str(tmp_path / "m"), *options]) == 0
@@ -68,7 +68,7 @@ def test_command_writes_the_sizes_asked_for(tmp_path):
         (["tiny", "--dtype", "int8"], "--dtype: expected one of 'float16'"),
     ],
 )
-def test_command_refuses_before_it_writes(tmp_path, capsys, arguments, named):
+def test_command_rejects_invalid_options_before_writing(tmp_path, capsys, arguments, named):
     shape, *options = arguments
     command = ["bench", "make-checkpoint", shape, str(tmp_path / "m"), *options]
     assert cli.run(command) == 2

@@ -14,7 +14,7 @@ from splitquant_mlx.bench.speed import Workload, bench_speed, ratios, run_trial
 SHORT = ["--prompt-tokens", "8", "--generation-tokens", "4"]
 
 
-def test_models_take_turns_and_are_compared(stories, split_stories, tmp_path, capsys, monkeypatch):
+def test_models_alternate_and_are_compared(stories, split_stories, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(speed, "run_program", run_here)
     file = tmp_path / "speed.json"
     models = ["--model", str(split_stories), "--against", str(stories)]
@@ -44,14 +44,14 @@ def test_models_take_turns_and_are_compared(stories, split_stories, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_a_trial_runs_in_a_process_of_its_own(stories):
+def test_a_trial_runs_in_a_separate_process(stories):
     (result,) = bench_speed([str(stories)], Workload(prompt_tokens=8), trials=1)["models"]
     assert result["import_s"]["median"] > 0.1
     assert 50e6 < result["peak_bytes"]["median"] < 2e9
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_trial_generates_what_was_asked(split_stories, monkeypatch, batch_size):
+def test_a_trial_generates_the_requested_tokens(split_stories, monkeypatch, batch_size):
     """Every answer has its full length."""
     name = "stream_generate" if batch_size == 1 else "batch_generate"
     module = import_module("mlx_lm.generate")
@@ -88,7 +88,7 @@ def test_model_that_does_not_load_is_named(tmp_path):
         bench_speed([str(tmp_path)], Workload(prompt_tokens=1), trials=1)
 
 
-def test_what_is_missing_is_asked_for(capsys):
+def test_a_missing_command_is_named(capsys):
     assert cli.run(["bench"]) == 2
     assert (
         "expected a command, got none (see splitquant-mlx bench --help)" in capsys.readouterr().err

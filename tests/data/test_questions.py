@@ -103,7 +103,7 @@ def test_every_layout_reads_the_same(tmp_path, name, write):
     assert second.labels == tuple("12345") and second.answer == 4
 
 
-def test_a_letter_in_brackets_before_the_options_is_the_questions(tmp_path):
+def test_a_letter_in_brackets_before_the_options_belongs_to_the_question(tmp_path):
     row = {**ROW, "question": "Is vitamin (A) found in (B) or (1)?"}
     (tmp_path / "a.csv").write_bytes(as_ai2_csv(row))
     (result,) = load_questions(tmp_path / "a.csv")
@@ -118,7 +118,7 @@ def test_a_letter_in_brackets_before_the_options_is_the_questions(tmp_path):
         ("a.jsonl", b'{"id": "1", "question": {"stem": "Q"}, "answerKey": "A"}', "a list"),
     ],
 )
-def test_questions_of_ai2_that_lack_something(tmp_path, name, content, problem):
+def test_incomplete_ai2_questions_are_rejected(tmp_path, name, content, problem):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SourceError, match=problem):
         load_questions(tmp_path / name)
@@ -227,7 +227,7 @@ def test_malformed_files_are_refused(tmp_path, name, content, expected):
     check(tmp_path / name, name, expected)
 
 
-def test_what_cannot_be_opened_is_named(tmp_path):
+def test_unreadable_files_are_named(tmp_path):
     check(tmp_path / "none.jsonl", "none.jsonl: No such file or directory")
     (tmp_path / "a.parquet").mkdir()
     check(tmp_path / "a.parquet", "a.parquet")
@@ -254,7 +254,7 @@ def test_fetches_arc_from_the_hub_once(hub):
     assert fetch_questions("arc_easy") == [QUESTION]
 
 
-def test_a_hub_that_refuses_is_named(hub):
+def test_hub_errors_are_named(hub):
     hub.failure = Failure(status=403, code="GatedRepo")
     with pytest.raises(SourceError, match="allenai/ai2_arc: the repo is gated"):
         fetch_questions("arc_easy")
@@ -267,6 +267,6 @@ def test_a_hub_that_refuses_is_named(hub):
         ("arc_easy", "dev", "expected one of train, validation, test, got 'dev'"),
     ],
 )
-def test_there_is_no_such_split(task, split, expected):
+def test_unknown_tasks_and_splits_are_rejected(task, split, expected):
     with pytest.raises(RecipeError, match=expected):
         fetch_questions(task, split)

@@ -45,7 +45,7 @@ def as_jsonl(rows) -> bytes:
         ("a.parquet", as_parquet(pa.array(ROWS).dictionary_encode()), JOINED),
     ],
 )
-def test_text_comes_in_as_it_is(tmp_path, name, content, text):
+def test_text_is_loaded_unchanged(tmp_path, name, content, text):
     (tmp_path / name).write_bytes(content)
     assert load_text(tmp_path / name) == text
 
@@ -88,7 +88,7 @@ def test_malformed_text_is_refused(tmp_path, name, content, expected):
 
 
 @pytest.mark.parametrize("name", ["absent.txt", "absent.jsonl", "absent.parquet", "."])
-def test_what_cannot_be_read_is_refused(tmp_path, name):
+def test_unreadable_files_are_rejected(tmp_path, name):
     with pytest.raises(SourceError, match=r"^cannot read .*: (No such file|Is a)"):
         load_text(tmp_path / name)
 
@@ -119,7 +119,7 @@ def test_wikitext_comes_from_the_hub_once(hub):
         (Failure(status=403), "refused access (403)"),
     ],
 )
-def test_refusals_of_the_hub(hub, failure, expected):
+def test_hub_errors_are_named(hub, failure, expected):
     hub.failure = failure
     with pytest.raises(SourceError) as caught:
         fetch_wikitext()
@@ -143,7 +143,7 @@ def test_without_a_hub(hub, monkeypatch):
         assert time.monotonic() - began < 5
 
 
-def test_a_text_opens_with_one_bos_and_no_warning(stories, capfd):
+def test_a_text_starts_with_one_bos_without_warning(stories, capfd):
     _, tokenizer = load(stories)
     capfd.readouterr()
     tokens = encode(tokenizer, "Once upon a time. " * 300)
@@ -152,7 +152,7 @@ def test_a_text_opens_with_one_bos_and_no_warning(stories, capfd):
 
 
 @given(st.integers(0, 200), st.integers(1, 50), st.none() | st.integers(1, 9))
-def test_windows_are_the_text_cut_up(count, context_length, limit):
+def test_windows_cut_the_text_in_order(count, context_length, limit):
     tokens = list(range(count))
     if count < context_length:
         with pytest.raises(RecipeError, match=re.escape(f"context_length ({context_length})")):
@@ -164,7 +164,7 @@ def test_windows_are_the_text_cut_up(count, context_length, limit):
     assert windows.ravel().tolist() == tokens[: windows.size]
 
 
-def test_windows_that_make_no_sense():
+def test_sizes_below_one_are_rejected():
     for options in ({"context_length": 0}, {"context_length": 4, "limit": 0}):
         with pytest.raises(RecipeError):
             cut_windows([1] * 9, **options)

@@ -168,7 +168,7 @@ def test_the_prompt_of_letters_in_a_chat_template():
     assert tokenizer.options["enable_thinking"] is False
 
 
-def test_a_template_that_fails_is_named():
+def test_a_failing_template_is_named():
     class Broken(ChatWords):
         def apply_chat_template(self, *arguments, **options):
             raise ValueError("roles must\nalternate")
@@ -177,7 +177,7 @@ def test_a_template_that_fails_is_named():
         encode_question(Broken(), make_question(), [], protocol="letter", length=None)
 
 
-def test_letters_are_compared_by_their_own_probability(small, easy):
+def test_letters_are_compared_by_probability(small, easy):
     import mlx.core as mx
 
     model, tokenizer = small
@@ -204,7 +204,7 @@ def test_examples_are_drawn_as_documented(num_shots, questions, pool):
     assert draw_shots(examples, num_shots, asked[:1]) == drawn[:1]
 
 
-def test_an_interrupted_evaluation_goes_on(small, easy, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_resumes(small, easy, tmp_path, monkeypatch):
     settings = {"task": "arc_easy", "journal": tmp_path / "new" / "journal", "model_hash": "a"}
     questions, scored = [q for q in easy if len(q.choices) == 4][:12], []
     whole = ask(*small, questions, task="arc_easy")

@@ -118,7 +118,7 @@ def test_agrees_with_the_definition(positions, vocabulary, scale, seed):
 
 
 @pytest.mark.parametrize("rows", [1, 7, 4096])
-def test_a_model_does_not_differ_from_itself(rows, opened, loader, windows, monkeypatch):
+def test_divergence_of_a_model_from_itself_is_zero(rows, opened, loader, windows, monkeypatch):
     """From the cache, live, as the model's whole output, and in other block sizes."""
     cached, live = opened(), opened(model_hash="live", limit_bytes=0)
     assert cached.file and live.file is None
@@ -142,7 +142,7 @@ def test_one_run_measures_divergence_and_perplexity(opened, windows, split_stori
     assert dataclasses.asdict(perplexity) == pytest.approx(dataclasses.asdict(alone), rel=1e-5)
 
 
-def test_the_cache_serves_without_the_model_and_changes_nothing(opened, loader, split_stories):
+def test_cached_predictions_replace_the_model(opened, loader, split_stories):
     model = for_scoring(load_model(split_stories))
     first = measure_divergence(model, opened())
     assert loader.calls == 1
@@ -155,7 +155,7 @@ def test_the_cache_serves_without_the_model_and_changes_nothing(opened, loader, 
     assert [file.stat().st_size for file in entries(again.file.parent)] == [ENTRY_BYTES + 128]
 
 
-def test_every_setting_has_an_entry_of_its_own(opened, loader, windows):
+def test_every_setting_has_a_separate_entry(opened, loader, windows):
     shapes = (windows, windows[:2], windows.reshape(-1, 16), windows[::-1])
     files = {opened(cut).file for cut in shapes} | {opened(model_hash="other").file}
     assert len(files) == 5 == loader.calls
@@ -175,7 +175,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_torn_or_foreign_file_is_computed_again(damage, opened, loader):
+def test_a_damaged_or_foreign_file_is_recomputed(damage, opened, loader):
     reference = opened()
     content = reference.file.read_bytes()
     damaged = DAMAGE[damage](content)
@@ -187,7 +187,7 @@ def test_a_torn_or_foreign_file_is_computed_again(damage, opened, loader):
     assert loader.calls == calls + 1
 
 
-def test_a_file_cut_short_while_it_is_read_is_noticed(opened, monkeypatch):
+def test_a_file_truncated_during_reading_raises(opened, monkeypatch):
     monkeypatch.setattr(scoring, "MAX_BLOCK_ROWS", 32)
     reference = opened()
     blocks = iter(reference)
@@ -197,7 +197,7 @@ def test_a_file_cut_short_while_it_is_read_is_noticed(opened, monkeypatch):
         list(blocks)
 
 
-def test_an_interrupted_run_leaves_nothing(opened, loader, tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_no_files(opened, loader, tmp_path, monkeypatch):
     def interrupted(*arguments):
         yield from list(scoring.log_probability_blocks(*arguments))[:2]
         raise KeyboardInterrupt
@@ -215,7 +215,7 @@ def test_an_interrupted_run_leaves_nothing(opened, loader, tmp_path, monkeypatch
         assert killed.exists() == left
 
 
-def test_the_entry_used_longest_ago_goes_first(opened, loader, tmp_path):
+def test_the_least_recently_used_entry_is_evicted(opened, loader, tmp_path):
     limit = 2 * (ENTRY_BYTES + 128)
     files = {}
     for name in ("a", "b", "a", "c"):  # "a" is used again, so "b" makes room for "c"
@@ -231,13 +231,13 @@ def test_the_entry_used_longest_ago_goes_first(opened, loader, tmp_path):
     assert len(entries(tmp_path / "cache")) == 2 and foreign.exists()
 
 
-def test_what_does_not_fit_is_not_cached_and_evicts_nothing(opened, tmp_path):
+def test_predictions_over_the_limit_are_not_cached(opened, tmp_path):
     kept = opened().file
     assert opened(model_hash="big", limit_bytes=ENTRY_BYTES - 1).file is None
     assert entries(tmp_path / "cache") == [kept]
 
 
-def test_a_cache_that_cannot_be_written_costs_time_only(opened, loader, tmp_path, monkeypatch):
+def test_an_unwritable_cache_is_not_an_error(opened, loader, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     reference = opened(directory=tmp_path / "file" / "cache")
     assert reference.file is None
@@ -255,7 +255,7 @@ def test_the_cache_is_in_the_packages_directory(opened, tmp_path, monkeypatch):
     assert opened(directory=None).file.parent == tmp_path / "home" / "reference"
 
 
-def test_vocabularies_must_agree(opened, tmp_path, windows):
+def test_different_vocabularies_are_rejected(opened, tmp_path, windows):
     reference = opened(windows % 90)
     with pytest.raises(RecipeError, match=r"shape \(32, 512\) .* got \(32, 96\)"):
         measure_divergence(load_model(write_checkpoint(tmp_path / "tiny")), reference)

@@ -97,7 +97,7 @@ def test_rolling_windows_score_every_token_once(small, story_text):
     assert result == pytest.approx(total, abs=1e-3)
 
 
-def test_generation_stops_where_it_is_told_to(small):
+def test_generation_stops_at_stop_strings_and_lengths(small):
     from mlx_lm import generate
 
     ours, prompt = SplitQuantLM(*small), "Once upon a time"

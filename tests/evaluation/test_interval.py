@@ -6,7 +6,7 @@ import pytest
 from splitquant_mlx.evaluation.divergence import bootstrap_interval
 
 
-def test_the_interval_is_that_of_the_mean():
+def test_the_interval_agrees_with_the_normal_approximation():
     means = np.random.default_rng(1).exponential(0.1, 400)
     low, high = bootstrap_interval(means)
     half = 1.96 * means.std(ddof=1) / 20  # by the central limit theorem

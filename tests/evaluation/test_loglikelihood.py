@@ -94,14 +94,14 @@ def random_pairs(seed, contexts, longest, options, longest_option, common=0):
 
 @pytest.mark.parametrize("batch_tokens", [20, 4096])
 @pytest.mark.parametrize("architecture", [*DENSE, *OTHERS])
-def test_a_batch_changes_nothing(architecture, batch_tokens, models):
+def test_batching_does_not_change_scores(architecture, batch_tokens, models):
     pairs = random_pairs(1, contexts=4, longest=40, options=3, longest_option=6, common=9)
     check(models(architecture), pairs, batch_tokens=batch_tokens)
 
 
 @pytest.mark.parametrize("rows", [1, 7])
 @pytest.mark.parametrize("architecture", ["llama", *OTHERS])
-def test_the_bound_on_logits_changes_nothing(architecture, rows, models, monkeypatch):
+def test_the_block_size_does_not_change_scores(architecture, rows, models, monkeypatch):
     monkeypatch.setattr(scoring, "MAX_BLOCK_ROWS", rows)
     model, shapes = models(architecture), []
     pairs = random_pairs(2, contexts=3, longest=30, options=3, longest_option=9)
@@ -125,7 +125,7 @@ tokens = st.lists(st.integers(2, 4), max_size=6)  # few distinct tokens, so pref
 @given(
     st.lists(st.tuples(tokens.filter(bool), tokens), max_size=8), st.sampled_from([1, 8, 30, 500])
 )
-def test_any_lengths_and_any_sharing(models, pairs, batch_tokens):
+def test_any_lengths_and_common_prefixes(models, pairs, batch_tokens):
     check(models("llama"), pairs, batch_tokens=batch_tokens)
 
 
@@ -141,7 +141,7 @@ def test_agrees_with_numpy(stories, story_text):
         assert result[index].loglikelihood == pytest.approx(expected, abs=1e-4)
 
 
-def test_greedy_is_what_the_model_would_write(stories):
+def test_greedy_continuations_are_marked(stories):
     model, tokenizer = load(stories)
     context = tokenizer.encode("Once upon a time")
     written: list[int] = []
@@ -169,7 +169,7 @@ def test_shared_tokens_are_computed_once(models, monkeypatch):
     assert sum(seen) == 40 + 6 * 3 + 1
 
 
-def test_the_longest_come_first_and_progress_adds_up(models):
+def test_longest_contexts_come_first_and_progress_adds_up(models):
     reported = []
 
     class Recorder(Silent):
@@ -206,7 +206,7 @@ def test_refusals(pairs, options, expected, models):
 
 
 @given(st.lists(st.integers(), min_size=1), st.lists(st.integers()), st.integers(1, 30))
-def test_what_does_not_fit_is_dropped_from_the_left(context, continuation, length):
+def test_pairs_are_truncated_on_the_left(context, continuation, length):
     if len(continuation) > length:
         with pytest.raises(RecipeError, match=f"got {len(continuation)}"):
             fit(context, continuation, length)

@@ -28,7 +28,7 @@ def test_p_value_is_the_doubled_binomial_tail(pairs):
 
 
 @pytest.mark.parametrize("heads", range(9))
-def test_counts_every_outcome_at_least_as_uneven(heads):
+def test_p_value_counts_all_outcomes_at_least_as_extreme(heads):
     first = [1] * heads + [0] * (8 - heads) + [1, 0]
     second = [0] * heads + [1] * (8 - heads) + [1, 0]
     outcomes = [sum(coins) for coins in product((0, 1), repeat=8)]
@@ -43,6 +43,6 @@ def test_a_large_difference_among_many_questions():
 
 
 @pytest.mark.parametrize(("first", "second"), [([], []), ([1], [1, 0])])
-def test_only_the_same_questions_compare(first, second):
+def test_different_numbers_of_answers_are_rejected(first, second):
     with pytest.raises(RecipeError, match=f"got {len(first)} answers of one model"):
         compare(first, second)

@@ -93,7 +93,7 @@ def test_memory_bound_does_not_change_the_result(rows, stories, story, monkeypat
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(3, 400), st.integers(3, 60), st.data())
-def test_windows_score_every_token_once_with_its_context(tokens, context_length, draw):
+def test_windows_score_every_token_once_with_enough_context(tokens, context_length, draw):
     stride = draw.draw(st.integers(1, context_length))
     context_length = min(context_length, tokens)
     stride = min(stride, context_length)
@@ -155,7 +155,7 @@ def test_refusals(tokens, options, expected, stories):
     assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_ruined_model_has_a_figure(stories):
+def test_perplexity_of_a_damaged_model_is_infinite(stories):
     model = load_model(stories)
     model.model.norm.weight = model.model.norm.weight * 1e6
     result = measure_perplexity(model, np.arange(3, 200), context_length=64)

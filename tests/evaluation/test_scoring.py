@@ -54,7 +54,7 @@ def test_dense_and_quantized_models_agree(source, name, tmp_path, request):
     assert np.abs(result - original).max() > 100 * TOLERANCE * np.abs(expected).max()
 
 
-def test_a_gpu_runs_the_model_as_it_is(split_stories, monkeypatch):
+def test_a_gpu_runs_the_quantized_model(split_stories, monkeypatch):
     model = load_model(split_stories)
     kinds = [type(module) for module in model.modules()]
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
@@ -72,7 +72,7 @@ def models(tmp_path_factory):
 
 @settings(max_examples=20, deadline=None)
 @given(st.data())
-def test_blocks_are_the_whole_cut_up(models, data):
+def test_blocks_equal_one_whole_pass(models, data):
     model = models[data.draw(st.sampled_from(sorted(models)))]
     texts, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 70))
     first = data.draw(st.integers(0, length - 1))
@@ -105,7 +105,7 @@ def test_log_probabilities_are_normalized(stories):
         assert mx.allclose(mx.exp(block).sum(axis=-1), mx.array(1.0), atol=1e-5)
 
 
-def test_foreign_tokens_are_refused(stories):
+def test_tokens_outside_the_vocabulary_are_rejected(stories):
     model = load_model(stories)
     with pytest.raises(RecipeError, match="expected tokens from 0 to 511"):
         list(scoring.log_probability_blocks(model, np.array([[1, 600]])))

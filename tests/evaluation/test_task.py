@@ -79,7 +79,7 @@ def test_bad_settings_are_refused(arguments, message, stories, questions_file, c
         (["--task", "perplexity", "--context-length", "513"], "expected at most 512, the model's"),
     ],
 )
-def test_what_cannot_be_meant_is_named(stories, tmp_path, capsys, options, message):
+def test_invalid_tasks_and_lengths_are_named(stories, tmp_path, capsys, options, message):
     (tmp_path / "text.txt").write_text("Once upon a time " * 400)
     code = run(["eval", str(stories), *options, "--data", str(tmp_path / "text.txt")])
     assert code == 2 and message in capsys.readouterr().err

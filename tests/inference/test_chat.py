@@ -83,7 +83,7 @@ def test_without_a_template_the_text_is_continued():
     assert parrot.prompts == ["^a", "^ab\nc"]
 
 
-def test_a_stopped_answer_is_kept_as_far_as_it_went():
+def test_a_stopped_answer_is_kept():
     conversation = Conversation(Letters(), Parrot("one", "two", "three"))
     heard = []
     for response in conversation.answer("count", stop=lambda: len(heard) == 2):
@@ -94,13 +94,13 @@ def test_a_stopped_answer_is_kept_as_far_as_it_went():
 
 
 @pytest.mark.parametrize("stream", [Parrot(), Parrot("")])
-def test_a_message_without_an_answer_is_forgotten(stream):
+def test_a_message_without_an_answer_is_removed(stream):
     conversation = Conversation(Letters(), stream, system_prompt="be brief")
     assert say(conversation, "hello") == ""
     assert [message["role"] for message in conversation.messages] == ["system"]
 
 
-def test_what_the_template_refuses_is_forgotten():
+def test_a_message_that_the_template_rejects_is_removed():
     conversation = Conversation(Letters(), Parrot("yes"))
     with pytest.raises(CheckpointError, match="roles must alternate"):
         say(conversation, "refuse this")
@@ -133,7 +133,7 @@ def test_a_limited_kv_cache_cannot_be_quantized():
         Decoding(kv_bits=4, max_kv_size=512)
 
 
-def test_generated_text_cannot_drive_the_terminal():
+def test_generated_text_cannot_control_the_terminal():
     assert printable("a\x1b[2Jb\x07\r\n\tc\x9b5n\x7f") == "a[2Jb\n\tc5n"
     assert printable("naïve 👩\u200d🚀 日本\u3000語") == "naïve 👩\u200d🚀 日本\u3000語"
 
@@ -151,7 +151,7 @@ def tokens(loaded, prompt, decoding=None, decoder=None):
 
 
 @pytest.mark.parametrize("trimmable", [True, False])
-def test_the_reused_kv_cache_changes_nothing(loaded, monkeypatch, trimmable):
+def test_reusing_the_kv_cache_does_not_change_answers(loaded, monkeypatch, trimmable):
     from mlx_lm.models.cache import KVCache
 
     monkeypatch.setattr(KVCache, "is_trimmable", lambda self: trimmable)
@@ -171,7 +171,7 @@ def test_the_reused_kv_cache_changes_nothing(loaded, monkeypatch, trimmable):
         assert last.prompt_tokens == len(prompt) - in_cache
 
 
-def test_a_conversation_is_what_a_fresh_start_would_say(split_stories):
+def test_a_conversation_equals_a_fresh_start(split_stories):
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
     loaded = load(split_stories, tokenizer_config={"chat_template": template})
     decoding = Decoding(max_tokens=24)
@@ -184,7 +184,7 @@ def test_a_conversation_is_what_a_fresh_start_would_say(split_stories):
     assert len(conversation.messages) == 7
 
 
-def test_bytes_that_are_no_text_can_be_said(loaded):
+def test_invalid_utf8_can_be_encoded(loaded):
     assert encode(loaded[1], [{"role": "user", "content": "caf\udcff"}])
 
 
@@ -195,7 +195,7 @@ def test_an_empty_prompt_is_refused():
         encode(tokenizer, [{"role": "user", "content": ""}])
 
 
-def test_a_full_rotating_cache_is_extended_or_built_anew(loaded):
+def test_a_full_rotating_cache_is_extended_or_rebuilt(loaded):
     decoder = Decoder(*loaded, decoding=Decoding(max_tokens=24, max_kv_size=16))
     first = loaded[1].encode(STORY + " there was a dog and a cat and a big red ball")
     assert len(first) > 16
@@ -208,7 +208,7 @@ def test_a_full_rotating_cache_is_extended_or_built_anew(loaded):
     assert said == answer
 
 
-def test_the_cache_is_right_after_a_stop(loaded):
+def test_the_cache_is_valid_after_a_stop(loaded):
     decoder = Decoder(*loaded, decoding=Decoding(max_tokens=24))
     prompt = loaded[1].encode(STORY)
     heard = []
@@ -251,7 +251,7 @@ def test_an_interrupted_computation_leaves_no_cache(loaded):
     assert (said, last.prompt_tokens) == (expected, len(prompt))
 
 
-def test_settings_the_model_cannot_take_are_named(loaded):
+def test_settings_that_the_model_does_not_support_are_named(loaded):
     with pytest.raises(RecipeError, match=r"cannot run this model with these settings: .*top_k"):
         tokens(loaded, [1], Decoding(temp=1, top_k=100_000))
     assert 0 <= float(mx.random.uniform()) < 1, "the random state is of no use any more"
@@ -280,7 +280,7 @@ def test_piped_lines_are_answered(split_stories, loaded):
     assert "context 512 tokens" in result.stderr
 
 
-def test_ctrl_c_before_the_warning_is_out_leaves(split_stories, monkeypatch):
+def test_ctrl_c_before_the_warning_exits(split_stories, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
@@ -298,7 +298,7 @@ def test_several_lines_are_one_message(monkeypatch):
     assert [next(messages), next(messages)] == ["one\n\ntwo", "three"]
 
 
-def test_an_answer_is_given_again_or_continued():
+def test_an_answer_is_regenerated_or_continued():
     parrot = Parrot("yes", "!")
     conversation = Conversation(Letters(), parrot)
     with pytest.raises(RecipeError, match="no message to answer again"):

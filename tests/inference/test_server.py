@@ -14,7 +14,7 @@ from splitquant_mlx.cli.serve import _warning
 from splitquant_mlx.models.loader import load
 
 
-def test_it_says_what_generate_says_and_ctrl_c_ends_it(split_stories, monkeypatch):
+def test_answers_equal_generate_and_ctrl_c_stops_the_server(split_stories, monkeypatch):
     """One process for all checks: starting one takes seconds."""
     from mlx_lm import generate
 
@@ -47,7 +47,7 @@ def test_it_says_what_generate_says_and_ctrl_c_ends_it(split_stories, monkeypatc
     assert "secret" not in log and "Traceback" not in log
 
 
-def test_sigterm_ends_it_quietly(split_stories):
+def test_sigterm_stops_the_server_quietly(split_stories):
     with serving("--model", str(split_stories), "--log-level", "ERROR") as server:
         assert server.post(TEXT, prompt=STORY, max_tokens=3)
         server.process.send_signal(signal.SIGTERM)
@@ -68,7 +68,7 @@ def test_the_warning_is_stronger_without_a_key(url, key, word):
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:80", "http://127.1.2.3:80", "http://[::1]:80"])
-def test_loopback_is_not_warned_of(url):
+def test_there_is_no_warning_for_loopback(url):
     assert _warning(url, None) is None
 
 

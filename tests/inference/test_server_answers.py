@@ -79,7 +79,7 @@ both = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 
 
 @both
-def test_an_answer_ends_where_a_stop_string_stands(server, stream):
+def test_an_answer_ends_at_a_stop_string(server, stream):
     whole = " alpha beta gamma delta eps"
     assert complete(server, "S", stream) == (whole, "stop")
     for stop in ("beta gamma", "gam", "ta", " alpha", "delta eps", "s", "mma d"):
@@ -94,7 +94,7 @@ def test_an_answer_ends_where_a_stop_string_stands(server, stream):
 
 
 @both
-def test_characters_of_several_tokens_are_whole(server, stream):
+def test_characters_of_several_tokens_are_not_split(server, stream):
     assert complete(server, "U", stream) == ("Hi 🦙 and 日!", "stop")
     assert say(server, "U", stream)[0]["content"] == "Hi 🦙 and 日!"
     assert complete(server, "U", stream, stop="日") == ("Hi 🦙 and ", "stop")
@@ -138,7 +138,7 @@ def test_json_follows_its_schema(server, stream):
     check_error(server.ask("POST", CHAT, body), 400, "unsupported JSON schema")
 
 
-def test_json_without_the_extra_is_refused(server, monkeypatch):
+def test_json_without_llguidance_is_rejected(server, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     body = {"messages": [{"role": "user", "content": "X"}]}
     for field in ({"response_format": {"type": "json_object"}}, {"tools": [WEATHER]}):
@@ -155,7 +155,7 @@ def test_json_without_the_extra_is_refused(server, monkeypatch):
         ("Q", {"type": "array", "items": {"enum": ["yes", "Q"]}}),
     ],
 )
-def test_json_that_the_vocabulary_cannot_write_is_refused(tmp_path, lacks, schema):
+def test_json_with_characters_missing_from_the_vocabulary_is_rejected(tmp_path, lacks, schema):
     """llguidance skips characters without tokens, so that the answer would not be JSON."""
     model = write_scripted(tmp_path / "mute", SCRIPTS, TOOLS)
     settings = json.loads((model / "tokenizer.json").read_text())
@@ -173,13 +173,13 @@ def test_json_that_the_vocabulary_cannot_write_is_refused(tmp_path, lacks, schem
 
 
 @both
-def test_thoughts_are_told_apart(server, stream):
+def test_reasoning_is_separated(server, stream):
     message, _ = say(server, "R", stream, stop="\n")
     assert message["reasoning_content"] == "hm, well\n"
     assert message["content"] == "Yes."
 
 
-def test_the_conversation_goes_on_with_what_was_answered(server):
+def test_the_conversation_continues_with_the_answer(server):
     messages = [{"role": "user", "content": "T"}]
     message, _ = say(server, "T", tools=[WEATHER])
     messages += [message, {"role": "tool", "tool_call_id": "1", "content": "rain X"}]
@@ -189,7 +189,7 @@ def test_the_conversation_goes_on_with_what_was_answered(server):
     assert server.post(CHAT, messages=messages)["choices"][0]["message"]["content"] == "plain prose"
 
 
-def test_log_probabilities_are_openais(server):
+def test_chat_log_probabilities(server):
     body = {"messages": [{"role": "user", "content": "U"}], "logprobs": True, "top_logprobs": 2}
     content = server.post(CHAT, **body)["choices"][0]["logprobs"]["content"]
     assert b"".join(bytes(token["bytes"]) for token in content).decode() == "Hi 🦙 and 日!"
@@ -244,7 +244,7 @@ def test_names(server, name):
     assert server.ask("GET", f"/v1/models/{name}")[1]["id"] == "the-talker"
 
 
-def test_a_gguf_file_goes_by_its_name_without_the_ending(tmp_path):
+def test_a_gguf_file_is_also_named_without_its_suffix(tmp_path):
     file = tmp_path / "smol.Q4_1.gguf"
     source = Source(name="./models/smol.Q4_1.gguf", path=file, revision=None)
     names = model_names(source, ServeSettings())
@@ -252,7 +252,7 @@ def test_a_gguf_file_goes_by_its_name_without_the_ending(tmp_path):
     assert {"smol.Q4_1.gguf", "smol.Q4_1", str(file)} <= set(names)
 
 
-def test_an_unknown_name_is_told_the_right_one(server):
+def test_an_unknown_model_name_is_answered_with_the_right_one(server):
     error = check_error(server.ask("POST", TEXT, {"prompt": "X", "model": "gpt-4"}), 404)
     assert "'the-talker'" in error["message"] and error["code"] == "model_not_found"
     assert "--served-model-name" in error["message"]
@@ -272,7 +272,7 @@ def test_responses(server):
 STRICT = "{% if messages[0].role == 'assistant' %}{{ raise_exception('Not so.') }}{% endif %}"
 
 
-def test_what_a_template_refuses_is_told(tmp_path):
+def test_an_error_of_the_template_is_reported(tmp_path):
     with running(write_scripted(tmp_path / "strict", {"X": [b"ok"]}, STRICT + LAST)) as server:
         body = {"messages": [{"role": "developer", "content": "X"}]}
         assert server.post(CHAT, **body)["choices"][0]["message"]["content"] == "ok"
@@ -283,7 +283,7 @@ def test_what_a_template_refuses_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("draft", [True, False], ids=["draft", "quantized cache"])
-def test_answers_one_by_one_are_the_same(tmp_path, draft):
+def test_sequential_answers_are_the_same(tmp_path, draft):
     path = write_scripted(tmp_path / "model", SCRIPTS, TOOLS)
     with pytest.raises(RecipeError, match="--kv-bits, --kv-group-size: unsupported by this model"):
         running(path, kv_bits=8).__enter__()

@@ -58,7 +58,7 @@ def test_a_page_of_another_origin(page, mixture, method, path, type, mode):
 
 
 @pytest.mark.parametrize(("method", "path", "type", "mode"), TRIES[:3])
-def test_a_page_that_is_allowed(page, mixture, method, path, type, mode):
+def test_a_page_of_an_allowed_origin(page, mixture, method, path, type, mode):
     with running(mixture, allowed_origins=(PAGE.rstrip("/"),)) as server:
         (kind, status, text), _ = attempt(page, server.url + path, method, type, mode)
         assert (kind, status) == ("cors", 200) and text.startswith("{")

@@ -52,7 +52,7 @@ def free(server):
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-def test_who_leaves_stops_the_answer_and_frees_the_place(server, tokens, stream):
+def test_a_disconnect_stops_the_answer_and_frees_its_slot(server, tokens, stream):
     with ExitStack() as stack:
         for _ in range(3):
             stack.enter_context(server.start(**LONG, stream=stream))
@@ -63,7 +63,7 @@ def test_who_leaves_stops_the_answer_and_frees_the_place(server, tokens, stream)
     wait_for(lambda: time.monotonic() - tokens[-1] > 0.5)
 
 
-def test_who_does_not_read_frees_the_place(server, monkeypatch):
+def test_a_client_that_does_not_read_frees_its_slot(server, monkeypatch):
     much = [("normal", "x" * 50_000)]  # soon fills the socket's buffers
     monkeypatch.setattr(StreamParser, "feed", lambda *args, **options: much)
     with ExitStack() as stack:
@@ -81,7 +81,7 @@ def uncompiled():
     mx.enable_compile()
 
 
-def test_eight_clients_get_what_one_does(split_stories, uncompiled):
+def test_eight_clients_get_the_same_answers_as_one(split_stories, uncompiled):
     prompts = ["Tom", "The dog", "One day", "She", "They ran", "Mom", "A big", "It was"]
     with running(split_stories, max_concurrent=9) as server:
 
@@ -108,7 +108,7 @@ def test_eight_clients_get_what_one_does(split_stories, uncompiled):
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
-def test_a_failing_generation_is_an_error_and_not_the_end(server, monkeypatch, stream, caplog):
+def test_a_failed_generation_does_not_stop_the_server(server, monkeypatch, stream, caplog):
     """After an exception, all answers in progress end with an error and later ones succeed."""
     sampler, calls = engine._sampler, iter(range(100))
 
@@ -144,7 +144,7 @@ def test_a_long_prompt_is_refused(server):
     assert error["code"] == "context_length_exceeded"
 
 
-def test_who_comes_after_the_end_is_told(split_stories):
+def test_a_job_after_shutdown_gets_the_error(split_stories):
     """A request may arrive during shutdown."""
     source = resolve(str(split_stories))
     computing = load_service(source, ServeSettings(), False, join()).engine
@@ -156,7 +156,7 @@ def test_who_comes_after_the_end_is_told(split_stories):
     assert [str(event) for event in events] == ["'the end'"]
 
 
-def test_a_request_that_never_ends_to_arrive_does_not_outlive_the_server(split_stories, caplog):
+def test_an_incomplete_request_ends_with_the_server(split_stories, caplog):
     with running(split_stories) as server:
         connection = server.connect()
         connection.sendall(message(b"{", length=100))

@@ -20,7 +20,7 @@ def memory_mb(process):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-def test_a_thousand_requests_leave_the_memory_as_it_is(stories):
+def test_memory_is_constant_over_a_thousand_requests(stories):
     with serving("--model", str(stories)) as server:
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
 

@@ -74,7 +74,7 @@ def test_responses_whole_and_streamed(api):
             assert final.output_text == "alpha beta gamma"
 
 
-def test_errors_are_those_of_the_client(api):
+def test_errors_map_to_the_clients_exceptions(api):
     def refusal(kind, **changes):
         with pytest.raises(kind) as caught:
             api.chat.completions.create(**{"model": "talker", "messages": user("S"), **changes})

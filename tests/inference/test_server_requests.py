@@ -26,7 +26,7 @@ def chat(body: object, kind=ChatRequest):
         *(b'{"temperature": -Infinity}', b'{"a":' * 50_000 + b"1" + b"}" * 50_000),
     ],
 )
-def test_what_is_no_json_object_is_refused(raw):
+def test_anything_but_a_json_object_is_rejected(raw):
     with pytest.raises(APIError) as caught:
         chat(raw)
     assert caught.value.status == 400
@@ -94,7 +94,7 @@ def test_unknown_fields_that_may_change_the_answer_are_refused(field):
     assert chat({"messages": HELLO, field: None, "user": "x", "metadata": {}, "store": True})
 
 
-def test_images_hidden_in_text_are_text():
+def test_messages_are_converted_for_chat_templates():
     parts = [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}]
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     messages = [
@@ -111,7 +111,7 @@ def test_images_hidden_in_text_are_text():
     assert result[1]["tool_calls"][0]["function"]["arguments"] == {"x": 1}
 
 
-def test_a_forced_tool_is_a_schema():
+def test_a_forced_tool_has_a_schema():
     def schema(choice):
         other = {"type": "function", "function": {"name": "g"}}
         return chat({"messages": HELLO, "tools": [TOOL, other], "tool_choice": choice}).schema()
@@ -123,7 +123,7 @@ def test_a_forced_tool_is_a_schema():
     assert named["properties"]["name"] == {"const": "g"}
 
 
-def test_a_response_is_a_chat_completion_by_another_name():
+def test_a_response_is_converted_to_a_chat_completion():
     tool = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}
     schema = {"type": "json_schema", "name": "r", "schema": {"type": "object"}}
     body = {
@@ -174,7 +174,7 @@ JSON = st.recursive(
     st.dictionaries(st.sampled_from(NAMES), JSON, max_size=4),
     st.sampled_from([ChatRequest, CompletionRequest, ResponsesRequest]),
 )
-def test_any_json_is_refused_or_made_fit(body, kind):
+def test_any_json_is_rejected_or_parsed(body, kind):
     given = {"messages": HELLO, "prompt": "x", "input": "x", **body}
     try:
         request = chat({k: v for k, v in given.items() if k in kind.model_fields}, kind)

@@ -48,7 +48,7 @@ def test_a_text_ends_at_its_first_stop_string(pieces, stops):
     assert parser.position == len(expected)
 
 
-def test_what_may_begin_a_stop_string_is_held_back_and_no_more():
+def test_only_a_possible_stop_string_is_held_back():
     parser = StreamParser(["gamma delta"], {})
     assert [parser.feed(piece) for piece in ("alpha ga", "mma", " del", "ay")] == [
         [(NORMAL, "alpha ")],
@@ -59,7 +59,7 @@ def test_what_may_begin_a_stop_string_is_held_back_and_no_more():
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 100])
-def test_thoughts_and_calls_are_told_apart(size):
+def test_reasoning_and_calls_are_separated(size):
     text = "<think>\nwell, x\n</think>\n\nYes. <call>{1}</call><call>{2}</call> Done"
     pieces = [text[i : i + size] for i in range(0, len(text), size)]
     said = [(REASONING, "well, x\n"), (NORMAL, "Yes. "), (TOOL, "{1}"), (TOOL, "{2}")]
@@ -70,7 +70,7 @@ def test_thoughts_and_calls_are_told_apart(size):
     assert read([text[8:]], (), MARKS, REASONING)[0] == said + done
 
 
-def test_a_call_that_is_cut_off_is_told_at_the_end():
+def test_a_truncated_call_is_returned_at_the_end():
     assert read(["<call>{", '"a'], (), MARKS)[0] == [(TOOL, '{"a')]
 
 

@@ -25,7 +25,7 @@ KL = {"kl_mean": 0.25, "top1_agreement": 0.8, "positions": 10}
 names = st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1)
 
 
-def test_results_come_back_as_they_were(tmp_path):
+def test_results_round_trip(tmp_path):
     write_study(tmp_path)
     loaded = {(made.variant, made.part): made for made in load_results(tmp_path)}
     expected = {(made.variant, made.part): made for made in results()}
@@ -52,7 +52,7 @@ def test_time_machine_and_versions_are_filled_in():
 
 
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
-def test_numbers_that_json_lacks_survive(tmp_path, number):
+def test_non_finite_numbers_round_trip(tmp_path, number):
     file = save(result("v", "kl", {"kl_mean": number}), tmp_path)
     json.loads(file.read_text(), parse_constant=lambda name: pytest.fail(f"not JSON: {name}"))
     loaded = load_results(tmp_path)[0].values["kl_mean"]
@@ -96,13 +96,13 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         ({"settings": {"set": {1}}}, "cannot be written as JSON"),
     ],
 )
-def test_save_refuses_what_could_not_be_read(tmp_path, changes, message):
+def test_save_rejects_invalid_results(tmp_path, changes, message):
     with pytest.raises(SplitQuantError, match=re.escape(message)):
         save(result(**{"variant": "v", "part": "kl", "values": KL, **changes}), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_answers_must_be_as_many_as_questions(tmp_path):
+def test_answers_must_match_the_number_of_questions(tmp_path):
     values = {"questions": 3, "num_shots": 0, "accuracy": 0.5, "correct": [1, 0]}
     with pytest.raises(SplitQuantError, match="expected 3 answers, got 2"):
         save(result("v", "arc_easy.letter", values), tmp_path)
@@ -149,7 +149,7 @@ def test_broken_file_is_named(tmp_path, damage):
     assert str(caught.value).count("\n") == 0
 
 
-def test_one_measurement_in_two_files_is_refused(tmp_path):
+def test_two_files_of_one_measurement_are_rejected(tmp_path):
     file = save(result("v", "kl", KL), tmp_path)
     (tmp_path / "copy.json").write_bytes(file.read_bytes())
     with pytest.raises(SplitQuantError, match=r"v\.kl\.json .* copy\.json contains the same"):

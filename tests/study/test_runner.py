@@ -116,7 +116,7 @@ def test_a_study_ends_in_a_report_of_what_was_measured(study, files, tmp_path, c
     assert len(weights["cut_points"]) == 2 and sum(weights["counts"]) > 1000
 
 
-def test_an_auto_variant_carries_its_forecast(study, files, stories, tmp_path, monkeypatch):
+def test_an_auto_variant_has_its_forecast(study, files, stories, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "run_program", run_here)
     short = "calibration = { num_samples = 4, sequence_length = 32 }"
     auto = f'method = "auto"\ntarget_bpw = 5.0\n{short}'
@@ -131,7 +131,7 @@ def test_an_auto_variant_carries_its_forecast(study, files, stories, tmp_path, m
 
 
 @pytest.mark.slow
-def test_what_is_done_is_not_done_again(study, files, tmp_path):
+def test_existing_results_are_reused(study, files, tmp_path):
     home = tmp_path / "out"
     chosen = load_study(study())
     run_study(chosen, home, data=files)
@@ -148,7 +148,7 @@ def test_what_is_done_is_not_done_again(study, files, tmp_path):
 
 
 @pytest.mark.robustness
-def test_a_killed_study_goes_on(study, files, tmp_path):
+def test_a_killed_study_resumes(study, files, tmp_path):
     home = tmp_path / "out"
     command = [sys.executable, "-m", "splitquant_mlx", "run", str(study())]
     command += ["--output-dir", str(home), "--device", "cpu", *options(files)]
@@ -235,7 +235,7 @@ def test_a_checkpoint_of_another_program_is_a_row(stories, tmp_path):
     assert theirs.is_dir() and not list((home / "models").glob("*"))
 
 
-def test_questions_changed_under_their_ids_are_asked_again(stories, questions_file, tmp_path):
+def test_questions_changed_under_the_same_ids_are_asked_again(stories, questions_file, tmp_path):
     content = SMALL.format(model=stories).replace("[]", '["arc_easy"]\nquestions = 4')
     file, asked, home = tmp_path / "arc.toml", tmp_path / "asked.jsonl", tmp_path / "out"
     file.write_text(content.partition("[[")[0].replace("256", "0"))
@@ -262,7 +262,7 @@ def test_two_studies_in_one_directory(small, capsys):
 
 
 @pytest.mark.slow
-def test_a_study_killed_anywhere_goes_on(small, tmp_path):
+def test_a_study_killed_anywhere_resumes(small, tmp_path):
     command, home = small
     assert run(command) == 0
     expected, names = values_of(home), {path.name for path in home.iterdir()}
@@ -288,7 +288,7 @@ def test_a_study_killed_anywhere_goes_on(small, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [False, True])
-def test_a_model_left_by_a_killed_study_is_used_if_it_is_whole(small, monkeypatch, damage):
+def test_a_model_of_a_killed_study_is_reused_if_complete(small, monkeypatch, damage):
     command, home = small
     assert run([*command, "--keep-models"]) == 0
     expected, model = values_of(home), home / "models" / "split" / "model.safetensors"
@@ -303,7 +303,7 @@ def test_a_model_left_by_a_killed_study_is_used_if_it_is_whole(small, monkeypatc
     assert values_of(home) == expected
 
 
-def test_what_the_hub_does_not_give_is_named(study, tmp_path, monkeypatch):
+def test_missing_data_sets_are_named(study, tmp_path, monkeypatch):
     def unreachable(*args):
         raise SourceError("the hub cannot be reached")
 
@@ -332,7 +332,7 @@ def test_a_bad_data_file_stops_the_study(study, tmp_path, capsys):
     assert "--data: expected NAME=FILE" in capsys.readouterr().err
 
 
-def test_windows_are_no_longer_than_the_model_was_made_for(study, files, tmp_path, capsys):
+def test_windows_do_not_exceed_the_models_context_length(study, files, tmp_path, capsys):
     """The context length of the model is 512."""
     file = study(**{"context_length = 128": "context_length = 1024"})
     assert run(["run", str(file), "--output-dir", str(tmp_path / "out"), *options(files)]) == 2

@@ -71,7 +71,7 @@ def test_a_wrong_study_is_refused_by_name(written, change, message):
     assert "\n" not in str(refused.value)
 
 
-def test_the_papers_study_has_the_papers_table():
+def test_the_papers_study_has_the_recipes_of_the_papers_table():
     study = load_study(RECIPES / "paper.toml")
     assert study.model == "meta-llama/Llama-3.2-1B-Instruct"
     rows = {(r.method, r.bits, r.granularity) for r in study.variants.values()}
