@@ -135,8 +135,8 @@ def _batches(
     windows: list[tuple[int, int, int]], size: int
 ) -> Iterator[tuple[list[int], int, int]]:
     """Yield the starts of up to `size` windows of the same length and first scored position."""
-    for (length, first), alike in groupby(windows, key=lambda window: window[1:]):
-        starts = [start for start, _, _ in alike]
+    for (length, first), group in groupby(windows, key=lambda window: window[1:]):
+        starts = [start for start, _, _ in group]
         for i in range(0, len(starts), size):
             yield starts[i : i + size], length, first
 

@@ -44,7 +44,7 @@ def draw_shots(
         raise RecipeError(
             f"num_shots: expected at least {num_shots} examples to draw from, got {len(shots)}"
         )
-    if num_shots and (both := {shot.id for shot in shots} & {asked.id for asked in questions}):
+    if num_shots and (both := {shot.id for shot in shots} & {q.id for q in questions}):
         raise RecipeError(
             f"question {min(both)!r} is also a few-shot example: draw examples from another split"
         )

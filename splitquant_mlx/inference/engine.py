@@ -205,8 +205,9 @@ class Engine:
         if plan.max_tokens == 0:
             self._open.discard(job)
             return job.emit(ScoredToken(NO_TOKEN, finish="length"))
+        # not the last token: a cache does not contain the logits after it
         cache, rest = None, plan.prompt[:-1]
-        if rest:  # a cache does not contain the logits after its last token
+        if rest:
             cache, rest = self._prompts.fetch_nearest_cache(MODEL, rest)
         job.cached = len(plan.prompt) - 1 - len(rest)
         sampler = led(self.group, _seeded(_sampler(**plan.sampling), plan.seed))

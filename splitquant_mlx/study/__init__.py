@@ -1,1 +1,1 @@
-"""Several conversions of one model, measured alike."""
+"""Studies: several conversions of one model with the same measurements."""

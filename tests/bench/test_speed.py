@@ -55,17 +55,17 @@ def test_a_trial_generates_the_requested_tokens(split_stories, monkeypatch, batc
     """Every answer has its full length."""
     name = "stream_generate" if batch_size == 1 else "batch_generate"
     module = import_module("mlx_lm.generate")
-    right, asked = getattr(module, name), []
+    original, calls = getattr(module, name), []
 
     def recorded(model, tokenizer, prompt, max_tokens):
         assert not tokenizer.eos_token_ids
-        asked.append((np.atleast_2d(prompt).shape, max_tokens))
-        return right(model, tokenizer, prompt, max_tokens=max_tokens)
+        calls.append((np.atleast_2d(prompt).shape, max_tokens))
+        return original(model, tokenizer, prompt, max_tokens=max_tokens)
 
     monkeypatch.setattr(module, name, recorded)
     workload = Workload(prompt_tokens=8, generation_tokens=6, batch_size=batch_size)
     result = run_trial(str(split_stories), workload)
-    assert asked[-1] == ((batch_size, 8), 6)
+    assert calls[-1] == ((batch_size, 8), 6)
     assert result["prompt_tps"] > 0 and result["generation_tps"] > 0
     assert result["imported_at"] + result["load_s"] < result["first_token_at"]
 

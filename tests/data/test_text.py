@@ -134,13 +134,13 @@ def test_without_a_hub(hub, monkeypatch):
         hub.silent = manner == "silent"
         if manner == "dead":
             hub.close()
-        began = time.monotonic()
+        start = time.monotonic()
         with pytest.raises(
             SourceError,
             match=r"^Salesforce/wikitext: not in the cache, and .*cannot be reached.*--data$",
         ):
             fetch_wikitext()
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - start < 5
 
 
 def test_a_text_starts_with_one_bos_without_warning(stories, capfd):

@@ -166,8 +166,8 @@ def test_reusing_the_kv_cache_does_not_change_answers(loaded, monkeypatch, trimm
         (other_end, len(other_end) - 1 if trimmable else 0),
         (loaded[1].encode("A"), 1 if trimmable else 0),
     ):
-        said, last = tokens(loaded, prompt, decoder=decoder)
-        assert said == tokens(loaded, prompt)[0]
+        generated, last = tokens(loaded, prompt, decoder=decoder)
+        assert generated == tokens(loaded, prompt)[0]
         assert last.prompt_tokens == len(prompt) - in_cache
 
 
@@ -177,10 +177,10 @@ def test_a_conversation_equals_a_fresh_start(split_stories):
     decoding = Decoding(max_tokens=24)
     conversation = Conversation(loaded[1], Decoder(*loaded, decoding), system_prompt="Be kind")
     for message in ("Tell me a story", "And then?", "Why?"):
-        said = say(conversation, message)
+        generated = say(conversation, message)
         prompt = encode(loaded[1], conversation.messages[:-1])
         fresh = Decoder(*loaded, decoding)(prompt, lambda: False)
-        assert said == "".join(response.text for response in fresh)
+        assert generated == "".join(response.text for response in fresh)
     assert len(conversation.messages) == 7
 
 
@@ -203,9 +203,9 @@ def test_a_full_rotating_cache_is_extended_or_rebuilt(loaded):
     extended = first + answer + loaded[1].encode("\nThe dog")
     _, last = tokens(loaded, extended, decoder=decoder)
     assert last.prompt_tokens == len(extended) - len(first + answer)
-    said, last = tokens(loaded, first, decoder=decoder)
+    generated, last = tokens(loaded, first, decoder=decoder)
     assert last.prompt_tokens == len(first)
-    assert said == answer
+    assert generated == answer
 
 
 def test_the_cache_is_valid_after_a_stop(loaded):
@@ -233,9 +233,9 @@ def test_a_long_prompt_can_be_stopped(loaded, monkeypatch):
     prompt = loaded[1].encode(STORY) * 10
     calls = iter([False, False, True])
     assert list(decoder(prompt, lambda: next(calls))) == []
-    said, last = tokens(loaded, prompt, decoder=decoder)
+    generated, last = tokens(loaded, prompt, decoder=decoder)
     assert last.prompt_tokens == len(prompt) - 2 * 16
-    assert said == tokens(loaded, prompt)[0]
+    assert generated == tokens(loaded, prompt)[0]
 
 
 def test_an_interrupted_computation_leaves_no_cache(loaded):
@@ -247,8 +247,8 @@ def test_an_interrupted_computation_leaves_no_cache(loaded):
     expected, _ = tokens(loaded, prompt, decoder=decoder)
     with pytest.raises(KeyboardInterrupt):
         list(decoder(prompt + expected, interrupt))
-    said, last = tokens(loaded, prompt, decoder=decoder)
-    assert (said, last.prompt_tokens) == (expected, len(prompt))
+    generated, last = tokens(loaded, prompt, decoder=decoder)
+    assert (generated, last.prompt_tokens) == (expected, len(prompt))
 
 
 def test_settings_that_the_model_does_not_support_are_named(loaded):
@@ -267,10 +267,10 @@ def test_piped_lines_are_answered(split_stories, loaded):
         timeout=60,
     )
     assert result.returncode == 0, result.stderr
-    said = loaded[1].decode(tokens(loaded, loaded[1].encode(STORY))[0])
+    generated = loaded[1].decode(tokens(loaded, loaded[1].encode(STORY))[0])
     assert (
-        result.stdout.split("\n") == [said.strip(), said.strip(), ""]
-        or result.stdout == (said + "\n") * 2
+        result.stdout.split("\n") == [generated.strip(), generated.strip(), ""]
+        or result.stdout == (generated + "\n") * 2
     )
     assert "no chat template" in result.stderr
     assert "Ctrl-D" in result.stderr

@@ -35,10 +35,10 @@ def test_answers_equal_generate_and_ctrl_c_stops_the_server(split_stories, monke
                 data = json.dumps({**body, "stream": stream}).encode()
                 connection.sendall(message(data, "Authorization: Bearer secret"))
             streamed.recv(1)
-            began = time.monotonic()
+            start = time.monotonic()
             server.process.send_signal(signal.SIGINT)
             assert server.process.wait(timeout=10) == 0
-            assert time.monotonic() - began < 2 + 2  # on a busy machine
+            assert time.monotonic() - start < 2 + 2  # on a busy machine
             assert b"the server is shutting down" in b"".join(
                 iter(lambda: streamed.recv(2**16), b"")
             )
@@ -111,7 +111,7 @@ def test_a_broken_checkpoint_is_noticed_before_the_port_opens(split_stories, tmp
 
 
 def test_a_port_in_use_is_named(split_stories, capsys):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as other_socket:
+        port = other_socket.getsockname()[1]
         error = refusal(capsys, "--model", str(split_stories), "--port", str(port))
     assert f"cannot listen on 127.0.0.1, port {port}: " in error

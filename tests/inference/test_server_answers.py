@@ -211,7 +211,7 @@ def test_integer_logprobs_and_echo(server):
     logprobs = first["logprobs"]
     assert logprobs["tokens"] == ["S", "X", "plain "] and logprobs["text_offset"] == [0, 1, 2]
     assert logprobs["token_logprobs"][0] is logprobs["top_logprobs"][0] is None
-    assert set(logprobs["top_logprobs"][1]) == {"X", " alpha"}  # its own and the likeliest
+    assert set(logprobs["top_logprobs"][1]) == {"X", " alpha"}  # itself and the most likely
     assert logprobs["top_logprobs"][2] == {"plain ": logprobs["token_logprobs"][2]}
     scored = server.post(TEXT, prompt="SX", max_tokens=0, echo=True, logprobs=1)["choices"][0]
     assert scored["text"] == "SX"

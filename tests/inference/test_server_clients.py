@@ -99,12 +99,12 @@ def test_eight_clients_get_the_same_answers_as_one(split_stories, uncompiled):
             assert list(pool.map(say, prompts)) == alone
         # a seeded answer does not depend on the others
         assert hot.result() == sampled
-        begun = STORY + say(STORY)
-        more = server.post(TEXT, prompt=begun, max_tokens=4, temperature=0)
+        prefix = STORY + say(STORY)
+        more = server.post(TEXT, prompt=prefix, max_tokens=4, temperature=0)
         details = more["usage"]["prompt_tokens_details"]
         assert details["cached_tokens"] >= more["usage"]["prompt_tokens"] - 3
-        fresh = server.post(TEXT, prompt=begun, max_tokens=4, temperature=0, echo=True, logprobs=0)
-        assert fresh["choices"][0]["text"] == begun + more["choices"][0]["text"]
+        fresh = server.post(TEXT, prompt=prefix, max_tokens=4, temperature=0, echo=True, logprobs=0)
+        assert fresh["choices"][0]["text"] == prefix + more["choices"][0]["text"]
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])

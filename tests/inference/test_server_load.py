@@ -25,15 +25,19 @@ def test_memory_is_constant_over_a_thousand_requests(stories):
         client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
 
         def ask(number):
-            own = random.Random(number)
-            prompt = " ".join(own.choices(WORDS, k=own.randint(3, 30)))
-            asked = {"model": "default_model", "max_tokens": own.randint(1, 24), "temperature": 1.0}
+            generator = random.Random(number)
+            prompt = " ".join(generator.choices(WORDS, k=generator.randint(3, 30)))
+            options = {
+                "model": "default_model",
+                "max_tokens": generator.randint(1, 24),
+                "temperature": 1.0,
+            }
             if number % 4 < 2:
-                answer = client.completions.create(prompt=prompt, stream=number % 2 == 0, **asked)
+                answer = client.completions.create(prompt=prompt, stream=number % 2 == 0, **options)
             else:
                 messages = [{"role": "user", "content": prompt}]
                 answer = client.chat.completions.create(
-                    messages=messages, stream=number % 2 == 0, **asked
+                    messages=messages, stream=number % 2 == 0, **options
                 )
             chunks = list(answer) if number % 2 == 0 else [answer]
             reasons = [c.choices[0].finish_reason for c in chunks if c.choices]

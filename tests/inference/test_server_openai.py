@@ -41,16 +41,16 @@ def test_answers_whole_and_streamed(api):
 
 
 def test_tools_whole_and_streamed(api):
-    asked = {"model": "talker", "messages": user("T")}
-    asked["tools"] = [{"type": "function", "function": FUNCTION}]
-    (call,) = api.chat.completions.create(**asked).choices[0].message.tool_calls
+    request = {"model": "talker", "messages": user("T")}
+    request["tools"] = [{"type": "function", "function": FUNCTION}]
+    (call,) = api.chat.completions.create(**request).choices[0].message.tool_calls
     assert (call.function.name, call.function.arguments) == ("f", '{"x": 1}')
-    with api.chat.completions.stream(**asked) as stream:
+    with api.chat.completions.stream(**request) as stream:
         final = stream.get_final_completion()
     assert final.choices[0].message.tool_calls[0].function.arguments == '{"x": 1}'
-    again = [*asked["messages"], final.choices[0].message.to_dict()]
+    again = [*request["messages"], final.choices[0].message.to_dict()]
     again += [{"role": "tool", "tool_call_id": call.id, "content": "S"}]
-    answer = api.chat.completions.create(**{**asked, "messages": again})
+    answer = api.chat.completions.create(**{**request, "messages": again})
     assert answer.choices[0].message.content == "alpha beta gamma"
 
 

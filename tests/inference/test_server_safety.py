@@ -59,10 +59,10 @@ def test_hosts_and_origins(server, host, origin, status):
 
 
 def test_cors_headers_of_allowed_pages(server):
-    asked = {"Access-Control-Request-Method": "POST"}
-    asked["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-os"
+    preflight = {"Access-Control-Request-Method": "POST"}
+    preflight["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-os"
     for origin, status in (("http://localhost:5173", 200), ("https://evil.example", 403)):
-        answer, headers = server.head("OPTIONS", CHAT, Origin=origin, **asked)
+        answer, headers = server.head("OPTIONS", CHAT, Origin=origin, **preflight)
         assert answer == status
         allowed = headers.get("access-control-allow-headers", "").lower()
         assert ("authorization" in allowed) == (status == 200)
@@ -131,7 +131,7 @@ def test_slow_clients_are_disconnected(server):
             time.sleep(0.1)
             yield data[i : i + 1]
 
-    began = time.monotonic()
+    start = time.monotonic()
     check_error(server.raw(message(b'{"prompt"', length=50)), 408, "0.5 s")
     check_error(server.raw(message(b"", length=50), *drip(b'{"prompt"')), 408)
     with server.connect() as silent, server.connect() as half:
@@ -141,7 +141,7 @@ def test_slow_clients_are_disconnected(server):
                 assert connection.recv(100) == b""
             except ConnectionResetError:
                 pass
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - start < 8
     assert server.ask("GET", "/health")[0] == 200
 
 

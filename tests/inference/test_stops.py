@@ -43,7 +43,7 @@ def test_a_text_ends_at_its_first_stop_string(pieces, stops):
     text = "".join(pieces)
     result, parser = read(pieces, stops)
     expected = first_stop(text, stops)
-    assert "".join(said for _, said in result) == expected
+    assert "".join(part for _, part in result) == expected
     assert parser.stopped == any(stop in text for stop in stops)
     assert parser.position == len(expected)
 
@@ -62,12 +62,12 @@ def test_only_a_possible_stop_string_is_held_back():
 def test_reasoning_and_calls_are_separated(size):
     text = "<think>\nwell, x\n</think>\n\nYes. <call>{1}</call><call>{2}</call> Done"
     pieces = [text[i : i + size] for i in range(0, len(text), size)]
-    said = [(REASONING, "well, x\n"), (NORMAL, "Yes. "), (TOOL, "{1}"), (TOOL, "{2}")]
+    expected = [(REASONING, "well, x\n"), (NORMAL, "Yes. "), (TOOL, "{1}"), (TOOL, "{2}")]
     done = [(NORMAL, "Done")]
-    assert read(pieces, (), MARKS)[0] == said + done
+    assert read(pieces, (), MARKS)[0] == expected + done
     # stop strings do not apply to reasoning, nor to the white space after it
-    assert read(pieces, ["\n\n", "x", "Done"], MARKS)[0] == said
-    assert read([text[8:]], (), MARKS, REASONING)[0] == said + done
+    assert read(pieces, ["\n\n", "x", "Done"], MARKS)[0] == expected
+    assert read([text[8:]], (), MARKS, REASONING)[0] == expected + done
 
 
 def test_a_truncated_call_is_returned_at_the_end():
@@ -88,6 +88,6 @@ def test_a_format_of_several_messages(tools):
         tool_call_end="</calls>",
     )
     text = "to=self|hm<eom>from=me to=user|<start>Yes.<eom><calls>{}</calls>"
-    said, _ = read(list(text), (), marker_transitions(tokenizer, tools=tools), "header")
+    expected, _ = read(list(text), (), marker_transitions(tokenizer, tools=tools), "header")
     call = [(TOOL, "{}")] if tools else []
-    assert said == [(REASONING, "hm"), (NORMAL, "Yes."), *call]
+    assert expected == [(REASONING, "hm"), (NORMAL, "Yes."), *call]

@@ -37,8 +37,8 @@ def test_write_that_fails(refusal, tmp_path, monkeypatch, number, overwrite):
     options = ["--overwrite"] if overwrite else []
     target = tmp_path / ("target" if overwrite else "other")
     message = refusal(None, *options, target=target, late=True)
-    said = os.strerror(number) if number == errno.EIO else "disk full while writing"
-    assert said in message and str(target) in message
+    problem = os.strerror(number) if number == errno.EIO else "disk full while writing"
+    assert problem in message and str(target) in message
 
 
 def test_too_little_space_is_found_before_the_work(refusal, tmp_path, monkeypatch):
@@ -84,8 +84,8 @@ def test_replacing_that_is_interrupted_leaves_the_old_model(tmp_path, monkeypatc
         convert(source, target, overwrite=True)
     assert [path.name for path in target.iterdir()] == ["config.json"]
     # an interrupted conversion resumes from the finished weights; an error leaves nothing
-    left = [".target.partial"] if kind is KeyboardInterrupt else []
-    assert sorted(path.name for path in tmp_path.iterdir()) == [*left, "source", "target"]
+    remaining = [".target.partial"] if kind is KeyboardInterrupt else []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*remaining, "source", "target"]
     monkeypatch.undo()
     convert(source, target, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]

@@ -165,8 +165,10 @@ def test_a_killed_study_resumes(study, files, tmp_path):
     after = {file.name: file.stat().st_mtime_ns for file in home.glob("*.*.json")}
     assert before.items() <= after.items() and len(after) > len(before)
     assert (home / "report.html").is_file()
-    left = {path.name for path in home.iterdir() if path.suffix not in (".json", ".html", ".md")}
-    assert left == {"models"} and not list((home / "models").iterdir())
+    remaining = {
+        path.name for path in home.iterdir() if path.suffix not in (".json", ".html", ".md")
+    }
+    assert remaining == {"models"} and not list((home / "models").iterdir())
 
 
 class Notes(Silent):
@@ -237,13 +239,13 @@ def test_a_checkpoint_of_another_program_is_a_row(stories, tmp_path):
 
 def test_questions_changed_under_the_same_ids_are_asked_again(stories, questions_file, tmp_path):
     content = SMALL.format(model=stories).replace("[]", '["arc_easy"]\nquestions = 4')
-    file, asked, home = tmp_path / "arc.toml", tmp_path / "asked.jsonl", tmp_path / "out"
+    file, questions, home = tmp_path / "arc.toml", tmp_path / "asked.jsonl", tmp_path / "out"
     file.write_text(content.partition("[[")[0].replace("256", "0"))
     lines = [json.loads(line) for line in questions_file.read_text().splitlines()[:4]]
     answers = []
     for _ in range(2):
-        asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        run_study(load_study(file), home, data={"arc_easy": asked})
+        questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        run_study(load_study(file), home, data={"arc_easy": questions})
         answers.append(values_of(home)["original", "arc_easy.loglikelihood"]["correct"])
         for line in lines:  # change the correct option
             labels = line["choices"]["label"]
@@ -268,7 +270,7 @@ def test_a_study_killed_anywhere_resumes(small, tmp_path):
     expected, names = values_of(home), {path.name for path in home.iterdir()}
     shutil.rmtree(home)
     program = [sys.executable, "-m", "splitquant_mlx", *command]
-    rng, points, began = random.Random(0), 0, time.monotonic()
+    rng, points, start = random.Random(0), 0, time.monotonic()
     while not (home / "report.md").exists():
         with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             with suppress(subprocess.TimeoutExpired):
@@ -279,7 +281,7 @@ def test_a_study_killed_anywhere_resumes(small, tmp_path):
         if any(home.glob("*.*.json")):
             assert values_of(home).items() <= expected.items()
         points += 1
-        assert time.monotonic() - began < 300
+        assert time.monotonic() - start < 300
     assert run(command) == 0
     assert points > 2 and values_of(home) == expected
     assert {path.name for path in home.iterdir()} == names
