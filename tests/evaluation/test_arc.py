@@ -73,8 +73,8 @@ def test_agrees_with_lm_evaluation_harness(num_shots, count, easy, shots, small,
         journal=tmp_path / "journal",
         model_hash="none",
     )
-    kept = map(json.loads, (tmp_path / "journal").read_text().splitlines()[1:])
-    result = {line["id"]: line["loglikelihoods"] for line in kept}
+    records = map(json.loads, (tmp_path / "journal").read_text().splitlines()[1:])
+    result = {line["id"]: line["loglikelihoods"] for line in records}
     for question, expected in zip(easy[:count], responses(theirs), strict=True):
         assert result[question.id] == pytest.approx(expected, abs=1e-3)
     assert ours.correct == answers(theirs, "acc")
@@ -246,16 +246,9 @@ def test_one_question_has_no_standard_error(small, easy):
     assert result.accuracy in (0.0, 1.0) and math.isnan(result.standard_error)
 
 
-def test_progress_adds_up(small, easy):
-    reported = []
-
-    class Recorder:
-        def task(self, label, total=None):
-            reported.append(-total)
-            return nullcontext(lambda amount, note="": reported.append(amount))
-
-    ask(*small, easy[:5], task="arc_easy", progress=Recorder())
-    assert sum(reported) == 0 and reported.count(-5) == 2
+def test_progress_adds_up(small, easy, recorder):
+    ask(*small, easy[:5], task="arc_easy", progress=recorder)
+    assert sum(recorder.reported) == 0 and recorder.reported.count(-5) == 2
 
 
 @pytest.mark.parametrize(

@@ -208,11 +208,11 @@ def test_an_interrupted_run_leaves_no_files(opened, loader, tmp_path, monkeypatc
             opened()
     assert entries(tmp_path / "cache") == []
     killed = tmp_path / "cache" / ".entry-x.partial"
-    for age_s, left in ((10, True), (2 * module.ABANDONED_S, False)):
+    for age_s, remains in ((10, True), (2 * module.ABANDONED_S, False)):
         killed.write_bytes(b"half of it")
         os.utime(killed, (time.time() - age_s,) * 2)
         opened(model_hash=str(age_s))
-        assert killed.exists() == left
+        assert killed.exists() == remains
 
 
 def test_the_least_recently_used_entry_is_evicted(opened, loader, tmp_path):
@@ -232,9 +232,9 @@ def test_the_least_recently_used_entry_is_evicted(opened, loader, tmp_path):
 
 
 def test_predictions_over_the_limit_are_not_cached(opened, tmp_path):
-    kept = opened().file
+    entry = opened().file
     assert opened(model_hash="big", limit_bytes=ENTRY_BYTES - 1).file is None
-    assert entries(tmp_path / "cache") == [kept]
+    assert entries(tmp_path / "cache") == [entry]
 
 
 def test_an_unwritable_cache_is_not_an_error(opened, loader, tmp_path, monkeypatch):
@@ -288,20 +288,11 @@ def test_model_hash_is_of_the_content(stories, tmp_path):
         model_hash(tmp_path)
 
 
-def test_progress_adds_up(opened, loader):
-    from contextlib import nullcontext
-
-    reported = []
-
-    class Recorder:
-        def task(self, label, total=None):
-            reported.append(-total)
-            return nullcontext(reported.append)
-
-    reference = opened(progress=Recorder())
-    assert sum(reported) == 0 and len(reported) > 1
-    measure_divergence(loader(), reference, progress=Recorder())
-    assert sum(reported) == 0
+def test_progress_adds_up(opened, loader, recorder):
+    reference = opened(progress=recorder)
+    assert sum(recorder.reported) == 0 and len(recorder.reported) > 1
+    measure_divergence(loader(), reference, progress=recorder)
+    assert sum(recorder.reported) == 0
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import builtins
 import importlib
 import sys
-from contextlib import nullcontext
 
 import pytest
 from lm_eval.api.instance import Instance
@@ -104,14 +103,14 @@ def test_generation_stops_at_stop_strings_and_lengths(small):
     whole = generate(*small, prompt=prompt, max_tokens=60)
     (result,) = ours.generate_until(requests("generate_until", (prompt, {"max_gen_toks": 60})))
     assert result == whole.split("</s>")[0] and len(result) > 60
-    asked = requests(
+    generation_requests = requests(
         "generate_until",
         (prompt, {"max_gen_toks": 60, "until": ["."]}),
         (prompt, {"max_gen_toks": 5, "until": "no such text"}),
         (prompt, {"max_gen_toks": 60, "until": [whole[20:30], "."]}),
         ("and then " * 400 + prompt, {"max_gen_toks": 8, "until": []}),
     )
-    first, second, third, long = ours.generate_until(asked)
+    first, second, third, long = ours.generate_until(generation_requests)
     assert first == whole.split(".")[0]
     assert 0 < len(second) < 60 and whole.startswith(second)
     assert third == whole.split(".")[0].split(whole[20:30])[0]
@@ -119,9 +118,9 @@ def test_generation_stops_at_stop_strings_and_lengths(small):
 
 
 def test_a_task_that_generates_more_than_the_model_reads(small):
-    asked = requests("generate_until", ("Once", {"max_gen_toks": 512}))
+    generation_requests = requests("generate_until", ("Once", {"max_gen_toks": 512}))
     with pytest.raises(RecipeError, match=r"max_gen_toks: expected less than .* got 512"):
-        SplitQuantLM(*small).generate_until(asked)
+        SplitQuantLM(*small).generate_until(generation_requests)
 
 
 def test_the_opening_token_comes_once(small):
@@ -132,18 +131,11 @@ def test_the_opening_token_comes_once(small):
     assert ours.tok_encode("Once", add_special_tokens=False) == ours.tok_encode("Once")[1:]
 
 
-def test_progress_adds_up(small):
-    reported = []
-
-    class Recorder(Silent):
-        def task(self, label, total=None):
-            reported.append(-(total or 0))
-            return nullcontext(lambda amount, note="": reported.append(amount))
-
-    ours = SplitQuantLM(*small, progress=Recorder())
+def test_progress_adds_up(small, recorder):
+    ours = SplitQuantLM(*small, progress=recorder)
     ours.loglikelihood(requests("loglikelihood", ("Once", " upon"), ("a", "b")), disable_tqdm=True)
     ours.generate_until(requests("generate_until", ("Once", {"max_gen_toks": 2})))
-    assert sum(reported) == 0 and len(reported) == 5
+    assert sum(recorder.reported) == 0 and len(recorder.reported) == 5
 
 
 def test_a_task_without_its_data_is_refused(small, monkeypatch):
@@ -151,8 +143,8 @@ def test_a_task_without_its_data_is_refused(small, monkeypatch):
     task = {"task": "x", "dataset_path": "json", "dataset_kwargs": {"data_files": "/none.json"}}
     with pytest.raises(RecipeError) as caught:
         run_task(*small, task=task)
-    said = str(caught.value)
-    assert "lm-evaluation-harness cannot run the task" in said and "\n" not in said
+    message = str(caught.value)
+    assert "lm-evaluation-harness cannot run the task" in message and "\n" not in message
 
 
 def test_a_task_that_does_not_exist(small, monkeypatch):

@@ -1,7 +1,5 @@
 """A pair's score does not depend on the other pairs of its batch."""
 
-from contextlib import nullcontext
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ from splitquant_mlx import RecipeError, load
 from splitquant_mlx.evaluation import scoring
 from splitquant_mlx.evaluation.loglikelihood import fit, score
 from splitquant_mlx.models.loader import load_model
-from splitquant_mlx.progress import Silent
 
 TOLERANCE = 1e-5  # nats per token: float32 sums in another order
 DENSE = ("llama", "qwen3", "gemma")
@@ -169,20 +166,11 @@ def test_shared_tokens_are_computed_once(models, monkeypatch):
     assert sum(seen) == 40 + 6 * 3 + 1
 
 
-def test_longest_contexts_come_first_and_progress_adds_up(models):
-    reported = []
-
-    class Recorder(Silent):
-        def task(self, label, total=None):
-            reported.append(-(total or 0))
-            return nullcontext(lambda amount, note="": reported.append(amount))
-
+def test_longest_contexts_come_first_and_progress_adds_up(models, recorder):
     pairs = [([5] * n, end) for n in (3, 40, 11) for end in ([6], [7, 8], [])]
-    order = [
-        index for index, _ in score(models("llama"), pairs, batch_tokens=20, progress=Recorder())
-    ]
-    assert [index // 3 for index in order] == [1, 1, 1, 2, 2, 2, 0, 0, 0]
-    assert sum(reported) == 0 and reported[0] == -9
+    scores = score(models("llama"), pairs, batch_tokens=20, progress=recorder)
+    assert [index // 3 for index, _ in scores] == [1, 1, 1, 2, 2, 2, 0, 0, 0]
+    assert sum(recorder.reported) == 0 and recorder.reported[0] == -9
 
 
 def test_nothing_to_score(models):

@@ -121,20 +121,11 @@ def test_more_context_helps(stories, story):
     assert result == sorted(result, reverse=True) and len(set(result)) == 3
 
 
-def test_progress_adds_up(stories):
-    reported = []
-
-    class Recorder:
-        def task(self, label, total=None):
-            from contextlib import nullcontext
-
-            reported.append(-total)
-            return nullcontext(reported.append)
-
+def test_progress_adds_up(stories, recorder):
     result = measure_perplexity(
-        load_model(stories), [5] * 100, context_length=30, stride=20, progress=Recorder()
+        load_model(stories), [5] * 100, context_length=30, stride=20, progress=recorder
     )
-    assert sum(reported) == 0 and -reported[0] == result.tokens
+    assert sum(recorder.reported) == 0 and -recorder.reported[0] == result.tokens
 
 
 @pytest.mark.parametrize(

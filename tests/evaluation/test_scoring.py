@@ -46,8 +46,8 @@ def test_dense_and_quantized_models_agree(source, name, tmp_path, request):
     assert any(isinstance(module, QUANTIZED) for module in model.modules())
     expected = logits_of(model, vocabulary)
     dense = for_scoring(model)
-    left = {type(module) for module in dense.modules() if isinstance(module, QUANTIZED)}
-    assert left <= ({nn.QuantizedEmbedding} if source == "untied" else set())
+    remaining = {type(module) for module in dense.modules() if isinstance(module, QUANTIZED)}
+    assert remaining <= ({nn.QuantizedEmbedding} if source == "untied" else set())
     result = logits_of(dense, vocabulary)
     assert np.abs(result - expected).max() <= TOLERANCE * np.abs(expected).max()
     original = logits_of(load_model(directory), vocabulary)

@@ -8,7 +8,7 @@ from splitquant_mlx.cli import run
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
+def separate_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
 
 
@@ -44,8 +44,8 @@ def test_arc_of_two_models_on_the_same_questions(evaluated, stories, split_stori
 def test_perplexity_and_divergence(evaluated, stories, split_stories, text_file):
     text = ("--data", text_file, "--limit", 4)
     sizes = ("--context-length", 64)
-    _, own = evaluated("--task", "perplexity", "--model", stories, *text, *sizes)
-    assert 1 < own["values"]["perplexity"] < 20 and own["values"]["tokens"] == 4 * 63
+    _, original = evaluated("--task", "perplexity", "--model", stories, *text, *sizes)
+    assert 1 < original["values"]["perplexity"] < 20 and original["values"]["tokens"] == 4 * 63
     kl = ("--task", "kl", "--reference", stories, *text, *sizes)
     _, itself = evaluated(*kl, "--model", stories)
     assert itself["values"]["kl_mean"] < 1e-6 and itself["values"]["top1_agreement"] == 1
