@@ -134,22 +134,17 @@ def count_operations(model: Path, calibration: Calibration) -> dict[str, float]:
                 inputs[id(seen.given)] = experts * weight.shape[-1] ** 2
         run.release(index)
         squares += sum(inputs.values())
-    head = max(array.size for array in _outer_weights(run.model))
+    head = max(
+        module.weight.size
+        for path, module in run.model.named_modules()
+        if isinstance(module, (nn.Embedding, nn.Linear)) and ".layers." not in path
+    )
     return {
         "sampling": 2.0 * tokens * (weights + head),
         "forward": 2.0 * tokens * weights,
         "hessians": float(tokens * squares),
         "rounding": rounding,
     }
-
-
-def _outer_weights(model: nn.Module) -> list[mx.array]:
-    """Return the weights of the embedding and the head."""
-    return [
-        module.weight
-        for path, module in model.named_modules()
-        if isinstance(module, (nn.Embedding, nn.Linear)) and ".layers." not in path
-    ]
 
 
 def product_rate() -> float:

@@ -116,7 +116,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
             where = f"line {reader.line_num}"
             try:
                 yield where, _ai2_row(row) if is_ai2 else _csv_row(row)
-            except (ValueError, RecursionError) as exc:
+            except ValueError as exc:
                 raise SourceError(f"{path}, {where}: {one_line(exc)}") from exc
     except csv.Error as exc:
         raise SourceError(

@@ -229,7 +229,7 @@ class Service:
             answers.append(answer)
         return answers
 
-    def _plan(self, request: protocol.Request, prompt: list[int], **rest: Any) -> Plan:
+    def _plan(self, request: protocol.Request, prompt: list[int], **options: Any) -> Plan:
         settings, count, vocab_size = self.settings, len(prompt), self.engine.vocab_size
         max_tokens = getattr(request, "max_completion_tokens", None)
         max_tokens = request.max_tokens if max_tokens is None else max_tokens
@@ -252,7 +252,7 @@ class Service:
             sampling=sampling,
             penalties=request.model_dump(include=PENALTIES),
             seed=request.seed,
-            **rest,
+            **options,
         )
 
     def _render(self, request: protocol.ChatRequest, tools: list[Any], *, thinking: bool) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
+from splitquant_mlx.inference.decoding import Probability
 from splitquant_mlx.settings import explain
 
 IGNORED_FIELDS = {
@@ -138,7 +139,6 @@ class Message(StrictModel, extra="allow"):
         return self
 
 
-Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Context = Annotated[int, Field(ge=0, le=2**20)]
 One = Annotated[int, Field(ge=1, le=1)]
