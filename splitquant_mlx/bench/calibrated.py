@@ -23,7 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from splitquant_mlx.calibration.blocks import is_expert_stack, start_pass, taken, tapped
+from splitquant_mlx.calibration.blocks import collect_inputs, is_expert_stack, start_pass, tapped
 from splitquant_mlx.conversion.pipeline import convert
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.progress import SILENT, Advance, Progress
@@ -126,7 +126,7 @@ def count_operations(model: Path, calibration: Calibration) -> dict[str, float]:
         inputs: dict[int, int] = {}
         with tapped(block, layers) as taps:
             run.advance(index)
-            for path, seen in taken(taps).items():
+            for path, seen in collect_inputs(taps).items():
                 experts = 1 if seen.routes is None else seen.routes.shape[-1]  # per token
                 weight = taps[path].layer.weight
                 weights += experts * math.prod(weight.shape[-2:])
