@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.runtime.cores import evaluated, in_rounds, settle
+from splitquant_mlx.runtime.cores import evaluate_arrays, evaluated, in_rounds
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 2048  # on a CPU: per core
 LOGITS = 1 << 24  # in memory at a time
@@ -296,7 +296,7 @@ def tapped(module: nn.Module, paths: list[str]) -> Iterator[dict[str, Tap]]:
         for path in paths
     }
     for path in paths:
-        settle(layers[path])
+        evaluate_arrays(layers[path])
     _put(module, taps)
     try:
         yield taps

@@ -17,7 +17,7 @@ from splitquant_mlx.models.lazy import LazyModel
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.progress import Progress
 from splitquant_mlx.recipe import SELF, Calibration
-from splitquant_mlx.runtime.cache import cache_directory, kept
+from splitquant_mlx.runtime.cache import cache_directory, cached_on_disk
 
 
 def calibration_tokens(
@@ -49,7 +49,7 @@ def calibration_tokens(
         settings = {"length": length, "seed": seed, "progress": progress}
         return sample_tokens(model, prompts, **settings, unfinished=unfinished)
 
-    return kept(
+    return cached_on_disk(
         f"calibration/{key}.bin",
         sample,
         pack=lambda tokens: tokens.astype("<i4").tobytes(),

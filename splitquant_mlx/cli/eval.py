@@ -65,10 +65,10 @@ def evaluate(
     from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.evaluation.task import evaluate
     from splitquant_mlx.models.source import resolve
-    from splitquant_mlx.runtime.ranks import together
+    from splitquant_mlx.runtime.ranks import fail_together
 
     group = join()
-    with together(group):
+    with fail_together(group):
         name = model.choose()
         if not launched_rank():
             source = resolve(name, revision=model.revision)

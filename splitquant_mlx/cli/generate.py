@@ -112,10 +112,10 @@ def generate(
     import mlx.core as mx
 
     from splitquant_mlx.cli.loading import load_model, warn_of_context
-    from splitquant_mlx.runtime.ranks import gather, together
+    from splitquant_mlx.runtime.ranks import fail_together, gather
 
     group = join()
-    with together(group):
+    with fail_together(group):
         name = choose_model(named)
         text = _read_prompt("hello" if prompt is None else prompt, ranks=group.size())
         options = {name: value for name, value in vars(loading).items() if name != "device"}
@@ -148,11 +148,11 @@ def _answer(
     """Return the answer and mlx-lm's last response, once all ranks have it."""
     from mlx_lm.generate import generation_stream
 
-    from splitquant_mlx.runtime.ranks import connected, settle
+    from splitquant_mlx.runtime.ranks import connected, drain
 
     with readable_errors(), connected(), redirect_stdout(Printable(sys.stdout)):  # type: ignore[arg-type]
         answer, last = _generate(found, tokens, decoding, group, wordy)
-    settle(group, generation_stream)
+    drain(group, generation_stream)
     return answer, last
 
 

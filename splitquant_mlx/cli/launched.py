@@ -45,7 +45,7 @@ def join() -> Any:
     before = _sockets()
     with handling(signal.SIG_DFL, *ENDING):
         group = distributed.join()
-    if not distributed.alone(group):
+    if not distributed.is_single_rank(group):
         _end_with_the_others(_sockets() - before)
     elif launched_rank():
         raise RankError("mlx finds no other rank: start all of them with mlx.launch")

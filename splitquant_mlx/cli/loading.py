@@ -46,11 +46,11 @@ def load_model(
     from splitquant_mlx.models.footprint import context_length, weight_bytes
     from splitquant_mlx.models.loader import load
     from splitquant_mlx.models.source import resolve
-    from splitquant_mlx.runtime.ranks import alone
+    from splitquant_mlx.runtime.ranks import is_single_rank
 
     source = resolve(name, revision=revision)
     nbytes = weight_bytes(source.path)
-    if group is None or alone(group):  # ranks divide it
+    if group is None or is_single_rank(group):  # ranks divide it
         check_room(source.path, f"running {name}")
     if not launched_rank():
         console.note(f"Loading {console.plain(name)} ({console.size(nbytes)}) ...")

@@ -56,13 +56,13 @@ def serve(
     from splitquant_mlx.cli.loading import check_room
     from splitquant_mlx.inference.server import serve as serve_model
     from splitquant_mlx.models.source import resolve
-    from splitquant_mlx.runtime.ranks import alone, together
+    from splitquant_mlx.runtime.ranks import fail_together, is_single_rank
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     group = join()
-    with together(group):
+    with fail_together(group):
         name = choose_model(model, model_option)
-        if alone(group):
+        if is_single_rank(group):
             check_room(resolve(name).path, f"serving {name}")
 
     def announce(url: str) -> None:
@@ -72,7 +72,7 @@ def serve(
         print(f"Serving {name} at {url}/v1 (Ctrl-C stops)", flush=True)
 
     serve_model(name, chosen, trust_remote_code=trust_remote_code, on_ready=announce)
-    if alone(group):  # the interpreter would take seconds to put away what it loaded
+    if is_single_rank(group):  # the interpreter would take seconds to put away what it loaded
         sys.stdout.flush()
         interrupt.leave()
 

@@ -23,7 +23,7 @@ from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.quantization.allocate import allocate
 from splitquant_mlx.recipe import Recipe
-from splitquant_mlx.runtime.cache import cache_directory, kept
+from splitquant_mlx.runtime.cache import cache_directory, cached_on_disk
 
 TOKENS = 4096  # for measuring sensitivities
 STEP = 0.5  # bits/weight to the next size
@@ -175,4 +175,4 @@ def _sensitivities(
     def pack(divergence: dict[str, dict[Option, float]]) -> bytes:
         return json.dumps(to_json(divergence)).encode()
 
-    return kept(f"sensitivity/{name}.json", compute, pack=pack, unpack=unpack)
+    return cached_on_disk(f"sensitivity/{name}.json", compute, pack=pack, unpack=unpack)

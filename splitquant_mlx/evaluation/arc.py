@@ -26,7 +26,7 @@ from splitquant_mlx.evaluation.protocols import draw_shots, encode_question
 from splitquant_mlx.models.footprint import context_length
 from splitquant_mlx.progress import SILENT, Advance, Progress
 from splitquant_mlx.runtime.journal import Journal
-from splitquant_mlx.runtime.ranks import Group, alone, gather
+from splitquant_mlx.runtime.ranks import Group, gather, is_single_rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +167,7 @@ def _score_options(
     for index, score_ in score(model, pairs, group=group):
         computed.append((index, score_.loglikelihood))
         add(index, score_.loglikelihood)
-    for share in [] if alone(group) else gather(group, computed):
+    for share in [] if is_single_rank(group) else gather(group, computed):
         for index, loglikelihood in share:
             add(index, loglikelihood)
     return scores

@@ -17,7 +17,7 @@ from splitquant_mlx.evaluation.perplexity import Perplexity, perplexity_of
 from splitquant_mlx.evaluation.reference import Reference
 from splitquant_mlx.evaluation.scoring import log_probabilities_of, log_probability_blocks
 from splitquant_mlx.progress import SILENT, Progress
-from splitquant_mlx.runtime.ranks import Group, collect
+from splitquant_mlx.runtime.ranks import Group, unshard
 
 RESAMPLES = 2000
 
@@ -69,7 +69,7 @@ def measure_divergence(
         SplitQuantError: when the reference is not cached and cannot be loaded.
     """
     kl, same, _ = _run(model, reference, progress)
-    kl, same = (np.array(collect(group, values.tolist())) for values in (kl, same))
+    kl, same = (np.array(unshard(group, values.tolist())) for values in (kl, same))
     return _divergence(kl, same)
 
 

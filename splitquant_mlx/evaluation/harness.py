@@ -13,7 +13,7 @@ from splitquant_mlx.errors import RecipeError, one_line
 from splitquant_mlx.evaluation.loglikelihood import Pair, Score, fit, score
 from splitquant_mlx.models.footprint import context_length
 from splitquant_mlx.progress import SILENT, Progress
-from splitquant_mlx.runtime.ranks import Group, collect, deal, gather
+from splitquant_mlx.runtime.ranks import Group, gather, shard, unshard
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -95,13 +95,13 @@ class SplitQuantLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the continuation of each prompt, up to a stop string or the maximum length."""
-        share = deal(self.group, requests)
+        share = shard(self.group, requests)
         with self.progress.task("Generating", len(share)) as advance:
             texts = []
             for request in share:
                 texts.append(self._generate(*request.args))
                 advance(1)
-        return collect(self.group, texts)
+        return unshard(self.group, texts)
 
     def _generate(self, prompt: str, settings: dict[str, Any]) -> str:
         from lm_eval.models.utils import (

@@ -29,7 +29,7 @@ from splitquant_mlx.evaluation.scoring import block_rows, token_array
 from splitquant_mlx.models.prompt_cache import make_cache
 from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.runtime.cores import in_rounds, one_at_a_time
-from splitquant_mlx.runtime.ranks import Group, deal
+from splitquant_mlx.runtime.ranks import Group, shard
 
 BATCH_TOKENS = 4096
 MAX_STEP = 1024  # more tokens per step need more attention memory and gain little time
@@ -97,7 +97,7 @@ def score(
     with progress.task("Scoring", len(pairs)) as advance:
         prefix = _common_prefix(groups) if runner.can_copy else 0
         prefix_cache = runner.extend(runner.empty(), [0], [groups[0][0][:prefix]])
-        batches = deal(group, list(_batches(groups, batch_tokens)))
+        batches = shard(group, list(_batches(groups, batch_tokens)))
         tasks = [partial(_score_batch, runner, prefix_cache, prefix, batch) for batch in batches]
         for scores in itertools.chain.from_iterable(in_rounds(tasks)):
             for indexed_score in scores:

@@ -20,7 +20,7 @@ import numpy as np
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluation.scoring import block_rows, logit_blocks, token_array
 from splitquant_mlx.progress import SILENT, Progress
-from splitquant_mlx.runtime.ranks import Group, collect, deal
+from splitquant_mlx.runtime.ranks import Group, shard, unshard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def measure_perplexity(
     _check(len(array), context_length, stride)
     windows = list(_windows(len(array), context_length, stride))
     batch_size = max(1, block_rows(vocabulary) // context_length)
-    batches = deal(group, list(_batches(windows, batch_size)))
+    batches = shard(group, list(_batches(windows, batch_size)))
     total = sum(len(starts) * (length - first) for starts, length, first in batches)
     values: list[list[float]] = []
     with progress.task("Measuring perplexity", total) as advance:
@@ -86,7 +86,7 @@ def measure_perplexity(
             for nll in _negative_log_likelihoods(model, texts, vocabulary, first):
                 values[-1] += nll.tolist()
                 advance(nll.size)
-    return perplexity_of(np.concatenate(collect(group, values)), context_length, stride)
+    return perplexity_of(np.concatenate(unshard(group, values)), context_length, stride)
 
 
 def perplexity_of(nll: np.ndarray, context_length: int, stride: int) -> Perplexity:

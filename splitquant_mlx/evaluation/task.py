@@ -24,7 +24,7 @@ from splitquant_mlx.models.lazy import LazyModel, open_model
 from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.runtime.cache import cache_directory
 from splitquant_mlx.runtime.environment import made_with
-from splitquant_mlx.runtime.ranks import Group, alone, check_alike, deal, together
+from splitquant_mlx.runtime.ranks import Group, check_alike, fail_together, is_single_rank, shard
 
 
 def evaluate(
@@ -62,13 +62,13 @@ def evaluate(
     reference = None if reference is None else str(reference)
     _check_reference(task, reference)
     options: Any = {"trust_remote_code": trust_remote_code, "progress": progress}
-    with together(group), ExitStack() as stack:
+    with fail_together(group), ExitStack() as stack:
         lazy_model = stack.enter_context(open_model(model, revision=revision, **options))
         lazy_reference = None
         if reference is not None:
             lazy_reference = stack.enter_context(open_model(reference, revision=None, **options))
         models = [lazy_model, lazy_reference] if lazy_reference else [lazy_model]
-        for opened in [] if alone(group) else models:
+        for opened in [] if is_single_rank(group) else models:
             check_alike(group, f"model at {opened.path}", opened.hash)
         length = window_length(task.context_length, models)
         task = dataclasses.replace(task, context_length=length)
@@ -207,7 +207,7 @@ def _divergence(
             f"{group.size()} ranks: give a longer text, or start fewer ranks"
         )
     predictions = open_reference(
-        deal(group, windows), model_hash=reference.hash, load=reference.load, progress=progress
+        shard(group, windows), model_hash=reference.hash, load=reference.load, progress=progress
     )
     result = measure_divergence(model.model, predictions, group=group, progress=progress)
     return {**dataclasses.asdict(result), "text_sha256": text_hash(text)}

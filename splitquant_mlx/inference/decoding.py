@@ -60,12 +60,12 @@ class Decoding:
         """
         from mlx_lm.sample_utils import make_sampler
 
-        from splitquant_mlx.runtime.ranks import led
+        from splitquant_mlx.runtime.ranks import follow_rank_0
 
         sampler = make_sampler(self.temp, top_p=self.top_p, min_p=self.min_p, top_k=self.top_k)
         return {
             "max_tokens": self.max_tokens,
-            "sampler": led(group, sampler),
+            "sampler": follow_rank_0(group, sampler),
             "kv_bits": self.kv_bits,
             "kv_group_size": self.kv_group_size,
             "quantized_kv_start": self.quantized_kv_start,

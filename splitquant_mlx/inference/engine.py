@@ -26,7 +26,7 @@ from splitquant_mlx.errors import RecipeError, one_line
 from splitquant_mlx.inference.grammar import Grammars
 from splitquant_mlx.inference.protocol import internal_error
 from splitquant_mlx.inference.settings import ServeSettings
-from splitquant_mlx.runtime.ranks import Group, alone, gather, led
+from splitquant_mlx.runtime.ranks import Group, follow_rank_0, gather, is_single_rank
 
 IDLE_S = 0.1  # how long to wait for a job when idle
 RANK_STEPS = 8  # decoding steps between two messages among the ranks
@@ -138,7 +138,7 @@ class Engine:
                     return
             except Exception:
                 # other ranks are out of step, or the exception was not caused by a job
-                if not alone(self.group) or not self._open:
+                if not is_single_rank(self.group) or not self._open:
                     raise
                 logging.exception("the answers in progress failed")
                 self._end_jobs(internal_error())
@@ -180,7 +180,7 @@ class Engine:
             self._finish(uid, *caches.get(uid, (None, None)))
         for job in new or [Job(plan=Plan(**plan)) for plan in plans]:
             self._start(job)
-        for _ in range(1 if alone(self.group) else RANK_STEPS):
+        for _ in range(1 if is_single_rank(self.group) else RANK_STEPS):
             for r in self._generator.next()[1] if self._jobs else []:
                 job = self._jobs[r.uid]
                 job.emit(_scored_token(r.token, r.logprobs, job.plan.top, r.finish_reason))
@@ -210,7 +210,7 @@ class Engine:
         if rest:
             cache, rest = self._prompts.fetch_nearest_cache(MODEL, rest)
         job.cached = len(plan.prompt) - 1 - len(rest)
-        sampler = led(self.group, _seeded(_sampler(**plan.sampling), plan.seed))
+        sampler = follow_rank_0(self.group, _seeded(_sampler(**plan.sampling), plan.seed))
         bias = {int(token): value for token, value in plan.penalties["logit_bias"].items()}
         processors = make_logits_processors(**{**plan.penalties, "logit_bias": bias})
         if plan.grammar is not None:

@@ -28,7 +28,7 @@ from splitquant_mlx.models.footprint import context_length
 from splitquant_mlx.models.loader import load
 from splitquant_mlx.models.source import Source, resolve
 from splitquant_mlx.runtime.compatibility import NAMES, check_names
-from splitquant_mlx.runtime.ranks import Group, alone, connected, join, together
+from splitquant_mlx.runtime.ranks import Group, connected, fail_together, is_single_rank, join
 
 MAX_CONNECTIONS = 200
 DEFAULT_CONTEXT = 32768  # context length of models whose config has none
@@ -59,14 +59,14 @@ def serve(
     settings = settings or ServeSettings()
     group = join()
     with ExitStack() as stack:
-        with together(group):
-            if not alone(group) and (settings.adapter_path or settings.draft_model):
+        with fail_together(group):
+            if not is_single_rank(group) and (settings.adapter_path or settings.draft_model):
                 raise RecipeError("--adapter-path, --draft-model: expected one rank, got several")
             source = resolve(model)
             listener = stack.enter_context(
                 bind(settings.host, settings.port) if group.rank() == 0 else nullcontext()
             )
-        with together(group):
+        with fail_together(group):
             service = load_service(source, settings, trust_remote_code, group)
         engine = service.engine
         if listener is None:
@@ -76,7 +76,7 @@ def serve(
         url = stack.enter_context(listening(service, listener))
         with suppress(KeyboardInterrupt), connected():
             on_ready(url)
-            if not alone(group):  # to stop the other ranks, too
+            if not is_single_rank(group):  # to stop the other ranks, too
                 for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, lambda *_: setattr(engine, "stopping", True))
             engine.run()

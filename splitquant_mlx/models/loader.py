@@ -29,7 +29,7 @@ from splitquant_mlx.models.quantized import quantization_table, runs_packed
 from splitquant_mlx.models.sharding import divide
 from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.models.source import Source, resolve
-from splitquant_mlx.runtime.ranks import Group, alone, check_alike
+from splitquant_mlx.runtime.ranks import Group, check_alike, is_single_rank
 
 # files that transformers builds tokenizers from
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
@@ -102,7 +102,7 @@ def load_model(
         model, config = checkpoint.model.eval(), checkpoint.config
         model.load_weights(list(checkpoint.weights.items()))
         del checkpoint
-    if group is not None and not alone(group):
+    if group is not None and not is_single_rank(group):
         layout = [config, [[name, h.dtype, h.shape] for name, h in sorted(headers.items())]]
         digest = hashlib.sha256(json.dumps(layout, sort_keys=True).encode()).hexdigest()
         check_alike(group, f"model at {directory}", digest)

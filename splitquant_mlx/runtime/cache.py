@@ -26,7 +26,7 @@ def cache_directory() -> Path:
     return Path.home() / caches / "splitquant-mlx"
 
 
-def kept(
+def cached_on_disk(
     name: str,
     compute: Callable[[], Value],
     *,

@@ -70,11 +70,11 @@ def one_at_a_time(
         with lock:
             found = call(*args, **kwargs)
             if module is not None:
-                settle(module)
+                evaluate_arrays(module)
         return found
 
     if module is not None:
-        settle(module)
+        evaluate_arrays(module)
     return locked
 
 
@@ -92,7 +92,7 @@ def evaluated(
     return compute
 
 
-def settle(module: nn.Module) -> None:
+def evaluate_arrays(module: nn.Module) -> None:
     """Evaluate all arrays that a module holds, which then are at hand in every thread.
 
     Some models change them when they are called, Gemma 3n for one.

@@ -41,13 +41,13 @@ def gather(group: Group | None, value: T) -> list[T]:
         FailedElsewhere: when another rank has failed.
         RankError: when one is gone.
     """
-    if group is None or alone(group):
+    if group is None or is_single_rank(group):
         return [value]
     return [message["value"] for message in _exchange(group, {"value": value})]
 
 
 @contextmanager
-def together(group: Group | None) -> Iterator[None]:
+def fail_together(group: Group | None) -> Iterator[None]:
     """Do on all ranks what may fail on one: then it fails on all.
 
     Raises:
@@ -59,7 +59,7 @@ def together(group: Group | None) -> Iterator[None]:
     except (FailedElsewhere, RankError):  # of which all have heard
         raise
     except Exception as exc:
-        if group is not None and not alone(group):
+        if group is not None and not is_single_rank(group):
             with suppress(FailedElsewhere, RankError):
                 _exchange(group, {"failed": one_line(exc)})
         raise
@@ -84,12 +84,12 @@ def check_alike(group: Group | None, what: str, value: Any) -> None:
             raise FailedElsewhere(f"rank {rank} has another {what} than rank 0: give both the same")
 
 
-def deal(group: Group | None, items: Any) -> Any:
-    """Return what of `items`, a list or array, is this rank's to do; see `collect`."""
+def shard(group: Group | None, items: Any) -> Any:
+    """Return what of `items`, a list or array, is this rank's to do; see `unshard`."""
     return items if group is None else items[group.rank() :: group.size()]
 
 
-def collect(group: Group | None, found: list[T]) -> list[T]:
+def unshard(group: Group | None, found: list[T]) -> list[T]:
     """Return what all ranks found for the items dealt to them, in the order of the items."""
     shares = gather(group, found)
     merged: list[Any] = [None] * sum(map(len, shares))
@@ -98,14 +98,14 @@ def collect(group: Group | None, found: list[T]) -> list[T]:
     return merged
 
 
-def led(
+def follow_rank_0(
     group: Group | None, sampler: Callable[[mx.array], mx.array]
 ) -> Callable[[mx.array], mx.array]:
     """Make all ranks take the token that rank 0 samples.
 
     Their random numbers differ, and where their chips do, so may their logits in the last digit.
     """
-    if group is None or alone(group):
+    if group is None or is_single_rank(group):
         return sampler
 
     def sample(logprobs: mx.array) -> mx.array:
@@ -116,18 +116,18 @@ def led(
     return sample
 
 
-def settle(group: Group | None, stream: Any) -> None:
+def drain(group: Group | None, stream: Any) -> None:
     """Wait until all ranks have done what mlx computes ahead on `stream`, as mlx-lm has it do.
 
     A rank that left earlier would break off what the others are still doing.
     """
-    if not alone(group):
+    if not is_single_rank(group):
         with connected():
             mx.synchronize(stream)
         gather(group, None)
 
 
-def alone(group: Group | None) -> bool:
+def is_single_rank(group: Group | None) -> bool:
     """Say whether there are no other ranks."""
     return group is None or group.size() == 1
 

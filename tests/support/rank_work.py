@@ -47,7 +47,7 @@ def sampled(path, group):
     mx.random.seed(group.rank() if group else 0)
     options = Decoding(temp=1.0, max_tokens=12).options(group)
     tokens = [found.token for found in stream_generate(model, tokenizer, PROMPT, **options)]
-    distributed.settle(group, generation_stream)
+    distributed.drain(group, generation_stream)
     return tokens
 
 
@@ -72,7 +72,7 @@ def failures(group):
     heard = []
     for failing in ((1,), (0, 1)):
         try:
-            with distributed.together(group):
+            with distributed.fail_together(group):
                 if group.rank() in failing:
                     raise RecipeError(f"{group.rank()} does not want to")
                 distributed.gather(group, "before the failing rank is done")
@@ -94,7 +94,7 @@ def work(home, text, questions, group):
         "sampled": sampled(models / "llama", group),
         "failures": failures(group) if group else [],
         "evaluations": evaluations(home / "split", home / "original", text, questions, group),
-        "dealt": distributed.collect(group, distributed.deal(group, list("abcde"))),
+        "dealt": distributed.unshard(group, distributed.shard(group, list("abcde"))),
     }
 
 
