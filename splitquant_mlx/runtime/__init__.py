@@ -1,1 +1,1 @@
-"""What the machine gives: disk, cache, BLAS, versions, ranks."""
+"""Services of the machine: disk, cache, memory, cores, BLAS, package versions, ranks."""

@@ -1,13 +1,12 @@
-"""Give mlx a fast matrix product and fast memory on Linux CPUs.
+"""Speed up matrix products and memory allocation of mlx on Linux CPUs.
 
-mlx's Linux wheel is linked to the reference BLAS. OpenBLAS exports the same functions: loaded
-first and globally, it answers mlx's calls (measured: 280 against 5 GFLOP/s in float32). Its threads
-wait for the next product by keeping their cores busy, by default for longer than mlx takes from one
-to the next: in a calibration that is a third of the processor time, and no second of it is won.
+mlx's Linux wheel is linked to the reference BLAS. OpenBLAS exports the same symbols: loaded first
+and globally, it serves mlx's calls (280 instead of 5 GFLOP/s in float32). By default its threads
+spin between products for longer than mlx takes from one to the next, which uses a third of the CPU
+time of a calibration without making it faster.
 
-On a CPU mlx takes the memory of each array from malloc, which by default returns large arrays to
-the system at once and has the next one's pages cleared again: a seventh of the processor time of
-sampling.
+On a CPU mlx allocates each array with malloc. By default glibc returns large blocks to the system
+at once, and the kernel clears the pages of the next one: a seventh of the CPU time of sampling.
 """
 
 import ctypes
@@ -15,84 +14,82 @@ import importlib.util
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
-WAIT = "16"  # threads of OpenBLAS wait 2^16 cycles before they sleep
+SPIN = "16"  # OpenBLAS threads spin for 2^16 cycles before they sleep
 LIBRARIES = ("libopenblas.so.0", "libopenblas.so")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
-KEPT_BYTES = 1 << 27  # of an array, at most, that is not returned to the system when it is freed
+MMAP_THRESHOLD_BYTES = 1 << 27  # larger arrays are returned to the system when freed
 ADVICE = "install OpenBLAS (Debian, Ubuntu: apt install libopenblas0) for much faster CPU runs"
 
 
 @cache
 def preload() -> bool | None:
-    """Load OpenBLAS, once; too late after the first import of mlx.core in the process.
+    """Load OpenBLAS once, before the first import of mlx.core in the process.
 
-    A system's own OpenBLAS comes first, then the one of the package ngsolve-openblas.
+    The OpenBLAS of the system takes precedence over that of the package ngsolve-openblas.
 
     Returns:
         True when OpenBLAS is loaded, False when there is none, None where mlx does not need it.
     """
     if sys.platform != "linux":
         return None
-    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", WAIT)
-    _keep_freed_memory()
-    _bind_torch()
-    for load in (*map(_loader, LIBRARIES), _load_from_wheel):
-        try:
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", SPIN)
+    _retain_freed_memory()
+    _preload_torch()
+    for load in (*(partial(_load, library) for library in LIBRARIES), _load_from_wheel):
+        with suppress(OSError):
             load()
-        except OSError:
-            continue
-        return True
+            return True
     return False
 
 
-def _keep_freed_memory() -> None:
-    """Let malloc keep what is freed for the next array of any thread, where it is glibc's."""
+def _retain_freed_memory() -> None:
+    """Have glibc's malloc retain freed memory in one arena that all threads allocate from."""
     with suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES)
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
         mallopt(M_ARENA_MAX, 1)
 
 
-def _bind_torch() -> None:
-    """Load torch's library where there is one, so that it calls its own functions.
+def _preload_torch() -> None:
+    """Load libtorch, if installed, before OpenBLAS.
 
-    It has some that OpenBLAS has under the same names with other arguments, products of batches
-    among them: loaded later, it would call those of OpenBLAS, and crash.
+    Both export some symbols, such as batched products, with different signatures. Loaded after
+    OpenBLAS, torch would call those of OpenBLAS and crash.
     """
     for file in _package_files("torch", "lib/libtorch_cpu.so"):
         with suppress(OSError):
             ctypes.CDLL(str(file))
 
 
-def _loader(library: str | Path) -> Callable[[], object]:
-    return lambda: ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+def _load(library: str) -> None:
+    ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
 
 
 def _load_from_wheel() -> None:
-    """Load ngsolve-openblas with the Fortran runtime that mlx's wheel brings.
+    """Load ngsolve-openblas with the Fortran runtime of mlx's wheel.
 
-    The library asks for "libgfortran.so.5" and looks in its own directory first; mlx's copy has
-    another name. Both are linked into one directory for the time of loading.
+    The library needs "libgfortran.so.5" and searches its own directory first; mlx's copy has
+    another name. While loading, a temporary directory holds links to both.
     """
     openblas = next(_package_files("ngsolve_openblas", "libopenblas*.so"), None)
     fortran = next(_package_files("mlx", "../mlx_cpu.libs/libgfortran-*.so.5*"), None)
     if openblas is None or fortran is None:
-        raise FileNotFoundError("no wheel of OpenBLAS")
+        raise FileNotFoundError("ngsolve-openblas is not installed")
     ctypes.CDLL(str(fortran))
     with tempfile.TemporaryDirectory() as links:
         os.symlink(fortran, f"{links}/libgfortran.so.5")
         os.symlink(openblas, f"{links}/{openblas.name}")
-        _loader(f"{links}/{openblas.name}")()
+        _load(f"{links}/{openblas.name}")
 
 
 def _package_files(package: str, pattern: str) -> Iterator[Path]:
-    """Yield files of an installed package, without importing it."""
+    """Yield files of a package without importing it; none if it is not installed."""
     spec = importlib.util.find_spec(package)
     for home in spec.submodule_search_locations or () if spec else ():
         yield from Path(home).glob(pattern)
@@ -100,16 +97,16 @@ def _package_files(package: str, pattern: str) -> Iterator[Path]:
 
 @contextmanager
 def one_thread(*, numpy_only: bool = False) -> Iterator[None]:
-    """Let OpenBLAS compute in the threads that call it, and in no others.
+    """Limit OpenBLAS to the calling thread.
 
-    Where they are as many as cores already, its threads take turns with them, and keep a core busy
-    while they wait. Does nothing where there is another BLAS.
+    With one calling thread per core, threads of OpenBLAS would compete for the cores and spin
+    while they wait. Has no effect on other BLAS libraries.
 
     Args:
-        numpy_only: numpy's own OpenBLAS alone, not the one that mlx calls.
+        numpy_only: limit only the OpenBLAS bundled with numpy, not the one that mlx calls.
     """
     from threadpoolctl import ThreadpoolController
 
-    which = {"prefix": "libscipy_openblas"} if numpy_only else {"internal_api": "openblas"}
-    with ThreadpoolController().select(**which).limit(limits=1):
+    selection = {"prefix": "libscipy_openblas"} if numpy_only else {"internal_api": "openblas"}
+    with ThreadpoolController().select(**selection).limit(limits=1):
         yield

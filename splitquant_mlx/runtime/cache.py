@@ -1,4 +1,4 @@
-"""Say where this package keeps what it fetched, and keep what took it long to compute."""
+"""Cache of downloads and of expensive results on disk."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ Value = TypeVar("Value")
 def cache_directory() -> Path:
     """Return the cache directory, which may not exist yet.
 
-    `$SPLITQUANT_CACHE` wins; else `splitquant-mlx` in `$XDG_CACHE_HOME`, in `~/Library/Caches` on
+    `$SPLITQUANT_CACHE` if set; else `splitquant-mlx` in `$XDG_CACHE_HOME`, in `~/Library/Caches` on
     macOS, in `~/.cache` elsewhere.
     """
     if chosen := os.environ.get("SPLITQUANT_CACHE"):
@@ -33,16 +33,16 @@ def cached_on_disk(
     pack: Callable[[Value], bytes],
     unpack: Callable[[bytes], Value],
 ) -> Value:
-    """Return what was computed before and kept as `name`, else compute and keep it.
+    """Return a value from the cache, or compute and cache it.
 
-    What cannot be unpacked, because a file is damaged or another version's, is computed anew. A
-    disk that is full or read-only costs time, not the result.
+    A file that is damaged or of another version is replaced. If the disk is full or read-only, the
+    value is returned without being cached.
 
     Args:
-        name: path in the cache directory; it has to tell all that the value depends on.
-        compute: called when there is no usable file.
-        pack: makes the file's content.
-        unpack: undoes it; raises ValueError, TypeError or LookupError for what it cannot use.
+        name: path in the cache directory; must identify everything that the value depends on.
+        compute: computes the value if there is no usable file.
+        pack: serializes the value.
+        unpack: deserializes it; raises ValueError, TypeError or LookupError for unusable content.
     """
     file = cache_directory() / name
     with suppress(OSError, ValueError, TypeError, LookupError):

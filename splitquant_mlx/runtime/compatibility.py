@@ -1,7 +1,7 @@
-"""Refuse versions of mlx, mlx-lm and transformers that this package cannot work with.
+"""Check that the installed mlx, mlx-lm and transformers are compatible with this package.
 
-A version that is too old is recognized by its number. This package also uses parts of mlx-lm that
-are not in its documented API: a release without one of these names is refused before use.
+Each has a minimum version. This package also uses names of mlx-lm outside its documented API; a
+release without one of them is refused before the module is used.
 """
 
 from functools import cache
@@ -14,7 +14,7 @@ from splitquant_mlx.errors import VersionError
 
 # as in pyproject.toml
 OLDEST = {"mlx": "0.31.2", "mlx-lm": "0.31.3", "transformers": "5.6"}
-# names of mlx-lm that are called, replaced or overridden and not in its documented API
+# undocumented names of mlx-lm that this package calls, replaces or overrides
 NAMES = {
     "mlx_lm.utils": ("_get_classes",),
     "mlx_lm.generate": (
@@ -46,12 +46,12 @@ NAMES = {
 
 
 def check_versions() -> None:
-    """Raise VersionError when an installed package is older than required."""
+    """Raise VersionError when an installed package is older than its minimum."""
     from packaging.version import Version
 
     for package, oldest in OLDEST.items():
         installed = _installed(package)
-        # the release alone: a development version of 0.32.0 is accepted as 0.32.0
+        # ignore suffixes: a development version of 0.32.0 is accepted as 0.32.0
         if installed and Version(installed).release < Version(oldest).release:
             raise VersionError(
                 f"{package}: expected version {oldest} or later for splitquant-mlx {__version__}, "
@@ -60,7 +60,7 @@ def check_versions() -> None:
 
 
 def check_names(module: str) -> None:
-    """Raise VersionError when a module of mlx-lm lacks a name that this package uses."""
+    """Raise VersionError when a module of mlx-lm lacks one of its `NAMES`."""
     check_versions()
     for name in NAMES[module]:
         try:
@@ -69,7 +69,7 @@ def check_names(module: str) -> None:
             raise VersionError(
                 f"mlx-lm {_installed('mlx-lm')} has no {module}.{name}, which splitquant-mlx "
                 f"{__version__} uses: pip install -U splitquant-mlx, or "
-                f'pip install "mlx-lm=={OLDEST["mlx-lm"]}", which has it'
+                f'pip install "mlx-lm=={OLDEST["mlx-lm"]}"'
             ) from exc
 
 
@@ -77,5 +77,5 @@ def check_names(module: str) -> None:
 def _installed(package: str) -> str | None:
     try:
         return version(package)
-    except PackageNotFoundError:  # it may still be importable, from a local build
+    except PackageNotFoundError:  # a local build may be importable without metadata
         return None

@@ -1,9 +1,8 @@
-"""Run functions side by side on the cores of a CPU.
+"""Run functions in parallel threads on the cores of a CPU.
 
-On Linux mlx computes all but products of matrices in one thread, and the threads of OpenBLAS wait
-for each other at every product: beside another program that computes, a step of sampling took 4.0 s
-for 0.4 s. With a part of the texts for each core, and products in the thread that asks for them,
-all cores are busy, and a busy machine costs what it takes (0.7 s).
+On Linux mlx runs everything except matrix products in one thread, and OpenBLAS synchronizes its
+threads at every product. Beside another busy program a sampling step slowed from 0.4 s to 4.0 s.
+With one batch per core and single-threaded products it takes 0.7 s.
 """
 
 import os
@@ -19,36 +18,36 @@ import mlx.nn as nn
 
 from splitquant_mlx.runtime.blas import one_thread
 
-NAME = "core"  # of the threads
-MOST = 4  # each has the arrays between two layers to itself
+THREAD_NAME = "core"
+MAX_THREADS = 4  # each allocates its own activations
 Result = TypeVar("Result")
 
 
 def cores() -> int:
-    """Return how many functions are faster side by side than one after the other: 1 on a GPU."""
-    return min(os.cpu_count() or 1, MOST) if mx.default_device() == mx.cpu else 1
+    """Return the number of functions to run in parallel: 1 on a GPU."""
+    return min(os.cpu_count() or 1, MAX_THREADS) if mx.default_device() == mx.cpu else 1
 
 
 def side_by_side(functions: Sequence[Callable[[], Result]]) -> list[Result]:
-    """Return what functions return, at most `cores()` of them at a time.
+    """Call functions in parallel, at most `cores()` at a time, and return their results in order.
 
-    Each evaluates the arrays that it makes. Arrays that all of them use are evaluated before.
-    Called by one of them, it calls one after the other.
+    Each function must evaluate the arrays it creates; arrays shared between functions must be
+    evaluated before the call. A nested call runs its functions sequentially.
     """
-    if min(cores(), len(functions)) == 1 or current_thread().name == NAME:
+    if min(cores(), len(functions)) == 1 or current_thread().name == THREAD_NAME:
         return [function() for function in functions]
     with one_thread():
         futures: list[Future[Result]] = [Future() for _ in functions]
-        for work in zip(futures, functions, strict=True):
-            _queue().put(work)
+        for task in zip(futures, functions, strict=True):
+            _queue().put(task)
         try:
             return [future.result() for future in futures]
-        finally:  # none of them goes on after an error, or Ctrl-C
+        finally:  # after an error or Ctrl-C no function keeps running
             wait([future for future in futures if not future.cancel()])
 
 
 def in_rounds(functions: Sequence[Callable[[], Result]]) -> Iterator[list[Result]]:
-    """Yield what functions return, in order, as many together as are called side by side."""
+    """Call functions in parallel, `cores()` at a time, and yield the results of each round."""
     for start in range(0, len(functions), cores()):
         yield side_by_side(functions[start : start + cores()])
 
@@ -56,11 +55,11 @@ def in_rounds(functions: Sequence[Callable[[], Result]]) -> Iterator[list[Result
 def one_at_a_time(
     call: Callable[..., Result], module: nn.Module | None = None
 ) -> Callable[..., Result]:
-    """Return a function for threads: no call of it meets another.
+    """Return a thread-safe version of a function: a lock serializes its calls.
 
     Args:
-        call: may change, while it runs, what it shares with others.
-        module: whose arrays it uses: they are at hand in every thread.
+        call: function that may modify shared state while it runs.
+        module: module whose arrays it uses. They are evaluated, so that every thread can read them.
     """
     if cores() == 1:
         return call
@@ -68,10 +67,10 @@ def one_at_a_time(
 
     def locked(*args: Any, **kwargs: Any) -> Result:
         with lock:
-            found = call(*args, **kwargs)
+            result = call(*args, **kwargs)
             if module is not None:
                 evaluate_arrays(module)
-        return found
+        return result
 
     if module is not None:
         evaluate_arrays(module)
@@ -81,21 +80,21 @@ def one_at_a_time(
 def evaluated(
     build: Callable[..., Result], module: nn.Module | None = None
 ) -> Callable[..., Result]:
-    """Return `one_at_a_time` of `build`, with the arrays that it returns evaluated after that."""
+    """Return `one_at_a_time` of `build` that evaluates the returned arrays outside the lock."""
     locked = one_at_a_time(build, module)
 
     def compute(*args: Any) -> Result:
-        built = locked(*args)
-        mx.eval(built)
-        return built
+        result = locked(*args)
+        mx.eval(result)
+        return result
 
     return compute
 
 
 def evaluate_arrays(module: nn.Module) -> None:
-    """Evaluate all arrays that a module holds, which then are at hand in every thread.
+    """Evaluate all arrays of a module, so that every thread can read them.
 
-    Some models change them when they are called, Gemma 3n for one.
+    Some models replace arrays when called, such as Gemma 3n.
     """
     values = [value for part in module.modules() for value in part.values()]
     mx.eval([value for value in values if isinstance(value, mx.array)])
@@ -103,18 +102,18 @@ def evaluate_arrays(module: nn.Module) -> None:
 
 @cache
 def _queue() -> "SimpleQueue[tuple[Future[Any], Callable[[], Any]]]":
-    """Return what the threads take their work from.
+    """Start the threads and return their task queue.
 
-    They do not end, as a process that exits while a thread that used mlx ends is aborted: one of
-    four in a trial.
+    The threads never end: a process that exits while a thread that used mlx ends is aborted (one
+    run in four).
     """
     queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
     for _ in range(cores()):
-        Thread(target=_work, args=(queue,), name=NAME, daemon=True).start()
+        Thread(target=_run_tasks, args=(queue,), name=THREAD_NAME, daemon=True).start()
     return queue
 
 
-def _work(queue: "SimpleQueue[tuple[Future[Any], Callable[[], Any]]]") -> None:
+def _run_tasks(queue: "SimpleQueue[tuple[Future[Any], Callable[[], Any]]]") -> None:
     while True:
         future, function = queue.get()
         if future.set_running_or_notify_cancel():
@@ -122,4 +121,4 @@ def _work(queue: "SimpleQueue[tuple[Future[Any], Callable[[], Any]]]") -> None:
                 future.set_result(function())
             except BaseException as exc:
                 future.set_exception(exc)
-        del future, function  # and the arrays that they hold
+        del future, function  # frees the arrays they reference

@@ -1,4 +1,4 @@
-"""Write files that survive a power failure; hash and remove files."""
+"""Write files durably and atomically; hash and remove files."""
 
 import errno
 import fcntl
@@ -33,7 +33,7 @@ def sync_descriptor(descriptor: int) -> None:
 
 
 def write_atomic(file: Path, content: bytes) -> None:
-    """Write a file atomically: the old content or the new, never a part of it. Raises OSError.
+    """Write a file atomically: readers see the old content or the new. Raises OSError.
 
     A killed process may leave `.NAME.partial`, which the next call overwrites.
     """
@@ -52,15 +52,15 @@ def write_atomic(file: Path, content: bytes) -> None:
 
 @contextmanager
 def as_target_error(target: Path) -> Iterator[None]:
-    """Say of an OSError in the block that `target` cannot be written. Raises TargetError."""
+    """Convert an OSError of the block into a TargetError that names `target`."""
     try:
         yield
     except OSError as exc:
         if isinstance(exc, BrokenPipeError):
             raise
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-            full = f"disk full while writing {target}: {exc.strerror or exc}: free some space"
-            raise TargetError(full) from exc
+            message = f"disk full while writing {target}: {exc.strerror or exc}: free some space"
+            raise TargetError(message) from exc
         at = f" ({exc.filename})" if exc.filename not in (None, str(target)) else ""
         raise TargetError(f"cannot write {target}: {exc.strerror or exc}{at}") from exc
 
@@ -68,8 +68,8 @@ def as_target_error(target: Path) -> Iterator[None]:
 def sha256(file: Path) -> str:
     """Return the SHA-256 of a file's content in hexadecimal. Raises OSError."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
-    with file.open("rb", buffering=0) as opened:
-        while size := opened.readinto(buffer):
+    with file.open("rb", buffering=0) as stream:
+        while size := stream.readinto(buffer):
             digest.update(buffer[:size])
     return digest.hexdigest()
 
@@ -81,7 +81,7 @@ def remove(path: Path) -> None:
         return
     try:
         shutil.rmtree(path, ignore_errors=True)
-    except KeyboardInterrupt:  # the user presses Ctrl-C a second time
+    except KeyboardInterrupt:  # a second Ctrl-C: finish the removal first
         shutil.rmtree(path, ignore_errors=True)
         raise
 

@@ -1,4 +1,4 @@
-"""Describe the software and the machine that a result was made with."""
+"""Describe the software and the machine that produced a result."""
 
 import os
 import platform
@@ -10,13 +10,13 @@ PACKAGES = ("splitquant-mlx", "mlx", "mlx-lm", "numpy", "scikit-learn", "transfo
 
 def versions() -> dict[str, str]:
     """Return the version of Python and of every package that results depend on."""
-    found = {"python": platform.python_version()}
+    result = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            result[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return result
 
 
 def describe_machine() -> dict[str, str | int]:
@@ -36,5 +36,5 @@ def describe_machine() -> dict[str, str | int]:
 
 
 def made_with() -> dict[str, Any]:
-    """Return machine and versions, as they stand beside a result in JSON."""
+    """Return machine and versions as the fields that a result's JSON stores."""
     return {"machine": describe_machine(), "versions": versions()}

@@ -1,8 +1,8 @@
-"""Keep finished work in a file, so that what is interrupted goes on where it was.
+"""Journal of finished steps, from which interrupted work resumes.
 
-The file is JSON lines. The first is the key, everything that the results depend on; then comes one
-record for each finished piece, written at once. A process that is killed loses the
-line it was writing at most.
+The file holds JSON lines. The first is the key: everything that the results depend on. Each
+further line is the record of one finished step, written immediately. A process that is killed
+loses at most the line being written.
 """
 
 import errno
@@ -18,19 +18,19 @@ OPENING = b'{"journal": '
 
 
 class Journal:
-    """Open a journal: go on with the one at `path` if it has the same key, else begin it afresh.
+    """A journal that resumes the file at `path` if its key is the same, and replaces it otherwise.
 
-    To be used in a `with` statement, by one process at a time.
+    Use in a `with` statement, in one process at a time.
 
     Args:
-        path: of the file; its directory is made if need be.
-        key: settings and hashes of model and data, as JSON can hold them.
+        path: file to resume or create, with its parent directories.
+        key: JSON-serializable settings and hashes of model and data.
 
     Attributes:
-        done: the records found.
+        done: records of the steps finished earlier.
 
     Raises:
-        TargetError: when the file cannot be read or written, or is no journal.
+        TargetError: when the file cannot be read or written, or is not a journal.
     """
 
     def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
@@ -40,22 +40,22 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             content = path.read_bytes() if path.exists() else b""
             if not content.startswith(OPENING[: len(content)]):
-                raise TargetError(f"{path} is no journal: give another path, or remove it")
+                raise TargetError(f"{path} is not a journal: choose another path or remove it")
             self.done, end = _read(content, opening)
-            # unbuffered: nothing is left to write, and to fail again, when the file is closed
+            # unbuffered, so that closing the file writes nothing and cannot fail again
             self._file = path.open("ab", buffering=0)
             self._file.truncate(end)
             if not end:
                 self._write(opening)
         except OSError as exc:
-            raise _cannot(path, exc) from exc
+            raise _target_error(path, exc) from exc
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add the record of a finished piece. Raises TargetError."""
+        """Add the record of a finished step. Raises TargetError."""
         try:
             self._write(_line(record))
         except OSError as exc:
-            raise _cannot(self._path, exc) from exc
+            raise _target_error(self._path, exc) from exc
 
     def _write(self, line: bytes) -> None:
         if self._file.write(line) != len(line):
@@ -69,7 +69,7 @@ class Journal:
 
 
 def _read(content: bytes, opening: bytes) -> tuple[list[dict[str, Any]], int]:
-    """Return the records up to the first torn line, and where that begins; 0 for another key."""
+    """Return the records before the first damaged line, and its offset; 0 if the key differs."""
     if not content.startswith(opening):
         return [], 0
     records, end = [], len(opening)
@@ -89,5 +89,5 @@ def _line(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, sort_keys=True).encode() + b"\n"
 
 
-def _cannot(path: Path, exc: OSError) -> TargetError:
-    return TargetError(f"cannot keep the journal {path}: {exc.strerror or one_line(exc)}")
+def _target_error(path: Path, exc: OSError) -> TargetError:
+    return TargetError(f"cannot write the journal {path}: {exc.strerror or one_line(exc)}")

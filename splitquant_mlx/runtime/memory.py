@@ -1,4 +1,4 @@
-"""Compare the memory that a work needs with the memory of this machine, before the work."""
+"""Check that this machine has enough memory for a task before it starts."""
 
 import os
 from contextlib import suppress
@@ -13,7 +13,7 @@ LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_by
 
 
 def memory_bytes() -> int:
-    """Return the memory of this machine, or of the container that this process runs in."""
+    """Return the memory of this machine, or the memory limit of this process's container."""
     total = psutil.virtual_memory().total
     for file in LIMITS:
         with suppress(OSError, ValueError):  # no such file, or "max"
@@ -22,34 +22,34 @@ def memory_bytes() -> int:
 
 
 def free_bytes() -> int:
-    """Return the memory that can be used without swapping."""
+    """Return the memory available without swapping."""
     return min(psutil.virtual_memory().available, memory_bytes())
 
 
 def check_memory(needed_bytes: float, work: str, advice: str = "") -> str:
-    """Refuse a work that this machine's memory is too small for.
+    """Check that a task fits in this machine's memory.
 
     Args:
-        needed_bytes: by an estimate.
-        work: for the message, such as "chat with PATH".
-        advice: what would fit.
+        needed_bytes: estimated memory of the task.
+        work: name of the task for messages, such as "chat with PATH".
+        advice: what to do if it does not fit.
 
     Returns:
-        A warning where it fits only when other programs make room; else "".
+        A warning when it fits only after other programs are closed; else "".
 
     Raises:
-        MemoryTooSmallError: unless $SPLITQUANT_MEMORY_CHECK is "off".
+        MemoryTooSmallError: when it does not fit, unless $SPLITQUANT_MEMORY_CHECK is "off".
     """
-    there = memory_bytes()
+    total = memory_bytes()
     needed = f"needs about {needed_bytes / 1e9:.1f} GB of memory"
-    if needed_bytes > there:
+    if needed_bytes > total:
         if os.environ.get(SWITCH) != "off":
             advice = advice and f": {advice}"
             raise MemoryTooSmallError(
-                f"{work} {needed}, this machine has {there / 1e9:.1f} GB{advice} "
-                f"({SWITCH}=off tries it all the same)"
+                f"{work} {needed}, this machine has {total / 1e9:.1f} GB{advice} "
+                f"(set {SWITCH}=off to try anyway)"
             )
-        return f"{work} {needed}, this machine has {there / 1e9:.1f} GB: expect it to fail"
+        return f"{work} {needed}, this machine has {total / 1e9:.1f} GB: expect it to fail"
     if needed_bytes > (free := free_bytes()):
         return f"{work} {needed}, {free / 1e9:.1f} GB are free: close other programs"
     return ""

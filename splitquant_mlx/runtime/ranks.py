@@ -1,8 +1,8 @@
-"""Work as one of several processes, the ranks of a group, which `mlx.launch` starts alike.
+"""Communication between the ranks of a distributed run started by `mlx.launch`.
 
-Whatever ranks tell each other goes through `gather`, as JSON, and a rank that fails says so in
-place of its next message: the others fail with it, rather than wait for it. A group of None, or of
-one, asks nobody.
+Ranks exchange JSON messages through `gather`. A rank that fails sends its error in place of its
+next message, so that the others fail with it instead of waiting. A group of None or of one rank
+exchanges nothing.
 """
 
 import json
@@ -16,15 +16,15 @@ import numpy as np
 from splitquant_mlx.errors import FailedElsewhere, RankError, one_line
 
 Group = mx.distributed.Group
-BACKENDS = ("[ring]", "[jaccl]", "[mpi]", "[nccl]")  # how their messages begin
+BACKENDS = ("[ring]", "[jaccl]", "[mpi]", "[nccl]")  # prefixes of their error messages
 T = TypeVar("T")
 
 
 def join() -> Group:
-    """Join the other ranks, if this process was launched as one of many.
+    """Return the group of all ranks, of one rank if this process was started on its own.
 
     Raises:
-        RankError: when they cannot be reached.
+        RankError: when the other ranks cannot be reached.
     """
     try:
         return mx.distributed.init()
@@ -35,11 +35,11 @@ def join() -> Group:
 
 
 def gather(group: Group | None, value: T) -> list[T]:
-    """Return the value of every rank, which JSON must be able to hold; all ranks call this.
+    """Return the JSON-serializable value of every rank; all ranks must call this.
 
     Raises:
         FailedElsewhere: when another rank has failed.
-        RankError: when one is gone.
+        RankError: when the connection to a rank is lost.
     """
     if group is None or is_single_rank(group):
         return [value]
@@ -48,15 +48,15 @@ def gather(group: Group | None, value: T) -> list[T]:
 
 @contextmanager
 def fail_together(group: Group | None) -> Iterator[None]:
-    """Do on all ranks what may fail on one: then it fails on all.
+    """Make the block fail on all ranks when it fails on one.
 
     Raises:
-        FailedElsewhere: where the error is another rank's.
-        RankError: when one is gone.
+        FailedElsewhere: when the block failed on another rank.
+        RankError: when the connection to a rank is lost.
     """
     try:
         yield
-    except (FailedElsewhere, RankError):  # of which all have heard
+    except (FailedElsewhere, RankError):  # known to all ranks
         raise
     except Exception as exc:
         if group is not None and not is_single_rank(group):
@@ -68,7 +68,7 @@ def fail_together(group: Group | None) -> Iterator[None]:
 
 @contextmanager
 def connected() -> Iterator[None]:
-    """Turn mlx's error on a rank that is gone into RankError."""
+    """Convert mlx's error about a lost connection into RankError."""
     try:
         yield
     except RuntimeError as exc:
@@ -78,20 +78,20 @@ def connected() -> Iterator[None]:
 
 
 def check_alike(group: Group | None, what: str, value: Any) -> None:
-    """Raise FailedElsewhere on every rank when `value`, of `what`, is not the same on all."""
+    """Raise FailedElsewhere on every rank when `value`, named `what`, differs between ranks."""
     for rank, other in enumerate(values := gather(group, value)):
         if other != values[0]:
-            raise FailedElsewhere(f"rank {rank} has another {what} than rank 0: give both the same")
+            raise FailedElsewhere(f"rank {rank} has another {what} than rank 0: use one on all")
 
 
 def shard(group: Group | None, items: Any) -> Any:
-    """Return what of `items`, a list or array, is this rank's to do; see `unshard`."""
+    """Return this rank's share of `items`, a list or array; `unshard` is the inverse."""
     return items if group is None else items[group.rank() :: group.size()]
 
 
-def unshard(group: Group | None, found: list[T]) -> list[T]:
-    """Return what all ranks found for the items dealt to them, in the order of the items."""
-    shares = gather(group, found)
+def unshard(group: Group | None, results: list[T]) -> list[T]:
+    """Return the results of all ranks for their shares, in the order of the items."""
+    shares = gather(group, results)
     merged: list[Any] = [None] * sum(map(len, shares))
     for rank, share in enumerate(shares):
         merged[rank :: len(shares)] = share
@@ -101,25 +101,25 @@ def unshard(group: Group | None, found: list[T]) -> list[T]:
 def follow_rank_0(
     group: Group | None, sampler: Callable[[mx.array], mx.array]
 ) -> Callable[[mx.array], mx.array]:
-    """Make all ranks take the token that rank 0 samples.
+    """Return a sampler that yields the token of rank 0 on all ranks.
 
-    Their random numbers differ, and where their chips do, so may their logits in the last digit.
+    Random states differ between ranks; on different chips so may the logits, by rounding.
     """
     if group is None or is_single_rank(group):
         return sampler
 
     def sample(logprobs: mx.array) -> mx.array:
         token = sampler(logprobs)
-        own = token if group.rank() == 0 else mx.zeros_like(token)
-        return mx.distributed.all_sum(own, group=group)
+        term = token if group.rank() == 0 else mx.zeros_like(token)
+        return mx.distributed.all_sum(term, group=group)
 
     return sample
 
 
 def drain(group: Group | None, stream: Any) -> None:
-    """Wait until all ranks have done what mlx computes ahead on `stream`, as mlx-lm has it do.
+    """Wait until all ranks have finished what mlx-lm enqueued on `stream`.
 
-    A rank that left earlier would break off what the others are still doing.
+    A rank that exited earlier would interrupt the computation of the others.
     """
     if not is_single_rank(group):
         with connected():
@@ -128,7 +128,7 @@ def drain(group: Group | None, stream: Any) -> None:
 
 
 def is_single_rank(group: Group | None) -> bool:
-    """Say whether there are no other ranks."""
+    """Return whether there are no other ranks."""
     return group is None or group.size() == 1
 
 
@@ -139,8 +139,8 @@ def _exchange(group: Group, message: dict[str, Any]) -> list[dict[str, Any]]:
         rows = _all_gather(group, np.pad(content, (0, sizes.max() - content.size))[None])
     try:
         messages = [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
-    except ValueError as exc:  # a backend may hand out noise when a peer is gone
-        raise RankError("the connection to another rank was lost: its message is broken") from exc
+    except ValueError as exc:  # a backend may return garbage when a peer is gone
+        raise RankError("the connection to another rank was lost: invalid message") from exc
     for rank, other in enumerate(messages):
         if "failed" in other:
             raise FailedElsewhere(f"rank {rank}: {other['failed']}")

@@ -1,8 +1,8 @@
-"""Hold a directory for one process at a time, and take over what a killed one left in it.
+"""Working directory that one process at a time locks, and that survives a killed process.
 
-The lock is the kernel's, on the directory itself: it ends with the process, however that ends, so
-no lock is ever stale. A file in the directory names the process, and tells that the directory was
-made here: no other is taken over or removed.
+The lock is a kernel lock on the directory itself: it ends with the process, so it is never stale.
+A marker file in the directory holds the process id and shows that this program created the
+directory; no other directory is reused or removed.
 """
 
 import errno
@@ -17,7 +17,7 @@ from pathlib import Path
 from splitquant_mlx.errors import TargetError
 from splitquant_mlx.runtime.disk import remove
 
-MARK = "held-by"
+MARKER = "held-by"
 UNSUPPORTED = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 
 
@@ -25,78 +25,78 @@ UNSUPPORTED = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 def workspace(
     directory: Path, work: str, *, is_worth: Callable[[], bool] = lambda: False
 ) -> Iterator[None]:
-    """Make `directory`, or take it over, and hold it; the end of the block removes it.
+    """Create or reuse `directory` and lock it; remove it at the end of the block.
 
-    What lies in a directory taken over is as a killed process left it, or as somebody made it.
+    A reused directory has whatever content a killed process, or a user, left in it.
 
     Args:
         directory: its parent must exist.
         work: what is done in it, for messages, such as "a conversion into PATH".
-        is_worth: asked after an interrupt by the user whether to leave the directory for the next.
+        is_worth: returns, after an interrupt by the user, whether to leave the directory for reuse.
 
     Raises:
-        TargetError: when another process holds it, or it is no directory of this kind.
-        OSError: when it cannot be made.
+        TargetError: when another process has locked it, or it is not a working directory.
+        OSError: when it cannot be created.
     """
-    lock = _hold(directory, work)
-    is_left = False
+    lock = _acquire(directory, work)
+    leave = False
     try:
         yield
     except KeyboardInterrupt:
-        is_left = is_worth()
+        leave = is_worth()
         raise
     finally:
         try:
-            if not is_left:
+            if not leave:
                 _clear(directory)
         finally:
             os.close(lock)
 
 
 def empty(directory: Path, keep: Sequence[str] = ()) -> None:
-    """Remove what lies in a workspace, but for what is named in `keep`."""
+    """Remove the content of a workspace, except the names in `keep`."""
     for path in directory.iterdir():
-        if path.name not in (MARK, *keep):
+        if path.name not in (MARKER, *keep):
             remove(path)
 
 
-def _hold(directory: Path, work: str) -> int:
-    """Return the descriptor that holds the lock."""
+def _acquire(directory: Path, work: str) -> int:
+    """Create and lock the directory; return its descriptor, which holds the lock."""
     while True:
         with suppress(FileExistsError):
             directory.mkdir()
         try:
             lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
-            continue  # its holder has just removed it
+            continue  # the process that held the lock has just removed it
         except OSError as exc:
             if exc.errno in (errno.ENOTDIR, errno.ELOOP):
-                raise _in_the_way(directory, "is no directory") from exc
+                raise _in_the_way(directory, "is not a directory") from exc
             raise
         try:
-            if _is_locked(lock):
+            if not _try_lock(lock):
                 raise TargetError(
-                    f"{work} is under way already, in {_holder(lock)}: wait for its end, or stop it"
+                    f"{work} is already running in {_holder(lock)}: wait until it ends, or stop it"
                 )
             if _is_at(directory, lock):
-                _claim(directory, lock)
+                _write_marker(directory, lock)
                 return lock
         except BaseException:
             os.close(lock)
             raise
-        os.close(lock)  # its holder removed it before the lock was had
+        os.close(lock)  # the directory was removed before it was locked
 
 
-def _is_locked(descriptor: int) -> bool:
-    """Take the lock; tell whether another process has it."""
+def _try_lock(descriptor: int) -> bool:
+    """Lock the directory; return False if another process has locked it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
+        return False
     except OSError as exc:
-        if exc.errno not in UNSUPPORTED:  # a file system without locks does without
+        if exc.errno not in UNSUPPORTED:  # on a file system without locks, go on unlocked
             raise
-    return False
+    return True
 
 
 def _is_at(directory: Path, descriptor: int) -> bool:
@@ -106,52 +106,52 @@ def _is_at(directory: Path, descriptor: int) -> bool:
         return False
 
 
-def _claim(directory: Path, lock: int) -> None:
-    """Name this process in the directory, if it is one of ours."""
+def _write_marker(directory: Path, lock: int) -> None:
+    """Write this process's id into the marker file. Raises TargetError for foreign content."""
     if os.fstat(lock).st_uid != os.geteuid():
-        raise _in_the_way(directory, "is another user's")
+        raise _in_the_way(directory, "belongs to another user")
     names = os.listdir(lock)
-    if names and MARK not in names:
-        raise _in_the_way(directory, "holds files that are not of this program")
+    if names and MARKER not in names:
+        raise _in_the_way(directory, "contains files of other programs")
     flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
-        mark = os.open(MARK, flags, 0o666, dir_fd=lock)
+        marker = os.open(MARKER, flags, 0o666, dir_fd=lock)
     except OSError as exc:
         if exc.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise _in_the_way(directory / MARK, "is no file of this program") from exc
+            raise _in_the_way(directory / MARKER, "is not a regular file") from exc
         raise
     try:
-        status = os.fstat(mark)
+        status = os.fstat(marker)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-            raise _in_the_way(directory / MARK, "is no file of this program")
-        os.ftruncate(mark, 0)
-        os.write(mark, b"%d\n" % os.getpid())
+            raise _in_the_way(directory / MARKER, "is not a regular file with one link")
+        os.ftruncate(marker, 0)
+        os.write(marker, b"%d\n" % os.getpid())
     finally:
-        os.close(mark)
+        os.close(marker)
 
 
 def _holder(lock: int) -> str:
-    """Name the process that holds the directory."""
+    """Return the process named in the marker file, for a message."""
     with suppress(OSError):
-        mark = os.open(MARK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=lock)
+        marker = os.open(MARKER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=lock)
         try:
-            is_file = stat.S_ISREG(os.fstat(mark).st_mode)
-            found = re.fullmatch(rb"(\d{1,10})\n", os.read(mark, 16) if is_file else b"")
+            is_file = stat.S_ISREG(os.fstat(marker).st_mode)
+            match = re.fullmatch(rb"(\d{1,10})\n", os.read(marker, 16) if is_file else b"")
         finally:
-            os.close(mark)
-        if found:
-            return f"process {int(found[1])}"
+            os.close(marker)
+        if match:
+            return f"process {int(match[1])}"
     return "another process"
 
 
 def _clear(directory: Path) -> None:
-    """Remove the directory, its mark last, so that a kill leaves it to be taken over."""
+    """Remove the directory, its marker last, so that it can be reused after a kill."""
     with suppress(OSError):
         empty(directory)
-        if os.listdir(directory) == [MARK]:
-            (directory / MARK).unlink()
+        if os.listdir(directory) == [MARKER]:
+            (directory / MARKER).unlink()
         directory.rmdir()
 
 
 def _in_the_way(path: Path, why: str) -> TargetError:
-    return TargetError(f"{path} is in the way: it {why}: remove it, or choose another place")
+    return TargetError(f"{path} is in the way: it {why}: remove it or choose another location")

@@ -319,7 +319,7 @@ def test_two_conversions_into_one_target(source, tmp_path, holder, capsys):
     before = tree(tmp_path)
     assert run(command) == 2
     err = capsys.readouterr().err
-    assert f"is under way already, in process {holder.pid}: wait" in err and err.count("\n") == 1
+    assert f"is already running in process {holder.pid}: wait" in err and err.count("\n") == 1
     assert tree(tmp_path) == before
     holder.kill(), holder.wait()
     assert run(command) == 0

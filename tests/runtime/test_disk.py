@@ -1,4 +1,4 @@
-"""Files are written whole, and the process that a killed one started ends with it."""
+"""Files are written atomically, and a child process ends when its parent is killed."""
 
 import os
 import signal
@@ -33,7 +33,7 @@ def program(code, *arguments):
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], env=environment)
 
 
-def test_kill_leaves_the_old_content_and_the_next_write_nothing_else(tmp_path):
+def test_a_killed_write_leaves_the_old_content_and_the_next_cleans_up(tmp_path):
     file = tmp_path / "file"
     write_atomic(file, b"old")
     assert program(KILLED, file).wait(30) == -signal.SIGKILL
@@ -42,7 +42,7 @@ def test_kill_leaves_the_old_content_and_the_next_write_nothing_else(tmp_path):
     assert file.read_bytes() == b"newer" and list(tmp_path.iterdir()) == [file]
 
 
-def test_a_link_in_the_way_is_not_written_through(tmp_path):
+def test_write_atomic_follows_no_link(tmp_path):
     (tmp_path / "diary").write_text("dear")
     (tmp_path / ".file.partial").symlink_to("diary")
     with pytest.raises(OSError):
@@ -61,14 +61,14 @@ def test_remove_follows_no_link(tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, 1, (1 << 18) + 1])
-def test_sha256_is_that_of_hashlib(tmp_path, size):
+def test_sha256_equals_hashlib(tmp_path, size):
     import hashlib
 
     (tmp_path / "file").write_bytes(bytes(size))
     assert sha256(tmp_path / "file") == hashlib.sha256(bytes(size)).hexdigest()
 
 
-def test_a_program_ends_with_the_process_that_runs_it(tmp_path):
+def test_a_child_process_ends_with_its_parent(tmp_path):
     note = tmp_path / "pid"
     deadline = time.monotonic() + 30
     with program(STARTS, note) as process:
@@ -78,7 +78,7 @@ def test_a_program_ends_with_the_process_that_runs_it(tmp_path):
         process.kill()
     child = int(note.read_text())
     while is_running(child):
-        assert time.monotonic() < deadline, "it goes on"
+        assert time.monotonic() < deadline, "the child is still running"
         time.sleep(0.01)
 
 
@@ -87,5 +87,5 @@ def is_running(pid):
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    stat = Path(f"/proc/{pid}/stat")  # nobody may reap it here
+    stat = Path(f"/proc/{pid}/stat")  # the child may stay a zombie here
     return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")

@@ -1,4 +1,4 @@
-"""A journal loses at most the line that was being written, and never mixes two evaluations."""
+"""A journal loses at most the line being written and never mixes records of different keys."""
 
 import signal
 import subprocess
@@ -22,7 +22,7 @@ def written(path, records=RECORDS, key=KEY):
     return path
 
 
-def test_goes_on_with_the_same_key(tmp_path):
+def test_resumes_with_the_same_key(tmp_path):
     path = written(tmp_path / "new" / "deep" / "journal")
     with Journal(path, dict(reversed(KEY.items()))) as journal:
         assert journal.done == RECORDS
@@ -31,7 +31,7 @@ def test_goes_on_with_the_same_key(tmp_path):
         assert journal.done == [*RECORDS, {"id": "c"}]
 
 
-def test_begins_afresh_with_another_key(tmp_path):
+def test_starts_over_with_another_key(tmp_path):
     path = written(tmp_path / "journal")
     with Journal(path, {**KEY, "shots": 5}) as journal:
         assert journal.done == []
@@ -41,7 +41,7 @@ def test_begins_afresh_with_another_key(tmp_path):
 
 
 @given(st.data())
-def test_a_torn_end_costs_the_torn_line(tmp_path_factory, data):
+def test_a_truncated_file_loses_only_the_truncated_line(tmp_path_factory, data):
     path = written(tmp_path_factory.mktemp("torn") / "journal")
     content = path.read_bytes()
     cut = data.draw(st.integers(0, len(content)))
@@ -55,7 +55,7 @@ def test_a_torn_end_costs_the_torn_line(tmp_path_factory, data):
 
 
 @pytest.mark.parametrize("torn", [b"\0\0\0\0", b"{]\n", b"[1]\n", b'"text"\n', b"\xff\n", b"\n"])
-def test_a_damaged_line_ends_what_is_read(tmp_path, torn):
+def test_lines_after_a_damaged_one_are_ignored(tmp_path, torn):
     path = written(tmp_path / "journal")
     content = path.read_bytes()
     path.write_bytes(content + torn + b'{"id": "after"}\n')
@@ -64,7 +64,7 @@ def test_a_damaged_line_ends_what_is_read(tmp_path, torn):
     assert path.read_bytes() == content
 
 
-def test_a_killed_process_loses_nothing_that_it_finished(tmp_path):
+def test_a_killed_process_loses_no_finished_record(tmp_path):
     code = (
         "import os, sys; from pathlib import Path\n"
         "from splitquant_mlx.runtime.journal import Journal\n"
@@ -79,17 +79,17 @@ def test_a_killed_process_loses_nothing_that_it_finished(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"precious notes\n", b'{"id": 1}\n', b"{]"])
-def test_a_file_that_is_no_journal_is_left_alone(tmp_path, content):
+def test_a_file_that_is_not_a_journal_is_not_modified(tmp_path, content):
     (tmp_path / "notes").write_bytes(content)
-    with pytest.raises(TargetError, match="notes is no journal: give another path"):
+    with pytest.raises(TargetError, match="notes is not a journal: choose another path"):
         Journal(tmp_path / "notes", KEY)
     assert (tmp_path / "notes").read_bytes() == content
 
 
-def test_what_cannot_be_written_is_named(tmp_path):
+def test_an_unwritable_path_is_named(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     for path in (tmp_path, tmp_path / "file" / "journal"):
-        with pytest.raises(TargetError, match="cannot keep the journal") as caught:
+        with pytest.raises(TargetError, match="cannot write the journal") as caught:
             Journal(path, KEY)
         assert "\n" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""Two processes give what one does, and fail together."""
+"""Two ranks compute the same results as one process, and fail together."""
 
 import json
 import shutil
@@ -15,12 +15,12 @@ from splitquant_mlx import Recipe, convert
 from splitquant_mlx.cli import run
 
 SCRIPT = Path(rank_work.__file__)
-pytestmark = pytest.mark.slow  # two processes and five models of their own
+pytestmark = pytest.mark.slow  # starts two processes and converts five models
 
 
 @pytest.fixture(scope="module")
 def worked(split_32, stories, story_text, questions_file, tmp_path_factory):
-    """Return what rank_work.py says alone, and as each of two ranks."""
+    """Return the results of rank_work.py in one process and on each of two ranks."""
     home = tmp_path_factory.mktemp("home")
     (home / "models").mkdir()
     recipe = Recipe(method="splitquant", group_size=32)
@@ -48,44 +48,44 @@ def worked(split_32, stories, story_text, questions_file, tmp_path_factory):
     return json.loads(json.dumps(alone)), [json.loads(out) for _, out, _ in ended]
 
 
-def test_a_divided_model_computes_the_same(worked):
+def test_a_sharded_model_computes_the_same_logits(worked):
     alone, ranks = worked
     assert len(alone["logits"]) == 6
     for name, logits in alone["logits"].items():
-        wanted = np.array(logits)
+        expected = np.array(logits)
         for rank in ranks:
-            found = np.array(rank["logits"][name])
-            assert np.abs(found - wanted).max() < 2e-5 * np.abs(wanted).max(), name
+            actual = np.array(rank["logits"][name])
+            assert np.abs(actual - expected).max() < 2e-5 * np.abs(expected).max(), name
 
 
-def test_mlx_lm_on_its_own_divides_a_split_model(worked):
+def test_mlx_lm_shards_a_split_model(worked):
     _, ranks = worked
     for rank in ranks:
         assert np.allclose(rank["stock"], rank["logits"]["llama"], rtol=1e-5, atol=1e-6)
 
 
-def test_all_ranks_take_the_token_that_rank_0_samples(worked):
+def test_all_ranks_use_the_token_sampled_by_rank_0(worked):
     alone, ranks = worked
     assert len(set(alone["sampled"])) > 1
     assert ranks[0]["sampled"] == ranks[1]["sampled"] == alone["sampled"]
 
 
 @pytest.mark.parametrize("task", ["perplexity", "kl", "arc", "letter"])
-def test_an_evaluation_has_the_same_values(worked, task):
+def test_an_evaluation_returns_the_same_values(worked, task):
     alone, ranks = worked
     for rank in ranks:
         assert rank["evaluations"][task] == alone["evaluations"][task]
 
 
-def test_work_is_dealt_out_and_collected_in_order(worked):
+def test_unshard_restores_the_order_of_sharded_items(worked):
     alone, ranks = worked
     assert alone["dealt"] == ranks[0]["dealt"] == ranks[1]["dealt"] == list("abcde")
 
 
-def test_where_one_rank_fails_all_do_and_know_why(worked):
+def test_an_error_on_one_rank_is_raised_on_all(worked):
     _, (first, second) = worked
     elsewhere = ["FailedElsewhere", "rank 1: 1 does not want to"]
-    differ = ["FailedElsewhere", "rank 1 has another recipe than rank 0: give both the same"]
+    differ = ["FailedElsewhere", "rank 1 has another recipe than rank 0: use one on all"]
     assert first["failures"] == [elsewhere, ["RecipeError", "0 does not want to"], differ]
     assert second["failures"][0] == ["RecipeError", "1 does not want to"]
     assert second["failures"][1:] == [["RecipeError", "1 does not want to"], differ]

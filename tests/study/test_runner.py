@@ -259,7 +259,7 @@ def test_two_studies_in_one_directory(small, capsys):
     with workspace(home / ".running", "a study"):
         assert run(command) == 2
     err = capsys.readouterr().err
-    assert f"a study in {home} is under way already, in process {os.getpid()}" in err
+    assert f"a study in {home} is already running in process {os.getpid()}" in err
     assert err.count("\n") == 1 and not list(home.iterdir())
 
 
