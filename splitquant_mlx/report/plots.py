@@ -1,11 +1,13 @@
-"""The plots of a report: quality against size, a legend of methods, and decoding speed."""
+"""Plots of a report: quality against size, decoding speed and a weight histogram."""
 
 import math
 import warnings
 from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from splitquant_mlx.report.rows import Report, Row
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 MARKERS = "osD^vP*X<>"
 STYLE: Any = {
-    "figure.figsize": (5.4, 3.8),  # inches; near a phone's width, so that text keeps its size
+    "figure.figsize": (5.4, 3.8),  # inches; about a phone's width, so that text is not scaled down
     "figure.constrained_layout.use": True,
     "svg.fonttype": "none",
     "svg.hashsalt": "splitquant-mlx",
@@ -39,32 +41,29 @@ class Plot:
 
 
 def plots(report: Report) -> list[Plot]:
-    """Return the plots that the results allow; that of the KL divergence first."""
-    drawn = [row for row in report.rows if _kl(row)]
-    found = []
-    if drawn:
+    """Return the plots for which there are results, KL divergence first."""
+    plots = []
+    if drawn := [row for row in report.rows if _kl(row)]:
         missing = [row.variant for row in report.rows if row.kl is not None and not _kl(row)]
         caption = "Lower left is better. Bars: 95 % interval."
         caption += f" Not finite or not above 0, not drawn: {', '.join(missing)}." * bool(missing)
         title = "KL divergence from the original"
-        found.append(_plot(title, caption, lambda axes: _draw_kl(axes, drawn)))
+        plots.append(_plot(title, caption, partial(_draw_kl, rows=drawn)))
     for heading, is_shown in report.arc_headings.items():
         rows = [row for row in report.rows if heading in row.accuracies and row.stored_bytes]
         if is_shown and rows:
             caption = "Upper left is better. Bars: one standard error."
-            found.append(
-                _plot(heading, caption, lambda axes, h=heading, r=rows: _draw_accuracy(axes, h, r))
-            )
-    timed = [row for row in report.rows if row.get("speed", "decode_tokens_per_s")]
-    if timed:
+            draw = partial(_draw_accuracy, heading=heading, rows=rows)
+            plots.append(_plot(heading, caption, draw))
+    if timed := [row for row in report.rows if row.get("speed", "decode_tokens_per_s")]:
         caption = "Longer is faster. Thin lines: slowest to fastest trial."
-        found.append(_plot("Decoding speed", caption, lambda axes: _draw_speed(axes, timed)))
+        plots.append(_plot("Decoding speed", caption, partial(_draw_speed, rows=timed)))
     weights = next((row.values["weights"] for row in report.rows if "weights" in row.values), None)
     if weights is not None:
-        caption = "Dashed: where k-means cuts the layer's weights into parts."
+        caption = "Dashed: k-means boundaries between the parts of the layer."
         title = f"Weights of {weights['layer']}"
-        found.append(_plot(title, caption, lambda axes: _draw_weights(axes, weights)))
-    return found
+        plots.append(_plot(title, caption, partial(_draw_weights, values=weights)))
+    return plots
 
 
 def _plot(title: str, caption: str, draw: "Callable[[Axes], None]") -> Plot:
@@ -83,7 +82,7 @@ def _svg(draw: "Callable[[Axes], None]", style: str) -> str:
 
     stream = BytesIO()
     with styles.context([style, STYLE]), warnings.catch_warnings():
-        # the reader's fonts draw the text, whatever matplotlib's lack
+        # the SVG stores text, which the viewer renders in its own fonts
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = Figure()
         draw(figure.add_subplot())
@@ -93,53 +92,42 @@ def _svg(draw: "Callable[[Axes], None]", style: str) -> str:
 
 
 def _kl(row: Row) -> float | None:
-    """Return a divergence that fits a logarithmic axis, of a variant of known size."""
+    """Return the KL divergence; None unless it fits a logarithmic axis and the size is known."""
     kl = row.kl
     return kl if row.stored_bytes and kl is not None and math.isfinite(kl) and kl > 0 else None
 
 
 def _draw_kl(axes: "Axes", rows: list[Row]) -> None:
-    for series, group in _by_series(rows):
-        kl = [_kl(row) or 0.0 for row in group]
-        ends = [(row.get("kl", "kl_low"), row.get("kl", "kl_high")) for row in group]
-        errors = [
-            (0.0, 0.0) if low is None else (y - low, high - y)
-            for y, (low, high) in zip(kl, ends, strict=True)
-        ]
-        _errorbar(axes, series, group, kl, list(zip(*errors, strict=True)))
+    def point(row: Row) -> tuple[float, float, float]:
+        kl, low, high = row.kl or 0.0, row.get("kl", "kl_low"), row.get("kl", "kl_high")
+        return (kl, 0.0, 0.0) if low is None else (kl, kl - low, high - kl)
+
     axes.set(xscale="log", yscale="log", ylabel="KL divergence, nats per token")
-    _finish(axes)
+    _draw_points(axes, rows, point)
 
 
 def _draw_accuracy(axes: "Axes", heading: str, rows: list[Row]) -> None:
-    for series, group in _by_series(rows):
-        found = [row.accuracies[heading] for row in group]
-        errors = [100 * (accuracy.standard_error or 0.0) for accuracy in found]
-        _errorbar(axes, series, group, [100 * accuracy.value for accuracy in found], errors)
+    def point(row: Row) -> tuple[float, float, float]:
+        accuracy = row.accuracies[heading]
+        error = 100 * (accuracy.standard_error or 0.0)
+        return 100 * accuracy.value, error, error
+
     axes.set(xscale="log", ylabel=f"{heading}, % correct")
-    _finish(axes)
+    _draw_points(axes, rows, point)
 
 
-def _by_series(rows: list[Row]) -> list[tuple[tuple[int, str], list[Row]]]:
-    names = list(dict.fromkeys(row.series for row in rows))
-    return [
-        ((place, name), [row for row in rows if row.series == name])
-        for place, name in enumerate(names)
-    ]
-
-
-def _errorbar(
-    axes: "Axes", series: tuple[int, str], rows: list[Row], y: list[float], errors: Any
+def _draw_points(
+    axes: "Axes", rows: list[Row], point: Callable[[Row], tuple[float, float, float]]
 ) -> None:
-    place, name = series
-    sizes = [(row.stored_bytes or 0) / 1e6 for row in rows]
-    marker = MARKERS[place % len(MARKERS)]
-    axes.errorbar(sizes, y, yerr=errors, label=name, marker=marker, linestyle="", elinewidth=1)
-
-
-def _finish(axes: "Axes") -> None:
+    """Draw (y, error below, error above) of each row over its size, with one marker per series."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+    names = dict.fromkeys(row.series for row in rows)
+    for name, marker in zip(names, cycle(MARKERS), strict=False):
+        series = [row for row in rows if row.series == name]
+        sizes = [(row.stored_bytes or 0) / 1e6 for row in series]
+        y, *errors = zip(*map(point, series), strict=True)
+        axes.errorbar(sizes, y, yerr=errors, label=name, marker=marker, linestyle="", elinewidth=1)
     axes.set_xlabel("size, MB")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
     for axis in (axes.xaxis, axes.yaxis):
@@ -164,6 +152,6 @@ def _draw_speed(axes: "Axes", rows: list[Row]) -> None:
 
 def _draw_weights(axes: "Axes", values: Any) -> None:
     axes.stairs(values["counts"], values["edges"], fill=True, baseline=0.5)
-    for cut in values["cut_points"]:
-        axes.axvline(cut, color="tab:orange", linestyle="--")
+    for cut_point in values["cut_points"]:
+        axes.axvline(cut_point, color="tab:orange", linestyle="--")
     axes.set(yscale="log", ylim=(0.5, None), xlabel="weight", ylabel="entries")
