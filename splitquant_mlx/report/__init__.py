@@ -1,4 +1,4 @@
-"""Reports: the results of a study as tables, plots and one HTML page, from JSON alone."""
+"""Reports: tables, plots and one HTML page of a study, from its JSON results."""
 
 from splitquant_mlx.report.page import html
 from splitquant_mlx.report.rows import Report, Row, build_report, load_report, values

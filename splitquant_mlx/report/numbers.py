@@ -1,4 +1,4 @@
-"""Write figures the same way in every table, plot and sentence; "-" where there is none."""
+"""Format numbers for tables, plots and sentences; "-" for a missing value."""
 
 import math
 
@@ -6,7 +6,7 @@ MISSING = "-"
 
 
 def significant(value: float | None, digits: int = 3) -> str:
-    """Return `value` with so many significant digits, in plain notation where that is short."""
+    """Return `value` with `digits` significant digits, scientific outside 1e-4 to 1e6."""
     if value is None:
         return MISSING
     if not math.isfinite(value):
@@ -19,44 +19,44 @@ def significant(value: float | None, digits: int = 3) -> str:
 
 
 def decimals(value: float | None, digits: int) -> str:
-    """Return `value` with so many decimals."""
+    """Return `value` with `digits` decimals."""
     return MISSING if value is None else f"{value:,.{digits}f}"
 
 
 def megabytes(nbytes: float | None) -> str:
-    """Return bytes in MB (10^6), to the megabyte or to three digits, whichever is finer."""
+    """Return bytes in MB (10^6), with three significant digits below 100 MB, else as an integer."""
     if nbytes is None:
         return MISSING
     return significant(nbytes / 1e6) if nbytes < 1e8 else f"{nbytes / 1e6:,.0f}"
 
 
 def percent(share: float | None) -> str:
-    """Return a share of 0 to 1 in percent."""
+    """Return a fraction of 0 to 1 in percent."""
     return MISSING if share is None else f"{share * 100:.1f}"
 
 
 def plus_minus(value: str, error: str) -> str:
-    """Return a value with its standard error, or alone where that is missing."""
+    """Return a value with its standard error; the value only if the error is missing."""
     return value if error == MISSING else f"{value} ± {error}"
 
 
 def probability(p: float | None) -> str:
-    """Return a p-value."""
+    """Return a p-value with three decimals."""
     if p is None:
         return MISSING
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def times(ratio: float | None) -> str:
-    """Return a ratio."""
+    """Return a ratio with the suffix "x"."""
     return MISSING if ratio is None else f"{significant(ratio)} x"
 
 
 def ratio(value: float | None, base: float | None) -> float | None:
-    """Return value / base; None where either is missing or the base is 0."""
+    """Return value / base; None if either is missing or the base is 0."""
     return None if value is None or not base else value / base
 
 
 def perplexity(value: float | None) -> str:
-    """Return a perplexity or its standard error with two decimals, or few digits where huge."""
+    """Return a perplexity or its standard error: two decimals, or three digits from 10,000 on."""
     return decimals(value, 2) if value is None or value < 1e4 else significant(value)

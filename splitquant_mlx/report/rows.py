@@ -1,4 +1,4 @@
-"""One row per variant of a study's results, the smallest model first. Pure, but for the load."""
+"""Rows of a report: the results of each variant of a study, smallest model first."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ from splitquant_mlx.study.results import (
     load_study_record,
 )
 
-# heading -> part, ending of the names of its values
+# heading -> (part, suffix of the names of its values)
 ARC = {
     "ARC-C": ("arc_challenge.loglikelihood", ""),
     "ARC-C norm": ("arc_challenge.loglikelihood", "_norm"),
@@ -24,7 +24,7 @@ ARC = {
     "ARC-E norm": ("arc_easy.loglikelihood", "_norm"),
     "ARC-E letter": ("arc_easy.letter", ""),
 }
-MAX_STANDARD_ERROR = 0.02  # a larger one hides the differences between methods
+MAX_STANDARD_ERROR = 0.02  # larger errors hide the differences between methods
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,29 +32,29 @@ class Accuracy:
     """Share of correct answers.
 
     Attributes:
-        value: correct answers over questions, 0 to 1.
-        standard_error: of the value, 0 to 1; NaN or None where there is none.
-        correct: 1 or 0 for each question, in the data set's order.
-        asked: solved examples before each question, and the questions' ids where they are known.
+        value: correct answers / questions, 0 to 1.
+        standard_error: of the value, 0 to 1; NaN or None if unknown.
+        correct: 1 or 0 per question, in the order of the data set.
+        question_set: number of few-shot examples, and the ids of the questions or None.
     """
 
     value: float
     standard_error: float | None
     correct: tuple[int, ...]
-    asked: tuple[Any, ...]
+    question_set: tuple[Any, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What was measured of one variant.
+    """Results of one variant.
 
     Attributes:
-        variant: its name.
+        variant: name of the variant.
         is_reference: whether it is the unquantized model.
-        values: of each measured part; see `study.schema.PARTS`.
+        values: values of each measured part; see `study.schema.PARTS`.
         recipe: settings of its conversion; empty for a model that was not converted.
-        accuracies: by the headings in `ARC`.
-        on_front: whether no other quantized variant is as small and as close, and better in one.
+        accuracies: accuracies by the headings in `ARC`.
+        on_front: whether it is on the Pareto front of size and KL divergence.
     """
 
     variant: str
@@ -65,24 +65,24 @@ class Row:
     on_front: bool = False
 
     def get(self, part: str, name: str) -> Any:
-        """Return a value; None where it was not measured."""
+        """Return a value; None if it was not measured."""
         return self.values.get(part, {}).get(name)
 
     @property
     def method(self) -> str:
-        """Return the method's name; "-" where it is unknown."""
+        """Return the name of the method; "-" if unknown."""
         return self.get("convert", "method") or "-"
 
     @property
     def series(self) -> str:
-        """Return the name of the method for a plot's legend, with what changes it."""
+        """Return the label for a plot's legend: method, granularity and refinement."""
         granularity = self.get("convert", "granularity") or "group"
         refined = ", refined" if self.recipe.get("refine") else ""
         return self.method + ("" if granularity == "group" else f", {granularity}") + refined
 
     @property
     def stored_bytes(self) -> int | None:
-        """Return the size of the tensors."""
+        """Return the size of the tensors in bytes."""
         return self.get("convert", "stored_bytes")
 
     @property
@@ -92,12 +92,12 @@ class Row:
 
     @property
     def is_split(self) -> bool:
-        """Tell whether the variant's layers are split."""
+        """Return whether the variant's layers are split."""
         return self.get("convert", "clusters") is not None
 
     @property
     def size_and_kl(self) -> tuple[float, float] | None:
-        """Return (stored_bytes, kl), less of both is better; None unless it is quantized."""
+        """Return (stored_bytes, kl), both lower is better; None unless quantized and finite."""
         if self.is_reference or self.stored_bytes is None or self.kl is None:
             return None
         return (self.stored_bytes, self.kl) if math.isfinite(self.kl) else None
@@ -105,7 +105,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A study, its results, and a row per variant, smallest first."""
+    """A study, its results, and one row per variant, smallest first."""
 
     study: StudyRecord
     results: tuple[Result, ...]
@@ -118,15 +118,15 @@ class Report:
 
     @property
     def speed_baseline(self) -> Row | None:
-        """Return the row that speeds are compared with: the reference, or else the first rtn."""
+        """Return the baseline of speed ratios: the reference, or else the first rtn variant."""
         timed = [row for row in self.rows if row.get("speed", "decode_tokens_per_s")]
         timed.sort(key=lambda row: not row.is_reference)
         return next((row for row in timed if row.is_reference or row.method == "rtn"), None)
 
     @property
     def arc_headings(self) -> dict[str, bool]:
-        """Return the measured headings of `ARC`: whether all standard errors are small enough."""
-        found = {}
+        """Return the measured headings of `ARC`, with whether errors are small enough to show."""
+        headings = {}
         for heading in ARC:
             errors = [
                 row.accuracies[heading].standard_error
@@ -134,11 +134,11 @@ class Report:
                 if heading in row.accuracies
             ]
             if errors:
-                found[heading] = all(e is not None and e <= MAX_STANDARD_ERROR for e in errors)
-        return found
+                headings[heading] = all(e is not None and e <= MAX_STANDARD_ERROR for e in errors)
+        return headings
 
     def rtn_counterpart(self, row: Row) -> Row | None:
-        """Return the rtn variant with a variant's bits, granularity and group size."""
+        """Return the rtn variant with the same bits, granularity and group size."""
 
         def grid(row: Row) -> tuple[Any, ...]:
             convert = (row.get("convert", name) for name in ("bits", "granularity"))
@@ -148,57 +148,57 @@ class Report:
         return next((other for other in plain if grid(other) == grid(row)), None)
 
     def dominating_plain_variant(self, row: Row) -> Row | None:
-        """Return the closest unsplit variant that is as small and as close, and better in one."""
-        found = [
+        """Return the unsplit variant of lowest KL that dominates `row` in size and KL."""
+        dominating = [
             other
             for other in self.rows
             if not other.is_split and dominates(other.size_and_kl, row.size_and_kl)
         ]
-        return min(found, key=lambda other: other.kl or 0.0, default=None)
+        return min(dominating, key=lambda other: other.kl or 0.0, default=None)
 
 
 def load_report(directory: Path) -> Report:
     """Read a directory of results. Raises SplitQuantError when a file in it is unusable.
 
-    A study may be changed and run again: what is left of earlier ones is not shown.
+    Results of earlier versions of the study are omitted.
     """
     study, results = load_study_record(directory), load_results(directory)
-    current = _current(study, results)
-    if old := len(results) - len(current):
-        note = f"Left out: {old} measurements of variants or settings that the study had before."
+    current = _current_results(study, results)
+    if stale := len(results) - len(current):
+        note = f"Omitted: {stale} measurements of variants or settings no longer in the study."
         study = dataclasses.replace(study, notes=(*study.notes, note))
     return build_report(study, current)
 
 
-def _current(study: StudyRecord, results: Sequence[Result]) -> list[Result]:
-    """Return the results of the study's variants as they were converted and measured last."""
+def _current_results(study: StudyRecord, results: Sequence[Result]) -> list[Result]:
+    """Return the results of the study's variants with the settings of the last run."""
     converted = {r.variant: r.settings for r in results if r.part == "convert"}
-    kinds = ("model_hash", "recipe", "foreign")
-    own = [
+    model_keys = ("model_hash", "recipe", "foreign")
+    current = [
         result
         for result in results
         if result.variant in study.order
         and all(
             result.settings.get(key) == converted.get(result.variant, result.settings).get(key)
-            for key in kinds
+            for key in model_keys
         )
     ]
 
-    def measured(result: Result) -> dict[str, Any]:
-        return {k: v for k, v in result.settings.items() if k not in kinds[1:]}
+    def part_settings(result: Result) -> dict[str, Any]:
+        return {k: v for k, v in result.settings.items() if k not in model_keys[1:]}
 
-    last = {result.part: measured(result) for result in sorted(own, key=lambda r: r.created)}
-    return [result for result in own if measured(result) == last[result.part]]
+    last = {r.part: part_settings(r) for r in sorted(current, key=lambda r: r.created)}
+    return [result for result in current if part_settings(result) == last[result.part]]
 
 
 def build_report(study: StudyRecord, results: Iterable[Result]) -> Report:
-    """Return one row per variant by size; those of unknown size last, in the study's order."""
+    """Return a report with rows sorted by size; unknown sizes last, in the study's order."""
     results = tuple(results)
     parts: dict[str, dict[str, Result]] = {}
     for result in results:
         parts.setdefault(result.variant, {})[result.part] = result
-    order = {name: place for place, name in enumerate(study.order)}
-    rows = [_row(name, found, name == study.reference_variant) for name, found in parts.items()]
+    order = {name: index for index, name in enumerate(study.order)}
+    rows = [_row(name, by_part, name == study.reference_variant) for name, by_part in parts.items()]
     rows.sort(
         key=lambda row: (
             math.inf if row.stored_bytes is None else row.stored_bytes,
@@ -208,14 +208,14 @@ def build_report(study: StudyRecord, results: Iterable[Result]) -> Report:
     )
     points = [row.size_and_kl for row in rows]
     rows = [
-        dataclasses.replace(row, on_front=is_best)
-        for row, is_best in zip(rows, pareto_front(points), strict=True)
+        dataclasses.replace(row, on_front=on_front)
+        for row, on_front in zip(rows, pareto_front(points), strict=True)
     ]
     return Report(study=study, results=results, rows=tuple(rows))
 
 
 def values(report: Report) -> dict[str, Any]:
-    """Return a report as JSON values: the study, and the measured parts of each variant."""
+    """Return a report as JSON values: the study and the measured parts of each variant."""
     variants = [
         {
             "variant": row.variant,
@@ -229,7 +229,7 @@ def values(report: Report) -> dict[str, Any]:
 
 
 def pareto_front(points: Sequence[tuple[float, float] | None]) -> list[bool]:
-    """Tell which points (less is better in both) no other point dominates; None never is one."""
+    """Return whether each point, lower is better in both, is Pareto-optimal; False for None."""
     return [
         point is not None and not any(dominates(other, point) for other in points)
         for point in points
@@ -237,28 +237,29 @@ def pareto_front(points: Sequence[tuple[float, float] | None]) -> list[bool]:
 
 
 def dominates(first: tuple[float, float] | None, second: tuple[float, float] | None) -> bool:
-    """Tell whether `first` is as low as `second` in both, and lower in one."""
+    """Return whether `first` is no higher than `second` in both values and lower in one."""
     if first is None or second is None:
         return False
     return first != second and first[0] <= second[0] and first[1] <= second[1]
 
 
 def p_value(first: Accuracy | None, second: Accuracy | None) -> float | None:
-    """Return McNemar's exact two-sided p; None unless both were asked the same."""
+    """Return the p-value of McNemar's exact two-sided test; None unless the questions are equal."""
     from splitquant_mlx.evaluation.paired import compare
 
     if first is None or second is None or not first.correct:
         return None
-    alike = (len(first.correct), first.asked) == (len(second.correct), second.asked)
-    return compare(first.correct, second.correct).p_value if alike else None
+    if len(first.correct) != len(second.correct) or first.question_set != second.question_set:
+        return None
+    return compare(first.correct, second.correct).p_value
 
 
 def _row(name: str, parts: Mapping[str, Result], is_reference: bool) -> Row:
     recipe = parts["convert"].settings.get("recipe") if "convert" in parts else None
     accuracies = {
-        heading: _accuracy(parts[part], ending)
-        for heading, (part, ending) in ARC.items()
-        if part in parts and parts[part].values.get(f"correct{ending}") is not None
+        heading: _accuracy(parts[part], suffix)
+        for heading, (part, suffix) in ARC.items()
+        if part in parts and parts[part].values.get(f"correct{suffix}") is not None
     }
     return Row(
         variant=name,
@@ -269,11 +270,11 @@ def _row(name: str, parts: Mapping[str, Result], is_reference: bool) -> Row:
     )
 
 
-def _accuracy(result: Result, ending: str) -> Accuracy:
+def _accuracy(result: Result, suffix: str) -> Accuracy:
     values = result.values
     return Accuracy(
-        value=values[f"accuracy{ending}"],
-        standard_error=values.get(f"standard_error{ending}"),
-        correct=tuple(values[f"correct{ending}"]),
-        asked=(values["num_shots"], result.settings.get("questions")),
+        value=values[f"accuracy{suffix}"],
+        standard_error=values.get(f"standard_error{suffix}"),
+        correct=tuple(values[f"correct{suffix}"]),
+        question_set=(values["num_shots"], result.settings.get("questions")),
     )

@@ -1,4 +1,4 @@
-"""The tables of a report, as text: the terminal, Markdown and HTML show the same cells."""
+"""Tables of a report as text cells, shared by terminal, Markdown and HTML."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,42 +20,42 @@ from splitquant_mlx.report.numbers import (
 from splitquant_mlx.report.rows import MAX_STANDARD_ERROR, Report, Row, p_value
 
 STAR = "★"
-Column = tuple[str, Callable[[Any], str]]  # heading, cell of a row
+Column = tuple[str, Callable[[Any], str]]  # (heading, function of a row that returns the cell)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table: its first column names the rows, `note` explains the others."""
+    """A table: the first column names the rows, `note` explains the other columns."""
 
     title: str
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
-    is_published: bool = False  # figures of a publication, not measured here
+    is_published: bool = False  # figures of a publication
 
 
 def tables(report: Report) -> list[Table]:
-    """Return the tables that the results allow. Columns without any figure are left out."""
-    makers = (_quality, _divergence, _arc, _pairs, _conversion, _speed)
-    found = [table for make in makers if len((table := make(report)).headers) > 1]
+    """Return the tables for which there are results, without empty columns."""
+    builders = (_quality, _divergence, _arc, _split_against_plain, _conversion, _speed)
+    tables = [table for build in builders if len((table := build(report)).headers) > 1]
     if paper := report.study.paper:
         rows = tuple((claim.what, f"{claim.value:,g} {claim.unit}") for claim in paper.claims)
         title = f"Published figures ({paper.source}), not measured here"
         headers = ("claim", "published")
-        found.append(Table(title=title, headers=headers, rows=rows, is_published=True))
-    return found
+        tables.append(Table(title=title, headers=headers, rows=rows, is_published=True))
+    return tables
 
 
 def _table(title: str, first: Column, items: Iterable[Any], columns: list[Column], note: str = ""):
     items = list(items)
     cells = {heading: [cell(item) for item in items] for heading, cell in (first, *columns)}
-    kept = {
+    shown = {
         heading: column
         for heading, column in cells.items()
         if heading == first[0] or set(column) - {MISSING, ""}
     }
     return Table(
-        title=title, headers=tuple(kept), rows=tuple(zip(*kept.values(), strict=True)), note=note
+        title=title, headers=tuple(shown), rows=tuple(zip(*shown.values(), strict=True)), note=note
     )
 
 
@@ -66,8 +66,8 @@ def _name(row: Row) -> str:
 VARIANT: Column = ("variant", _name)
 
 
-def _value(part: str, name: str, show: Callable[[Any], str]) -> Callable[[Row], str]:
-    return lambda row: show(row.get(part, name))
+def _value(part: str, name: str, format_: Callable[[Any], str]) -> Callable[[Row], str]:
+    return lambda row: format_(row.get(part, name))
 
 
 def _perplexity(row: Row) -> str:
@@ -90,10 +90,9 @@ def _quality(report: Report) -> Table:
         (STAR, lambda row: STAR if row.on_front else ""),
     ]
     note = (
-        "Size: of the tensors; files: of the weight files. Bits/weight: over the original's "
-        "parameters. KL: mean divergence from the reference per token; top-1: tokens on which both "
-        f"agree. ±: standard error. {STAR}: no other variant is as small and as close, and better "
-        "in one."
+        "Size: tensors; files: weight files. Bits/weight: stored bits / parameters of the "
+        "original. KL: mean divergence from the reference per token; top-1: tokens with the same "
+        f"most likely token. ±: standard error. {STAR}: on the Pareto front of size and KL."
     )
     return _table("Quality", VARIANT, report.rows, columns, note)
 
@@ -107,7 +106,7 @@ def _divergence(report: Report) -> Table:
         "99th percentile": "kl_p99",
     }
     columns = [(heading, _value("kl", name, significant)) for heading, name in names.items()]
-    note = "Nats per token. 95 %: interval of the mean, by bootstrap over windows of text."
+    note = "Nats per token. 95 %: confidence interval of the mean, bootstrapped over text windows."
     return _table("KL divergence", VARIANT, report.rows, columns, note)
 
 
@@ -118,22 +117,23 @@ def _arc(report: Report) -> Table:
             columns.append((f"{heading}, %", partial(_share, heading)))
             columns.append((f"{heading}, p", partial(_p, report.reference, heading)))
     note = (
-        "Correct answers ± standard error; norm: log-likelihood per character; letter: the answer "
-        "is a letter. p: McNemar's exact two-sided test against the reference, same questions."
+        "Correct answers ± standard error; norm: log-likelihood per character; letter: the model "
+        "answers with a letter. p: McNemar's exact two-sided test against the reference."
     )
     return _table("ARC", VARIANT, report.rows, columns, note)
 
 
-def left_out(report: Report) -> str:
-    """Return a note on the question sets whose standard errors are too large to be shown."""
+def omitted_note(report: Report) -> str:
+    """Return a note on the ARC columns omitted for their large standard errors; "" if none are."""
     names = ", ".join(heading for heading, is_shown in report.arc_headings.items() if not is_shown)
     limit = f"over {MAX_STANDARD_ERROR * 100:g} points"
     return f"Measured, not shown (a standard error {limit}): {names}." if names else ""
 
 
 def _share(heading: str, row: Row) -> str:
-    found = row.accuracies.get(heading)
-    return plus_minus(percent(found.value), percent(found.standard_error)) if found else MISSING
+    if (accuracy := row.accuracies.get(heading)) is None:
+        return MISSING
+    return plus_minus(percent(accuracy.value), percent(accuracy.standard_error))
 
 
 def _p(reference: Row | None, heading: str, row: Row) -> str:
@@ -142,30 +142,30 @@ def _p(reference: Row | None, heading: str, row: Row) -> str:
     return probability(p_value(row.accuracies.get(heading), reference.accuracies.get(heading)))
 
 
-def _pairs(report: Report) -> Table:
-    """Return the figures of each split variant over those of its rtn counterpart."""
+def _split_against_plain(report: Report) -> Table:
+    """Return the values of each split variant relative to its rtn counterpart."""
     pairs = [(row, p) for row in report.rows if row.is_split and (p := report.rtn_counterpart(row))]
 
     def relative(part: str, name: str) -> Callable[[tuple[Row, Row]], str]:
         return lambda pair: times(ratio(pair[0].get(part, name), pair[1].get(part, name)))
 
-    def better(pair: tuple[Row, Row]) -> str:
-        found = report.dominating_plain_variant(pair[0])
-        return found.variant if found else MISSING
+    def dominating(pair: tuple[Row, Row]) -> str:
+        row = report.dominating_plain_variant(pair[0])
+        return row.variant if row else MISSING
 
     columns: list[Column] = [
         ("KL, ratio", relative("kl", "kl_mean")),
         ("size, ratio", relative("convert", "stored_bytes")),
         ("decode, ratio", relative("speed", "decode_tokens_per_s")),
-        ("smaller and closer", better),
+        ("smaller and closer", dominating),
     ]
     for heading, is_shown in report.arc_headings.items():
         if is_shown:
             columns.append((f"{heading}, points", partial(_points, heading)))
     note = (
-        "Ratio: of the split variant's figure to that of plain rounding with as many bits per "
-        "code. Smaller and closer: the closest unsplit variant that is as small and as close, and "
-        "better in one. Points: percentage points gained (p: McNemar's exact test of the pair)."
+        "Ratio: split variant / rtn variant with the same bits per code. Smaller and closer: the "
+        "unsplit variant of lowest KL that is better in size and KL. Points: percentage points "
+        "gained (p: McNemar's exact test of the pair)."
     )
     first = ("split / plain", lambda pair: f"{pair[0].variant} / {pair[1].variant}")
     return _table("Split against plain", first, pairs, columns, note)
@@ -203,5 +203,5 @@ def _speed(report: Report) -> Table:
         ("first token, s", _value("speed", "first_token_s", significant)),
         ("peak memory, MB", _value("speed", "peak_bytes", megabytes)),
     ]
-    note = f"Ratio: to the tokens/s of {base.variant}; more is faster." if base else ""
+    note = f"Ratio: to the tokens/s of {base.variant}; higher is faster." if base else ""
     return _table("Speed", VARIANT, report.rows, columns, note)

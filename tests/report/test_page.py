@@ -1,4 +1,4 @@
-"""The page is one sound, self-contained, accessible file, and the same in a real browser."""
+"""The page is valid, self-contained, accessible HTML, and a browser renders it as written."""
 
 import re
 from base64 import b64decode
@@ -85,7 +85,7 @@ def page(text):
 
 @pytest.fixture(scope="module")
 def hostile():
-    """Return a page where every name that a file can hold tries to be markup."""
+    """Return a page in which every name contains markup."""
     made = []
     for name in HOSTILE:
         parts = ("convert", "kl", "speed", "weights")
@@ -103,7 +103,7 @@ def hostile():
 
 @pytest.fixture(scope="module")
 def crowded():
-    """Return a page of 36 variants with long names and close figures."""
+    """Return a page of 36 variants with long names and similar values."""
     made = []
     for i in range(36):
         for known in results():
@@ -119,9 +119,9 @@ def crowded():
     return html(build_report(study(order=()), made))
 
 
-def test_cells_are_those_of_the_markdown_table(page, directory):
-    wanted = tables(markdown(load_report(directory)))
-    for title, rows in wanted.items():
+def test_cells_equal_those_of_the_markdown_tables(page, directory):
+    expected = tables(markdown(load_report(directory)))
+    for title, rows in expected.items():
         headers = list(next(iter(rows.values())))
         at = page.rows.index(headers)
         assert page.rows[at + 1 : at + 1 + len(rows)] == [list(r.values()) for r in rows.values()]
@@ -129,7 +129,7 @@ def test_cells_are_those_of_the_markdown_table(page, directory):
 
 
 @pytest.mark.parametrize("which", ["text", "hostile"])
-def test_nothing_comes_from_outside_and_nothing_runs(which, request):
+def test_page_has_no_external_resources_and_no_scripts(which, request):
     text = request.getfixturevalue(which)
     page = Page(text)
     for tag, attributes in page.elements:
@@ -157,23 +157,23 @@ def test_page_is_accessible(page, text):
 
 
 def test_the_plots_come_first(page):
-    said = [line.strip() for line in page.text if line.strip()]
-    assert said.index("Plots") < said.index("KL divergence from the original")
-    assert said.index("Lower left is better. Bars: 95 % interval.") < said.index("Quality")
-    assert "splitquant-mlx run made-up.toml --model SmolLM2-135M-Instruct" in said
+    lines = [line.strip() for line in page.text if line.strip()]
+    assert lines.index("Plots") < lines.index("KL divergence from the original")
+    assert lines.index("Lower left is better. Bars: 95 % interval.") < lines.index("Quality")
+    assert "splitquant-mlx run made-up.toml --model SmolLM2-135M-Instruct" in lines
 
 
 def drawings(text, tag="img", name="src"):
-    """Return the drawings of a page, parsed."""
-    found = [attributes[name] for attributes in Page(text).all(tag)]
-    return [ElementTree.fromstring(b64decode(uri.partition(",")[2])) for uri in found]
+    """Return the parsed SVG images of a page."""
+    uris = [attributes[name] for attributes in Page(text).all(tag)]
+    return [ElementTree.fromstring(b64decode(uri.partition(",")[2])) for uri in uris]
 
 
 def words(drawing):
     return {"".join(e.itertext()) for e in drawing.iter() if e.tag.endswith("text")}
 
 
-def test_plots_hold_their_words_as_text(text):
+def test_plots_contain_text_not_glyph_outlines(text):
     light = [words(drawing) for drawing in drawings(text)]
     assert {"KL divergence, nats per token", "size, MB", "rtn", "rtn, tensor"} <= light[0]
     assert {"imatrix", "gptq", "splitquant", "splitquant, tensor"} <= light[0]
@@ -181,7 +181,7 @@ def test_plots_hold_their_words_as_text(text):
     assert [words(drawing) for drawing in drawings(text, "source", "srcset")] == light
 
 
-def test_a_point_stands_where_its_figures_are(monkeypatch):
+def test_points_have_the_coordinates_of_the_results(monkeypatch):
     from matplotlib.axes import Axes
 
     drawn, draw = [], Axes.errorbar
@@ -192,9 +192,9 @@ def test_a_point_stands_where_its_figures_are(monkeypatch):
 
     monkeypatch.setattr(Axes, "errorbar", errorbar)
     html(build_report(study(), [made for made in results() if made.part in ("convert", "kl")]))
-    found = {(x, y) for xs, ys, _ in drawn for x, y in zip(xs, ys, strict=True)}
+    points = {(x, y) for xs, ys, _ in drawn for x, y in zip(xs, ys, strict=True)}
     parts = {(made.variant, made.part): made.values for made in results()}
-    assert found == {
+    assert points == {
         (values["stored_bytes"] / 1e6, parts[variant, "kl"]["kl_mean"])
         for (variant, part), values in parts.items()
         if part == "convert" and variant != "original"
@@ -204,7 +204,7 @@ def test_a_point_stands_where_its_figures_are(monkeypatch):
     assert list(above) == pytest.approx(list(below))
 
 
-def test_figures_that_a_plot_cannot_hold_are_named():
+def test_variants_that_cannot_be_plotted_are_named():
     shapes = {"nothing": 0.0, "below": -1e-9, "endless": float("inf"), "usual": 0.3}
     convert = {"method": "rtn", "bits_per_weight": 4.5, "stored_bytes": 10**6}
     made = [result(name, "convert", convert) for name in shapes]
@@ -213,7 +213,7 @@ def test_figures_that_a_plot_cannot_hold_are_named():
     assert "Not finite or not above 0, not drawn: below, endless, nothing." in text
 
 
-def test_hostile_names_are_text(hostile):
+def test_hostile_names_are_escaped(hostile):
     page = Page(hostile)
     cells = {cell for row in page.rows for cell in row}
     for name in HOSTILE:
@@ -223,12 +223,12 @@ def test_hostile_names_are_text(hostile):
     assert {HOSTILE[0], HOSTILE[3], HOSTILE[6]} <= set().union(*map(words, drawings(hostile)))
 
 
-def test_same_results_same_bytes(directory, text):
+def test_equal_results_give_equal_bytes(directory, text):
     report = load_report(directory)
     assert html(build_report(report.study, reversed(report.results))) == text
 
 
-def test_a_thousand_question_ids_do_not_fill_the_page():
+def test_long_lists_of_question_ids_are_shortened():
     ids = [f"Mercury_{i}" for i in range(1000)]
     kl = result("v", "kl", {"kl_mean": 1.0}, settings={"questions": ids, "tokens": [1, 2]})
     text = html(build_report(study(), [kl]))
@@ -236,14 +236,14 @@ def test_a_thousand_question_ids_do_not_fill_the_page():
     assert "Mercury_500" not in text
 
 
-def test_one_result_makes_a_page():
+def test_a_single_result_makes_a_page():
     values = {"questions": 0, "num_shots": 0, "accuracy": 0.0, "correct": []}
     Page(html(build_report(study(), [result("v", "arc_easy.letter", values)])))
 
 
 @pytest.fixture
 def command():
-    """Return a function that runs `report` with options, and returns what it printed."""
+    """Return a function that runs `report` with options and returns its output."""
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command()(report_command)
 
@@ -264,7 +264,7 @@ def test_command_prints_tables_and_writes_both_files(command, directory, text, t
     assert table.read_text(encoding="utf-8") == markdown(load_report(directory))
 
 
-def test_command_writes_beside_the_results_and_reads_them_again(command, tmp_path):
+def test_command_writes_into_the_results_directory_twice(command, tmp_path):
     write_study(tmp_path, without=PLOTTED)
     command(tmp_path)
     first = (tmp_path / "report.html").read_bytes()
@@ -272,7 +272,7 @@ def test_command_writes_beside_the_results_and_reads_them_again(command, tmp_pat
     assert (tmp_path / "report.html").read_bytes() == first
 
 
-def test_command_names_what_it_cannot_write_or_read(command, tmp_path):
+def test_command_names_unreadable_and_unwritable_files(command, tmp_path):
     with pytest.raises(SplitQuantError, match=r"study\.json cannot be read"):
         command(tmp_path)
     write_study(tmp_path, without=PLOTTED)
@@ -288,18 +288,16 @@ WIDER = """() => [...document.querySelectorAll("body *")].filter(
 @pytest.mark.slow
 @pytest.mark.parametrize("which", ["text", "hostile", "crowded"])
 @pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1280, "light"), (1280, "dark")])
-def test_browser_shows_it_well(browser, tmp_path, request, which, width, scheme):
+def test_browser_renders_the_page(browser, tmp_path, request, which, width, scheme):
     file = tmp_path / "report.html"
     file.write_text(request.getfixturevalue(which), encoding="utf-8")
     shown = browser.new_page(viewport={"width": width, "height": 844}, color_scheme=scheme)
-    said = []
-    shown.on("console", lambda message: said.append(message.text))
-    shown.on("pageerror", lambda error: said.append(str(error)))
-    shown.on("dialog", lambda dialog: said.append(dialog.message))
-    shown.on(
-        "request",
-        lambda asked: asked.url.startswith((file.as_uri(), "data:")) or said.append(asked.url),
-    )
+    events = []
+    shown.on("console", lambda message: events.append(message.text))
+    shown.on("pageerror", lambda error: events.append(str(error)))
+    shown.on("dialog", lambda dialog: events.append(dialog.message))
+    local = (file.as_uri(), "data:")
+    shown.on("request", lambda sent: sent.url.startswith(local) or events.append(sent.url))
     shown.goto(file.as_uri())
     assert shown.evaluate("document.documentElement.scrollWidth") <= width
     assert shown.evaluate(WIDER) == []
@@ -308,5 +306,5 @@ def test_browser_shows_it_well(browser, tmp_path, request, which, width, scheme)
     assert rows == Page(file.read_text(encoding="utf-8")).rows
     shown.screenshot(path=tmp_path / "page.png", full_page=True)
     assert (tmp_path / "page.png").stat().st_size > 20_000
-    assert said == []
+    assert events == []
     shown.close()

@@ -1,4 +1,4 @@
-"""The tables say what the JSON files say."""
+"""The tables show the values of the JSON files."""
 
 import dataclasses
 import json
@@ -44,13 +44,13 @@ def shown(cell):
     return float(cell.replace(",", "").removesuffix(" x"))
 
 
-def test_every_number_of_the_tables_is_that_of_the_files(report, files):
-    found = tables(markdown(report))
+def test_numbers_of_the_tables_equal_those_of_the_files(report, files):
+    cells = tables(markdown(report))
     base = files["original", "speed"]
     for variant in NAMES:
         name = f"{variant} (reference)" if variant == "original" else variant
         convert, speed = files[variant, "convert"], files[variant, "speed"]
-        wanted = {
+        expected = {
             ("Quality", "bits/weight, linear"): convert["linear_bits_per_weight"],
             ("Quality", "bits/weight"): convert["bits_per_weight"],
             ("Quality", "size, MB"): convert["stored_bytes"] / 1e6,
@@ -66,44 +66,44 @@ def test_every_number_of_the_tables_is_that_of_the_files(report, files):
         }
         if variant != "original":
             kl = files[variant, "kl"]
-            wanted["Quality", "KL, nats"] = kl["kl_mean"]
-            wanted["KL divergence", "95 % from"] = kl["kl_low"]
-            wanted["KL divergence", "95 % to"] = kl["kl_high"]
-            wanted["KL divergence", "99th percentile"] = kl["kl_p99"]
-            wanted["Quality", "top-1, %"] = kl["top1_agreement"] * 100
-            wanted["Conversion", "time, s"] = convert["seconds"]["total"]
-            wanted["Conversion", "peak memory, MB"] = convert["peak_bytes"] / 1e6
-        for (title, heading), value in wanted.items():
-            assert shown(found[title][name][heading]) == pytest.approx(value, rel=5e-3), heading
+            expected["Quality", "KL, nats"] = kl["kl_mean"]
+            expected["KL divergence", "95 % from"] = kl["kl_low"]
+            expected["KL divergence", "95 % to"] = kl["kl_high"]
+            expected["KL divergence", "99th percentile"] = kl["kl_p99"]
+            expected["Quality", "top-1, %"] = kl["top1_agreement"] * 100
+            expected["Conversion", "time, s"] = convert["seconds"]["total"]
+            expected["Conversion", "peak memory, MB"] = convert["peak_bytes"] / 1e6
+        for (title, heading), value in expected.items():
+            assert shown(cells[title][name][heading]) == pytest.approx(value, rel=5e-3), heading
 
 
-def test_accuracy_and_perplexity_come_with_their_errors(report, files):
-    found = tables(markdown(report))
+def test_accuracy_and_perplexity_have_standard_errors(report, files):
+    cells = tables(markdown(report))
     for variant in NAMES[1:]:
         values = files[variant, "arc_challenge.loglikelihood"]
-        cell = found["ARC"][variant]["ARC-C norm, %"]
+        cell = cells["ARC"][variant]["ARC-C norm, %"]
         value, error = (float(text) for text in cell.split(" ± "))
         assert value == pytest.approx(100 * sum(values["correct_norm"]) / QUESTIONS, abs=0.051)
         assert error == pytest.approx(100 * values["standard_error_norm"], abs=0.051)
-        value, error = found["Quality"][variant]["perplexity"].split(" ± ")
-        wanted = files[variant, "perplexity"]
-        assert shown(value) == pytest.approx(wanted["perplexity"], rel=5e-3)
-        assert shown(error) == pytest.approx(wanted["standard_error"], abs=0.005)
+        value, error = cells["Quality"][variant]["perplexity"].split(" ± ")
+        values = files[variant, "perplexity"]
+        assert shown(value) == pytest.approx(values["perplexity"], rel=5e-3)
+        assert shown(error) == pytest.approx(values["standard_error"], abs=0.005)
 
 
-def test_p_is_the_binomial_one_against_the_reference(report, files):
+def test_p_is_that_of_an_exact_binomial_test_against_the_reference(report, files):
     cells = tables(markdown(report))["ARC"]
     first = np.array(files["original", "arc_challenge.letter"]["correct"])
     for variant in NAMES[1:]:
-        own = np.array(files[variant, "arc_challenge.letter"]["correct"])
-        lost, won = int((first > own).sum()), int((first < own).sum())
+        second = np.array(files[variant, "arc_challenge.letter"]["correct"])
+        lost, won = int((first > second).sum()), int((first < second).sum())
         p = binomtest(won, won + lost).pvalue if won + lost else 1.0
         cell = cells[variant]["ARC-C letter, p"]
         assert cell == "< 0.001" if p < 0.001 else shown(cell) == pytest.approx(p, abs=5e-4)
 
 
 @pytest.mark.parametrize("differing", ["fewer", "other ids", "other shots"])
-def test_p_is_left_out_where_the_questions_differ(report, differing):
+def test_p_is_missing_if_the_questions_differ(report, differing):
     def change(made):
         if (made.variant, made.part) != ("rtn-4-g64", "arc_challenge.letter"):
             return made
@@ -120,7 +120,7 @@ def test_p_is_left_out_where_the_questions_differ(report, differing):
     assert cells["rtn-5-g64"]["ARC-C letter, p"] != "-"
 
 
-def test_rows_are_sorted_by_size_and_then_as_in_the_study():
+def test_rows_are_sorted_by_size_then_by_study_order():
     made = [result(name, "kl", {"kl_mean": 1.0}) for name in ("c", "z", "a", "b")]
     sizes = {"b": 30, "big": 20, "small": 10}
     values = {"method": "rtn", "bits_per_weight": 4.5}
@@ -131,8 +131,8 @@ def test_rows_are_sorted_by_size_and_then_as_in_the_study():
     assert [row.variant for row in rows] == ["small", "big", "b", "z", "a", "c"]
 
 
-def test_what_a_changed_study_left_behind_is_not_shown(tmp_path):
-    """Recipe, model, text and variants of a study may change between two runs of it."""
+def test_results_of_an_earlier_version_of_the_study_are_omitted(tmp_path):
+    """Recipe, model, text and variants of a study may change between two runs."""
     now, before = "2025-06-01T12:00:00+00:00", "2025-05-01T12:00:00+00:00"
 
     def measured(variant, part, created=now, bits=4, **settings):
@@ -154,7 +154,7 @@ def test_what_a_changed_study_left_behind_is_not_shown(tmp_path):
     assert "5 measurements" in markdown(report)
 
 
-def test_arc_is_shown_only_where_its_standard_error_is_small(report):
+def test_arc_columns_with_large_standard_errors_are_omitted(report):
     assert "ARC-C norm, %" in tables(markdown(report))["ARC"]["rtn-4-g64"]
 
     def change(made):
@@ -172,14 +172,14 @@ point = st.tuples(st.integers(0, 6), st.integers(0, 6))
 
 
 @given(st.lists(st.none() | point))
-def test_pareto_front_is_what_brute_force_finds(points):
-    def beaten(p):
+def test_pareto_front_equals_brute_force(points):
+    def dominated(p):
         return any(
             q is not None and q[0] <= p[0] and q[1] <= p[1] and (q[0] < p[0] or q[1] < p[1])
             for q in points
         )
 
-    assert pareto_front(points) == [p is not None and not beaten(p) for p in points]
+    assert pareto_front(points) == [p is not None and not dominated(p) for p in points]
 
 
 def test_stars_mark_the_front(report):
@@ -190,7 +190,7 @@ def test_stars_mark_the_front(report):
     ]
 
 
-def test_every_split_is_compared_with_its_rtn_counterpart(report, files):
+def test_split_variants_are_compared_with_their_rtn_counterparts(report, files):
     cells = tables(markdown(report))
     for split, plain in (
         ("splitquant-4-tensor", "rtn-4-tensor"),
@@ -203,13 +203,13 @@ def test_every_split_is_compared_with_its_rtn_counterpart(report, files):
             "decode, ratio": ("speed", "decode_tokens_per_s"),
         }
         for heading, (part, name) in ratios.items():
-            wanted = files[split, part][name] / files[plain, part][name]
-            assert shown(row[heading]) == pytest.approx(wanted, rel=5e-3)
+            expected = files[split, part][name] / files[plain, part][name]
+            assert shown(row[heading]) == pytest.approx(expected, rel=5e-3)
         assert row["smaller and closer"] == "rtn-8-g64"
         first, second = (files[name, "arc_challenge.loglikelihood"] for name in (split, plain))
-        wanted = (sum(first["correct"]) - sum(second["correct"])) / QUESTIONS * 100
+        expected = (sum(first["correct"]) - sum(second["correct"])) / QUESTIONS * 100
         gained, p_text = row["ARC-C, points"].rstrip(")").split(" (p ")
-        assert float(gained) == pytest.approx(wanted, abs=0.051)
+        assert float(gained) == pytest.approx(expected, abs=0.051)
         won, lost = (
             sum(a > b for a, b in zip(x["correct"], y["correct"], strict=True))
             for x, y in ((first, second), (second, first))
@@ -251,12 +251,12 @@ def test_missing_parts_are_dashes(report):
 
 
 @pytest.mark.parametrize("part", sorted({made.part for made in results()} - {"weights"}))
-def test_one_part_alone_makes_a_report(part):
+def test_a_single_part_makes_a_report(part):
     report = build_report(study(), [made for made in results() if made.part == part])
     assert "rtn-4-g64" in markdown(report)
 
 
-def test_what_is_not_finite_is_shown_and_never_best():
+def test_non_finite_values_are_shown_and_never_on_the_front():
     made = [
         result(name, part, values)
         for name, kl in (("a", math.inf), ("b", math.nan), ("c", 0.5))
@@ -274,7 +274,7 @@ def test_what_is_not_finite_is_shown_and_never_best():
 
 
 @pytest.mark.parametrize("width", [80, 100, 200])
-def test_terminal_shows_the_same_cells_in_its_width(report, width):
+def test_terminal_shows_the_same_cells_within_its_width(report, width):
     console = Console(width=width, record=True, file=StringIO())
     for table in terminal(report):
         console.print(table)
@@ -286,7 +286,7 @@ def test_terminal_shows_the_same_cells_in_its_width(report, width):
     assert "…" not in text
 
 
-def test_markup_and_control_characters_are_text():
+def test_markup_and_control_characters_are_escaped():
     name = "[red]x[/] | `rm` <b>&amp; *y*"
     notes = ("one\x1b[2Jtwo\nthree",)
     report = build_report(study(notes=notes, title="a\x07b"), [result(name, "kl", {"kl_mean": 1})])
@@ -299,17 +299,17 @@ def test_markup_and_control_characters_are_text():
 
 
 def test_output_does_not_depend_on_the_order_of_the_files(report):
-    turned = build_report(report.study, reversed(report.results))
-    assert markdown(turned) == markdown(report)
+    reordered = build_report(report.study, reversed(report.results))
+    assert markdown(reordered) == markdown(report)
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers(1, 6))
-def test_significant_digits_are_kept(value, digits):
+def test_significant_rounds_to_the_digits(value, digits):
     text = significant(value, digits).replace(",", "")
     assert float(text) == pytest.approx(float(f"{value:.{digits - 1}e}"), rel=1e-12)
 
 
-def test_published_figures_stand_in_a_table_of_their_own(report):
+def test_published_figures_have_a_separate_table(report):
     cells = tables(markdown(report))["Published figures (arXiv:2503.07657), not measured here"]
     assert cells["split and INT4 on an Apple M4 CPU"]["published"] == "126 s"
     assert cells["INT4 with the split above plain INT4, ARC"]["published"] == "11.76 points"
