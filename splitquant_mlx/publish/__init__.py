@@ -1,1 +1,1 @@
-"""Publish a converted checkpoint: its files, its figures, its card, and the hub."""
+"""Publish a converted checkpoint: its files, measurements, model card and upload to the hub."""

@@ -1,7 +1,7 @@
 """The model card of a converted checkpoint, from the template card.md.j2.
 
-Manifest and results may come from strangers: their words go into the metadata as YAML strings, and
-into the text as code spans.
+Manifest and results are untrusted: their text is quoted as YAML strings in the metadata and as code
+spans in the body.
 """
 
 import hashlib
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 REPO = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})(?:/|$)", re.ASCII)
-MARK = re.compile(r"<!-- splitquant-mlx wrote this card: ([0-9a-f]{64}) -->\n\Z")
+SIGNATURE = re.compile(r"<!-- splitquant-mlx wrote this card: ([0-9a-f]{64}) -->\n\Z")
 PAPER = "[SplitQuantV2](https://arxiv.org/abs/2503.07657)"
-MOST_NOTES = 8
+MAX_NOTES = 8
 
 
 def make_card(
@@ -44,18 +44,19 @@ def make_card(
 
     Args:
         converted: the checkpoint.
-        repo: where it is to be published, USER/NAME.
-        measurements: what was measured of it.
-        base_model: repo id of the original, for one that was converted from a local copy.
+        repo: repo to publish it in, USER/NAME.
+        measurements: measurements of the checkpoint.
+        base_model: repo id of the original, if that was a local copy.
     """
     from huggingface_hub import ModelCard
 
     base, revision = (base_model, None) if base_model else find_base(converted.manifest)
     manifest, recipe = converted.manifest, converted.recipe
     name = repo.rpartition("/")[2]
+    template = resources.files("splitquant_mlx.publish").joinpath("card.md.j2")
     card = ModelCard.from_template(
         _metadata(converted, base, name, measurements),
-        template_str=_packaged("publish", "card.md.j2").decode(),
+        template_str=template.read_text(encoding="utf-8"),
         name=name,
         repo=repo,
         origin=_origin(manifest, base, revision),
@@ -81,22 +82,18 @@ def make_card(
 
 
 def is_own(text: str) -> bool:
-    """Tell whether `make_card` wrote this text and nobody changed it since."""
-    mark = MARK.search(text)
-    return mark is not None and mark[1] == _hash(text[: mark.start()])
+    """Return whether `make_card` wrote this text and it is unchanged."""
+    match = SIGNATURE.search(text)
+    return match is not None and match[1] == _hash(text[: match.start()])
 
 
 def find_base(manifest: Manifest) -> tuple[str | None, str | None]:
-    """Return repo id and commit of the original, where it came from the hub or from its cache."""
+    """Return repo id and commit of an original from the hub or its cache; else (None, None)."""
     if manifest.revision is not None and REPO.fullmatch(manifest.source):
         return manifest.source, manifest.revision
-    if found := SNAPSHOT.search(manifest.source):
-        return f"{found[1]}/{found[2]}", found[3]
+    if match := SNAPSHOT.search(manifest.source):
+        return f"{match[1]}/{match[2]}", match[3]
     return None, None
-
-
-def _packaged(package: str, name: str) -> bytes:
-    return resources.files(f"splitquant_mlx.{package}").joinpath(name).read_bytes()
 
 
 def _hash(text: str) -> str:
@@ -108,15 +105,15 @@ def _metadata(
 ) -> "ModelCardData":
     from huggingface_hub import ModelCardData
 
-    found = check_source_card(converted.manifest.source_card)
-    parent, tags = found.pop("base_model", None), found.pop("tags", [])
+    inherited = check_source_card(converted.manifest.source_card)
+    parent, tags = inherited.pop("base_model", None), inherited.pop("tags", [])
     tags = [*(tags if isinstance(tags, list) else [tags]), "mlx", "splitquant-mlx"]
     results = eval_results(measurements)
     return ModelCardData(
         **{
             "pipeline_tag": "text-generation",
-            **found,
-            # the parent that a local copy names is no more than an ancestor
+            **inherited,
+            # of a local copy only the parent is known, so no relation is stated
             "base_model": base or parent,
             **({"base_model_relation": "quantized"} if base else {}),
             **({"model_name": name, "eval_results": results} if results else {}),
@@ -130,13 +127,14 @@ METHODS = {
     "splitquant": "every linear layer is split by k-means into layers that sum to it, whose "
     f"narrower ranges quantize better ({PAPER})",
     "rtn": "weights are rounded to the nearest code, as `mlx_lm.convert -q` does",
-    "imatrix": "scales and biases are fitted to the mean squared input of every channel",
+    "imatrix": "scales and biases minimize the error weighted by the mean squared input per "
+    "channel",
     "gptq": "each column's rounding error is compensated in later columns (GPTQ and coordinate "
     "descent)",
-    "lut": "every row of a linear layer has a codebook of its own, by exact k-means and codes that "
+    "lut": "every row of a linear layer has its own codebook, by exact k-means and codes that "
     "compensate each other's errors (SqueezeLLM, GANQ)",
-    "salience": "the salient inputs of every linear layer have one bit more and as many others one "
-    "less (SliM-LLM), rounded by GPTQ and coordinate descent",
+    "salience": "the most salient inputs of every linear layer have one bit more, and equally many "
+    "others one bit less (SliM-LLM), rounded by GPTQ and coordinate descent",
     "omniquant": "clipping strengths are learned block by block (OmniQuant)",
     "efficientqat": "weights, scales and biases are learned block by block (EfficientQAT)",
     "auto": "bits and group size are chosen for every layer from its predicted divergence, and "
@@ -154,25 +152,28 @@ def _origin(manifest: Manifest, base: str | None, revision: str | None) -> str:
 def _calibration(recipe: Recipe) -> str:
     if recipe.calibration is None:
         return "without calibration data"
-    own = recipe.calibration.text == SELF
-    return f"calibrated on {'text that the original model sampled' if own else 'a text file'}"
+    sampled = recipe.calibration.text == SELF
+    return f"calibrated on {'text sampled from the original model' if sampled else 'a text file'}"
 
 
-ACTIONS = {"split": "split", "quantize": "quantized", "keep": "kept"}
+ACTIONS = {"split": "split", "quantize": "quantized", "keep": "not quantized"}
 
 
 def _sizes(converted: Converted) -> str:
     manifest, recipe = converted.manifest, converted.recipe
-    done = Counter(layer.action for layer in manifest.layers)
+    counts = Counter(layer.action for layer in manifest.layers)
     is_auto = recipe.method == "auto"
     bits, size = ("per layer",) * 2 if is_auto else (recipe.bits, recipe.group_size)
     rows = [
         ("method", code(recipe.method)),
         ("bits per code, mode", f"{bits}, {code(recipe.mode)}"),
-        ("one codebook per", f"row ({recipe.outliers or 'nothing'} kept beside it)")
+        ("one codebook per", f"row (outliers: {recipe.outliers or 'none'})")
         if recipe.method == "lut"
         else ("one scale per", f"{recipe.granularity} (group size {size})"),
-        ("layers", ", ".join(f"{done[key]} {word}" for key, word in ACTIONS.items() if done[key])),
+        (
+            "layers",
+            ", ".join(f"{counts[key]} {word}" for key, word in ACTIONS.items() if counts[key]),
+        ),
         ("bits/weight, converted linear layers", decimals(manifest.linear_bits_per_weight, 2)),
         ("bits/weight, whole model", decimals(manifest.bits_per_weight, 2)),
         (
@@ -184,12 +185,12 @@ def _sizes(converted: Converted) -> str:
 
 
 def _notes(converted: Converted) -> str:
-    """Return why layers differ from the recipe, as a list."""
+    """Return the reasons why layers differ from the recipe, as a Markdown list."""
     layers = converted.manifest.layers
     reasons = Counter((ACTIONS.get(x.action, "changed"), x.note) for x in layers if x.note)
     return "\n".join(
         f"- {count} layers {word}: {code(note)}"
-        for (word, note), count in reasons.most_common(MOST_NOTES)
+        for (word, note), count in reasons.most_common(MAX_NOTES)
     )
 
 
@@ -200,13 +201,13 @@ def _licence(converted: Converted) -> str:
     if not stated and not names:
         return "The original states no licence: ask its authors."
     listed = stated if isinstance(stated, list) else [stated] if stated else []
-    text = f"That of the original{': ' if listed else ''}{', '.join(map(code, listed))}."
+    text = f"Same as the original{': ' if listed else ''}{', '.join(map(code, listed))}."
     return f"{text} See {names}." if names else text
 
 
 def _toml(recipe: Recipe) -> str:
     if recipe.calibration is not None:
-        # the path on this machine is private
+        # omit the directory, which is private
         named = replace(recipe.calibration, text=Path(recipe.calibration.text).name)
         recipe = replace(recipe, calibration=named)
     return "".join(c if c.isprintable() or c == "\n" else " " for c in recipe.to_toml()).strip()

@@ -1,4 +1,4 @@
-"""Check a converted checkpoint, and list the files that belong to it and are sent."""
+"""Check a converted checkpoint and list the files to upload."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,11 @@ class Converted:
     """A complete converted checkpoint.
 
     Attributes:
-        path: its directory.
-        manifest: how it was made.
-        recipe: of the manifest.
-        files: of the checkpoint, without the card, by name.
-        left_out: names of what else lies in the directory.
+        path: directory of the checkpoint.
+        manifest: its manifest.
+        recipe: recipe of the manifest.
+        files: files of the checkpoint by name, without the card.
+        left_out: names of other files in the directory, which are not uploaded.
     """
 
     path: Path
@@ -33,7 +33,7 @@ class Converted:
 
     @property
     def needs_code(self) -> bool:
-        """Tell whether stock mlx-lm needs the model file."""
+        """Return whether stock mlx-lm needs the model file to load it."""
         return any(layer.needs_code for layer in self.manifest.layers)
 
     @property
@@ -43,18 +43,18 @@ class Converted:
 
 
 def check_converted(path: Path) -> Converted:
-    """Check that `path` is a whole checkpoint that `convert` made. No weights are read.
+    """Check that `path` is a complete checkpoint written by `convert`, without reading weights.
 
     Raises:
-        SplitQuantError: when a file is missing, damaged or a link to elsewhere, the manifest is
-            another checkpoint's, or there is code that is not ours.
+        SplitQuantError: when a file is missing, damaged or a link out of the directory, the
+            manifest belongs to another checkpoint, or config.json names foreign code.
     """
     config = read_config(path)
     manifest = load_manifest(path)
     if manifest is None:
         raise CheckpointError(
-            f"{path} was not made by `splitquant-mlx convert` (it has no {FILE_NAME}), so there is "
-            "nothing to put on a card: convert the model first"
+            f"{path} was not made by `splitquant-mlx convert` (it has no {FILE_NAME}): convert the "
+            "model first"
         )
     recipe = Recipe.from_dict(manifest.recipe)
     headers = read_headers(path)
@@ -62,7 +62,7 @@ def check_converted(path: Path) -> Converted:
     if nbytes != manifest.stored_bytes:
         raise CheckpointError(
             f"{path}: expected {manifest.stored_bytes} bytes of tensors by {FILE_NAME}, got "
-            f"{nbytes}: one of the two is another model's, convert it again"
+            f"{nbytes}: they are of different models, convert the model again"
         )
     code = config.get("model_file")
     expected = MODEL_FILE if any(layer.needs_code for layer in manifest.layers) else None
@@ -70,19 +70,21 @@ def check_converted(path: Path) -> Converted:
         raise CheckpointError(
             f"{path}: config.json: model_file: expected "
             f"{expected or 'none'}, got {code!r:.80}: other code is never published, "
-            "convert it again"
+            "convert the model again"
         )
-    wanted = {"config.json", FILE_NAME, *(header.file.name for header in headers.values())}
-    found = {*wanted, *([expected] if expected else [])}
-    found |= {file.relative_to(path).as_posix() for file in companions(path)}
-    found |= {file.name for file in [path / INDEX] if file.is_file()}
-    files = tuple(path / name for name in sorted(found))
+    names = {"config.json", FILE_NAME, *(header.file.name for header in headers.values())}
+    names |= {file.relative_to(path).as_posix() for file in companions(path)}
+    if expected:
+        names.add(expected)
+    if (path / INDEX).is_file():
+        names.add(INDEX)
+    files = tuple(path / name for name in sorted(names))
     for file in files:
         if not file.is_file():
-            raise CheckpointError(f"{file} is missing, or no file: convert the model again")
+            raise CheckpointError(f"{file} is missing or not a file: convert the model again")
         refuse_foreign_link(path, file)
-    kept = {name.partition("/")[0] for name in (*found, CARD)}
-    left_out = sorted(file.name for file in path.iterdir() if file.name not in kept)
+    included = {name.partition("/")[0] for name in (*names, CARD)}
+    left_out = sorted(file.name for file in path.iterdir() if file.name not in included)
     return Converted(
         path=path, manifest=manifest, recipe=recipe, files=files, left_out=tuple(left_out)
     )

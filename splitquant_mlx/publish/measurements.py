@@ -1,13 +1,14 @@
-"""Measurements of a checkpoint, from files that `eval --json` and `run` wrote.
+"""Measurements of a checkpoint, from result files of `eval --json` and `run`.
 
-A figure belongs to a checkpoint when it was measured on files of the same content (the hash that
-`eval` writes, and `run` for each conversion), or, of a study, on a conversion of the same original
-by the same recipe. Anything else is some other model's, and refused.
+A result belongs to a checkpoint if it was measured on files of equal content (`eval` stores their
+hash, `run` that of each conversion) or, in a study, on a conversion of the same original with the
+same recipe. Other results are refused.
 """
 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +39,7 @@ SHOWN = ("kl", "perplexity", *(part for part in PARTS if part.startswith(ARC_TAS
 
 @record
 class Evaluation:
-    """What `eval --json` writes."""
+    """Content of a file written by `eval --json`."""
 
     model: str
     task: Line
@@ -56,14 +57,14 @@ class Measurement:
     """One measured part of a checkpoint.
 
     Attributes:
-        part: as in `study.schema.PARTS`, or a task of lm-eval.
-        values: what was measured.
-        settings: what it was measured with.
+        part: a part of `study.schema.PARTS`, or a task of lm-eval.
+        values: measured values.
+        settings: settings of the measurement.
         device: "cpu" or "gpu".
-        machine: as from `environment.describe_machine`.
-        versions: of Python and the packages.
-        reference: what it was compared with; empty if nothing.
-        reference_values: the same of the reference; empty if nothing.
+        machine: machine, as of `environment.describe_machine`.
+        versions: versions of Python and the packages.
+        reference: model it was compared with, or "".
+        reference_values: values of the reference; empty without one.
     """
 
     part: str
@@ -77,91 +78,88 @@ class Measurement:
 
 
 def find_measurements(
-    converted: Converted, given: Sequence[Path], progress: Progress
+    converted: Converted, paths: Sequence[Path], progress: Progress
 ) -> list[Measurement]:
     """Read the measurements of a checkpoint.
 
     Args:
         converted: the checkpoint.
-        given: files, each of which must be about this checkpoint, and directories, of which
-            those that are about it are taken; a study's own where the checkpoint lies in its
-            `models` and nothing is given.
-        progress: progress reporter, for the hashing of the checkpoint.
+        paths: result files, each of this checkpoint, and directories with some of this checkpoint.
+            If empty and the checkpoint is in `models` of a study, the results of the study.
+        progress: progress reporter for hashing the checkpoint.
 
     Raises:
-        SplitQuantError: when a file cannot be used or is about another model, or a directory
-            holds nothing about this one.
+        SplitQuantError: when a file is unusable or of another model, or a directory has no result
+            of this checkpoint.
     """
-    owner = _Owner(converted, progress)
-    found: list[Measurement] = []
-    for path in given:
+    reader = _ResultReader(converted, progress)
+    measurements: list[Measurement] = []
+    for path in paths:
         if not path.is_dir():
-            found.append(owner.read(path))
+            measurements.append(reader.read(path))
             continue
-        before, reason = len(found), ""
+        before, reason = len(measurements), ""
         for file in sorted(path.glob("*.json")):
             try:
-                found.append(owner.read(file))
+                measurements.append(reader.read(file))
             except _OtherModel as exc:
-                if exc.is_near or not reason:
-                    reason = f"of {file.name} {exc.reason}"
-        if len(found) == before:
-            reason = reason or "there is no .json file in it"
-            raise SplitQuantError(f"{path} holds no result of {converted.path}: {reason}")
+                if exc.is_similar or not reason:
+                    reason = f"{file.name}: {exc.reason}"
+        if len(measurements) == before:
+            reason = reason or "it has no .json file"
+            raise SplitQuantError(f"{path} has no result of {converted.path}: {reason}")
     home = converted.path.resolve().parent
-    if not given and home.name == "models" and (home.parent / STUDY_FILE).is_file():
+    if not paths and home.name == "models" and (home.parent / STUDY_FILE).is_file():
         for file in sorted(home.parent.glob("*.json")):
-            try:
-                found.append(owner.read(file))
-            except SplitQuantError:  # nobody asked for this one
-                continue
-    shown = [measured for measured in found if measured.part in SHOWN or measured.part not in PARTS]
-    order = {part: number for number, part in enumerate(SHOWN)}
-    return sorted(shown, key=lambda measured: order.get(measured.part, len(order)))
+            with suppress(SplitQuantError):
+                measurements.append(reader.read(file))
+    shown = [m for m in measurements if m.part in SHOWN or m.part not in PARTS]
+    order = {part: index for index, part in enumerate(SHOWN)}
+    return sorted(shown, key=lambda measurement: order.get(measurement.part, len(order)))
 
 
 class _OtherModel(SplitQuantError):
-    """Report that a result is not about the checkpoint, though it may be near."""
+    """Report that a result is of another model, which may be a similar one."""
 
-    def __init__(self, file: Path, converted: Converted, reason: str, *, is_near: bool):
-        super().__init__(f"{file} is no result of {converted.path}: {reason}")
+    def __init__(self, file: Path, converted: Converted, reason: str, *, is_similar: bool):
+        super().__init__(f"{file} is not a result of {converted.path}: {reason}")
         self.reason = reason
-        self.is_near = is_near
+        self.is_similar = is_similar
 
 
-class _Owner:
-    """Read results that belong to one checkpoint."""
+class _ResultReader:
+    """A reader of the results of one checkpoint."""
 
     def __init__(self, converted: Converted, progress: Progress):
         self.converted = converted
         self.progress = progress
 
     def read(self, file: Path) -> Measurement:
-        """Read a file. Raises _OtherModel when it is about something else."""
+        """Read a file. Raises _OtherModel when it is of another model."""
         content = read_content(file)
         if "schema" in content:
-            return self._of_study(file)
+            return self._read_study_result(file)
         if "task" in content:
-            return self._of_evaluation(file, content)
-        raise self._other(file, "it was written neither by eval nor by run", is_near=False)
+            return self._read_evaluation(file, content)
+        raise self._other(file, "it was written neither by eval nor by run", is_similar=False)
 
-    def _other(self, file: Path, reason: str, *, is_near: bool = True) -> _OtherModel:
-        return _OtherModel(file, self.converted, reason, is_near=is_near)
+    def _other(self, file: Path, reason: str, *, is_similar: bool = True) -> _OtherModel:
+        return _OtherModel(file, self.converted, reason, is_similar=is_similar)
 
-    def _of_study(self, file: Path) -> Measurement:
+    def _read_study_result(self, file: Path) -> Measurement:
         result = load_result(file)
         settings = dict(result.settings)
         recipe, source_hash = settings.pop("recipe", None), settings.pop("model_hash", None)
         if not isinstance(recipe, dict) or not recipe or not self._same_recipe(recipe):
             reason = f"the variant {result.variant!r:.60} has another recipe"
-            raise self._other(file, reason, is_near=False)
+            raise self._other(file, reason, is_similar=False)
         converted_hash = _converted_hash(file, result)
         if converted_hash is None or converted_hash != self.hash:
             if self.source_hash is None:
                 raise self._other(
                     file,
-                    "it is unknown whether it has the same original, which is not on this "
-                    f"machine ({self.converted.manifest.source!r:.80})",
+                    "its original cannot be compared with that of the checkpoint, which is not on "
+                    f"this machine ({self.converted.manifest.source!r:.80})",
                 )
             if source_hash != self.source_hash:
                 raise self._other(file, "it has another original")
@@ -176,26 +174,26 @@ class _Owner:
             reference_values=_original_values(file, result.part, result.settings),
         )
 
-    def _of_evaluation(self, file: Path, content: Mapping[str, Any]) -> Measurement:
+    def _read_evaluation(self, file: Path, content: Mapping[str, Any]) -> Measurement:
         try:
-            found = load_json(Evaluation, _known(Evaluation, content))
+            evaluation = load_json(Evaluation, _known_fields(Evaluation, content))
         except ValueError as exc:
             raise broken(file, str(exc)) from exc
-        if found.model_hash is None:
-            raise self._other(file, "it names no model hash: measure again with this eval")
-        if found.model_hash != self.hash:
-            raise self._other(file, "it measured a model of other content")
-        part, protocol = found.task, found.values.get("protocol")
-        part = f"{part}.{protocol}" if part in ARC_TASKS else part
-        other = found.values.get("reference")
+        if evaluation.model_hash is None:
+            raise self._other(file, "it has no model hash: evaluate the model again")
+        if evaluation.model_hash != self.hash:
+            raise self._other(file, "it is of a model with other content")
+        part, values = evaluation.task, evaluation.values
+        part = f"{part}.{values.get('protocol')}" if part in ARC_TASKS else part
+        other = values.get("reference")
         return Measurement(
             part=part,
-            values=_part_values(file, part, found.values),
-            settings={**found.settings, "text": found.values.get("text_sha256")},
-            device=found.device,
-            machine=found.machine,
-            versions=found.versions,
-            reference=found.reference or "",
+            values=_part_values(file, part, values),
+            settings={**evaluation.settings, "text": values.get("text_sha256")},
+            device=evaluation.device,
+            machine=evaluation.machine,
+            versions=evaluation.versions,
+            reference=evaluation.reference or "",
             reference_values=_part_values(file, part, other) if isinstance(other, dict) else {},
         )
 
@@ -212,7 +210,7 @@ class _Owner:
 
     @cached_property
     def source_hash(self) -> str | None:
-        """Return the hash of the original; None where it is not on this machine."""
+        """Return the hash of the original; None if it is not on this machine."""
         manifest = self.converted.manifest
         try:
             if manifest.revision is not None:
@@ -228,40 +226,39 @@ class _Owner:
             return None
 
 
-def _known(kind: Any, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries that are fields of a class: files of other versions may have more."""
-    names = {field.name for field in dataclasses.fields(kind)}
+def _known_fields(class_: Any, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries that are fields of a class; files of other versions may have more."""
+    names = {field.name for field in dataclasses.fields(class_)}
     return {name: value for name, value in content.items() if name in names}
 
 
 def _part_values(file: Path, part: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the values that a part has, checked. Raises SplitQuantError, naming `file`."""
+    """Return the checked values of a part. Raises SplitQuantError that names `file`."""
     if part not in PARTS:  # a task of lm-eval
         numbers = {name: v for name, v in values.items() if isinstance(v, int | float)}
         if not all(map(math.isfinite, numbers.values())) or len(numbers) != len(values):
-            raise broken(file, "expected values that are finite numbers")
+            raise broken(file, "expected finite numbers as values")
         return numbers
     try:
-        return check_values(part, _known(PARTS[part], values))
+        return check_values(part, _known_fields(PARTS[part], values))
     except ValueError as exc:
         raise broken(file, str(exc)) from exc
 
 
 def _converted_hash(file: Path, result: Result) -> str | None:
-    """Return the hash of the converted model that a result is about."""
+    """Return the hash of the converted model that a result was measured on; None if unknown."""
     sibling = result_file(file.parent, result.variant, "convert")
     if not sibling.is_file():
         return None
     conversion = load_result(sibling)
-    same = all(
-        conversion.settings.get(name) == result.settings.get(name)
-        for name in ("model_hash", "recipe")
-    )
-    return conversion.values.get("model_hash") if same else None
+    for name in ("model_hash", "recipe"):
+        if conversion.settings.get(name) != result.settings.get(name):
+            return None
+    return conversion.values.get("model_hash")
 
 
 def _original_values(file: Path, part: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the original's values with the same settings; empty if it was not measured."""
+    """Return the original's values with the same settings; empty if not measured."""
     original = result_file(file.parent, ORIGINAL, part)
     if not original.is_file():
         return {}

@@ -1,10 +1,10 @@
-"""Publish a checkpoint: check it, write its card, send both."""
+"""Check a checkpoint, write its model card and upload both."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from splitquant_mlx.errors import CheckpointError, RecipeError, TargetError
+from splitquant_mlx.errors import CheckpointError, RecipeError, TargetError, some
 from splitquant_mlx.models.companions import refuse_foreign_link
 from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.publish.card import REPO, find_base, is_own, make_card
@@ -19,30 +19,30 @@ MAX_CARD_BYTES = 1 << 22
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """An upload: a checkpoint, its card and the notes for the user.
+    """A prepared upload: a checkpoint, its card and notes for the user.
 
     Attributes:
         converted: the checkpoint.
         repo: USER/NAME.
         card: text of README.md.
-        is_written: whether `card` is to be written; else it is what lies there.
-        notes: what the user should know before anything is sent.
+        is_generated: whether `card` is generated; else it is the README.md of the directory.
+        notes: notes to show before anything is sent.
     """
 
     converted: Converted
     repo: str
     card: str
-    is_written: bool
+    is_generated: bool
     notes: tuple[str, ...]
 
     @property
     def files(self) -> list[Path]:
-        """Return the files to send, the card among them, by name."""
+        """Return the files to send by name, with the card."""
         return sorted((*self.converted.files, self.converted.path / CARD))
 
     def write_card(self) -> None:
-        """Write README.md where it is to be written. Raises TargetError when that fails."""
-        if self.is_written:
+        """Write README.md if it is generated. Raises TargetError when that fails."""
+        if self.is_generated:
             file = self.converted.path / CARD
             with as_target_error(file):
                 write_atomic(file, self.card.encode())
@@ -64,20 +64,21 @@ def prepare_upload(
     base_model: str | None = None,
     progress: Progress = SILENT,
 ) -> Upload:
-    """Check a converted checkpoint and make its card. Nothing is written, nothing is sent.
+    """Check a converted checkpoint and generate its card, without writing or sending anything.
 
     Args:
-        path: a directory that `convert` wrote.
-        repo: where to publish it, USER/NAME.
+        path: directory written by `convert`.
+        repo: repo to publish it in, USER/NAME.
         results: files of `eval --json` and `run`, or directories of them; see
             `measurements.find_measurements`.
-        card: what to do with a README.md that somebody wrote or changed: "keep" or "replace".
-        base_model: repo id of the original, for one that was converted from a local copy.
-        progress: progress reporter, for the hashing of the model.
+        card: what to do with a README.md written or changed by hand: "keep" or "replace".
+        base_model: repo id of the original, if that was a local copy.
+        progress: progress reporter for hashing the model.
 
     Raises:
-        SplitQuantError: when the checkpoint is not whole or not ours, a result is about another
-            model, a name is none, or there is a README.md and `card` does not say what to do.
+        SplitQuantError: when the checkpoint is incomplete or not made by this package, a result
+            is of another model, a repo name is invalid, or `card` is None and there is a README.md
+            written by hand.
     """
     check_name(repo)
     if base_model is not None and not REPO.fullmatch(base_model):
@@ -85,35 +86,35 @@ def prepare_upload(
     if card not in (None, *CARDS):
         raise RecipeError(f"card: expected {' or '.join(CARDS)}, got {card!r:.40}")
     converted = check_converted(Path(path))
-    theirs = _written_by_hand(converted.path)
-    if theirs is not None and card is None:
+    manual = _card_by_hand(converted.path)
+    if manual is not None and card is None:
         raise TargetError(
-            f"{converted.path / CARD} was written or changed by hand: publish it as it is (--card "
-            "keep), or have it replaced (--card replace)"
+            f"{converted.path / CARD} was written or changed by hand: publish it unchanged (--card "
+            "keep) or replace it (--card replace)"
         )
-    if theirs is not None and card == "keep":
-        text = theirs
-    else:
+    if manual is None or card == "replace":
         measurements = find_measurements(converted, results, progress)
-        text, theirs = make_card(converted, repo, measurements, base_model=base_model), None
+        text, is_generated = make_card(converted, repo, measurements, base_model=base_model), True
+    else:
+        text, is_generated = manual, False
     return Upload(
         converted=converted,
         repo=repo,
         card=text,
-        is_written=theirs is None,
+        is_generated=is_generated,
         notes=tuple(_notes(converted, base_model)),
     )
 
 
-def _written_by_hand(path: Path) -> str | None:
-    """Return the text of a README.md that this program did not write; None without one."""
+def _card_by_hand(path: Path) -> str | None:
+    """Return the text of a README.md written or changed by hand; None if there is none."""
     file = path / CARD
     if not file.exists():
         return None
     refuse_foreign_link(path, file)
     try:
         if not file.is_file() or file.stat().st_size > MAX_CARD_BYTES:
-            raise CheckpointError(f"{file} is not a file, or too large for a card: remove it")
+            raise CheckpointError(f"{file} is not a file or too large for a card: remove it")
         text = file.read_bytes().decode("utf-8")
     except (OSError, ValueError) as exc:
         raise CheckpointError(f"{file} cannot be read as text: remove it") from exc
@@ -123,13 +124,11 @@ def _written_by_hand(path: Path) -> str | None:
 def _notes(converted: Converted, base_model: str | None) -> list[str]:
     manifest, notes = converted.manifest, []
     if converted.left_out:
-        shown = ", ".join(converted.left_out[:8])
-        more = f" and {len(converted.left_out) - 8} more" if len(converted.left_out) > 8 else ""
-        notes.append(f"not sent, since no part of the model: {shown}{more}")
+        notes.append(f"not sent, as not part of the model: {some(converted.left_out, 8)}")
     if not base_model and find_base(manifest)[0] is None:
-        notes.append("the original is a local copy: name its repo with --base-model")
+        notes.append("the original is a local copy: give its repo with --base-model")
     if manifest.revision is None:
-        notes.append(f"splitquant.json, which is sent, names its path: {manifest.source}")
+        notes.append(f"splitquant.json, which is sent, contains its path: {manifest.source}")
     if not manifest.source_card.get("license"):
         notes.append("the original's README states no licence: check the card")
     return notes

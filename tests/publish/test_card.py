@@ -1,4 +1,4 @@
-"""A card says what the manifest and the measurements say, and holds whatever strangers wrote."""
+"""A card states what manifest and measurements contain, and escapes untrusted text."""
 
 import json
 import math
@@ -46,21 +46,21 @@ def home(tmp_path_factory):
     return home
 
 
-def table(text):
+def metadata(text):
     return yaml.safe_load(FRONT.match(text)[1])
 
 
 def edited(home, tmp_path, **changes):
-    """Return a copy of the plain model whose manifest was changed."""
+    """Return a copy of the plain model with a changed manifest."""
     model = shutil.copytree(home / "plain", tmp_path / "edited")
     manifest = json.loads((model / "splitquant.json").read_text())
     (model / "splitquant.json").write_text(json.dumps({**manifest, **changes}))
     return model
 
 
-def test_what_the_original_says_of_itself_is_carried_over(home):
+def test_metadata_of_the_original_is_copied(home):
     text = card(home / "split")
-    assert table(text) == {
+    assert metadata(text) == {
         "base_model": "org/original",
         "base_model_relation": "quantized",
         "language": ["en", "no"],
@@ -71,13 +71,13 @@ def test_what_the_original_says_of_itself_is_carried_over(home):
         "tags": ["chat", "mlx", "splitquant-mlx", "splitquant"],
     }
     assert f"[org/original](https://huggingface.co/org/original) at revision `{COMMIT}`" in text
-    assert "That of the original: `Llama 3.2`. See `LICENSE`." in text
+    assert "Same as the original: `Llama 3.2`. See `LICENSE`." in text
     assert is_own(text) and not is_own(text.replace("Measured", "measured"))
 
 
-def test_bits_a_weight_are_stored_bits_over_those_of_the_original(home):
+def test_bits_per_weight_are_stored_bits_over_original_weights(home):
     original = sum(math.prod(shape) for shape in tiny.make_shapes(tiny.make_config()).values())
-    # for every 64 codes a scale and a bias: of float16 where split, else of the model's float32
+    # one scale and bias per 64 codes: float16 if split, else the model's float32
     for name, linear in (("split", 3 * (4 + 32 / 64)), ("plain", 8 + 64 / 64)):
         headers = read_headers(home / name).values()
         whole = 8 * sum(header.nbytes for header in headers) / original
@@ -87,7 +87,7 @@ def test_bits_a_weight_are_stored_bits_over_those_of_the_original(home):
         assert "Not measured." in text
 
 
-def test_how_it_is_run_depends_on_its_layers(home):
+def test_commands_depend_on_the_layers(home):
     plain, split = card(home / "plain"), card(home / "split")
     assert "mlx_lm.generate --model user/name --prompt" in plain
     assert "trust-remote-code" not in plain and "LM Studio" in plain
@@ -98,13 +98,13 @@ def test_how_it_is_run_depends_on_its_layers(home):
     assert "LM Studio" not in split
 
 
-def test_changed_code_is_not_said_to_be_ours(home, tmp_path):
+def test_changed_code_is_not_attributed_to_this_package(home, tmp_path):
     model = shutil.copytree(home / "split", tmp_path / "model")
     (model / "splitquant_model.py").write_text("print('hello')")
     assert "It is the file that splitquant-mlx" not in card(model)
 
 
-def test_the_commands_are_those_of_stock_mlx_lm(home):
+def test_the_options_exist_in_mlx_lm(home):
     from mlx_lm.generate import setup_arg_parser
 
     (line,) = re.findall(r"mlx_lm\.generate (.*)", card(home / "split"))
@@ -121,16 +121,16 @@ def test_the_commands_are_those_of_stock_mlx_lm(home):
         ({"source": "evil](http://x)"}, "org/parent", None),
     ],
 )
-def test_the_base_model_is_what_is_known_of_it(home, tmp_path, changes, base, relation):
+def test_the_base_model_comes_from_the_manifest(home, tmp_path, changes, base, relation):
     text = card(edited(home, tmp_path, **changes))
-    found = table(text)
-    assert (found.get("base_model"), found.get("base_model_relation")) == (base, relation)
+    data = metadata(text)
+    assert (data.get("base_model"), data.get("base_model_relation")) == (base, relation)
     assert "/home/me" not in text and "](http://x)" not in text
-    named = table(card(tmp_path / "edited", base_model="a/b"))
+    named = metadata(card(tmp_path / "edited", base_model="a/b"))
     assert (named["base_model"], named["base_model_relation"]) == ("a/b", "quantized")
 
 
-def test_a_base_model_that_is_no_repo(home):
+def test_an_invalid_base_model_is_refused(home):
     for name in ("a/b/c", "a b", "x](y)", "", "-/../"):
         with pytest.raises(SplitQuantError, match="base model"):
             prepare_upload(home / "plain", "user/name", base_model=name)
@@ -146,13 +146,14 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("changes", HOSTILE.values(), ids=HOSTILE)
-def test_what_strangers_wrote_stays_text(home, tmp_path, changes):
+def test_untrusted_text_is_escaped(home, tmp_path, changes):
     text = card(edited(home, tmp_path, **changes))
     known = {
         "base_model", "base_model_relation", "language", "library_name", "license",
         "license_name", "pipeline_tag", "tags",
     }  # fmt: skip
-    assert set(table(text)) <= known and table(text).get("license") in ("llama3.2", None)
+    assert set(metadata(text)) <= known
+    assert metadata(text).get("license") in ("llama3.2", None)
     assert all(c.isprintable() or c == "\n" for c in text)
     body = FRONT.sub("", text)
     fenced = re.sub(r"^```\w*\n.*?^```$", "", body, flags=re.DOTALL | re.MULTILINE)
@@ -163,45 +164,45 @@ def test_what_strangers_wrote_stays_text(home, tmp_path, changes):
     assert len(re.findall(r"^---$", text, re.MULTILINE)) == 2
 
 
-def test_notes_of_a_stranger_stay_text(home, tmp_path):
+def test_untrusted_notes_are_escaped(home, tmp_path):
     manifest = json.loads((home / "plain" / "splitquant.json").read_text())
     manifest["layers"][0]["note"] = EVIL
     text = card(edited(home, tmp_path, layers=manifest["layers"]))
     assert "script" in text and "script" not in re.sub(r"`[^`\n]*`", "", text)
 
 
-def test_the_user_is_told_what_to_look_at(home, tmp_path):
+def test_notes_name_what_the_user_should_check(home, tmp_path):
     assert prepare_upload(home / "plain", "user/name").notes == ()
     model = edited(home, tmp_path, source="/home/me/x", revision=None, source_card={})
     (model / "diary.txt").write_text("mine")
     notes = " ".join(prepare_upload(model, "user/name").notes)
-    for wanted in ("diary.txt", "--base-model", "names its path: /home/me/x", "no licence"):
-        assert wanted in notes
+    for part in ("diary.txt", "--base-model", "contains its path: /home/me/x", "no licence"):
+        assert part in notes
 
 
 def test_every_method_is_explained():
     assert METHODS.keys() == {*NAMES}
 
 
-def test_lookup_tables_say_what_they_are_and_need(home, tmp_path, monkeypatch):
+def test_card_of_lookup_tables(home, tmp_path, monkeypatch):
     monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
     calibration = Calibration(num_samples=2, sequence_length=16)
     settings = Recipe(method="lut", outliers="1%", sweeps=0, calibration=calibration)
     convert(home / "source", tmp_path / "lut", recipe=settings)
     text = card(tmp_path / "lut")
-    assert "one codebook per | row (1% kept beside it)" in text
+    assert "one codebook per | row (outliers: 1%)" in text
     assert "--trust-remote-code" in text and "is the file that splitquant-mlx" in text
     assert "codes for every weight" not in text
 
 
 @pytest.mark.parametrize("method", ["imatrix", "gptq", "auto"])
-def test_a_calibrated_model_says_what_it_was_calibrated_on(home, tmp_path, monkeypatch, method):
+def test_the_card_states_the_calibration_text(home, tmp_path, monkeypatch, method):
     monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
     calibration = Calibration(num_samples=2, sequence_length=16)
     recipe = Recipe(method=method, calibration=calibration)
     convert(home / "source", tmp_path / "own", recipe=recipe)
     text = card(tmp_path / "own")
-    assert "calibrated on text that the original model sampled" in text
+    assert "calibrated on text sampled from the original model" in text
     assert "trust-remote-code" not in text
     assert ("per layer, `affine`" in text) == (method == "auto")
     file = tmp_path / "text.txt"

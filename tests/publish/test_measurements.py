@@ -1,4 +1,4 @@
-"""A figure stands on the card of the model it was measured on, and on no other."""
+"""A result appears on the card of the model it was measured on, and on no other."""
 
 import json
 import re
@@ -41,7 +41,7 @@ QUESTION = {
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Return a study of two variants, its models kept, its data, and one more conversion."""
+    """Return a directory with a study of two variants and its models, and another conversion."""
     home = tmp_path_factory.mktemp("measured")
     source = tiny.write_checkpoint(home / "source")
     words = " ".join(f"w{n % 90 + 2}" for n in range(400))
@@ -71,25 +71,25 @@ def kl(home):
     return evaluate(home, home / "rtn8", *options, "--context-length", 64)
 
 
-def found(model, *given):
-    return find_measurements(check_converted(model), given, Silent())
+def find(model, *paths):
+    return find_measurements(check_converted(model), paths, Silent())
 
 
-def refusal(model, *given):
+def refusal(model, *paths):
     with pytest.raises(SplitQuantError) as caught:
-        found(model, *given)
+        find(model, *paths)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def rows(text):
-    """Return the cells of the card's table of figures, by the first of each row."""
+    """Return the cells of the card's table of measurements, by the first cell of each row."""
     section = text[text.index("## Measured") : text.index("## Run it")]
     lines = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines[2:]}
 
 
-def test_what_eval_found_is_shown_with_its_setting(home, kl, capfd):
+def test_results_of_eval_are_shown_with_their_settings(home, kl, capfd):
     capfd.readouterr()
     perplexity = evaluate(
         home, home / "rtn8", "--task", "perplexity", "--data", home / "text.txt",
@@ -104,22 +104,22 @@ def test_what_eval_found_is_shown_with_its_setting(home, kl, capfd):
     values = json.loads(kl.read_text())["values"]
     name, setting = shown["KL divergence, nats"][0], shown["KL divergence, nats"][-1]
     assert float(name.split(" ± ")[0]) == pytest.approx(values["kl_mean"], rel=0.01)
-    for wanted in (
+    for part in (
         f"{values['positions']:,} positions", "`text.txt`", values["text_sha256"][:12],
         "windows of `64` tokens", "from `source`", "`cpu`", "`mlx ", "`splitquant-mlx ",
     ):  # fmt: skip
-        assert wanted in setting
-    found = json.loads(perplexity.read_text())["values"]
-    assert shown["perplexity"][0].startswith(f"{found['perplexity']:.2f} ± ")
+        assert part in setting
+    values = json.loads(perplexity.read_text())["values"]
+    assert shown["perplexity"][0].startswith(f"{values['perplexity']:.2f} ± ")
     accuracy = json.loads(arc.read_text())["values"]
     value, compared, setting = shown["ARC-Easy, %"]
     assert value.startswith(f"{accuracy['accuracy'] * 100:.1f}")
     assert compared.startswith(f"{accuracy['reference']['accuracy'] * 100:.1f}")
-    assert "3 questions, as lm-evaluation-harness asks it, 0 solved examples" in setting
-    assert str(home) not in text, "where files lie on this machine is nobody's business"
+    assert "3 questions, in the format of lm-evaluation-harness, 0 few-shot examples" in setting
+    assert str(home) not in text, "local paths are private"
 
 
-def test_the_hub_is_given_the_figures(home, kl):
+def test_the_metadata_contains_the_results(home, kl):
     from huggingface_hub import ModelCard
 
     values = json.loads(kl.read_text())["values"]
@@ -130,48 +130,48 @@ def test_the_hub_is_given_the_figures(home, kl):
     }
 
 
-def test_a_studys_figures_go_to_the_variant_they_are_of(home):
+def test_results_of_a_study_belong_to_one_variant(home):
     for name, other in (("plain", "split"), ("split", "plain")):
         model = home / "out" / "models" / name
-        results = {m.part: m for m in found(model, home / "out")}
+        results = {m.part: m for m in find(model, home / "out")}
         assert set(results) == {
             "kl", "perplexity", "arc_easy.loglikelihood", "arc_easy.letter"
         }  # fmt: skip
-        for part, measured in results.items():
+        for part, measurement in results.items():
             (file,) = (home / "out").glob(f"{name}.{part}.json")
-            assert measured.values == json.loads(file.read_text())["values"]
-            (theirs,) = (home / "out").glob(f"{other}.{part}.json")
-            assert "has another recipe" in refusal(model, theirs)
+            assert measurement.values == json.loads(file.read_text())["values"]
+            (other_file,) = (home / "out").glob(f"{other}.{part}.json")
+            assert "has another recipe" in refusal(model, other_file)
         shown = rows(card(model, results=[home / "out"]))
         original = json.loads((home / "out" / "original.perplexity.json").read_text())["values"]
         assert shown["perplexity"][1].startswith(f"{original['perplexity']:.2f}")
         assert "(the original)" in shown["perplexity"][1]
-        assert card(model) == card(model, results=[home / "out"]), "found beside the model"
+        assert card(model) == card(model, results=[home / "out"]), "found from the model"
     assert "has another recipe" in refusal(home / "rtn8", home / "out")
     assert "has another recipe" in refusal(model, home / "out" / "original.perplexity.json")
 
 
-def test_a_conversion_elsewhere_by_the_same_recipe(home, tmp_path):
-    """The original tells, or, where that is gone, the hash that the study wrote."""
+def test_another_conversion_with_the_same_recipe(home, tmp_path):
+    """It is identified by the original, or, without that, by the hash that the study wrote."""
     convert(home / "source", tmp_path / "again", recipe=Recipe(method="rtn"))
     results = shutil.copytree(home / "out", tmp_path / "out")
-    assert found(tmp_path / "again", results)
+    assert find(tmp_path / "again", results)
     (results / "plain.convert.json").unlink()
-    assert found(tmp_path / "again", results), "by the original's hash"
+    assert find(tmp_path / "again", results), "by the original's hash"
     file = tmp_path / "again" / "splitquant.json"
     file.write_text(file.read_text().replace(str(home / "source"), "/gone"))
-    assert "it is unknown whether" in refusal(tmp_path / "again", results)
-    assert found(tmp_path / "again", home / "out"), "by the conversion's hash"
+    assert "its original cannot be compared" in refusal(tmp_path / "again", results)
+    assert find(tmp_path / "again", home / "out"), "by the conversion's hash"
     other = tiny.write_checkpoint(tmp_path / "other", rms_norm_eps=1e-6)
     convert(other, tmp_path / "from other", recipe=Recipe(method="rtn"))
     assert "has another original" in refusal(tmp_path / "from other", home / "out")
 
 
 def test_an_evaluation_of_other_content_is_refused(home, kl, tmp_path):
-    assert "of other content" in refusal(home / "out" / "models" / "plain", kl)
+    assert "with other content" in refusal(home / "out" / "models" / "plain", kl)
     content = json.loads(kl.read_text())
     (tmp_path / "old.json").write_text(json.dumps({**content, "model_hash": None}))
-    assert "names no model hash" in refusal(home / "rtn8", tmp_path / "old.json")
+    assert "has no model hash" in refusal(home / "rtn8", tmp_path / "old.json")
 
 
 BROKEN = {
@@ -180,26 +180,26 @@ BROKEN = {
     "something else": ("{}", "neither by eval nor by run"),
     "too deep": ("[" * 100_000, "not valid JSON"),
     "text for a number": ({"values": {"kl_mean": "0.1"}}, "kl_mean"),
-    "a task that is no name": ({"task": ["kl"]}, "task"),
+    "a task that is not a name": ({"task": ["kl"]}, "task"),
     "a task of lm-eval without numbers": ({"task": "hellaswag"}, "finite numbers"),
 }
 
 
-@pytest.mark.parametrize(("content", "wanted"), BROKEN.values(), ids=BROKEN)
-def test_a_file_that_is_no_result(home, kl, tmp_path, content, wanted):
+@pytest.mark.parametrize(("content", "message"), BROKEN.values(), ids=BROKEN)
+def test_an_invalid_result_file_is_refused(home, kl, tmp_path, content, message):
     if isinstance(content, dict):
         values = {"acc": "high"} if "task" in content else {}
         content = json.dumps({**json.loads(kl.read_text()), "values": values, **content})
     (tmp_path / "x.json").write_text(content)
-    assert wanted in refusal(home / "rtn8", tmp_path / "x.json")
+    assert message in refusal(home / "rtn8", tmp_path / "x.json")
 
 
-def test_no_file_and_no_result(home, tmp_path):
+def test_a_missing_file_and_an_empty_directory_are_refused(home, tmp_path):
     assert "cannot be read" in refusal(home / "rtn8", tmp_path / "missing.json")
-    assert "holds no result" in refusal(home / "rtn8", tmp_path)
+    assert "has no result of" in refusal(home / "rtn8", tmp_path)
 
 
-def test_words_of_a_result_stay_text(home, kl, tmp_path):
+def test_text_of_results_is_escaped(home, kl, tmp_path):
     evil = "x`|<script>\n](http://evil)"
     content = json.loads(kl.read_text())
     content.update(reference=evil, machine={"chip": evil}, versions={"mlx": evil})

@@ -1,4 +1,4 @@
-"""A converted model goes to the hub whole, alone and with its card; the token goes nowhere else."""
+"""A converted model is uploaded completely, with its card; the token is sent only to the hub."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from splitquant_mlx.publish.card import is_own
 
 TOKEN = "hf_doNotShowThisToken"
 CARD = "---\nlicense: apache-2.0\nlanguage:\n- en\n---\n# Original\n"
-# of the HTTP library, about huggingface_hub's way to call it
+# raised by the HTTP library for calls of huggingface_hub
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
@@ -41,7 +41,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def model(made, tmp_path):
-    """Return a fresh copy of the split model."""
+    """Return a copy of the split model."""
     return shutil.copytree(made / "splitquant", tmp_path / "model")
 
 
@@ -61,13 +61,13 @@ def upload(capfd):
 
 @pytest.fixture
 def refused(upload):
-    """Return a function that runs `upload`, which must fail on one line, and returns that."""
+    """Return a function that runs `upload`, which must fail, and returns the error message."""
 
     def run(*arguments, **options):
         code, out, err = upload(*arguments, **options)
-        _, mark, line = err.partition("splitquant-mlx: error: ")
+        _, prefix, line = err.partition("splitquant-mlx: error: ")
         line = line.removesuffix("\n")
-        assert code == 2 and mark and line.isprintable()
+        assert code == 2 and prefix and line.isprintable()
         assert "unexpected" not in line and "Traceback" not in err and "Uploaded" not in out
         return line
 
@@ -83,7 +83,7 @@ def arrived(hub, repo="user/model"):
 
 
 @pytest.mark.parametrize("way", ["whole", "in parts", "xet"])
-def test_every_byte_arrives_and_loads_back(hub, model, upload, monkeypatch, way):
+def test_all_bytes_arrive_and_the_model_loads(hub, model, upload, monkeypatch, way):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", way != "xet")
@@ -100,7 +100,7 @@ def test_every_byte_arrives_and_loads_back(hub, model, upload, monkeypatch, way)
 
 
 @pytest.mark.parametrize("way", ["whole", "xet"])
-def test_the_token_goes_in_its_header_to_the_hub_alone(hub, model, upload, monkeypatch, way):
+def test_the_token_is_sent_only_in_headers_to_the_hub(hub, model, upload, monkeypatch, way):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", way != "xet")
@@ -113,7 +113,7 @@ def test_the_token_goes_in_its_header_to_the_hub_alone(hub, model, upload, monke
     assert stored and f"Bearer {TOKEN}" not in stored
 
 
-def test_convert_uploads_what_it_made(hub, made, tmp_path, capfd):
+def test_convert_uploads_its_output(hub, made, tmp_path, capfd):
     arguments = ["convert", "--model", made / "source", "--mlx-path", tmp_path / "out"]
     arguments += ["--method", "rtn", "--upload-repo", "user/other"]
     assert cli.run([str(argument) for argument in arguments]) == 0
@@ -123,7 +123,7 @@ def test_convert_uploads_what_it_made(hub, made, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("repo", ["model", "a/b/c", "us er/model", "user/", "user/a--b", "x" * 200])
-def test_a_name_that_is_no_repos(hub, model, made, tmp_path, refused, capfd, repo):
+def test_an_invalid_repo_name_is_refused(hub, model, made, tmp_path, refused, capfd, repo):
     assert "expected a repo name USER/NAME" in refused(model, repo=repo)
     arguments = ["convert", "--model", made / "source", "--mlx-path", tmp_path / "out"]
     assert cli.run([*map(str, arguments), "--upload-repo", repo]) == 2
@@ -139,12 +139,12 @@ def test_a_dry_run_writes_the_card_and_sends_nothing(hub, model, upload):
         assert any(line.split()[-1:] == [name] for line in out.splitlines()), name
         assert body
     assert "nothing was" in out and hub.requests == []
-    told = json.loads(upload(model, "--dry-run", "--json", "-")[1])
-    assert told["card"] == card and told["address"] is None and hub.requests == []
-    assert told["files"] == {file.name: file.stat().st_size for file in model.iterdir()}
+    report = json.loads(upload(model, "--dry-run", "--json", "-")[1])
+    assert report["card"] == card and report["address"] is None and hub.requests == []
+    assert report["files"] == {file.name: file.stat().st_size for file in model.iterdir()}
 
 
-def test_only_what_belongs_to_the_model_is_sent(hub, model, upload):
+def test_only_files_of_the_model_are_sent(hub, model, upload):
     before = {*contents(model), "README.md"}
     for name in (
         "notes.txt", "results.json", ".DS_Store", ".env", ".tokenizer.json", "shard-00001.partial",
@@ -179,7 +179,7 @@ def edit(name, **changes):
 DAMAGED = {
     "no manifest": (lambda m: (m / "splitquant.json").unlink(), "was not made by"),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), "is missing"),
-    "no model file": (lambda m: (m / "splitquant_model.py").unlink(), "is missing, or no file"),
+    "no model file": (lambda m: (m / "splitquant_model.py").unlink(), "is missing or not a file"),
     "another's manifest": (edit("splitquant.json", stored_bytes=7), "expected 7 bytes"),
     "a recipe of its own": (edit("splitquant.json", recipe={"a": 1}), "a: unknown key"),
     "foreign code": (edit("config.json", model_file="evil.py"), "other code is never published"),
@@ -188,20 +188,20 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize(("damage", "wanted"), DAMAGED.values(), ids=DAMAGED)
-def test_a_checkpoint_that_is_not_whole_is_not_sent(hub, model, refused, damage, wanted):
+@pytest.mark.parametrize(("damage", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_an_incomplete_checkpoint_is_not_sent(hub, model, refused, damage, message):
     damage(model)
     before = {path.name for path in model.iterdir()}
-    assert wanted in refused(model)
+    assert message in refused(model)
     assert hub.requests == [] and {path.name for path in model.iterdir()} == before
 
 
-def test_a_card_written_by_hand_is_kept_or_replaced_as_told(hub, model, upload, refused):
+def test_a_card_written_by_hand_is_kept_or_replaced_by_option(hub, model, upload, refused):
     assert upload(model, "--dry-run")[0] == 0
-    own = (model / "README.md").read_text()
-    assert upload(model, "--dry-run")[0] == 0, "it may replace its own"
-    changed = own.replace("Not measured.", "It is good.")
-    for text in (changed, "# Mine\n", own.rstrip("\n"), ""):
+    generated = (model / "README.md").read_text()
+    assert upload(model, "--dry-run")[0] == 0, "a generated card is replaced"
+    changed = generated.replace("Not measured.", "It is good.")
+    for text in (changed, "# Mine\n", generated.rstrip("\n"), ""):
         (model / "README.md").write_text(text)
         assert "--card keep" in refused(model)
         assert (model / "README.md").read_text() == text
@@ -209,7 +209,7 @@ def test_a_card_written_by_hand_is_kept_or_replaced_as_told(hub, model, upload, 
     assert upload(model, "--card", "keep")[0] == 0
     assert hub.repos["user/model"]["README.md"].decode() == changed
     assert upload(model, "--card", "replace")[0] == 0
-    assert hub.repos["user/model"]["README.md"].decode() == own
+    assert hub.repos["user/model"]["README.md"].decode() == generated
     assert "expected keep or replace" in refused(model, "--card", "burn")
 
 
@@ -232,14 +232,14 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize(("failure", "wanted"), FAILURES.values(), ids=FAILURES)
-def test_what_the_hub_refuses_is_told_on_one_line(hub, model, refused, failure, wanted):
+@pytest.mark.parametrize(("failure", "message"), FAILURES.values(), ids=FAILURES)
+def test_errors_of_the_hub_are_reported_on_one_line(hub, model, refused, failure, message):
     hub.failure = failure
-    assert wanted in refused(model)
+    assert message in refused(model)
     assert hub.commits == []
 
 
-def test_nobody_logged_in(hub, model, made, tmp_path, refused, capfd, monkeypatch):
+def test_upload_requires_a_login(hub, model, made, tmp_path, refused, capfd, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.delenv("HF_TOKEN")
@@ -251,13 +251,13 @@ def test_nobody_logged_in(hub, model, made, tmp_path, refused, capfd, monkeypatc
     assert not (tmp_path / "out").exists() and hub.requests == []
 
 
-def test_a_token_that_only_reads(hub, model, refused):
+def test_a_read_only_token_is_refused(hub, model, refused):
     hub.role = "read"
-    assert "may only read" in refused(model)
+    assert "the token is read-only" in refused(model)
     assert hub.requests == ["/api/whoami-v2"] and not (model / "README.md").exists()
 
 
-def test_a_hub_that_cannot_be_reached(hub, model, refused, monkeypatch):
+def test_an_unreachable_hub(hub, model, refused, monkeypatch):
     from huggingface_hub import constants
 
     hub.close()
@@ -286,18 +286,18 @@ def test_a_traceback_hides_the_token(hub, model, monkeypatch, capfd, token, wher
     assert all(character.isprintable() or character in "\r\n" for character in err)
 
 
-def test_an_upload_that_broke_off_goes_on(hub, model, upload, refused):
+def test_an_interrupted_upload_resumes(hub, model, upload, refused):
     hub.failure = Failure(status=403, where="/commit/")
     refused(model)
     assert len(hub.stored) == 1 and hub.commits == []
     hub.failure = None
     assert upload(model)[0] == 0
-    assert len(hub.stored) == 1, "what is there is not sent again"
+    assert len(hub.stored) == 1, "stored files are not sent again"
     assert arrived(hub) == contents(model)
     assert upload(model)[0] == 0, "nothing is left to send"
 
 
-def test_ctrl_c_says_that_it_can_go_on(hub, model, upload, monkeypatch):
+def test_ctrl_c_names_the_command_that_resumes(hub, model, upload, monkeypatch):
     from huggingface_hub import HfApi
 
     def interrupt(*args, **kwargs):
@@ -308,7 +308,7 @@ def test_ctrl_c_says_that_it_can_go_on(hub, model, upload, monkeypatch):
     assert code == 130 and "`splitquant-mlx upload` goes on from there." in err
 
 
-def test_an_older_conversion_is_replaced_whole(hub, model, made, upload):
+def test_an_older_conversion_is_replaced_completely(hub, model, made, upload):
     assert upload(made / "rtn")[0] == 0
     hub.repos["user/model"]["model-00002-of-00002.safetensors"] = b"older"
     hub.repos["user/model"]["picture.png"] = b"of the user"
@@ -318,10 +318,10 @@ def test_an_older_conversion_is_replaced_whole(hub, model, made, upload):
     assert arrived(hub) == {**contents(made / "rtn"), "picture.png": b"of the user"}
 
 
-def test_another_model_is_not_overwritten_unless_told(hub, model, upload, refused):
+def test_another_model_is_overwritten_only_by_option(hub, model, upload, refused):
     before = {"config.json": b"{}", "model-00001-of-00001.safetensors": b"original"}
     hub.repos["user/model"] = dict(before)
-    assert "holds a model that splitquant-mlx did not make" in refused(model)
+    assert "contains a model that splitquant-mlx did not make" in refused(model)
     assert hub.repos["user/model"] == before
     assert upload(model, "--overwrite")[0] == 0
     assert arrived(hub) == contents(model)
@@ -335,4 +335,4 @@ def test_private_branch_and_pull_request(hub, model, upload, refused):
     assert code == 0, err
     assert f"{hub.endpoint}/user/model/discussions/1" in out
     assert arrived(hub, "user/model@refs/pr/1") == contents(model) and arrived(hub) == {}
-    assert "give no --revision" in refused(model, "--create-pr", "--revision", "x")
+    assert "leave out --revision" in refused(model, "--create-pr", "--revision", "x")
