@@ -175,9 +175,9 @@ def _shape(layer: Any) -> str:
 
 
 def _print_layers(layers: Any, *, each: bool) -> None:
-    from splitquant_mlx.inspection.overview import kinds
+    from splitquant_mlx.inspection.overview import group_layers
 
-    rows = [(layer.path, [layer]) for layer in layers] if each else kinds(layers)
+    rows = [(layer.path, [layer]) for layer in layers] if each else group_layers(layers)
     with_noise = any(layer.snr_db is not None for layer in layers)
     columns = ["shape", "form", "bits/weight", "size", *(["SNR dB"] if with_noise else [])]
     table = new_table("", *([] if each else ["layers"]), *columns)

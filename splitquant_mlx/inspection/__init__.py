@@ -1,1 +1,1 @@
-"""Look into a model and check the machine."""
+"""Describe models, estimate conversions and check the machine."""

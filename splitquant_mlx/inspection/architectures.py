@@ -1,7 +1,7 @@
-"""Tell of which architectures mlx-lm computes the same as transformers.
+"""Recorded comparison of mlx-lm with transformers for every architecture that both support.
 
-architectures.json holds the figures of tests/support/architectures.py: for each variant of each
-architecture that both have, a tiny random checkpoint in both, before and after a conversion.
+tests/support/architectures.py writes architectures.json: for each variant of an architecture it
+compares the logits of a tiny random checkpoint, before and after a conversion.
 """
 
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ class Comparison:
 
     Attributes:
         architecture: model_type of config.json.
-        variant: what is special about the model.
-        verdict: "same", "warned" (`convert` says what differs) or "refused".
-        difference: of the logits from transformers', relative to the largest; None where refused.
-        correlation: of the logits of an 8-bit conversion with transformers'; None where refused.
-        remark: why it was warned of or refused.
+        variant: setting in which the model differs from the others of the architecture.
+        verdict: "same", "warned" (`convert` reports the difference) or "refused".
+        difference: largest difference of the logits, relative to the largest; None if refused.
+        correlation: of the logits of an 8-bit conversion with transformers'; None if refused.
+        remark: reason of a warning or refusal.
     """
 
     architecture: str
@@ -35,11 +35,11 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparisons:
-    """Results of all comparisons, and what they were made with.
+    """Results of all comparisons.
 
     Attributes:
-        versions: of the packages.
-        results: one for each variant.
+        versions: versions of the packages compared.
+        results: one result per variant.
     """
 
     versions: dict[str, str]
@@ -47,14 +47,14 @@ class Comparisons:
 
 
 def recorded() -> Comparisons:
-    """Return the comparisons that come with this package."""
+    """Return the comparisons stored in this package."""
     return load_json(
         Comparisons, resources.files("splitquant_mlx.inspection").joinpath(FILE).read_bytes()
     )
 
 
-def rows(found: Comparisons) -> list[tuple[str, ...]]:
-    """Return the cells of a table: architecture, variant, verdict, difference, 8 bits, remark."""
+def rows(comparisons: Comparisons) -> list[tuple[str, ...]]:
+    """Return table rows of architecture, variant, verdict, difference, correlation and remark."""
     return [
         (
             result.architecture,
@@ -64,5 +64,5 @@ def rows(found: Comparisons) -> list[tuple[str, ...]]:
             "" if result.correlation is None else f"{result.correlation:.4f}",
             result.remark,
         )
-        for result in found.results
+        for result in comparisons.results
     ]

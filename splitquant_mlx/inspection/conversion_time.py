@@ -1,12 +1,12 @@
-"""Estimate how long a conversion takes, from small parts of it that are computed on this machine.
+"""Estimate the time of a conversion by timing small parts of it on this machine.
 
-Two pieces of a layer's weight are quantized. Where the original is run, its first block computes a
-few texts, and one token of many texts, as sampling does; the other blocks are taken to be alike,
-and to what cannot be run so quickly (gradients, keys and values) go factors that were measured.
-That tells two minutes from ten, not more.
+Two pieces of one layer's weight are quantized. If the recipe runs the original, its first block
+computes a few texts, and one token of many texts as in sampling; the other blocks are assumed to
+take as long. Measured factors account for gradients, keys and values. The result is accurate within
+a factor of about three.
 
-On a CPU, parts are timed by the processor time of one thread, which other programs do not lengthen.
-It is divided by the number of cores that have a part of the work each.
+On a CPU the parts run in one thread and are timed in CPU time, which other programs hardly affect;
+the result is divided by the number of cores in use.
 """
 
 import dataclasses
@@ -34,30 +34,30 @@ from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.recipe import LEARNED, SELF, Recipe
 from splitquant_mlx.runtime.cores import cores
 
-FEW_ROWS, MANY_ROWS, WIDTH = 64, 512, 2048  # of the pieces of a layer that are timed
-SIDE = 1024  # of the product that is timed
-TOKENS = 512  # that the block is timed with
-LONG_S = 2.0  # of a part that is not timed again
+FEW_ROWS, MANY_ROWS, WIDTH = 64, 512, 2048  # size of the timed pieces of a weight
+SIDE = 1024  # of the timed matrix product
+TOKENS = 512  # number of tokens to time a block with
+LONG_S = 2.0  # longer runs are not repeated
 SENSITIVITY_TOKENS = 4096  # of auto
-OPTIONS = 2  # of auto: what those of a layer cost, beside a quantizer
-DRAW_S = 14e-9  # an entry of the vocabulary, when a token is drawn on a CPU
-# Measured on models of 0.3 and 135 million parameters: a step of sampling beside a call of the
-# blocks without keys and values, forward passes that a token of sensitivities costs, that one of a
-# pass of learning costs (on the small one alone), and one of refinement (4 to 13). With them the
-# whole of every method was 1.0 to 2.7 times its time on two models of 0.3 and 0.5 million.
+OPTIONS = 2  # time of a layer's options of auto, relative to its quantizer
+DRAW_S = 14e-9  # time per vocabulary entry to draw a token on a CPU
+# Cost factors measured on models of 0.3 and 135 million parameters: a sampling step relative to the
+# blocks without KV cache, and the forward passes per token of sensitivities, of a learning pass
+# (small model only) and of refinement (4 to 13). With them the estimates for every method were 1.0
+# to 2.7 times the measured times on two models of 0.3 and 0.5 million parameters.
 SAMPLING, SENSITIVITY, LEARNING, REFINING = 1.5, 16.0, 2.0, 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunTimes:
-    """What it takes to run a model, s.
+    """Times of the parts of running a model, s.
 
     Attributes:
-        token: all blocks, for a token of a text.
-        step: all blocks, for the next token of one of `BATCH_TEXTS` texts.
-        head: the head, for a token.
+        token: all blocks, per token of a text.
+        step: all blocks, per next token when sampling `BATCH_TEXTS` texts in a batch.
+        head: the head, per token.
         draw: drawing a token.
-        product: a multiplication and an addition in a matrix product.
+        product: one multiply-add of a matrix product.
     """
 
     token: float
@@ -70,43 +70,45 @@ class RunTimes:
 def conversion_seconds(
     directory: Path, layers: Sequence[LayerPlan], arrays: dict[str, mx.array], recipe: Recipe
 ) -> float:
-    """Estimate the time of a conversion, s; parts of it are computed.
+    """Estimate the time of a conversion, s, by running parts of it.
 
     Args:
-        directory: the original's.
-        layers: what is planned for each.
-        arrays: the original's weights by name.
-        recipe: of the conversion.
+        directory: model directory of the original.
+        layers: plan of each layer.
+        arrays: weights of the original by name.
+        recipe: recipe of the conversion.
 
     Raises:
-        RecipeError: when the recipe runs a model that is not built of blocks.
+        RecipeError: when the recipe runs a model that does not consist of blocks.
     """
     seconds = 2 + 3e-9 * sum(array.nbytes for array in arrays.values())
-    changed = [layer for layer in layers if layer.action != "keep" and len(layer.shape) > 1]
+    converted = [layer for layer in layers if layer.action != "keep" and len(layer.shape) > 1]
     with ThreadpoolController().limit(limits=1) if _on_cpu() else nullcontext():
-        if matrices := [layer for layer in changed if len(layer.shape) == 2]:
+        if matrices := [layer for layer in converted if len(layer.shape) == 2]:
             sample = sorted(matrices, key=lambda layer: math.prod(layer.shape))[len(matrices) // 2]
-            seconds += _quantizing(sample, arrays[f"{sample.path}.weight"], changed, recipe)
+            w = arrays[f"{sample.path}.weight"]
+            seconds += _quantizing_seconds(sample, w, converted, recipe)
         if recipe.runs_the_model:
-            seconds += _running(_run_times(directory, layers, recipe), changed, recipe)
+            times = _run_times(directory, layers, recipe)
+            seconds += _running_seconds(times, converted, recipe)
     return seconds
 
 
-def _quantizing(
+def _quantizing_seconds(
     sample: LayerPlan, w: mx.array, layers: Sequence[LayerPlan], recipe: Recipe
 ) -> float:
-    """Return the time of all layers' quantizers, s, from that of one layer."""
-    time_of = _time_of(sample, w)
+    """Return the time to quantize all layers, s, from that of one sample layer with weight `w`."""
+    seconds_by_shape = _quantizer_model(sample, w)
     in_threads = _on_cpu() or uses_cpu(sample.quantizer)
-    seconds = sum(time_of(layer.shape) for layer in layers)
-    if recipe.method == "auto":  # its options, on a sample of each layer's rows
+    seconds = sum(seconds_by_shape(layer.shape) for layer in layers)
+    if recipe.method == "auto":  # measures its options on some rows of each layer
         rows = [(min(256, layer.shape[-2]), layer.shape[-1]) for layer in layers]
-        seconds += OPTIONS * sum(map(time_of, rows))
+        seconds += OPTIONS * sum(map(seconds_by_shape, rows))
     return seconds / ((os.cpu_count() or 1) if in_threads else 1)
 
 
-def _running(times: RunTimes, layers: Sequence[LayerPlan], recipe: Recipe) -> float:
-    """Return the time to run the original, and to measure what its layers are fed, s."""
+def _running_seconds(times: RunTimes, layers: Sequence[LayerPlan], recipe: Recipe) -> float:
+    """Return the time to run the original and to collect input statistics of its layers, s."""
     text = recipe.texts
     tokens = text.num_samples * text.sequence_length
     calibrating = tokens if recipe.calibration is not None and recipe.method != "rtn" else 0
@@ -116,8 +118,9 @@ def _running(times: RunTimes, layers: Sequence[LayerPlan], recipe: Recipe) -> fl
         sampling = SAMPLING * times.step + times.head + times.draw
         seconds += (calibrating + refining) * sampling
     if any(QUANTIZERS[layer.quantizer].statistic is hessian for layer in layers):
-        fed = {(layer.path.rpartition(".")[0], layer.shape[-1]) for layer in layers}
-        seconds += tokens * times.product / 2 * sum(width**2 for _, width in fed)
+        # layers of one module with equal width share a Hessian
+        inputs = {(layer.path.rpartition(".")[0], layer.shape[-1]) for layer in layers}
+        seconds += tokens * times.product / 2 * sum(width**2 for _, width in inputs)
     if recipe.method == "auto":
         seconds += SENSITIVITY * SENSITIVITY_TOKENS * (times.token + times.head)
     if recipe.method in LEARNED:
@@ -126,35 +129,35 @@ def _running(times: RunTimes, layers: Sequence[LayerPlan], recipe: Recipe) -> fl
 
 
 def _run_times(directory: Path, layers: Sequence[LayerPlan], recipe: Recipe) -> RunTimes:
-    """Time a model's first block, and a product."""
+    """Time a model's first block and a matrix product."""
     length = recipe.texts.sequence_length
-    found = []
+    token_times = []
     for texts in ((max(1, TOKENS // length), length), (BATCH_TEXTS, 1)):
         tokens = np.zeros(texts, np.int32)
         load = partial(load_model, directory, lazy=True, dequantize=True)
         run = start_pass(load, tokens, tokens.size)
         mx.eval(run.blocks[0].parameters())
-        alone = _timed(lambda run=run: mx.eval(run.run(0, 0, run.states[0])))
-        found.append(alone * len(run.blocks) / tokens.size / cores())
+        block = _timed(lambda run=run: mx.eval(run.run(0, 0, run.states[0])))
+        token_times.append(block * len(run.blocks) / tokens.size / cores())
     product = _product_s() / cores()
     heads = [layer.shape for layer in layers if layer.kind in ("embedding", "lm_head")]
     vocabulary, width = max(heads, default=(0, 0))
     return RunTimes(
-        token=found[0],
-        step=found[1],
+        token=token_times[0],
+        step=token_times[1],
         head=vocabulary * width * product,
         draw=vocabulary * DRAW_S / cores() if _on_cpu() else 0.0,
         product=product,
     )
 
 
-def _time_of(layer: LayerPlan, w: mx.array) -> Callable[[Sequence[int]], float]:
-    """Return a function from the shape of a weight to the time that a layer's quantizer takes, s.
+def _quantizer_model(layer: LayerPlan, w: mx.array) -> Callable[[Sequence[int]], float]:
+    """Return a function from the shape of a weight to the time of the layer's quantizer, s.
 
-    Two pieces of `w` are timed, for what a layer costs by itself and what a row adds to it. Both
-    grow with the width, and with its square where there is a Hessian.
+    Times two pieces of `w` for a fixed time per layer and a time per row. Both grow with the width,
+    or with its square if the quantizer uses a Hessian.
     """
-    if layer.quantizer in LEARNED:  # which rounds, as rtn does, what was learned
+    if layer.quantizer in LEARNED:  # rounds the learned weights as rtn does
         layer = dataclasses.replace(layer, quantizer="rtn")
     statistic, width = QUANTIZERS[layer.quantizer].statistic, min(WIDTH, layer.shape[-1])
     inputs = None
@@ -170,29 +173,29 @@ def _time_of(layer: LayerPlan, w: mx.array) -> Callable[[Sequence[int]], float]:
     few, many = min(FEW_ROWS, len(w)), min(MANY_ROWS, len(w))
     short = timed(few)
     row = max(0.0, timed(many) - short) / (many - few) if many > few else short / few
-    alone, power = max(0.0, short - few * row), 2 if statistic is hessian else 1
+    fixed, power = max(0.0, short - few * row), 2 if statistic is hessian else 1
 
-    def time_of(shape: Sequence[int]) -> float:
-        *stack, out, wide = shape
-        return math.prod(stack) * (alone + row * out) * (wide / width) ** power
+    def seconds_by_shape(shape: Sequence[int]) -> float:
+        *stack, rows, columns = shape
+        return math.prod(stack) * (fixed + row * rows) * (columns / width) ** power
 
-    return time_of
+    return seconds_by_shape
 
 
 def _product_s() -> float:
-    """Return the time of a multiplication and an addition in a product of float32 matrices, s."""
+    """Return the time of one multiply-add in a float32 matrix product, s."""
     x = mx.random.normal((SIDE, SIDE), key=mx.random.key(0))
     mx.eval(x)
     return _timed(lambda: mx.eval(x @ x)) / SIDE**3
 
 
-def _timed(work: Callable[[], object]) -> float:
-    """Return the shortest time of three runs, or that of a long one, s: on a CPU, of processors."""
+def _timed(run: Callable[[], object]) -> float:
+    """Return the shortest time of up to three runs, s: CPU time on a CPU, else wall time."""
     clock = time.process_time if _on_cpu() else time.perf_counter
     times = []
     for _ in range(3):
         started = clock()
-        work()
+        run()
         times.append(clock() - started)
         if times[-1] > LONG_S:
             break

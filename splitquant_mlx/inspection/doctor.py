@@ -1,9 +1,9 @@
-"""Check on the user's own machine that mlx computes what it should, on every device it has.
+"""Self-check of mlx on every device of this machine.
 
 A tiny random model is split, quantized and run on each device, and compared with the same
-computation in numpy: the split must leave the function as it was, and the quantized kernels must
-compute the product with the weights that the codes stand for. A layer of lookup tables, on a GPU a
-kernel of this package, is compared with the weight that mlx's operations make of its codes.
+computation in numpy: splitting must not change the function, and the quantized kernels must compute
+the product with the dequantized weights. A lookup-table layer, which uses a kernel of this package
+on a GPU, is compared with its weights as dequantized by operations of mlx.
 """
 
 import statistics
@@ -21,7 +21,7 @@ from splitquant_mlx.nn.split_layers import SplitLinear, quantize_split_layers, s
 from splitquant_mlx.quantization.rounding import kernel_difference
 from splitquant_mlx.quantization.split import split
 
-# largest difference relative to the largest value; GPUs may multiply in TF32, of 10-bit mantissa
+# largest difference relative to the largest value; GPUs may use TF32 with a 10-bit mantissa
 CPU_LIMIT, GPU_LIMIT, CODE_LIMIT = 1e-5, 2e-3, 0.05
 DIMS = 512
 TRIALS = 20
@@ -29,7 +29,7 @@ TRIALS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Hold one finding: what was compared, the largest relative difference, the limit."""
+    """Result of a comparison: its name, the largest relative difference and the limit."""
 
     name: str
     difference: float
@@ -42,17 +42,17 @@ class Check:
 
 
 def devices() -> list[mx.Device]:
-    """Return the devices mlx can compute on here, the CPU first."""
+    """Return the devices available to mlx, the CPU first."""
     kinds = (mx.cpu, mx.gpu)
     return [mx.Device(kind) for kind in kinds if mx.is_available(mx.Device(kind))]
 
 
 def self_check() -> list[Check]:
-    """Split, quantize and run a tiny model on every device; leaves the default device alone."""
+    """Split, quantize and run a tiny model on every device; the default device stays the same."""
     weights, biases, x = _tiny_model()
-    whole = _forward(weights, biases, x)
+    expected = _forward(weights, biases, x)
     default = mx.default_device()
-    checks, codes = [], []
+    checks, quantized = [], []
     try:
         for device in devices():
             mx.set_default_device(device)
@@ -60,19 +60,19 @@ def self_check() -> list[Check]:
             model = split_model(_build(weights, biases))
             limit = CPU_LIMIT if device == mx.cpu else GPU_LIMIT
             checks.append(
-                _check(f"{name}: split model against numpy", model(mx.array(x)), whole, limit)
+                _compare(f"{name}: split model against numpy", model(mx.array(x)), expected, limit)
             )
-            checks.append(_tables_check(name, limit))
+            checks.append(_check_lookup_tables(name, limit))
             quantize_split_layers(model)
             linears = (model.layers[0], model.layers[2])  # type: ignore[index]
             dense = [np.array(dense_weight(layer), np.float64) for layer in linears]
-            codes.append(np.concatenate(dense))
-            found, wanted = model(mx.array(x)), _forward(dense, biases, x)
-            checks.append(_check(f"{name}: quantized model against numpy", found, wanted, limit))
-        if len(codes) > 1:
-            # a device may round a weight that lies between two codes the other way
-            cpu, gpu = codes
-            checks.append(_check("gpu: quantized weights, as on the CPU", gpu, cpu, CODE_LIMIT))
+            quantized.append(np.concatenate(dense))
+            y, dense_y = model(mx.array(x)), _forward(dense, biases, x)
+            checks.append(_compare(f"{name}: quantized model against numpy", y, dense_y, limit))
+        if len(quantized) > 1:
+            # devices may round a weight halfway between two codes differently
+            cpu, gpu = quantized
+            checks.append(_compare("gpu: quantized weights against the CPU", gpu, cpu, CODE_LIMIT))
             difference = kernel_difference()
             checks.append(Check(name="gpu: kernel of gptq", difference=difference, limit=1e-3))
     finally:
@@ -81,9 +81,10 @@ def self_check() -> list[Check]:
 
 
 def dispatch_ratio() -> float:
-    """Return the time of k separate products and their sum over that of one split layer.
+    """Return (time of k separate products and their sum) / (time of one split layer).
 
-    On the default device, one token, a 2048 x 2048 layer; medians of alternating runs.
+    Measured on the default device with one token and a 2048 x 2048 layer, as the ratio of the
+    medians of alternating runs.
     """
     rng = np.random.default_rng(0)
     w = mx.array(rng.standard_normal((2048, 2048)).astype(np.float32))
@@ -114,7 +115,7 @@ def dispatch_ratio() -> float:
     return statistics.median(times["separate"]) / statistics.median(times["one"])
 
 
-def _tables_check(name: str, limit: float) -> Check:
+def _check_lookup_tables(name: str, limit: float) -> Check:
     rng = np.random.default_rng(1)
     layer = LUTLinear(DIMS, DIMS, bits=3, outliers=2)
     layer.weight = mx.array(rng.integers(0, 2**32, layer.weight.shape, np.uint32))
@@ -122,8 +123,8 @@ def _tables_check(name: str, limit: float) -> Check:
     for leaf in ("codebook", "outliers", "bias"):
         layer[leaf] = mx.array(rng.standard_normal(layer[leaf].shape).astype(np.float32))
     x = rng.standard_normal((3, DIMS)).astype(np.float32)
-    wanted = x.astype(np.float64) @ np.array(layer.dense()).T + np.array(layer.bias)
-    return _check(f"{name}: lookup tables against numpy", layer(mx.array(x)), wanted, limit)
+    expected = x.astype(np.float64) @ np.array(layer.dense()).T + np.array(layer.bias)
+    return _compare(f"{name}: lookup tables against numpy", layer(mx.array(x)), expected, limit)
 
 
 def _tiny_model() -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
@@ -144,13 +145,13 @@ def _build(weights: list[np.ndarray], biases: list[np.ndarray]) -> nn.Sequential
 
 
 def _forward(weights: list[np.ndarray], biases: list[np.ndarray], x: np.ndarray) -> np.ndarray:
-    """Run the tiny model in numpy, float64."""
+    """Return the output of the tiny model, computed by numpy in float64."""
     hidden = np.maximum(x.astype(np.float64) @ weights[0].T + biases[0], 0)
     return hidden @ weights[1].T + biases[1]
 
 
-def _check(name: str, found: mx.array | np.ndarray, wanted: np.ndarray, limit: float) -> Check:
-    difference = float(np.abs(np.array(found) - wanted).max() / np.abs(wanted).max())
+def _compare(name: str, actual: mx.array | np.ndarray, expected: np.ndarray, limit: float) -> Check:
+    difference = float(np.abs(np.array(actual) - expected).max() / np.abs(expected).max())
     return Check(name=name, difference=difference, limit=limit)
 
 

@@ -1,6 +1,6 @@
-"""Estimate what a conversion will come to, before it: size, bits/weight, memory and time.
+"""Estimate size, bits/weight, peak memory and time of a conversion.
 
-Sizes follow from the plan, memory from what the stages hold, time from parts that are computed.
+Sizes follow from the plan, memory from the tensors of each stage, time from timing small parts.
 """
 
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ from splitquant_mlx.recipe import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a conversion is expected to come to.
+    """Estimate of a conversion.
 
     Attributes:
-        layers: what is planned for each layer.
-        parameters: of the model.
+        layers: plan of each layer.
+        parameters: number of parameters of the original.
         source_bytes: size of the original's tensors.
         stored_bytes: size of the converted model's tensors.
-        memory_bytes: peak.
-        seconds: time of the whole conversion, s; rough.
-        explanation: how the size was computed, one line; empty where the target is the size.
+        memory_bytes: peak memory.
+        seconds: rough time of the whole conversion, s.
+        explanation: how a target size was computed, in one line, or "".
     """
 
     layers: tuple[LayerPlan, ...]
@@ -39,15 +39,15 @@ class Estimate:
 
     @property
     def bits_per_weight(self) -> float:
-        """Return stored bits over original entries, of the whole model."""
+        """Return stored bits / parameters of the original, of the whole model."""
         return 8 * self.stored_bytes / self.parameters
 
 
 def estimate(directory: Path, recipe: Recipe) -> Estimate:
-    """Estimate the conversion of a model directory by a recipe; small parts of it are computed.
+    """Estimate the conversion of a model directory by running small parts of it.
 
     Raises:
-        SplitQuantError: as the conversion would.
+        SplitQuantError: the error that the conversion would raise.
     """
     checkpoint = open_checkpoint(directory)
     sizes = {name: array.size for name, array in parameters(checkpoint.model).items()}
@@ -62,13 +62,13 @@ def estimate(directory: Path, recipe: Recipe) -> Estimate:
         explanation = budget.explanation
         if budget.total_bytes is not None:
             stored = min(budget.total_bytes, choice.most_bytes)
-    total = sum(sizes.values())
+    layers = tuple(plan.layers.values())
     return Estimate(
-        layers=tuple(plan.layers.values()),
-        parameters=total,
+        layers=layers,
+        parameters=sum(sizes.values()),
         source_bytes=checkpoint.source_bytes,
         stored_bytes=stored,
         memory_bytes=converting_bytes(sizes, recipe),
-        seconds=conversion_seconds(directory, list(plan.layers.values()), arrays, recipe),
+        seconds=conversion_seconds(directory, layers, arrays, recipe),
         explanation=explanation,
     )

@@ -1,4 +1,4 @@
-"""Look into a model: its layers, where they are split, and how a layer's weights are spread."""
+"""Cut points of a model's layers and histograms of their weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +24,13 @@ BINS = 160
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """The spread of a layer's weights.
+    """Histogram of a layer's weights.
 
     Attributes:
-        path: the layer.
-        counts: entries in each bin.
-        edges: bounds of the bins, one more than counts.
-        cut_points: where the layer is split, ascending; empty if it is not.
+        path: path of the layer.
+        counts: (bins,), entries per bin.
+        edges: (bins + 1,), bounds of the bins.
+        cut_points: ascending bounds of the layer's parts; empty if it is not split.
     """
 
     path: str
@@ -42,11 +42,11 @@ class Histogram:
 def find_cut_points(
     directory: Path, *, clusters: int = 3, progress: Progress = SILENT
 ) -> dict[str, tuple[float, ...]]:
-    """Return where a split cuts, or would cut, each linear layer: every weight is read.
+    """Return the cut points of each linear layer, computed if the model is not converted.
 
     Args:
-        directory: a model directory.
-        clusters: parts to cluster an unconverted model's layers into.
+        directory: model directory.
+        clusters: number of parts per layer of an unconverted model.
         progress: progress reporter.
 
     Raises:
@@ -58,23 +58,23 @@ def find_cut_points(
     plan = make_plan(Recipe(clusters=clusters), checkpoint.model, checkpoint.config)
     layers = plan.layers.items()
     split = [path for path, layer in layers if layer.action == "split" and len(layer.shape) == 2]
-    found = {}
+    cut_points = {}
     with progress.task("Clustering", len(split)) as advance:
         for path in split:
             w = checkpoint.weights.pop(f"{path}.weight")
             _require_finite(directory, path, w)
-            found[path] = cluster_weight(w, clusters).cut_points
+            cut_points[path] = cluster_weight(w, clusters).cut_points
             advance(1)
-    return found
+    return cut_points
 
 
 def layer_histogram(directory: Path, path: str, *, clusters: int | None = None) -> Histogram:
-    """Count how a layer's weights are spread; of a quantized layer, the weights it stands for.
+    """Return the histogram of a layer's weights, dequantized if need be.
 
     Args:
-        directory: a model directory.
-        path: of the layer.
-        clusters: parts to show the cut points of, in an unconverted model.
+        directory: model directory.
+        path: path of the layer.
+        clusters: number of parts to compute the cut points of, in an unconverted model.
 
     Raises:
         RecipeError: when the model has no layer `path` with a weight matrix.
@@ -84,18 +84,18 @@ def layer_histogram(directory: Path, path: str, *, clusters: int | None = None) 
     if manifest is None and "quantization" not in config:
         w, bins = open_checkpoint(directory).weights.get(f"{path}.weight"), BINS
     else:
-        bins = BINS // 4  # more would show the gaps between the codes
+        bins = BINS // 4  # narrower bins would show the gaps between codes
         module = dict(load_model(directory, lazy=True).named_modules()).get(path)
         w = _dense(module)
     if w is None or w.ndim < 2:
         raise RecipeError(f"{directory} has no layer {path!r} with a weight matrix")
     _require_finite(directory, path, w)
     records = {record.path: record for record in manifest.layers} if manifest else {}
-    cuts = records[path].cut_points if path in records else ()
+    cut_points = records[path].cut_points if path in records else ()
     counts, edges = np.histogram(np.array(w.astype(mx.float32)), bins=bins)
     if clusters is not None and not manifest:
-        cuts = cluster_weight(w, clusters).cut_points
-    return Histogram(path=path, counts=counts, edges=edges, cut_points=cuts)
+        cut_points = cluster_weight(w, clusters).cut_points
+    return Histogram(path=path, counts=counts, edges=edges, cut_points=cut_points)
 
 
 def _require_finite(directory: Path, path: str, w: mx.array) -> None:

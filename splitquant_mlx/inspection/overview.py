@@ -1,4 +1,4 @@
-"""Describe a model from its headers, config and manifest; no weight is read."""
+"""Describe a model from its headers, config and manifest, without reading weights."""
 
 import math
 import re
@@ -19,21 +19,21 @@ from splitquant_mlx.models.library import runs_in
 
 @dataclass(frozen=True, kw_only=True)
 class Overview:
-    """What a model directory holds.
+    """Properties of a model.
 
     Attributes:
-        architecture: `model_type` of its config.json.
-        parameters: of the original model.
-        context: tokens that it was made for; None where it does not say.
-        vocabulary: tokens; None where it does not say.
-        has_chat_template: whether it is made to chat.
-        method: that it was quantized with; "" for an original.
-        source: what it was converted from; "" where it does not say.
-        bits_per_weight: stored bits over original entries, of the whole model.
-        stored_bytes: of its tensors.
-        memory_bytes: that it takes to run, about.
-        runs_in: the programs that run it.
-        layers: those with a weight matrix.
+        architecture: `model_type` of config.json.
+        parameters: number of parameters of the original model.
+        context: maximum context length in tokens; None if unknown.
+        vocabulary: size of the vocabulary; None if unknown.
+        has_chat_template: whether it has a chat template.
+        method: quantization method; "" for an original.
+        source: model that it was converted from; "" if unknown.
+        bits_per_weight: stored bits / parameters, of the whole model.
+        stored_bytes: size of its tensors.
+        memory_bytes: estimated memory to run it.
+        runs_in: programs that run it.
+        layers: layers with a weight matrix.
     """
 
     architecture: str
@@ -51,7 +51,7 @@ class Overview:
 
 
 def describe(directory: Path) -> Overview:
-    """Describe a model directory. Raises CheckpointError when it is none."""
+    """Describe a model directory. Raises CheckpointError when it is not one."""
     manifest = load_manifest(directory)
     config, headers = read_config(directory), read_headers(directory)
     layers = manifest.layers if manifest else tuple(_layers(config, headers))
@@ -85,11 +85,11 @@ def describe(directory: Path) -> Overview:
 
 
 def describe_gguf(path: Path) -> Overview:
-    """Describe the model of a .gguf file from its header, as it is in the file.
+    """Describe the model of a .gguf file from its header.
 
     Raises:
-        SourceError: the file cannot be opened.
-        CheckpointError: the file is corrupt, or of an architecture that is not supported here.
+        SourceError: when the file cannot be opened.
+        CheckpointError: when the file is corrupt or its architecture is not supported.
     """
     gguf = open_gguf(path)
     config, tensors = gguf_parameters(gguf)
@@ -100,21 +100,21 @@ def describe_gguf(path: Path) -> Overview:
     )
     entries = sum(math.prod(tensor.shape) for tensor in tensors.values())
     stored = sum(tensor.nbytes for tensor in tensors.values())
-    bytes_of: Counter[str] = Counter()
+    type_bytes: Counter[str] = Counter()
     for tensor in tensors.values():
-        bytes_of[tensor.type] += tensor.nbytes
+        type_bytes[tensor.type] += tensor.nbytes
     return Overview(
         architecture=config["model_type"],
         parameters=entries,
         context=context_limit(config),
         vocabulary=text_settings(config)["vocab_size"],
         has_chat_template="tokenizer.chat_template" in gguf.metadata,
-        method=f"GGUF, {bytes_of.most_common(1)[0][0]} most of it",
+        method=f"GGUF, mostly {type_bytes.most_common(1)[0][0]}",
         source="",
         bits_per_weight=8 * stored / entries,
         stored_bytes=stored,
         memory_bytes=running_bytes(path),
-        runs_in="here (unpacked to 16 bits first), llama.cpp, LM Studio",
+        runs_in="splitquant-mlx (unpacked to 16 bits first), llama.cpp, LM Studio",
         layers=layers,
     )
 
@@ -131,21 +131,21 @@ def _gguf_layer(path: str, tensor: TensorInfo) -> LayerRecord:
     )
 
 
-def kinds(layers: tuple[LayerRecord, ...]) -> list[tuple[str, list[LayerRecord]]]:
-    """Group layers that differ in the number of their block alone, which is * in the name."""
-    found: dict[str, dict[tuple[object, ...], list[LayerRecord]]] = {}
+def group_layers(layers: tuple[LayerRecord, ...]) -> list[tuple[str, list[LayerRecord]]]:
+    """Group layers that differ only in their block number, which is "*" in the group's name."""
+    groups: dict[str, dict[tuple[object, ...], list[LayerRecord]]] = {}
     for layer in layers:
         name = re.sub(r"\.\d+\.", ".*.", layer.path)
         form = (layer.action, layer.bits, layer.group_size, layer.clusters, layer.mode)
-        found.setdefault(name, {}).setdefault((layer.shape, form), []).append(layer)
-    return [(name, group) for name, forms in found.items() for group in forms.values()]
+        groups.setdefault(name, {}).setdefault((layer.shape, form), []).append(layer)
+    return [(name, group) for name, forms in groups.items() for group in forms.values()]
 
 
 def _method(config: Mapping[str, Any], manifest: Any) -> str:
     if manifest is not None:
         return str(manifest.recipe.get("method", "splitquant"))
-    table = config.get("quantization") or config.get("quantization_config")
-    return str(table.get("quant_method", "mlx")) if isinstance(table, Mapping) else ""
+    settings = config.get("quantization") or config.get("quantization_config")
+    return str(settings.get("quant_method", "mlx")) if isinstance(settings, Mapping) else ""
 
 
 def _tokenizer_config(directory: Path) -> str:
@@ -156,27 +156,27 @@ def _tokenizer_config(directory: Path) -> str:
 
 
 def _layers(config: Mapping[str, Any], headers: Mapping[str, Any]) -> list[LayerRecord]:
-    """Return the layers of a model without a manifest, mlx's quantized ones among them."""
-    table = config.get("quantization")
-    table = table if isinstance(table, Mapping) else {}
-    found = []
+    """Return the layers of a model without a manifest, which mlx may have quantized."""
+    quantization = config.get("quantization")
+    quantization = quantization if isinstance(quantization, Mapping) else {}
+    layers = []
     for name, header in sorted(headers.items(), key=lambda item: _natural(item[0])):
         path, _, leaf = name.rpartition(".")
         if leaf != "weight" or len(header.shape) < 2:
             continue
         parts = [headers.get(f"{path}.{leaf}") for leaf in ("weight", "scales", "biases")]
         nbytes = sum(part.nbytes for part in parts if part)
-        own = table.get(path)
-        own = {**table, **own} if isinstance(own, Mapping) else table
-        bits = own.get("bits") if parts[1] else None
-        size = own.get("group_size") if parts[1] else None
+        override = quantization.get(path)
+        override = override if isinstance(override, Mapping) else {}
+        settings = {**quantization, **override} if parts[1] else {}
+        bits, size = settings.get("bits"), settings.get("group_size")
         *rows, width = header.shape
         if type(bits) is int and bits > 0:
             width = width * 32 // bits
         else:
             bits = size = None
         shape = (*rows, width)
-        found.append(
+        layers.append(
             LayerRecord(
                 path=path,
                 kind="embedding" if "embed" in path else "linear",
@@ -188,9 +188,9 @@ def _layers(config: Mapping[str, Any], headers: Mapping[str, Any]) -> list[Layer
                 group_size=size if type(size) is int else None,
             )
         )
-    return found
+    return layers
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Return a key that sorts layer 10 after layer 9."""
+    """Return a key for natural sorting: layer 10 after layer 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

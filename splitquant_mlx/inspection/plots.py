@@ -1,4 +1,4 @@
-"""Draw a layer's histogram with its cut points, as text and as PNG."""
+"""Plots of a layer's histogram with its cut points, as text and as PNG."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ WIDTH, HEIGHT = 78, 10  # characters
 
 
 def text_histogram(histogram: Histogram) -> str:
-    """Return the histogram as lines of block characters, the cut points marked below.
+    """Return the histogram as lines of block characters, with marks below at the cut points.
 
-    The height is logarithmic in the count, so that the few large weights can be seen.
+    The height is logarithmic in the count, so that rare large weights are visible.
     """
     import numpy as np
 
@@ -25,13 +25,14 @@ def text_histogram(histogram: Histogram) -> str:
         filled = np.clip(np.ceil(levels - row * 8), 0, 8).astype(int)
         lines.append("".join(EIGHTHS[n] for n in filled))
     marks = [" "] * WIDTH
-    for cut in histogram.cut_points:
-        marks[min(int((cut - low) / max(high - low, 1e-300) * WIDTH), WIDTH - 1)] = "^"
-    cuts = ", ".join(f"{cut:.4g}" for cut in histogram.cut_points)
-    told = f"cut points: {cuts} " if cuts else ""
+    for cut_point in histogram.cut_points:
+        marks[min(int((cut_point - low) / max(high - low, 1e-300) * WIDTH), WIDTH - 1)] = "^"
     scale = f"{low:.4g}".ljust(WIDTH - 10) + f"{high:.4g}".rjust(10)
-    lines += ["".join(marks)] if cuts else []
-    return "\n".join([*lines, scale, f"{told}(height: log of count)"])
+    legend = "(height: log of count)"
+    if cut_points := ", ".join(f"{cut_point:.4g}" for cut_point in histogram.cut_points):
+        lines.append("".join(marks))
+        legend = f"cut points: {cut_points} {legend}"
+    return "\n".join([*lines, scale, legend])
 
 
 def save_histogram(histogram: Histogram, file: Path) -> None:
@@ -41,8 +42,9 @@ def save_histogram(histogram: Histogram, file: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     axes.stairs(histogram.counts, histogram.edges, fill=True, color="#4c72b0")
-    for cut in histogram.cut_points:
-        axes.axvline(cut, color="#c44e52", linestyle="--", label=f"cut point {cut:.4g}")
+    for cut_point in histogram.cut_points:
+        label = f"cut point {cut_point:.4g}"
+        axes.axvline(cut_point, color="#c44e52", linestyle="--", label=label)
     axes.set(yscale="log", xlabel="weight", ylabel="entries", title=histogram.path)
     if histogram.cut_points:
         axes.legend()

@@ -16,7 +16,7 @@ from splitquant_mlx.cli import console
 from splitquant_mlx.cli.summary import _rows
 from splitquant_mlx.formats.manifest import LayerRecord, load_manifest
 from splitquant_mlx.inspection.doctor import Check, self_check
-from splitquant_mlx.inspection.overview import kinds
+from splitquant_mlx.inspection.overview import group_layers
 from splitquant_mlx.recipe import Method
 
 
@@ -268,7 +268,7 @@ def test_inspect_shows_kinds_of_one_name_together():
         )
         for block, name, bits in ((0, "q", 2), (0, "v", 4), (1, "q", 3), (1, "v", 4), (2, "q", 2))
     ]
-    found = [(name[-1], group[0].bits, len(group)) for name, group in kinds(tuple(layers))]
+    found = [(name[-1], group[0].bits, len(group)) for name, group in group_layers(tuple(layers))]
     assert found == [("q", 2, 2), ("q", 3, 1), ("v", 4, 2)]
 
 

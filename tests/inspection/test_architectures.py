@@ -1,4 +1,4 @@
-"""The table of architectures, and the comparison with transformers that it comes from."""
+"""The table of architectures and the comparison with transformers that it records."""
 
 from pathlib import Path
 
@@ -12,12 +12,12 @@ from splitquant_mlx.inspection.architectures import recorded
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 
 
-def test_the_page_is_the_recorded_table(tmp_path):
+def test_the_page_shows_the_recorded_table(tmp_path):
     write_page(recorded(), tmp_path / "page.md")
     assert (tmp_path / "page.md").read_text() == PAGE.read_text()
 
 
-def test_what_is_recorded_is_same_warned_or_refused_with_a_reason():
+def test_every_recorded_difference_is_warned_or_refused_with_a_reason():
     for result in recorded().results:
         assert result.verdict in ("same", "warned", "refused"), result
         assert bool(result.remark) == (result.verdict != "same"), result
@@ -33,15 +33,15 @@ def test_doctor_lists_architectures(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(5400)
-def test_every_architecture_computes_what_transformers_computes():
-    """With another seed than the recorded one, and the same verdicts."""
+def test_every_architecture_computes_the_same_as_transformers():
+    """The verdicts are the recorded ones, with another seed."""
     pytest.importorskip("torch")
     import architectures
 
-    found = architectures.compare_all(seed=1)
-    assert not [result for result in found.results if result.verdict == "WRONG"]
-    if found.versions == recorded().versions:
-        verdicts = {(r.architecture, r.variant): r.verdict for r in found.results}
+    compared = architectures.compare_all(seed=1)
+    assert not [result for result in compared.results if result.verdict == "WRONG"]
+    if compared.versions == recorded().versions:
+        verdicts = {(r.architecture, r.variant): r.verdict for r in compared.results}
         assert verdicts == {(r.architecture, r.variant): r.verdict for r in recorded().results}
-    for result in found.results:
+    for result in compared.results:
         assert result.correlation is None or result.correlation > 0.5, result

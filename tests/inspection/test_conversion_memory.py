@@ -1,4 +1,4 @@
-"""The estimate of a conversion's memory, against real conversions among the slow tests."""
+"""Estimates of a conversion's peak memory; slow tests compare them with real conversions."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from splitquant_mlx.recipe import Calibration
 
 
 def llama(layers, hidden=4096, vocabulary=128_256):
-    """Return the entries of the tensors of a Llama like the one of 8 billion parameters."""
+    """Return the tensor sizes of a Llama, in entries; by default the widths of Llama 8B."""
     block = {f"self_attn.{name}_proj": hidden * hidden for name in "qo"}
     block |= {f"self_attn.{name}_proj": hidden * hidden // 4 for name in "kv"}
     block |= {f"mlp.{name}_proj": hidden * hidden * 7 // 2 for name in ("gate", "up", "down")}
@@ -21,17 +21,17 @@ def llama(layers, hidden=4096, vocabulary=128_256):
     return sizes
 
 
-def test_no_method_holds_the_whole_original_in_float():
+def test_no_method_needs_the_whole_original_in_float():
     small, large = llama(32), llama(320)
     for method in ("rtn", "splitquant", "imatrix", "gptq"):
         assert converting_bytes(small, Recipe(method=method)) < 2 * sum(small.values())
     rtn = Recipe(method="rtn")
     assert converting_bytes(small, rtn) == converting_bytes(large, rtn)
-    gptq = Recipe(method="gptq")  # samples text from a copy in 8 bits
+    gptq = Recipe(method="gptq")  # samples text from an 8-bit copy
     assert converting_bytes(large, gptq) > sum(large.values())
 
 
-def test_what_is_asked_for_is_counted():
+def test_more_calibration_and_refinement_need_more_memory():
     sizes = llama(16, hidden=1024)
     few, many = (
         Recipe(method="imatrix", calibration=Calibration(num_samples=n)) for n in (16, 128)
@@ -43,7 +43,7 @@ def test_what_is_asked_for_is_counted():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "splitquant", "imatrix", "gptq"])
-def test_a_real_conversion_takes_what_is_estimated(smollm2, text_file, tmp_path, method):
+def test_the_estimate_matches_a_real_conversion(smollm2, text_file, tmp_path, method):
     command = [*OURS, "convert", str(smollm2), "--method", method, "--device", "cpu"]
     calibration = None
     if method in ("imatrix", "gptq"):

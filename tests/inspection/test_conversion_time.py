@@ -1,4 +1,4 @@
-"""The time that a dry run tells, against what conversions take."""
+"""Estimates of a conversion's time, compared with real conversions."""
 
 import time
 
@@ -11,7 +11,7 @@ from splitquant_mlx.inspection import conversion_time
 from splitquant_mlx.inspection.estimate import estimate
 from splitquant_mlx.recipe import Calibration
 
-on_cpu = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="processor time is a CPU's")
+on_cpu = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="compares CPU time")
 FEW = Calibration(num_samples=64, sequence_length=64)
 
 
@@ -28,8 +28,8 @@ FEW = Calibration(num_samples=64, sequence_length=64)
     ],
     ids=str,
 )
-def test_it_is_what_a_conversion_takes(stories, tmp_path, monkeypatch, settings):
-    """Within a factor of three: processor time, which other programs hardly lengthen."""
+def test_the_estimate_matches_a_conversion(stories, tmp_path, monkeypatch, settings):
+    """Within a factor of three, in CPU time, which other programs hardly affect."""
     monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     group = {} if settings["method"] == "auto" else {"group_size": 32}
@@ -38,8 +38,8 @@ def test_it_is_what_a_conversion_takes(stories, tmp_path, monkeypatch, settings)
     with threadpool_limits(1):
         started = time.process_time()
         convert(stories, tmp_path / "out", recipe=recipe)
-        found = time.process_time() - started
-    assert found / 3 < expected < 3 * found
+        actual = time.process_time() - started
+    assert actual / 3 < expected < 3 * actual
 
 
 @pytest.mark.parametrize(
@@ -51,8 +51,8 @@ def test_it_is_what_a_conversion_takes(stories, tmp_path, monkeypatch, settings)
         ({}, {"method": "auto"}),
     ],
 )
-def test_more_work_takes_longer(stories, monkeypatch, less, more):
-    monkeypatch.setattr(conversion_time, "_timed", lambda work: 1e-3)
+def test_more_work_has_a_longer_estimate(stories, monkeypatch, less, more):
+    monkeypatch.setattr(conversion_time, "_timed", lambda run: 1e-3)
     seconds = [
         estimate(stories, Recipe(**{"method": "gptq", "calibration": FEW, **settings})).seconds
         for settings in (less, more)
@@ -60,7 +60,7 @@ def test_more_work_takes_longer(stories, monkeypatch, less, more):
     assert seconds[1] > seconds[0]
 
 
-def test_what_takes_long_is_timed_once(monkeypatch):
+def test_long_runs_are_timed_once(monkeypatch):
     monkeypatch.setattr(conversion_time, "LONG_S", -1.0)
     calls = []
     conversion_time._timed(lambda: calls.append(1))
@@ -68,10 +68,10 @@ def test_what_takes_long_is_timed_once(monkeypatch):
 
 
 @on_cpu
-def test_other_programs_do_not_lengthen_it(stories, monkeypatch):
-    """A busy machine gave hours for minutes."""
+def test_other_programs_do_not_affect_the_estimate(stories, monkeypatch):
+    """With wall time, a busy machine made minutes hours."""
     recipe = Recipe(method="gptq", calibration=FEW)
-    calm = estimate(stories, recipe).seconds
+    idle = estimate(stories, recipe).seconds
     clock = time.perf_counter
     monkeypatch.setattr("time.perf_counter", lambda: 1000 * clock())
-    assert estimate(stories, recipe).seconds < 3 * calm
+    assert estimate(stories, recipe).seconds < 3 * idle
