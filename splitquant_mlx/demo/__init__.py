@@ -1,1 +1,1 @@
-"""A first conversion of a small real chat model."""
+"""Demo: download a small chat model, convert it with three methods and compare the results."""

@@ -1,7 +1,7 @@
-"""Compare three ways to make a small real chat model smaller: plain, calibrated, split.
+"""Compare plain, calibrated and split quantization of a small chat model.
 
-Only the linear layers are quantized, in all of them, so that the comparison is of the methods
-alone. The distance from the original is measured on a short text of our own.
+All three quantize only the linear layers. The KL divergence from the original is measured on a
+short text.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ from splitquant_mlx.runtime.environment import made_with
 
 QUESTION = "Why is the sky blue?"
 MAX_TOKENS = 32
-_KEPT = {"bits": 4, "embeddings": "keep", "lm_head": "keep"}
-# gptq is calibrated on fewer texts than by default: it takes seconds, and is nearly as close
+_LINEAR_ONLY = {"bits": 4, "embeddings": "keep", "lm_head": "keep"}
+# fewer calibration texts than by default: it takes seconds and is nearly as accurate
 RECIPES = {
-    "rtn 4-bit": Recipe(method="rtn", **_KEPT),
-    "gptq 4-bit": Recipe(method="gptq", **_KEPT, calibration=Calibration(num_samples=16)),
+    "rtn 4-bit": Recipe(method="rtn", **_LINEAR_ONLY),
+    "gptq 4-bit": Recipe(method="gptq", **_LINEAR_ONLY, calibration=Calibration(num_samples=16)),
     "split 4-bit": Recipe(method="splitquant", bits=4),
 }
 RECOMMENDED = "gptq 4-bit"
@@ -62,16 +62,16 @@ numbers, insuring houses and planning hospitals.
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Result of the demo for one form of the model.
+    """Result of the demo for one model.
 
     Attributes:
-        method: "original", or the name of a recipe.
-        bits_per_weight: of the linear layers.
-        nbytes: of the whole model's weights as stored.
-        divergence: from the original; None for the original itself.
-        answer: to the question.
-        path: where the converted model is; None for the original.
-        seconds: the conversion took, s; None for the original.
+        method: "original" or the name of a recipe.
+        bits_per_weight: bits/weight of the linear layers.
+        nbytes: stored bytes of all weights.
+        divergence: divergence from the original; None for the original.
+        answer: answer to the question.
+        path: directory of the converted model; None for the original.
+        seconds: time of the conversion, s; None for the original.
     """
 
     method: str
@@ -87,8 +87,8 @@ def run_demo(source: Source, directory: Path, progress: Progress = SILENT) -> li
     """Convert `source` with every recipe of the demo and compare the results.
 
     Args:
-        source: a small chat model.
-        directory: where to put the converted models, replacing those of an earlier demo.
+        source: small chat model.
+        directory: directory for the converted models, which replace those of an earlier demo.
         progress: progress reporter.
 
     Raises:
@@ -96,26 +96,26 @@ def run_demo(source: Source, directory: Path, progress: Progress = SILENT) -> li
     """
     with as_directory(source, progress) as original:
         model = LazyModel(original)
-        with progress.task("Asking the original"):
+        with progress.task("Running the original"):
             tokens = model.tokenizer.encode(TEXT)
             reference = log_probabilities(model.model, tokens)
-            results = [_original_result(original, _ask(model))]
+            results = [_original_result(original, _answer(model))]
         for number, (method, recipe) in enumerate(RECIPES.items(), 1):
             progress.note(f"{number} of {len(RECIPES)}, converting: {method}")
             path = directory / method.replace(" ", "-")
-            # named by its source, not by the directory a GGUF file was unpacked to
+            # keep the name of the source, not that of the directory a GGUF file was unpacked to
             unpacked = Source(name=source.name, path=original, revision=source.revision)
             manifest = convert(unpacked, path, recipe=recipe, overwrite=True, progress=progress)
-            with progress.task(f"Asking the {method} model"):
+            with progress.task(f"Running the {method} model"):
                 converted = LazyModel(path)
-                distance = divergence([reference], [log_probabilities(converted.model, tokens)])
+                comparison = divergence([reference], [log_probabilities(converted.model, tokens)])
                 results.append(
                     Result(
                         method=method,
                         bits_per_weight=manifest.linear_bits_per_weight,
                         nbytes=manifest.stored_bytes,
-                        divergence=distance,
-                        answer=_ask(converted),
+                        divergence=comparison,
+                        answer=_answer(converted),
                         path=path,
                         seconds=manifest.seconds["total"],
                     )
@@ -136,14 +136,14 @@ def _original_result(directory: Path, answer: str) -> Result:
     )
 
 
-def _ask(opened: LazyModel) -> str:
+def _answer(model: LazyModel) -> str:
     """Return the model's greedy answer to the question."""
     from mlx_lm import stream_generate
 
     messages = [{"role": "user", "content": QUESTION}]
-    prompt = opened.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    prompt = model.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     text = ""
-    for response in stream_generate(opened.model, opened.tokenizer, prompt, max_tokens=MAX_TOKENS):
+    for response in stream_generate(model.model, model.tokenizer, prompt, max_tokens=MAX_TOKENS):
         text += response.text
         if response.finish_reason == "length":
             text += " ..."
@@ -151,7 +151,7 @@ def _ask(opened: LazyModel) -> str:
 
 
 def save_results(results: list[Result], model: str, directory: Path) -> dict[str, Any]:
-    """Write the results and their environment to demo.json; returns what was written."""
+    """Write the results and their environment to demo.json; return the values written."""
     values = {
         "model": model,
         "question": QUESTION,

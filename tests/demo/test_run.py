@@ -1,4 +1,4 @@
-"""The demo on a tiny checkpoint: its table, its JSON, its next command."""
+"""The demo on a tiny checkpoint: its table, JSON and next command."""
 
 import json
 import shutil
@@ -15,9 +15,9 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 @pytest.fixture
 def chat_model(stories, tmp_path, monkeypatch):
-    """Return a copy of a tiny model that has a chat template; less is asked of it than of others.
+    """Return a copy of a tiny model with a chat template; text and answers are shortened.
 
-    It has a token for every letter, of which it was trained to read 256.
+    It has one token per letter and was trained on 256 tokens of context.
     """
     monkeypatch.setattr(demo, "TEXT", demo.TEXT[:256])
     monkeypatch.setattr(demo, "MAX_TOKENS", 12)
@@ -44,17 +44,17 @@ def test_demo_compares_the_original_with_every_recipe(chat_model, tmp_path):
     assert saved["versions"]["mlx"] and saved["machine"]["memory_bytes"] > 0
 
 
-def test_demo_command_replaces_an_earlier_one_and_says_what_to_do_next(
+def test_demo_replaces_an_earlier_one_and_names_the_next_command(
     chat_model, split_stories, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
     shutil.copytree(split_stories, tmp_path / "cache" / "demo" / "gptq-4-bit")
-    file = tmp_path / "told.json"
+    file = tmp_path / "results.json"
     assert run(["demo", "--model", str(chat_model), "--json", str(file)]) == 0
     saved = tmp_path / "cache" / "demo" / "demo.json"
     assert json.loads(file.read_text()) == json.loads(saved.read_text())
-    shown, told = capsys.readouterr()
-    assert "split 4-bit" in shown and "2 of 3, converting: gptq 4-bit" in told
+    shown, notes = capsys.readouterr()
+    assert "split 4-bit" in shown and "2 of 3, converting: gptq 4-bit" in notes
     path = tmp_path / "cache" / "demo" / "gptq-4-bit"
     assert shown.splitlines()[-1].endswith(f"Next: splitquant-mlx chat {path}")
     assert (path / "splitquant.json").is_file()
