@@ -110,9 +110,9 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
     0 says why; what only one of them knows, it says itself.
     """
     debug = debug or "--debug" in arguments
-    console.be_quiet("--quiet" in arguments)
+    console.set_quiet("--quiet" in arguments)
     arguments = [argument for argument in arguments if argument not in ("--quiet", "--debug")]
-    with interrupt.watched():
+    with interrupt.watch_signals():
         return _run(arguments, debug=debug)
 
 
@@ -148,7 +148,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     if debug:
         shown = "".join(traceback.format_exception(cause))
         print(printable(hide_token(shown)), end="", file=sys.stderr)
-    console.complain(f"{PROGRAM}: error: {prefix}{plain(hide_token(message))}")
+    console.print_stderr(f"{PROGRAM}: error: {prefix}{plain(hide_token(message))}")
     return 2
 
 
@@ -157,6 +157,6 @@ def _show_note(
 ) -> None:
     """Print our own warnings on one line, and those of other packages as Python does."""
     if issubclass(category, SplitQuantWarning):
-        console.complain(f"{PROGRAM}: note: {plain(hide_token(str(message)))}")
+        console.print_stderr(f"{PROGRAM}: note: {plain(hide_token(str(message)))}")
     else:
         print(warnings.formatwarning(message, category, filename, lineno), end="", file=sys.stderr)

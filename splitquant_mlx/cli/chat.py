@@ -12,7 +12,7 @@ from splitquant_mlx.cli.options import (
     decoding_options,
     start,
 )
-from splitquant_mlx.cli.settings import Given, options_of
+from splitquant_mlx.cli.settings import Given, dataclass_options
 from splitquant_mlx.inference.decoding import Decoding
 
 # what a model without wishes of its own is sampled with; greedy decoding makes small ones loop
@@ -20,7 +20,7 @@ SAMPLING = {"temp": 0.7, "top_p": 0.95}
 
 
 @decoding_options
-@options_of(TrustedModel, "model")
+@dataclass_options(TrustedModel, "model")
 def chat(
     model: TrustedModel,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The first message.")] = None,
@@ -55,7 +55,7 @@ def chat(
     if not found.tokenizer.has_chat_template:
         console.note("note: this model has no chat template: it continues your text")
     fills_context = "max_tokens" not in decoding
-    with interrupt.handled():
+    with interrupt.handle_signals():
         Talk(conversation, decoder, context=found.context, fills_context=fills_context).run(prompt)
 
 

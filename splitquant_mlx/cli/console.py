@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _state = {"quiet": False}
 
 
-def be_quiet(quiet: bool) -> None:
+def set_quiet(quiet: bool) -> None:
     """Drop, from here on, progress and notes."""
     _state["quiet"] = quiet
 
@@ -41,10 +41,10 @@ def note(text: str) -> None:
     if is_quiet():
         return
     sys.stdout.flush()  # to keep their order where both go to one place
-    complain(text, style="dim")
+    print_stderr(text, style="dim")
 
 
-def complain(text: str, style: str = "") -> None:
+def print_stderr(text: str, style: str = "") -> None:
     """Print a line on stderr, broken between words on a terminal."""
     if sys.stderr.isatty():
         stderr().print(text, style=style)

@@ -13,7 +13,7 @@ from splitquant_mlx.cli.options import (
     JsonFile,
     Original,
     Revision,
-    one_original,
+    named_original,
     start,
 )
 from splitquant_mlx.cli.settings import Given, settings_options
@@ -106,7 +106,7 @@ def convert(
 
     For the closest model at a given size take `--method auto`; for mlx_lm's plain 4-bit, `-q`.
     """
-    name = one_original(model, model_option)
+    name = named_original(model, model_option)
     chosen = _recipe(recipe, settings, calibration, plain=quantize, planned=plan is not None)
     if upload_repo is not None:
         from splitquant_mlx.publish.hub import check_login
@@ -126,7 +126,7 @@ def convert(
     if dry_run:
         return _dry_run(source, chosen, target, json_file)
     _check_memory(source, chosen)
-    interrupt.resumes()
+    interrupt.set_hint()
     if plan is not None:
         return _write_plan(source, chosen, plan, json_file)
     _convert(source, chosen, target, overwrite, json_file)

@@ -12,7 +12,7 @@ from splitquant_mlx.cli.console import (
     size,
     write_json,
 )
-from splitquant_mlx.cli.options import Device, JsonFile, ModelOption, one_name, start
+from splitquant_mlx.cli.options import Device, JsonFile, ModelOption, named_model, start
 
 BAR_WIDTH = 16
 
@@ -30,7 +30,7 @@ def demo(
     device: Device = None,
 ) -> None:
     """Fetch a small real chat model, convert it plain, calibrated and split, and compare them."""
-    name = one_name(model, model_option)
+    name = named_model(model, model_option)
     start(device)
     from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.demo.model import fetch_demo_model

@@ -9,13 +9,13 @@ import typer
 from splitquant_mlx.cli import console, interrupt
 from splitquant_mlx.cli.console import new_table, plain, show
 from splitquant_mlx.cli.launched import join, launched_rank
-from splitquant_mlx.cli.loading import check_room
+from splitquant_mlx.cli.loading import check_memory
 from splitquant_mlx.cli.options import (
     JsonFile,
     TrustedModel,
     start,
 )
-from splitquant_mlx.cli.settings import Given, options_of, settings_options
+from splitquant_mlx.cli.settings import Given, dataclass_options, settings_options
 from splitquant_mlx.evaluation.settings import Task
 
 # what a figure is called, in which unit, and which way is better; the error beside it
@@ -51,7 +51,7 @@ Reference = Annotated[str | None, typer.Option(help="Model to compare with; kl n
         **dict.fromkeys(("protocol", "num_shots", "shots"), "Questions (ARC)"),
     },
 )
-@options_of(TrustedModel, "model")
+@dataclass_options(TrustedModel, "model")
 def evaluate(
     model: TrustedModel,
     *,
@@ -60,7 +60,7 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Evaluate a model: ARC, perplexity, KL divergence from another, or any task of lm-eval."""
-    interrupt.resumes()
+    interrupt.set_hint()
     start(model.device)
     from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.evaluation.task import evaluate
@@ -72,7 +72,7 @@ def evaluate(
         name = model.choose()
         if not launched_rank():
             source = resolve(name, revision=model.revision)
-            check_room(source.path, f"evaluating {name}")
+            check_memory(source.path, f"evaluating {name}")
 
     found = evaluate(
         name,

@@ -23,7 +23,7 @@ from splitquant_mlx.cli.options import (
     decoding_options,
     start,
 )
-from splitquant_mlx.cli.settings import Given, options_of
+from splitquant_mlx.cli.settings import Given, dataclass_options
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.inference.chat import encode
 from splitquant_mlx.inference.decoding import Decoding, readable_errors
@@ -89,8 +89,8 @@ Verbose = Annotated[str, typer.Option(help="False, or --quiet: print nothing but
 
 
 @decoding_options
-@options_of(Asked, "asked")
-@options_of(Loading, "loading")
+@dataclass_options(Asked, "asked")
+@dataclass_options(Loading, "loading")
 def generate(
     asked: Asked,
     *,
@@ -111,7 +111,7 @@ def generate(
     start(loading.device)
     import mlx.core as mx
 
-    from splitquant_mlx.cli.loading import load_model, warn_of_context
+    from splitquant_mlx.cli.loading import load_model, warn_long_prompt
     from splitquant_mlx.runtime.ranks import fail_together, gather
 
     group = join()
@@ -131,7 +131,7 @@ def generate(
             found.tokenizer, turns, template=template, template_options=template_options
         )
     tokens = gather(group, tokens)[0]  # a template may write the time of day into them
-    warn_of_context(found, len(tokens))
+    warn_long_prompt(found, len(tokens))
     if seed is not None:
         mx.random.seed(seed)
     wordy = verbose.lower() not in ("false", "f") and not console.is_quiet() and json_file != "-"

@@ -14,7 +14,7 @@ from splitquant_mlx.cli.options import (
     Model,
     start,
 )
-from splitquant_mlx.cli.settings import options_of
+from splitquant_mlx.cli.settings import dataclass_options
 from splitquant_mlx.errors import RecipeError
 
 WEIGHTS = "Weights"
@@ -54,7 +54,7 @@ Clusters = Annotated[
 ]
 
 
-@options_of(Model, "model")
+@dataclass_options(Model, "model")
 def inspect(
     model: Model,
     layers: Layers = False,

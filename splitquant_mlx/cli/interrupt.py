@@ -24,7 +24,7 @@ RESUMED = "Run the same command to go on."
 _state = {"hint": "", "last": int(signal.SIGINT), "server": False}
 
 
-def resumes(hint: str = RESUMED) -> None:
+def set_hint(hint: str = RESUMED) -> None:
     """Say what an interrupted command tells its user, from here on."""
     _state["hint"] = hint
 
@@ -44,24 +44,24 @@ def exit_code() -> int:
     return 0 if _state["server"] else 128 + _state["last"]
 
 
-def serves() -> None:
+def set_server() -> None:
     """Take a signal from here on as the ordinary end of the command, a server."""
     _state["server"] = True
 
 
 @contextmanager
-def watched() -> Iterator[None]:
+def watch_signals() -> Iterator[None]:
     """Turn signals into KeyboardInterrupt, and into an end of the process where that hangs."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     _state.update(hint="", last=int(signal.SIGINT), server=False)
-    with handling(_interrupt, *ENDING), handled(0):
+    with handling(_interrupt, *ENDING), handle_signals(0):
         yield
 
 
 @contextmanager
-def handled(signals: int = 1_000_000) -> Iterator[None]:
+def handle_signals(signals: int = 1_000_000) -> Iterator[None]:
     """Let a block handle that many signals itself; the next one ends the process.
 
     Each block has a pipe of its own, so that a signal counts for the block that it came in,

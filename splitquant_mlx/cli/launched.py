@@ -46,13 +46,13 @@ def join() -> Any:
     with handling(signal.SIG_DFL, *ENDING):
         group = distributed.join()
     if not distributed.is_single_rank(group):
-        _end_with_the_others(_sockets() - before)
+        _exit_with_other_ranks(_sockets() - before)
     elif launched_rank():
         raise RankError("mlx finds no other rank: start all of them with mlx.launch")
     return group
 
 
-def _end_with_the_others(descriptors: set[int]) -> None:
+def _exit_with_other_ranks(descriptors: set[int]) -> None:
     """End the process when a connection is closed at the other end and nothing is done any more.
 
     mlx's ring mostly raises an error then, but waits for ever for what is sent after it has given

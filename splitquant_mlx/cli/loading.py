@@ -51,7 +51,7 @@ def load_model(
     source = resolve(name, revision=revision)
     nbytes = weight_bytes(source.path)
     if group is None or is_single_rank(group):  # ranks divide it
-        check_room(source.path, f"running {name}")
+        check_memory(source.path, f"running {name}")
     if not launched_rank():
         console.note(f"Loading {console.plain(name)} ({console.size(nbytes)}) ...")
     model, tokenizer = load(
@@ -70,7 +70,7 @@ def load_model(
     )
 
 
-def warn_of_context(found: Loaded, tokens: int) -> None:
+def warn_long_prompt(found: Loaded, tokens: int) -> None:
     """Say so where a prompt is longer than what the model was made for."""
     if found.context is not None and tokens > found.context and not launched_rank():
         console.note(
@@ -79,7 +79,7 @@ def warn_of_context(found: Loaded, tokens: int) -> None:
         )
 
 
-def check_room(path: Path, work: str) -> None:
+def check_memory(path: Path, work: str) -> None:
     """Refuse to load what memory is too small for; warn where it is short."""
     from splitquant_mlx.models.footprint import check_running
 

@@ -127,7 +127,7 @@ def start(device: str | None) -> None:
         console.note(f"note: {blas.ADVICE}")
 
 
-def one_name(argument: str | None, option: str | None) -> str | None:
+def named_model(argument: str | None, option: str | None) -> str | None:
     """Return what is named as an argument or an option.
 
     Raises:
@@ -144,9 +144,9 @@ def one_name(argument: str | None, option: str | None) -> str | None:
     return named
 
 
-def one_original(argument: str | None, option: str | None) -> str:
-    """Return the model to convert. Raises RecipeError when none is named; see `one_name`."""
-    if (name := one_name(argument, option)) is None:
+def named_original(argument: str | None, option: str | None) -> str:
+    """Return the model to convert. Raises RecipeError when none is named; see `named_model`."""
+    if (name := named_model(argument, option)) is None:
         raise RecipeError("what is to be converted? Give a directory, a .gguf file or a repo id")
     return name
 
@@ -167,7 +167,7 @@ def choose_model(argument: str | None, option: str | None = None) -> str:
     """
     from splitquant_mlx.models.library import converted_in
 
-    named = one_name(argument, option) or os.environ.get("SPLITQUANT_MODEL")
+    named = named_model(argument, option) or os.environ.get("SPLITQUANT_MODEL")
     if named is not None:
         return named
     if found := converted_in(Path.cwd()):

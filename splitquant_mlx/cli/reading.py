@@ -58,7 +58,7 @@ class Reader:
 
 
 @contextmanager
-def silent_keyboard() -> Iterator[None]:
+def no_echo() -> Iterator[None]:
     """Keep what is typed meanwhile, ^C among it, out of what is printed."""
     try:
         before = termios.tcgetattr(sys.stdin)

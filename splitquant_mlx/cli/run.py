@@ -40,7 +40,7 @@ def run(
     """
     from splitquant_mlx.study.spec import load_study
 
-    interrupt.resumes()
+    interrupt.set_hint()
     chosen = load_study(study)
     if model is not None:
         chosen = dataclasses.replace(chosen, model=model)

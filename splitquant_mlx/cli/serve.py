@@ -53,7 +53,7 @@ def serve(
     """Serve a model with OpenAI's HTTP API."""
     chosen = ServeSettings(**settings)
     start(device)
-    from splitquant_mlx.cli.loading import check_room
+    from splitquant_mlx.cli.loading import check_memory
     from splitquant_mlx.inference.server import serve as serve_model
     from splitquant_mlx.models.source import resolve
     from splitquant_mlx.runtime.ranks import fail_together, is_single_rank
@@ -63,10 +63,10 @@ def serve(
     with fail_together(group):
         name = choose_model(model, model_option)
         if is_single_rank(group):
-            check_room(resolve(name).path, f"serving {name}")
+            check_memory(resolve(name).path, f"serving {name}")
 
     def announce(url: str) -> None:
-        interrupt.serves()
+        interrupt.set_server()
         if warning := _warning(url, chosen.api_key):
             print(f"warning: {warning}", file=sys.stderr)
         print(f"Serving {name} at {url}/v1 (Ctrl-C stops)", flush=True)

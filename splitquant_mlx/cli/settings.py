@@ -48,7 +48,7 @@ def settings_options(
     spelled |= dict(flags or {})
     options, headings = {}, {field.name: panel for field in fields} | dict(panels or {})
     for field in fields:
-        given_as, choices = _given_as(field.type)
+        given_as, choices = _option_type(field.type)
         option = typer.Option(
             *spelled[field.name],
             help=_help(kind, field),
@@ -71,14 +71,14 @@ def settings_options(
             try:
                 return command(**arguments, **{parameter: given})
             except RecipeError as exc:
-                raise _naming_flags(exc, spelled) from exc
+                raise _name_flags(exc, spelled) from exc
 
-        return _offering(run, command, parameter, options)
+        return _with_options(run, command, parameter, options)
 
     return decorate
 
 
-def options_of(kind: type, parameter: str) -> Callable[[Command], Command]:
+def dataclass_options(kind: type, parameter: str) -> Callable[[Command], Command]:
     """Replace a parameter of a command by the fields of a dataclass, annotated as options.
 
     The command receives an instance of the class.
@@ -100,12 +100,12 @@ def options_of(kind: type, parameter: str) -> Callable[[Command], Command]:
             given = kind(**{name: arguments.pop(name) for name in options})
             return command(**arguments, **{parameter: given})
 
-        return _offering(run, command, parameter, options)
+        return _with_options(run, command, parameter, options)
 
     return decorate
 
 
-def _offering(
+def _with_options(
     run: Any, command: Command, parameter: str, options: Mapping[str, inspect.Parameter]
 ) -> Command:
     """Give `run` the signature of a command with options in the place of a parameter."""
@@ -119,7 +119,7 @@ def _offering(
     return run
 
 
-def _naming_flags(exc: RecipeError, spelled: Mapping[str, Sequence[str]]) -> RecipeError:
+def _name_flags(exc: RecipeError, spelled: Mapping[str, Sequence[str]]) -> RecipeError:
     """Return an error about a field as one about its flag."""
     key, colon, reason = str(exc).partition(": ")
     if key not in spelled or not colon:
@@ -136,13 +136,13 @@ def _help(kind: type, field: dataclasses.Field) -> str:
     return text[0].upper() + text[1:]
 
 
-def _given_as(annotation: Any) -> tuple[Any, str | None]:
+def _option_type(annotation: Any) -> tuple[Any, str | None]:
     """Return the type of what is given on the command line, and its choices where there are."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _given_as(arguments[0])
+        return _option_type(arguments[0])
     if origin in (Union, UnionType):
-        return _given_as(next(part for part in arguments if part is not NoneType))
+        return _option_type(next(part for part in arguments if part is not NoneType))
     if origin is Literal:
         return type(arguments[0]), "|".join(map(str, arguments))
     return (list[str] if origin is tuple else annotation), None

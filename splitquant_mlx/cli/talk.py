@@ -11,7 +11,7 @@ from typing import Any
 
 from splitquant_mlx.cli import interrupt
 from splitquant_mlx.cli.console import note, printable
-from splitquant_mlx.cli.reading import Reader, silent_keyboard
+from splitquant_mlx.cli.reading import Reader, no_echo
 from splitquant_mlx.cli.signals import handling
 from splitquant_mlx.cli.wrap import Wrapper
 from splitquant_mlx.errors import RecipeError, SplitQuantError, meant
@@ -108,7 +108,7 @@ class Talk:
             _mark()
             wrap = Wrapper(shutil.get_terminal_size().columns, len(MARK) + 1)
             shown = lambda text: wrap(printable(text))  # noqa: E731
-        with _ctrl_c() as pressed, silent_keyboard(), suppress(KeyboardInterrupt):
+        with _ctrl_c() as pressed, no_echo(), suppress(KeyboardInterrupt):
             stop = lambda: pressed() or self._is_full(count)  # noqa: E731
             with closing(begin(stop)) as answer:
                 for last in answer:
@@ -226,5 +226,5 @@ def _ctrl_c() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         pressed = True
 
-    with handling(press, signal.SIGINT), interrupt.handled(2):
+    with handling(press, signal.SIGINT), interrupt.handle_signals(2):
         yield lambda: pressed

@@ -8,7 +8,7 @@ import typer
 
 from splitquant_mlx.cli import console, interrupt
 from splitquant_mlx.cli.options import JsonFile, ModelArgument, choose_model
-from splitquant_mlx.cli.settings import Given, options_of, settings_options
+from splitquant_mlx.cli.settings import Given, dataclass_options, settings_options
 from splitquant_mlx.publish.hub import Commit
 
 
@@ -30,7 +30,7 @@ class Card:
 
 
 @settings_options(Commit, "commit")
-@options_of(Card, "card")
+@dataclass_options(Card, "card")
 def upload(
     model: ModelArgument = None,
     model_option: Annotated[
@@ -51,7 +51,7 @@ def upload(
     json_file: JsonFile = None,
 ) -> None:
     """Upload a converted model to the Hugging Face hub, with a card of what was measured."""
-    interrupt.resumes()
+    interrupt.set_hint()
     path = Path(choose_model(model, model_option))
     from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.publish.upload import prepare_upload
@@ -70,7 +70,7 @@ def upload(
 def send(prepared: Any, json_file: str | None = None, commit: Commit | None = None) -> None:
     """Send a prepared upload and print its address."""
     _show_notes(prepared)
-    interrupt.resumes("`splitquant-mlx upload` goes on from there.")
+    interrupt.set_hint("`splitquant-mlx upload` goes on from there.")
     address = prepared.send(commit)
     if not console.write_json(json_file, _values(prepared, address)):
         print(f"Uploaded {len(prepared.files)} files to {address}")

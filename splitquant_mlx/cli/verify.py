@@ -12,13 +12,13 @@ from splitquant_mlx.cli.options import (
     Model,
     start,
 )
-from splitquant_mlx.cli.settings import options_of
+from splitquant_mlx.cli.settings import dataclass_options
 from splitquant_mlx.errors import CheckpointError
 
 MOST_PROBLEMS = 8
 
 
-@options_of(Model, "model")
+@dataclass_options(Model, "model")
 def verify(
     model: Model,
     source: Annotated[

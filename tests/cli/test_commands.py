@@ -212,7 +212,7 @@ def test_no_word_is_broken_on_a_terminal(stream, monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, stream, screen)
     words = ["in", "/a/directory", "of", ":cat:"] * 4
-    {"stdout": console.show, "stderr": console.complain}[stream](" ".join(words))
+    {"stdout": console.show, "stderr": console.print_stderr}[stream](" ".join(words))
     assert screen.getvalue().split() == words
     assert max(map(len, screen.getvalue().splitlines())) <= 40
 

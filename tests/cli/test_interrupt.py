@@ -16,8 +16,8 @@ from splitquant_mlx.cli import console, progress
 BUSY = """
 import hashlib, sys
 from splitquant_mlx.cli import interrupt
-with interrupt.watched():
-    interrupt.resumes()
+with interrupt.watch_signals():
+    interrupt.set_hint()
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha512", b"", b"", 60_000_000)
 """
@@ -46,16 +46,16 @@ def test_a_signal_ends_what_computes_for_long(numbers):
 HANDLED = """
 import os, signal, time
 from splitquant_mlx.cli import interrupt
-with interrupt.watched():
+with interrupt.watch_signals():
     for _ in range(3):
         came = []
         signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-        with interrupt.handled(2):
+        with interrupt.handle_signals(2):
             os.kill(os.getpid(), signal.SIGINT)
         assert came == [signal.SIGINT]
     time.sleep(2 * interrupt.GRACE_S)
     print("goes on")
-    with interrupt.handled(1):
+    with interrupt.handle_signals(1):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(30)
@@ -122,12 +122,12 @@ def test_a_bar_stands_on_one_line(monkeypatch):
 
 
 def test_quiet_shows_nothing(capsys):
-    console.be_quiet(True)
+    console.set_quiet(True)
     try:
         with progress.Bars(["Quantizing"]).task("Quantizing", 4):
             console.note("a note")
     finally:
-        console.be_quiet(False)
+        console.set_quiet(False)
     assert capsys.readouterr().err == ""
 
 

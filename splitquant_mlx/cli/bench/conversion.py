@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from splitquant_mlx.cli.console import new_table, plain, show, size, write_json
-from splitquant_mlx.cli.options import Device, JsonFile, ModelOption, Original, one_original, start
+from splitquant_mlx.cli.options import (
+    Device,
+    JsonFile,
+    ModelOption,
+    Original,
+    named_original,
+    start,
+)
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.recipe import DType, Recipe, load_recipe
 
@@ -61,7 +68,7 @@ def convert(
     json_file: JsonFile = None,
 ) -> None:
     """Time our conversions and mlx_lm.convert's, in turns."""
-    name = one_original(model, model_option)
+    name = named_original(model, model_option)
     start(None)
 
     from splitquant_mlx.bench.conversion import bench_convert
@@ -100,7 +107,7 @@ def calibrated(
     json_file: JsonFile = None,
 ) -> None:
     """Time a calibrated conversion against the products of matrices that it needs."""
-    name = one_original(model, model_option)
+    name = named_original(model, model_option)
     chosen = load_recipe(recipe) if recipe else Recipe(method="gptq")
     start(device)
 
