@@ -1,7 +1,7 @@
-"""Offer the library on the command line: a command parses, makes one library call, renders.
+"""Command line of the library: a command parses its options, makes one call and prints the result.
 
-Exit codes: 0 when all went well, 2 after an error, which is one line on stderr, 128 and the
-signal's number when interrupted (130 after Ctrl-C).
+Exit codes: 0 on success, 2 after an error, which is one line on stderr, 128 plus the signal number
+after an interrupt (130 after Ctrl-C).
 """
 
 import sys
@@ -35,10 +35,10 @@ from splitquant_mlx.models.hub import hide_token
 
 PROGRAM = "splitquant-mlx"
 VARIABLES = (
-    "Variables: SPLITQUANT_CACHE (where caches go), SPLITQUANT_API_KEY (of serve), "
-    "SPLITQUANT_MEMORY_CHECK (off: try even what memory is too small for), NO_COLOR, and the "
-    "hub's HF_HOME, HF_TOKEN and HF_HUB_OFFLINE: see docs/configuration.md.\n"
-    "Exit codes: 0 done, 2 error, 130 interrupted (Ctrl-C)."
+    "Variables: SPLITQUANT_CACHE (cache directory), SPLITQUANT_API_KEY (key of serve), "
+    "SPLITQUANT_MEMORY_CHECK (off: run even if memory is too small), NO_COLOR, and HF_HOME, "
+    "HF_TOKEN and HF_HUB_OFFLINE of the hub: see docs/configuration.md.\n"
+    "Exit codes: 0 success, 2 error, 130 interrupted (Ctrl-C)."
 )
 
 app = typer.Typer(
@@ -61,7 +61,7 @@ def _add(panel: str, name: str, function: object, example: str) -> None:
     )(function)  # type: ignore[type-var]
 
 
-EVERYDAY, MEASURE, PUBLISH = "Everyday", "Look and measure", "Publish"
+EVERYDAY, MEASURE, PUBLISH = "Everyday", "Inspect and measure", "Publish"
 _add(EVERYDAY, "convert", convert, "convert meta-llama/Llama-3.2-1B-Instruct --method auto")
 _add(EVERYDAY, "chat", chat, "chat Llama-3.2-1B-Instruct-auto-4.5bpw")
 _add(EVERYDAY, "generate", generate, "generate Llama-3.2-1B-Instruct-auto-4.5bpw -p 'Hello'")
@@ -86,8 +86,8 @@ app.add_typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"{PROGRAM} {__version__}")
         raise typer.Exit()
 
@@ -104,10 +104,10 @@ def _options(
 
 
 def run(arguments: list[str], *, debug: bool = False) -> int:
-    """Run a command line and return its exit code: 0, or 2 after one line on stderr.
+    """Run a command line and return its exit code.
 
-    `--quiet` and `--debug` may stand anywhere. Where there are ranks, they fail together, and rank
-    0 says why; what only one of them knows, it says itself.
+    `--quiet` and `--debug` may be anywhere in it. Ranks fail together and rank 0 prints the error;
+    an error known to one rank only is printed by that rank.
     """
     debug = debug or "--debug" in arguments
     console.set_quiet("--quiet" in arguments)
@@ -118,13 +118,13 @@ def run(arguments: list[str], *, debug: bool = False) -> int:
 
 def _run(arguments: list[str], *, debug: bool) -> int:
     rank, prefix = launched_rank(), ""
-    warnings.showwarning = _show_note
+    warnings.showwarning = _show_warning
     try:
         with only_rank_0_prints():
             code = app(arguments, prog_name=PROGRAM, standalone_mode=False) or 0
         if code != 130:
             return code
-        raise KeyboardInterrupt  # which typer turned into this exit code
+        raise KeyboardInterrupt  # typer converts it to this exit code
     except SplitQuantError as exc:
         message, cause = str(exc), exc
         prefix = f"rank {rank}: " if isinstance(exc, RankError) and rank else ""
@@ -138,7 +138,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         text = exc.format_message() or "expected a command, got none"  # type: ignore[attr-defined]
         message, cause = f"{text} (see {command} --help)", exc
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output went away; there is nobody to tell
+        sys.stderr.close()  # the reader of the output has exited
         return 2
     except Exception as exc:
         message, cause = f"unexpected {type(exc).__name__}: {exc} (--debug shows where)", exc
@@ -146,16 +146,16 @@ def _run(arguments: list[str], *, debug: bool) -> int:
     if rank and not prefix:
         return 2
     if debug:
-        shown = "".join(traceback.format_exception(cause))
-        print(printable(hide_token(shown)), end="", file=sys.stderr)
+        text = "".join(traceback.format_exception(cause))
+        print(printable(hide_token(text)), end="", file=sys.stderr)
     console.print_stderr(f"{PROGRAM}: error: {prefix}{plain(hide_token(message))}")
     return 2
 
 
-def _show_note(
+def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any
 ) -> None:
-    """Print our own warnings on one line, and those of other packages as Python does."""
+    """Print warnings of this package on one line, and those of other packages as Python does."""
     if issubclass(category, SplitQuantWarning):
         console.print_stderr(f"{PROGRAM}: note: {plain(hide_token(str(message)))}")
     else:

@@ -1,4 +1,4 @@
-"""Print results and notes: styled on a terminal, else plain lines, not wrapped or padded."""
+"""Print results and notes: styled on a terminal, else as plain lines without wrapping."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from splitquant_mlx.errors import TargetError, one_line
-from splitquant_mlx.sizes import size as size  # for the other modules here
+from splitquant_mlx.sizes import size as size  # re-exported for the commands
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +20,7 @@ _state = {"quiet": False}
 
 
 def set_quiet(quiet: bool) -> None:
-    """Drop, from here on, progress and notes."""
+    """Set whether progress and notes are dropped."""
     _state["quiet"] = quiet
 
 
@@ -30,22 +30,22 @@ def is_quiet() -> bool:
 
 
 def stderr() -> "Console":
-    """Return rich's console on stderr."""
+    """Return a rich console on stderr."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, markup=False, emoji=False, **styles())
 
 
 def note(text: str) -> None:
-    """Print a line that is no result, dim, on stderr."""
+    """Print a note on stderr, in dim style."""
     if is_quiet():
         return
-    sys.stdout.flush()  # to keep their order where both go to one place
+    sys.stdout.flush()  # preserve the order if both streams go to one file
     print_stderr(text, style="dim")
 
 
 def print_stderr(text: str, style: str = "") -> None:
-    """Print a line on stderr, broken between words on a terminal."""
+    """Print a line on stderr, wrapped between words on a terminal."""
     if sys.stderr.isatty():
         stderr().print(text, style=style)
     else:
@@ -53,7 +53,7 @@ def print_stderr(text: str, style: str = "") -> None:
 
 
 def show(*items: Any) -> None:
-    """Print strings and rich's tables on standard output; a terminal's lines end after a word."""
+    """Print strings and rich tables on standard output, wrapped between words on a terminal."""
     from rich.console import Console
 
     if sys.stdout.isatty():
@@ -71,13 +71,13 @@ def show(*items: Any) -> None:
 
 
 def next_step(done: str, *command: object) -> None:
-    """Print what was done, and on a line that can be copied the command that goes on from there."""
+    """Print what was done and, on a line to copy, the next command."""
     show(done)
     print(f"Next: splitquant-mlx {shlex.join(map(str, command))}")
 
 
 def new_table(title: str, *columns: str) -> "Table":
-    """Return an empty table: a first column of names, then figures."""
+    """Return an empty table: a first column of names, then right-aligned columns."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), title=title or None, title_justify="left")
@@ -119,31 +119,31 @@ def write_json(target: str | Path | None, value: Any) -> bool:
 
 
 def check_json(target: str | None) -> str | None:
-    """Refuse, before the work, a file that cannot be written for want of its directory."""
+    """Return `target`. Raises TargetError when its directory does not exist."""
     if target is not None and not (parent := Path(target).parent).is_dir():
-        raise TargetError(f"--json {target}: there is no directory {parent}: make it first")
+        raise TargetError(f"--json {target}: there is no directory {parent}: create it first")
     return target
 
 
 def plain(text: str, most: int = 1500) -> str:
-    """Return the first `most` characters of `text` on one line; they cannot drive a terminal."""
+    """Return the first `most` characters of `text` on one line, without control characters."""
     line = one_line(text)
     return line if len(line) <= most else f"{line[: most - 4]} ..."
 
 
 def printable(text: str) -> str:
-    """Return `text` without control characters but newline and tab: it cannot drive a terminal."""
+    """Return `text` without control characters other than newline and tab."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
 
 
 class Printable:
-    """Write to another stream what is printable."""
+    """A stream that removes control characters before it writes to another stream."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write `text` without what could drive a terminal."""
+        """Write `text` without control characters."""
         return self._stream.write(printable(text))
 
     def __getattr__(self, name: str) -> Any:
@@ -151,5 +151,5 @@ class Printable:
 
 
 def styles() -> dict[str, Any]:
-    """Return what rich's consoles take so that NO_COLOR drops every escape code."""
+    """Return the arguments of a rich console that make it respect NO_COLOR."""
     return {"color_system": None} if os.environ.get("NO_COLOR") else {}

@@ -1,4 +1,4 @@
-"""Offer `convert`."""
+"""The command `convert`."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,12 +29,12 @@ Target = Annotated[
 ]
 RecipeFile = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="TOML file of settings; options given here win."),
+    typer.Option(metavar="FILE", help="TOML file of settings; options take precedence."),
 ]
 Plain = Annotated[
     bool,
     typer.Option(
-        "-q", "--quantize", help="mlx_lm's plain 4-bit (method rtn), where no method is named."
+        "-q", "--quantize", help="mlx_lm's plain 4-bit (method rtn), if no --method is given."
     ),
 ]
 DryRun = Annotated[
@@ -44,7 +44,7 @@ DryRun = Annotated[
 PlanFile = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="auto: write what was chosen to this recipe, convert nothing."
+        metavar="FILE", help="auto: write the chosen settings to this recipe, convert nothing."
     ),
 ]
 Overwrite = Annotated[
@@ -54,7 +54,7 @@ LmStudio = Annotated[
     bool,
     typer.Option(
         "--lmstudio",
-        help="Link the result into ~/.lmstudio/models, where LM Studio looks.",
+        help="Link the result into ~/.lmstudio/models, where LM Studio finds it.",
         rich_help_panel=PUBLISHING,
     ),
 ]
@@ -104,7 +104,7 @@ def convert(
 ) -> None:
     """Quantize a model. The default is the paper's method, which splits every linear layer.
 
-    For the closest model at a given size take `--method auto`; for mlx_lm's plain 4-bit, `-q`.
+    For the most accurate model of a given size use `--method auto`; for mlx_lm's plain 4-bit, `-q`.
     """
     name = named_original(model, model_option)
     chosen = _recipe(recipe, settings, calibration, plain=quantize, planned=plan is not None)
@@ -152,9 +152,9 @@ def _dry_run(source: Any, recipe: Recipe, target: Path, json_file: str | None) -
 
     with as_directory(source, _bars(source, recipe)) as directory:
         console.note("Timing small parts of the conversion ...")
-        found = estimate(directory, recipe)
-    if not console.write_json(json_file, _estimated(found)):
-        print_estimate(found, recipe, target)
+        result = estimate(directory, recipe)
+    if not console.write_json(json_file, _estimate_values(result)):
+        print_estimate(result, recipe, target)
 
 
 def _write_plan(source: Any, recipe: Recipe, plan: Path, json_file: str | None) -> None:
@@ -185,16 +185,17 @@ def _convert(
         progress=_bars(source, recipe),
         on_forecast=None if console.is_quiet() or json_file == "-" else print_forecast,
     )
-    if not console.write_json(json_file, _converted(manifest, target)) and not console.is_quiet():
+    values = _manifest_values(manifest, target)
+    if not console.write_json(json_file, values) and not console.is_quiet():
         print_summary(manifest, target)
 
 
 def _recipe(
     file: Path | None, settings: Given, calibration: Given, *, plain: bool, planned: bool
 ) -> Recipe:
-    """Return the recipe that a file and the options ask for; a target implies auto."""
+    """Return the recipe of a file and the options; a target implies auto."""
     base = load_recipe(file).to_dict() if file else {}
-    if any(name in settings for name in TARGETS):  # which takes the place of the file's
+    if any(name in settings for name in TARGETS):  # replaces a target of the file
         base = {name: value for name, value in base.items() if name not in TARGETS}
     if calibration:
         settings["calibration"] = {**base.get("calibration", {}), **calibration}
@@ -218,22 +219,22 @@ def _recipe(
 
 
 def default_name(model: str, recipe: Recipe) -> str:
-    """Return a directory name made of the model's and the method's."""
+    """Return the default name of the target directory, from model and method."""
     stem = Path(model).expanduser().resolve().name.removesuffix(".gguf")
     kind = "split" if recipe.method == "splitquant" else recipe.method
     if recipe.method == "auto":
         size = f"kl{recipe.max_kl:g}" if recipe.max_kl else f"{recipe.target_bpw or 0:g}bpw"
-        if written := recipe.target_size or recipe.fits:
-            size = ("fits" if recipe.fits else "") + "".join(written.split())
+        if target := recipe.target_size or recipe.fits:
+            size = ("fits" if recipe.fits else "") + "".join(target.split())
     else:
         size = f"{recipe.bits}bit" if recipe.mode == "affine" else recipe.mode
     return "-".join([stem or "model", kind, size, *(["refined"] if recipe.refine else [])])
 
 
 def stages(recipe: Recipe, *, gguf: bool = False) -> list[str]:
-    """Return the labels of the tasks that a conversion can have, in order."""
+    """Return the labels of the progress tasks of a conversion, in order."""
     calibrated = recipe.calibration is not None or bool(recipe.refine)
-    named = {
+    labels = {
         "Unpacking": gguf,
         "Checking the model": calibrated,
         "Sampling text": calibrated and recipe.texts.text == "self",
@@ -243,11 +244,11 @@ def stages(recipe: Recipe, *, gguf: bool = False) -> list[str]:
         "Asking the original": bool(recipe.refine),
         "Refining": bool(recipe.refine),
     }
-    return [label for label, happens in named.items() if happens]
+    return [label for label, applies in labels.items() if applies]
 
 
 def _check_memory(source: Any, recipe: Recipe) -> None:
-    """Refuse, before the work, what this machine's memory is too small for."""
+    """Check that the conversion fits in memory. Raises MemoryTooSmallError."""
     from splitquant_mlx.inspection.conversion_memory import converting_bytes
     from splitquant_mlx.models.footprint import tensor_sizes
     from splitquant_mlx.runtime.memory import check_memory
@@ -265,13 +266,13 @@ def _check_memory(source: Any, recipe: Recipe) -> None:
         console.note(f"warning: {warning}")
 
 
-def _estimated(found: Any) -> dict[str, Any]:
+def _estimate_values(estimate: Any) -> dict[str, Any]:
     sizes = ("parameters", "source_bytes", "stored_bytes", "bits_per_weight", "memory_bytes")
-    kept = {layer.path: layer.note for layer in found.layers if layer.action == "keep"}
-    return {**{name: getattr(found, name) for name in (*sizes, "seconds")}, "kept": kept}
+    kept = {layer.path: layer.note for layer in estimate.layers if layer.action == "keep"}
+    return {**{name: getattr(estimate, name) for name in (*sizes, "seconds")}, "kept": kept}
 
 
-def _converted(manifest: Any, target: Path) -> dict[str, Any]:
+def _manifest_values(manifest: Any, target: Path) -> dict[str, Any]:
     sizes = ("bits_per_weight", "linear_bits_per_weight", "source_bytes", "stored_bytes")
     names = ("recipe", *sizes, "seconds", "refinement")
     return {"path": str(target), **{name: getattr(manifest, name) for name in names}}

@@ -1,4 +1,4 @@
-"""Offer `demo`."""
+"""The command `demo`."""
 
 from typing import Annotated, Any
 
@@ -22,14 +22,14 @@ def demo(
         str | None,
         typer.Argument(
             metavar="[MODEL]",
-            help="Chat model to take instead of SmolLM2-135M-Instruct (135 M parameters).",
+            help="Chat model to use instead of SmolLM2-135M-Instruct (135 M parameters).",
         ),
     ] = None,
     model_option: ModelOption = None,
     json_file: JsonFile = None,
     device: Device = None,
 ) -> None:
-    """Fetch a small real chat model, convert it plain, calibrated and split, and compare them."""
+    """Download a small chat model, convert it plain, calibrated and split, and compare them."""
     name = named_model(model, model_option)
     start(device)
     from splitquant_mlx.cli.progress import Bars
@@ -45,9 +45,9 @@ def demo(
         return
     show(_table(source.name, results))
     if source.path.suffix == ".gguf":
-        show("These weights come from a 4-bit file, which flatters all methods a little.")
+        show("These weights come from a 4-bit file, so all methods look slightly better.")
     show(
-        "bits/weight: of the linear layers. KL divergence (lower is closer) and top-1 agreement: "
+        "bits/weight: linear layers only. KL divergence (lower is better) and top-1 agreement: "
         "with the original, on a short text.",
         "",
         QUESTION,
@@ -55,22 +55,22 @@ def demo(
         "",
     )
     chosen = next(result.path for result in results if result.method == RECOMMENDED)
-    next_step(f"The {RECOMMENDED} model is kept.", "chat", chosen)
+    next_step(f"Saved the {RECOMMENDED} model.", "chat", chosen)
 
 
 def _table(title: str, results: Any) -> Any:
-    table = new_table(plain(title), "bits/weight", "size", "took", "top-1", "KL, nats", "")
+    table = new_table(plain(title), "bits/weight", "size", "time", "top-1", "KL, nats", "")
     table.columns[-1].justify = "left"
     worst = max(result.divergence.kl_mean for result in results if result.divergence)
     for result in results:
-        distance = result.divergence
+        divergence = result.divergence
         table.add_row(
             result.method,
             f"{result.bits_per_weight:.1f}",
             size(result.nbytes),
             f"{result.seconds:.0f} s" if result.seconds else "",
-            f"{distance.top1_agreement:.0%}" if distance else "",
-            f"{distance.kl_mean:.3f}" if distance else "",
-            "█" * max(1, round(BAR_WIDTH * distance.kl_mean / worst)) if distance else "",
+            f"{divergence.top1_agreement:.0%}" if divergence else "",
+            f"{divergence.kl_mean:.3f}" if divergence else "",
+            "█" * max(1, round(BAR_WIDTH * divergence.kl_mean / worst)) if divergence else "",
         )
     return table

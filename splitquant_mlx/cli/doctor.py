@@ -1,9 +1,9 @@
-"""Offer `doctor`."""
+"""The command `doctor`."""
 
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -27,7 +27,7 @@ def doctor(
     from splitquant_mlx.inspection.doctor import dispatch_ratio, self_check
 
     facts, checks = _facts(), self_check()
-    facts["split layers"] = f"fused, {dispatch_ratio():.2f} x as fast as part by part"
+    facts["split layers"] = f"fused, {dispatch_ratio():.2f} x as fast as separate parts"
     values = {"facts": facts, "checks": [dataclasses.asdict(c) | {"ok": c.passed} for c in checks]}
     if not console.write_json(json_file, values):
         table = new_table("", "largest difference", "limit", "")
@@ -37,7 +37,7 @@ def doctor(
         show(pairs(*facts.items()), "", table, "")
     if failed := [check.name for check in checks if not check.passed]:
         raise SplitQuantError(
-            f"self-check failed ({'; '.join(failed)}): results on this machine cannot be trusted; "
+            f"self-check failed ({'; '.join(failed)}): results on this machine are unreliable; "
             "update mlx, or use --device cpu"
         )
     if json_file != "-":
@@ -45,8 +45,9 @@ def doctor(
 
 
 def _facts() -> dict[str, str]:
-    """Return what is to be known of machine and software."""
+    """Return properties of the machine and the software, by label."""
     import mlx.core as mx
+    from huggingface_hub import constants, get_token
 
     from splitquant_mlx.inspection.doctor import devices
     from splitquant_mlx.runtime import blas
@@ -62,43 +63,31 @@ def _facts() -> dict[str, str]:
     if limit := mx.device_info().get("max_recommended_working_set_size"):
         facts["memory for the GPU"] = size(float(limit))
     default = mx.default_device().type.name
-    names = ", ".join(found.type.name for found in devices())
+    names = ", ".join(device.type.name for device in devices())
     facts["devices"] = f"{names} (in use: {default})"
     facts["disk here"] = f"{size(shutil.disk_usage(Path.cwd()).free)} free"
-    facts["caches"] = f"{cache_directory()}; hub: {_hub_cache()}"
-    facts["hub login"] = _login()
-    found = Path("~/.lmstudio/models").expanduser()
-    facts["LM Studio"] = f"models in {found}" if found.is_dir() else "not found"
+    facts["caches"] = f"{cache_directory()}; hub: {constants.HF_HUB_CACHE}"
+    no_token = "none (hf auth login, for gated and private repos)"
+    facts["hub login"] = "token found" if get_token() else no_token
+    lm_studio = Path("~/.lmstudio/models").expanduser()
+    facts["LM Studio"] = f"models in {lm_studio}" if lm_studio.is_dir() else "not found"
     facts |= versions()
     if (loaded := blas.preload()) is not None:
         facts["OpenBLAS"] = "loaded" if loaded else f"missing: {blas.ADVICE}"
     return {name: plain(value) for name, value in facts.items()}
 
 
-def _hub_cache() -> Any:
-    from huggingface_hub import constants
-
-    return constants.HF_HUB_CACHE
-
-
-def _login() -> str:
-    """Tell whether there is a token, without asking the hub."""
-    from huggingface_hub import get_token
-
-    return "token found" if get_token() else "none (hf auth login, for gated and private repos)"
-
-
 def _show_architectures(json_file: JsonFile) -> None:
     from splitquant_mlx.inspection.architectures import recorded, rows
 
-    found = recorded()
-    if console.write_json(json_file, dataclasses.asdict(found)):
+    comparisons = recorded()
+    if console.write_json(json_file, dataclasses.asdict(comparisons)):
         return
     table = new_table("", "variant", "verdict", "difference", "8 bits")
     remarks = []
-    for *cells, remark in rows(found):
+    for *cells, remark in rows(comparisons):
         table.add_row(*map(plain, cells))
         if remark:
             remarks.append(plain(f"{cells[0]} ({cells[1]}): {remark}"))
-    made_with = ", ".join(f"{name} {number}" for name, number in found.versions.items())
-    show(table, "", *remarks, "", f"Compared with transformers; made with {made_with}.")
+    versions = ", ".join(f"{name} {number}" for name, number in comparisons.versions.items())
+    show(table, "", *remarks, "", f"Compared with transformers; versions: {versions}.")

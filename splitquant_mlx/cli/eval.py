@@ -1,4 +1,4 @@
-"""Offer `eval`."""
+"""The command `eval`."""
 
 import math
 from pathlib import Path
@@ -18,7 +18,7 @@ from splitquant_mlx.cli.options import (
 from splitquant_mlx.cli.settings import Given, dataclass_options, settings_options
 from splitquant_mlx.evaluation.settings import Task
 
-# what a figure is called, in which unit, and which way is better; the error beside it
+# name of a value -> (label, name of its standard error)
 ROWS = {
     "perplexity": ("perplexity (lower is better)", "standard_error"),
     "mean_nll": ("negative log-likelihood, nats per token (lower is better)", None),
@@ -26,18 +26,17 @@ ROWS = {
     "kl_median": ("KL divergence, median, nats per token", None),
     "kl_p99": ("KL divergence, 99th percentile, nats per token", None),
     "kl_low": ("KL divergence, mean, 95 % interval over windows", None),
-    "top1_agreement": ("same likeliest token (higher is better)", None),
+    "top1_agreement": ("same most likely token (higher is better)", None),
     "accuracy": ("accuracy (higher is better)", "standard_error"),
     "accuracy_norm": ("accuracy, by length (higher is better)", "standard_error_norm"),
     "questions": ("questions", None),
-    "num_shots": ("solved examples before each", None),
+    "num_shots": ("few-shot examples", None),
     "tokens": ("tokens", None),
     "positions": ("positions compared", None),
     "context_length": ("tokens per window", None),
-    "stride": ("tokens from window to window", None),
+    "stride": ("stride of the windows, tokens", None),
 }
 SHARES = ("top1_agreement", "accuracy", "accuracy_norm")
-
 
 Reference = Annotated[str | None, typer.Option(help="Model to compare with; kl needs it.")]
 
@@ -59,7 +58,7 @@ def evaluate(
     reference: Reference = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Evaluate a model: ARC, perplexity, KL divergence from another, or any task of lm-eval."""
+    """Evaluate a model: ARC, perplexity, KL divergence from another model, or a task of lm-eval."""
     interrupt.set_hint()
     start(model.device)
     from splitquant_mlx.cli.progress import Bars
@@ -74,7 +73,7 @@ def evaluate(
             source = resolve(name, revision=model.revision)
             check_memory(source.path, f"evaluating {name}")
 
-    found = evaluate(
+    result = evaluate(
         name,
         Task(**task),
         reference=reference,
@@ -83,45 +82,45 @@ def evaluate(
         group=group,
         progress=Bars(),
     )
-    if not group.rank() and not console.write_json(json_file, found):
-        _print(found)
+    if not group.rank() and not console.write_json(json_file, result):
+        _print(result)
 
 
-def _print(found: dict[str, Any]) -> None:
-    """Print the figures of an evaluation as a table."""
-    values, reference = found["values"], found["values"].get("reference", {})
+def _print(result: dict[str, Any]) -> None:
+    """Print the values of an evaluation as a table."""
+    values, reference = result["values"], result["values"].get("reference", {})
     table = new_table(
-        plain(f"{found['task']} {values.get('protocol') or ''}"),
-        *(_short(found[key]) for key in ("model", "reference")[: 2 if reference else 1]),
+        plain(f"{result['task']} {values.get('protocol') or ''}"),
+        *(_short_name(result[key]) for key in ("model", "reference")[: 2 if reference else 1]),
     )
     errors = {"kl_high", *(error for _, error in ROWS.values() if error)}
     for name, value in values.items():
         if isinstance(value, int | float) and not isinstance(value, bool) and name not in errors:
             label = ROWS.get(name, (name, None))[0]
-            other = [_figure(name, reference)] if reference else []
-            table.add_row(plain(label), _figure(name, values), *other)
+            other = [_format_value(name, reference)] if reference else []
+            table.add_row(plain(label), _format_value(name, values), *other)
     show(table)
     if comparison := values.get("comparison"):
         show(
-            f"Answered rightly by the first alone: {comparison['only_first']}, by the second "
-            f"alone: {comparison['only_second']}; McNemar's p = {comparison['p_value']:.3g}"
+            f"Correct only by the first: {comparison['only_first']}, only by the second: "
+            f"{comparison['only_second']}; McNemar's p = {comparison['p_value']:.3g}"
         )
 
 
-def _short(model: str) -> str:
-    """Return what tells a model from others: of a path, its end."""
+def _short_name(model: str) -> str:
+    """Return the name of a model, without the directories of a local path."""
     return plain(model.rstrip("/").rpartition("/")[2] if Path(model).exists() else model)
 
 
-def _figure(name: str, values: dict[str, Any]) -> str:
+def _format_value(name: str, values: dict[str, Any]) -> str:
     """Return a value with its standard error."""
     value, error = values[name], values.get(ROWS.get(name, ("", None))[1] or "")
     if value is None:
         return ""
-    known = error is not None and math.isfinite(error)  # a single question has none
+    has_error = error is not None and math.isfinite(error)  # a single question has none
     if name in SHARES:
-        return f"{value:.1%}" + (f" ± {error:.1%}" if known else "")
+        return f"{value:.1%}" + (f" ± {error:.1%}" if has_error else "")
     text = str(value) if isinstance(value, int) else f"{value:.4g}"
     if name == "kl_low":
         text += f" to {values['kl_high']:.4g}"
-    return text + (f" ± {error:.2g}" if known else "")
+    return text + (f" ± {error:.2g}" if has_error else "")

@@ -1,4 +1,4 @@
-"""Offer `generate`."""
+"""The command `generate`."""
 
 import sys
 from contextlib import redirect_stdout
@@ -33,20 +33,20 @@ TEMPLATE, MAX_TOKENS = "Chat template", 100
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What is said to a model."""
+class Input:
+    """Options of the model and its input."""
 
     words: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[MODEL] [PROMPT]",
             help="Directory, .gguf file or repo id (without one, the newest converted model "
-            "here), and what to say.",
+            "here), and the prompt.",
         ),
     ] = None
     model: ModelOption = None
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="What to say; - reads standard input.")
+        str | None, typer.Option("--prompt", "-p", help="The prompt; - reads standard input.")
     ] = None
     system_prompt: SystemPrompt = None
     prefill_response: Annotated[
@@ -58,7 +58,9 @@ class Asked:
     ignore_chat_template: Annotated[
         bool,
         typer.Option(
-            "--ignore-chat-template", help="Continue the bare prompt.", rich_help_panel=TEMPLATE
+            "--ignore-chat-template",
+            help="Continue the prompt without a template.",
+            rich_help_panel=TEMPLATE,
         ),
     ] = False
     chat_template_config: Annotated[
@@ -71,28 +73,31 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """How a model is loaded."""
+    """Options of loading a model."""
 
     revision: Revision = None
     trust_remote_code: TrustRemoteCode = False
     device: Device = None
     pipeline: Annotated[
         bool,
-        typer.Option("--pipeline", help="Under mlx.launch: divide the layers, not each of them."),
+        typer.Option(
+            "--pipeline",
+            help="Under mlx.launch: each rank runs some of the layers.",
+        ),
     ] = False
 
 
 EosTokens = Annotated[
-    list[str] | None, typer.Option(help="Token that ends the answer, too; repeatable.")
+    list[str] | None, typer.Option(help="Additional token that ends the answer; repeatable.")
 ]
 Verbose = Annotated[str, typer.Option(help="False, or --quiet: print nothing but the answer.")]
 
 
 @decoding_options
-@dataclass_options(Asked, "asked")
+@dataclass_options(Input, "source")
 @dataclass_options(Loading, "loading")
 def generate(
-    asked: Asked,
+    source: Input,
     *,
     seed: Seed = None,
     extra_eos_token: EosTokens = None,
@@ -103,11 +108,11 @@ def generate(
 ) -> None:
     """Answer one prompt, with mlx_lm.generate's options and output.
 
-    Without --temp it takes the likeliest tokens, without --max-tokens 100 of them.
+    By default decoding is greedy and stops after 100 tokens.
     """
     chosen = Decoding(**{"max_tokens": MAX_TOKENS, **decoding})
-    template_options = json_object("--chat-template-config", asked.chat_template_config)
-    named, prompt = _model_and_prompt(asked.words or [], asked.model, asked.prompt)
+    template_options = json_object("--chat-template-config", source.chat_template_config)
+    model, prompt = _model_and_prompt(source.words or [], source.model, source.prompt)
     start(loading.device)
     import mlx.core as mx
 
@@ -116,78 +121,79 @@ def generate(
 
     group = join()
     with fail_together(group):
-        name = choose_model(named)
+        name = choose_model(model)
         text = _read_prompt("hello" if prompt is None else prompt, ranks=group.size())
         options = {name: value for name, value in vars(loading).items() if name != "device"}
-        found = load_model(name, **options, group=group)
+        loaded = load_model(name, **options, group=group)
         if prompt is None and not group.rank():
             console.note(f"no --prompt: {text!r}, as in mlx_lm.generate")
-        _add_eos_tokens(found.tokenizer, extra_eos_token or [])
-        template = found.tokenizer.has_chat_template and not asked.ignore_chat_template
-        turns = _messages(
-            text, *((asked.system_prompt, asked.prefill_response) if template else ())
+        _add_eos_tokens(loaded.tokenizer, extra_eos_token or [])
+        template = loaded.tokenizer.has_chat_template and not source.ignore_chat_template
+        messages = _messages(
+            text, *((source.system_prompt, source.prefill_response) if template else ())
         )
         tokens = encode(
-            found.tokenizer, turns, template=template, template_options=template_options
+            loaded.tokenizer, messages, template=template, template_options=template_options
         )
-    tokens = gather(group, tokens)[0]  # a template may write the time of day into them
-    warn_long_prompt(found, len(tokens))
+    tokens = gather(group, tokens)[0]  # a template may insert the time of day
+    warn_long_prompt(loaded, len(tokens))
     if seed is not None:
         mx.random.seed(seed)
-    wordy = verbose.lower() not in ("false", "f") and not console.is_quiet() and json_file != "-"
-    answer, last = _answer(found, tokens, chosen, group, wordy)
-    if not console.write_json(json_file, _values(name, answer, last)) and not wordy:
+    is_verbose = verbose.lower() not in ("false", "f") and not console.is_quiet()
+    is_verbose = is_verbose and json_file != "-"
+    answer, last = _answer(loaded, tokens, chosen, group, is_verbose)
+    if not console.write_json(json_file, _values(name, answer, last)) and not is_verbose:
         print(printable(answer))
     if last.finish_reason == "length" and not group.rank():
         console.note(f"cut off at {last.generation_tokens} tokens (--max-tokens)")
 
 
 def _answer(
-    found: Any, tokens: list[int], decoding: Decoding, group: Any, wordy: bool
+    loaded: Any, tokens: list[int], decoding: Decoding, group: Any, is_verbose: bool
 ) -> tuple[str, Any]:
-    """Return the answer and mlx-lm's last response, once all ranks have it."""
+    """Return the answer and mlx-lm's last response, once all ranks have finished."""
     from mlx_lm.generate import generation_stream
 
     from splitquant_mlx.runtime.ranks import connected, drain
 
     with readable_errors(), connected(), redirect_stdout(Printable(sys.stdout)):  # type: ignore[arg-type]
-        answer, last = _generate(found, tokens, decoding, group, wordy)
+        answer, last = _generate(loaded, tokens, decoding, group, is_verbose)
     drain(group, generation_stream)
     return answer, last
 
 
 def _values(model: str, answer: str, last: Any) -> dict[str, Any]:
     counts = ("prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps")
-    figures = {name: getattr(last, name) for name in ("finish_reason", *counts)}
-    return {"model": model, "text": answer, **figures, "peak_memory_gb": last.peak_memory}
+    values = {name: getattr(last, name) for name in ("finish_reason", *counts)}
+    return {"model": model, "text": answer, **values, "peak_memory_gb": last.peak_memory}
 
 
 def _generate(
-    found: Any, tokens: list[int], decoding: Decoding, group: Any, wordy: bool
+    loaded: Any, tokens: list[int], decoding: Decoding, group: Any, is_verbose: bool
 ) -> tuple[str, Any]:
     """Return the answer and mlx-lm's last response; print both as mlx_lm.generate does."""
     from mlx_lm.generate import stream_generate
 
-    if wordy:
+    if is_verbose:
         print("=" * 10)
     text, last = "", None
     try:
         for last in stream_generate(
-            found.model,
-            found.tokenizer,
+            loaded.model,
+            loaded.tokenizer,
             tokens,
-            prompt_cache=decoding.empty_cache(found.model),
+            prompt_cache=decoding.empty_cache(loaded.model),
             **decoding.options(group),
         ):
             text += last.text
-            if wordy:
+            if is_verbose:
                 print(last.text, end="", flush=True)
     except KeyboardInterrupt:
-        if wordy:
+        if is_verbose:
             print()
         raise
-    assert last is not None  # mlx-lm yields at least the end
-    if wordy:
+    assert last is not None  # mlx-lm yields at least one response
+    if is_verbose:
         print(f"\n{'=' * 10}")
         if not text:
             print("No text generated for this prompt")
@@ -204,37 +210,37 @@ def _generate(
 def _model_and_prompt(
     words: list[str], model: str | None, prompt: str | None
 ) -> tuple[str | None, str | None]:
-    """Tell a model from a prompt: a single word is a model if it exists, or looks like a repo."""
+    """Return model and prompt; one word is a model if it exists or looks like a repo id."""
     from splitquant_mlx.models.library import closest
 
     if len(words) == 1 and model is None and prompt is None:
-        first = words[0]
-        is_model = Path(first).exists() or ("/" in first and not any(map(str.isspace, first)))
-        is_model = is_model or closest(first, Path.cwd()) is not None  # a misspelt one
-        return (first, None) if is_model else (None, first)
+        word = words[0]
+        is_model = Path(word).exists() or ("/" in word and not any(map(str.isspace, word)))
+        is_model = is_model or closest(word, Path.cwd()) is not None  # misspelled
+        return (word, None) if is_model else (None, word)
     if words and model is None:
         model, *words = words
     if words and prompt is None:
         prompt, *words = words
     if words:
-        raise RecipeError(f"what is {words[0]!r}? Expected a model, then a prompt in quotes")
+        raise RecipeError(f"expected a model, then a prompt in quotes, got {words[0]!r} as well")
     return model, prompt
 
 
 def _read_prompt(prompt: str, *, ranks: int) -> str:
     if prompt == "-":
-        if ranks > 1:  # mlx.launch never closes it
+        if ranks > 1:  # mlx.launch never closes standard input
             raise RecipeError("--prompt -: there is no standard input under mlx.launch")
         return sys.stdin.read()
-    # A shell passes on \n and \t as two characters each; mlx_lm.generate reads them so, too.
+    # a shell passes \n and \t as two characters each; mlx_lm.generate replaces them, too
     return prompt.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _messages(
-    text: str, system_prompt: str | None = None, begun: str | None = None
+    text: str, system_prompt: str | None = None, prefill: str | None = None
 ) -> list[dict[str, str]]:
-    turns = (("system", system_prompt), ("user", text), ("assistant", begun))
-    return [{"role": role, "content": said} for role, said in turns if said is not None]
+    turns = (("system", system_prompt), ("user", text), ("assistant", prefill))
+    return [{"role": role, "content": content} for role, content in turns if content is not None]
 
 
 def _add_eos_tokens(tokenizer: Any, tokens: list[str]) -> None:

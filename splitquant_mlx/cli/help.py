@@ -1,4 +1,4 @@
-"""Show help in panels that fit 80 columns, with option names whole and an example at the end."""
+"""Help in panels that fit 80 columns, with unbroken option names and an example at the end."""
 
 import re
 from typing import Any
@@ -9,17 +9,17 @@ from pydantic import ValidationError
 
 from splitquant_mlx.settings import explain
 
-# click's UsageError, which typer brings along under a name of its own in some versions
+# UsageError of click, which some versions of typer vendor
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-COMMON = "Common"  # the panel of what most people need
-EVERYWHERE = (
+COMMON = "Common"  # panel of options without a panel
+GLOBAL_OPTIONS = (
     ("--quiet", "Print results and errors only."),
     ("--debug", "Show the traceback of an error."),
-    ("-h, --help", "Show this."),
+    ("-h, --help", "Show this help."),
 )
-MOST_COLUMNS = 100
-# commands of mlx-lm, ollama, LM Studio and llama.cpp, and what they are here
-ELSEWHERE = {
+MAX_COLUMNS = 100
+# commands of mlx-lm, ollama, LM Studio and llama.cpp -> commands of this program
+ALIASES = {
     **dict.fromkeys(("list", "ls", "ps"), "models"),
     **dict.fromkeys(("info", "show"), "inspect"),
     **dict.fromkeys(("pull", "download", "get", "create", "quantize", "import"), "convert"),
@@ -34,28 +34,28 @@ NAMES_COLUMNS = 30
 
 
 class Command(typer.core.TyperCommand):
-    """A command whose help is `print_help`'s; its epilog is the example."""
+    """A command with help by `print_help`; its epilog is the example."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read a command line; what does not fit is answered with what was meant."""
+        """Parse a command line; errors name the likely intention."""
         try:
             return super().parse_args(ctx, args)
         except UsageError as exc:
-            raise UsageError(_explained(exc, self.params), ctx) from exc
+            raise UsageError(_explain_usage_error(exc, self.params), ctx) from exc
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print the help."""
         print_help(self, ctx)
 
 
-def _explained(exc: Any, parameters: list[Any]) -> str:
-    """Return what was meant, or expected, where a command line does not fit."""
+def _explain_usage_error(exc: Any, parameters: list[Any]) -> str:
+    """Return a message with the likely intention or the expected value."""
     text = exc.format_message()
     if near := getattr(exc, "possibilities", None):
         return f"No such option: {exc.option_name}. Did you mean {near[0]}?"
     extra = re.search(r"unexpected extra .*\((.*)\)$", text)
     if extra and any("--mlx-path" in parameter.opts[:1] for parameter in parameters):
-        return f"what is {extra[1]}? The directory to write is --mlx-path"
+        return f"unexpected argument {extra[1]}: the directory to write is --mlx-path"
     if isinstance(exc.__cause__, ValidationError):
         reason = re.sub(r"^(content|\d+): ", "", explain(exc.__cause__))
         reason = re.sub(r"^('.*') is not one of (.*)\.$", r"expected one of \2, got \1", reason)
@@ -64,19 +64,19 @@ def _explained(exc: Any, parameters: list[Any]) -> str:
 
 
 class Group(typer.core.TyperGroup):
-    """A group of commands whose help is `print_help`'s; it knows what others call its commands."""
+    """A group of commands with help by `print_help` and errors for commands of other programs."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """Find a command; `help` is --help, and for a name of another program ours is named."""
+        """Find a command; `help` is --help, and the error for an alias names the command."""
         if args[0] == "help" and "help" not in self.commands:
             name, command, _ = super().resolve_command(ctx, args[1:] or ["--help"])
             return name, command, ["--help"]
         try:
             return super().resolve_command(ctx, args)
         except UsageError as exc:
-            ours = ELSEWHERE.get(args[0], "")
-            if ours in self.commands or ours.startswith("--"):
-                exc.message = f"there is no command {args[0]!r}: it is {ours!r} here"  # type: ignore[attr-defined]
+            name = ALIASES.get(args[0], "")
+            if name in self.commands or name.startswith("--"):
+                exc.message = f"there is no command {args[0]!r}: use {name!r}"  # type: ignore[attr-defined]
             raise
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -90,20 +90,20 @@ def print_help(command: Any, ctx: Any) -> None:
     from rich.markup import escape
 
     console = Console(highlight=False)
-    console.width = min(console.width, MOST_COLUMNS)
+    console.width = min(console.width, MAX_COLUMNS)
     console.print(f"[bold]Usage:[/] {escape(f'{ctx.command_path} {_usage(command)}')}\n")
     console.print(escape(command.help or "") + "\n")
     panels: dict[str, list[tuple[str, str]]] = {COMMON: []}
     for name in getattr(command, "list_commands", lambda ctx: [])(ctx):
-        if not (found := command.get_command(ctx, name)).hidden:
-            panels.setdefault(found.rich_help_panel or "Commands", []).append(
-                (name, found.get_short_help_str(200))
+        if not (subcommand := command.get_command(ctx, name)).hidden:
+            panels.setdefault(subcommand.rich_help_panel or "Commands", []).append(
+                (name, subcommand.get_short_help_str(200))
             )
     for parameter in command.params:
         if not getattr(parameter, "hidden", False):
             panel = parameter.rich_help_panel or COMMON
             panels.setdefault(panel, []).append((_names(parameter), _text(parameter)))
-    panels["Everywhere"] = list(EVERYWHERE)
+    panels["All commands"] = list(GLOBAL_OPTIONS)
     for title, rows in panels.items():
         if rows:
             console.print(_panel(title, rows))
@@ -112,7 +112,7 @@ def print_help(command: Any, ctx: Any) -> None:
 
 
 def _usage(command: Any) -> str:
-    """Return what follows the command's name: arguments that may be left out in brackets."""
+    """Return the usage after the command's name, with optional arguments in brackets."""
     pieces = ["[OPTIONS]"]
     for parameter in command.params:
         if parameter.param_type_name == "argument":
@@ -137,7 +137,7 @@ def _panel(title: str, rows: list[tuple[str, str]]) -> Any:
 
 
 def _names(parameter: Any) -> str:
-    """Return the short and the first long spelling, and what is to be given."""
+    """Return the short and the first long option, and the placeholder of the value."""
     if parameter.param_type_name == "argument":
         return str(parameter.metavar or parameter.name.upper())
     short = [name for name in parameter.opts if not name.startswith("--")]
@@ -151,7 +151,7 @@ def _names(parameter: Any) -> str:
 
 
 def _text(parameter: Any) -> str:
-    """Return the help, other spellings and the default."""
+    """Return the help text, other option names and the default."""
     text = parameter.help or ""
     long = [name for name in parameter.opts if name.startswith("--")]
     more = [f"also {', '.join(long[1:])}"] if len(long) > 1 else []

@@ -1,4 +1,4 @@
-"""Offer `inspect`."""
+"""The command `inspect`."""
 
 import dataclasses
 from difflib import get_close_matches
@@ -19,8 +19,7 @@ from splitquant_mlx.errors import RecipeError
 
 WEIGHTS = "Weights"
 
-
-Layers = Annotated[bool, typer.Option("--layers", help="One row per layer, not per kind of layer.")]
+Layers = Annotated[bool, typer.Option("--layers", help="One row per layer, not per kind.")]
 OneLayer = Annotated[
     str | None,
     typer.Option(
@@ -32,14 +31,14 @@ OneLayer = Annotated[
 Png = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="Write that histogram as a PNG file too.", rich_help_panel=WEIGHTS
+        metavar="FILE", help="Also write that histogram as a PNG file.", rich_help_panel=WEIGHTS
     ),
 ]
 CutPoints = Annotated[
     bool,
     typer.Option(
         "--cut-points",
-        help="Show where layers are split, or would be: reads all weights of an original.",
+        help="Show the cut points of the layers; for an original, all weights are read.",
         rich_help_panel=WEIGHTS,
     ),
 ]
@@ -48,7 +47,7 @@ Clusters = Annotated[
     typer.Option(
         min=2,
         max=8,
-        help="Parts to cluster an unconverted model's layers into.",
+        help="Number of parts per layer, for an unconverted model.",
         rich_help_panel=WEIGHTS,
     ),
 ]
@@ -64,9 +63,9 @@ def inspect(
     clusters: Clusters = 3,
     json_file: JsonFile = None,
 ) -> None:
-    """Show what a model is, and its layers; or one layer's histogram."""
+    """Show properties and layers of a model, or the histogram of one layer."""
     if png is not None and layer is None:
-        raise RecipeError("--png shows one layer: say which with --layer")
+        raise RecipeError("--png shows one layer: choose it with --layer")
     name = model.choose()
     start(model.device)
     from splitquant_mlx.cli.progress import Bars
@@ -79,33 +78,33 @@ def inspect(
     if source.path.is_file() and layer is None and not cut_points:
         return _report(name, describe_gguf(source.path), {}, json_file, each=layers)
     with as_directory(source, Bars()) as directory:
-        found = describe(directory)
+        overview = describe(directory)
         if layer is not None:
-            path = _path(layer, [record.path for record in found.layers])
+            path = _find_layer(layer, [record.path for record in overview.layers])
             _show_histogram(directory, path, clusters if cut_points else None, png)
             return
-        cuts = {}
+        points = {}
         if cut_points:
-            cuts = find_cut_points(directory, clusters=clusters, progress=Bars())
-    _report(name, found, cuts, json_file, each=layers)
+            points = find_cut_points(directory, clusters=clusters, progress=Bars())
+    _report(name, overview, points, json_file, each=layers)
 
 
 def _report(
     name: str,
-    found: Any,
-    cuts: dict[str, tuple[float, ...]],
+    overview: Any,
+    cut_points: dict[str, tuple[float, ...]],
     json_file: JsonFile,
     *,
     each: bool,
 ) -> None:
-    values = dataclasses.asdict(found) | ({"cut_points": cuts} if cuts else {})
+    values = dataclasses.asdict(overview) | ({"cut_points": cut_points} if cut_points else {})
     if console.write_json(json_file, values):
         return
-    _print(name, found)
-    if cuts:
-        _print_cuts(found.layers, cuts)
+    _print_overview(name, overview)
+    if cut_points:
+        _print_cut_points(overview.layers, cut_points)
     else:
-        _print_layers(found.layers, each=each)
+        _print_layers(overview.layers, each=each)
 
 
 def _show_histogram(directory: Path, path: str, clusters: int | None, png: Path | None) -> None:
@@ -119,49 +118,46 @@ def _show_histogram(directory: Path, path: str, clusters: int | None, png: Path 
         show(f"Saved {png}")
 
 
-def _path(given: str, paths: list[str]) -> str:
-    """Return the layer that is meant: its path, or an end of it that no other layer has."""
-    if given in paths:
-        return given
-    ending = [path for path in paths if path.endswith(f".{given}")]
-    if len(ending) == 1:
-        return ending[0]
-    near = ending or get_close_matches(given, paths, n=4, cutoff=0.5) or paths
+def _find_layer(name: str, paths: list[str]) -> str:
+    """Return the path of a layer, given its path or an unambiguous suffix of it."""
+    if name in paths:
+        return name
+    matches = [path for path in paths if path.endswith(f".{name}")]
+    if len(matches) == 1:
+        return matches[0]
+    near = matches or get_close_matches(name, paths, n=4, cutoff=0.5) or paths
     raise RecipeError(
-        f"--layer: there is no layer {given!r} with a weight matrix, but {', '.join(near[:4])}"
+        f"--layer: there is no layer {name!r} with a weight matrix, but {', '.join(near[:4])}"
         f"{' and others' if len(near) > 4 else ''}: --layers lists them"
     )
 
 
-def _print(name: str, found: Any) -> None:
+def _print_overview(name: str, overview: Any) -> None:
     def count(value: int | None) -> str:
-        return "not said" if value is None else f"{value:,} tokens"
+        return "unknown" if value is None else f"{value:,} tokens"
 
-    source = f", from {console.plain(found.source)}" if found.source else ""
+    source = f", from {console.plain(overview.source)}" if overview.source else ""
     show(
         pairs(
             ("Model", console.plain(name)),
-            ("Architecture", console.plain(found.architecture)),
-            ("Parameters", _millions(found.parameters)),
-            ("Context", count(found.context)),
-            ("Vocabulary", count(found.vocabulary)),
-            ("Chat template", "yes" if found.has_chat_template else "no: it continues text"),
-            ("Quantized", f"{found.method or 'no'}{source}"),
-            (
-                "Size",
-                f"{size(found.stored_bytes)}, {found.bits_per_weight:.2f} bits/weight",
-            ),
-            ("Memory to run", f"about {found.memory_bytes / 1e9:.1f} GB"),
-            ("Runs in", found.runs_in),
+            ("Architecture", console.plain(overview.architecture)),
+            ("Parameters", _format_count(overview.parameters)),
+            ("Context", count(overview.context)),
+            ("Vocabulary", count(overview.vocabulary)),
+            ("Chat template", "yes" if overview.has_chat_template else "no: it continues text"),
+            ("Quantized", f"{overview.method or 'no'}{source}"),
+            ("Size", f"{size(overview.stored_bytes)}, {overview.bits_per_weight:.2f} bits/weight"),
+            ("Memory to run", f"about {overview.memory_bytes / 1e9:.1f} GB"),
+            ("Runs in", overview.runs_in),
         ),
         "",
     )
 
 
-def _print_cuts(layers: Any, cuts: dict[str, tuple[float, ...]]) -> None:
+def _print_cut_points(layers: Any, cut_points: dict[str, tuple[float, ...]]) -> None:
     table = new_table("", "shape", "cut points")
     for layer in layers:
-        points = ", ".join(f"{cut:.4g}" for cut in cuts.get(layer.path, ()))
+        points = ", ".join(f"{point:.4g}" for point in cut_points.get(layer.path, ()))
         table.add_row(_name(layer.path), _shape(layer), points)
     show(table)
 
@@ -178,8 +174,8 @@ def _print_layers(layers: Any, *, each: bool) -> None:
     from splitquant_mlx.inspection.overview import group_layers
 
     rows = [(layer.path, [layer]) for layer in layers] if each else group_layers(layers)
-    with_noise = any(layer.snr_db is not None for layer in layers)
-    columns = ["shape", "form", "bits/weight", "size", *(["SNR dB"] if with_noise else [])]
+    has_snr = any(layer.snr_db is not None for layer in layers)
+    columns = ["shape", "form", "bits/weight", "size", *(["SNR dB"] if has_snr else [])]
     table = new_table("", *([] if each else ["layers"]), *columns)
     table.padding = (0, 1, 0, 0)
     for path, group in rows:
@@ -192,7 +188,7 @@ def _print_layers(layers: Any, *, each: bool) -> None:
             text += f"{first.bits} bits "
             text += "on average " if first.mode == "mixed" else ""
             text += "codebooks" if first.mode == "lut" else f"g{first.group_size}"
-            text += f", {first.outliers} kept a row" if first.outliers else ""
+            text += f", {first.outliers} outliers per row" if first.outliers else ""
         snr = [layer.snr_db for layer in group if layer.snr_db is not None]
         row = [
             _name(path),
@@ -202,13 +198,13 @@ def _print_layers(layers: Any, *, each: bool) -> None:
             f"{first.bits_per_weight:.2f}",
             size(sum(layer.nbytes for layer in group)),
         ]
-        if with_noise:
+        if has_snr:
             row.append(f"{sorted(snr)[len(snr) // 2]:.1f}" if snr else "")
         table.add_row(*row)
     show(table)
 
 
-def _millions(count: int) -> str:
+def _format_count(count: int) -> str:
     for unit, factor in (("billion", 1e9), ("million", 1e6)):
         if count >= factor:
             return f"{count / factor:.2f} {unit}"

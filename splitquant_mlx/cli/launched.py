@@ -1,4 +1,4 @@
-"""Be one of several processes that `mlx.launch` or `mpirun` started: only rank 0 speaks for all."""
+"""Support for ranks started by `mlx.launch` or `mpirun`: only rank 0 prints."""
 
 import os
 import signal
@@ -15,30 +15,30 @@ from splitquant_mlx.cli.signals import ENDING, handling
 from splitquant_mlx.errors import RankError
 
 RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")
-IDLE_S = 5.0  # without any work, once another rank is gone
+IDLE_S = 5.0  # exit after this time without work, once another rank is gone
 
 
 def launched_rank() -> int:
-    """Return the rank that the launcher gave this process, before mlx is asked; 0 without one."""
-    found = next((os.environ[name] for name in RANKS if name in os.environ), "")
-    return int(found) if found.isdecimal() else 0
+    """Return the rank that the launcher set in the environment; 0 without one."""
+    rank = next((os.environ[name] for name in RANKS if name in os.environ), "")
+    return int(rank) if rank.isdecimal() else 0
 
 
 @contextmanager
 def only_rank_0_prints() -> Iterator[None]:
-    """Let nothing through to standard output but what rank 0 prints."""
+    """Discard the standard output of all ranks except rank 0."""
     if not launched_rank():
         yield
         return
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
+    with open(os.devnull, "w", encoding="utf-8") as devnull, redirect_stdout(devnull):
         yield
 
 
 def join() -> Any:
-    """Return the group of ranks, of one if this process was not launched; see `distributed.join`.
+    """Return the group of ranks; see `ranks.join`.
 
-    From here on the end of another rank ends this process, too. While it joins, Python cannot react
-    to a signal at all.
+    Afterwards, this process ends when another rank ends. While it joins, Python cannot run signal
+    handlers, so signals have their default action.
     """
     from splitquant_mlx.runtime import ranks as distributed
 
@@ -53,10 +53,9 @@ def join() -> Any:
 
 
 def _exit_with_other_ranks(descriptors: set[int]) -> None:
-    """End the process when a connection is closed at the other end and nothing is done any more.
+    """End the process when a peer has closed a connection and this process is idle.
 
-    mlx's ring mostly raises an error then, but waits for ever for what is sent after it has given
-    a connection up.
+    mlx's ring backend usually raises an error then, but it may also wait forever.
     """
     connections = [socket.socket(fileno=os.dup(descriptor)) for descriptor in descriptors]
 
@@ -64,12 +63,12 @@ def _exit_with_other_ranks(descriptors: set[int]) -> None:
         while not any(map(_closed, connections)):
             time.sleep(1)
         while True:
-            worked = time.process_time()
+            cpu_time = time.process_time()
             time.sleep(IDLE_S)
-            if time.process_time() - worked < IDLE_S / 100:
+            if time.process_time() - cpu_time < IDLE_S / 100:
                 sys.stdout.flush()
                 lost = "splitquant-mlx: error: the connection to another rank was lost"
-                print(f"{lost}: it has ended, start all of them again", file=sys.stderr, flush=True)
+                print(f"{lost}: it has ended, restart all ranks", file=sys.stderr, flush=True)
                 os._exit(2)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -77,14 +76,14 @@ def _exit_with_other_ranks(descriptors: set[int]) -> None:
 
 def _sockets() -> set[int]:
     """Return the file descriptors that are sockets."""
-    found = set()
+    sockets = set()
     for name in os.listdir("/dev/fd"):
         try:
             if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                found.add(int(name))
-        except OSError:  # that of the listing itself
+                sockets.add(int(name))
+        except OSError:  # the descriptor of the listing itself
             continue
-    return found
+    return sockets
 
 
 def _closed(connection: socket.socket) -> bool:
@@ -92,5 +91,5 @@ def _closed(connection: socket.socket) -> bool:
         return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except ConnectionError:
         return True
-    except OSError:  # nothing to read, or no connection
+    except OSError:  # no data, or not connected
         return False

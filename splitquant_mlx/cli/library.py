@@ -1,4 +1,4 @@
-"""Offer `models` and `cache`."""
+"""The commands `models` and `cache`."""
 
 import dataclasses
 import shutil
@@ -13,23 +13,23 @@ from splitquant_mlx.cli.console import new_table, plain, show, size
 from splitquant_mlx.cli.options import JsonFile
 from splitquant_mlx.errors import TargetError
 
-# what lies in the cache directory
+# entries of the cache directory
 CONTENT = {
     "reference": "predictions of original models (kl)",
     "demo": "the demo's model and its conversions",
-    "calibration": "text that models sampled",
+    "calibration": "text sampled from models",
     "sensitivity": "sensitivities of layers (auto)",
-    "chat_history": "what was typed in chat",
+    "chat_history": "input history of chat",
 }
 
 
 def models(
     directory: Annotated[
-        Path, typer.Argument(metavar="[DIRECTORY]", help="Where to look for converted models.")
+        Path, typer.Argument(metavar="[DIRECTORY]", help="Directory of converted models.")
     ] = Path("."),
     json_file: JsonFile = None,
 ) -> None:
-    """List the models that were converted here, and those in the hub's cache."""
+    """List converted models in a directory, and the models in the hub's cache."""
     from splitquant_mlx.models.library import converted_in, in_hub_cache
 
     here, cached = converted_in(directory), in_hub_cache()
@@ -37,15 +37,15 @@ def models(
     if console.write_json(json_file, values):
         return
     if not here and not cached:
-        show("No model here, and none in the hub's cache. splitquant-mlx convert MODEL makes one.")
-    for title, found in (("Converted here", here), ("In the hub's cache", cached)):
-        if not found:
+        show("No model here or in the hub's cache: create one with splitquant-mlx convert MODEL.")
+    for title, group in (("Converted here", here), ("In the hub's cache", cached)):
+        if not group:
             continue
         table = new_table(title, "method", "bits/\nweight", "size", "written", "LM Studio")
         table.padding = (0, 1, 0, 0)
         for column in table.columns:
             column.no_wrap = True
-        for model in found:
+        for model in group:
             bits = "" if model.bits_per_weight is None else f"{model.bits_per_weight:.2f}"
             form = model.method or "original"
             runs = "no" if model.needs_code else "yes"
@@ -53,16 +53,16 @@ def models(
             table.add_row(plain(model.name), form, bits, size(model.nbytes), written, runs)
         show(table)
     if here or cached:
-        show("All run here and in mlx-lm: with --trust-remote-code where LM Studio does not.")
+        show("All run here and in mlx-lm (with --trust-remote-code if not in LM Studio).")
 
 
 def cache(
     clear: Annotated[
-        bool, typer.Option("--clear", help="Remove all of it; it is made again when needed.")
+        bool, typer.Option("--clear", help="Remove everything; it is computed again when needed.")
     ] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Show what splitquant-mlx keeps to be faster the next time, or clear it."""
+    """Show the files that splitquant-mlx caches, or clear them."""
     from splitquant_mlx.runtime.cache import cache_directory
 
     home = cache_directory()
@@ -76,7 +76,7 @@ def cache(
     if clear:
         show(f"Removed {size(sum(sizes.values()))} from {home}")
         return
-    table = new_table("", "size", "what it is")
+    table = new_table("", "size", "content")
     table.columns[-1].justify = "left"
     for name, nbytes in sizes.items():
         table.add_row(plain(name), size(nbytes), CONTENT.get(name, ""))
@@ -88,7 +88,7 @@ def cache(
 
 
 def _date(modified: float) -> str:
-    """Return the day of a file's time, s; its year where that is long ago, as ls does."""
+    """Return the day of a modification time, s; the year if it is long ago, as ls does."""
     is_old = time.time() - modified > 300 * 86400
     return time.strftime("%Y" if is_old else "%d %b", time.localtime(modified))
 

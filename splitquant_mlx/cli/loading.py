@@ -1,4 +1,4 @@
-"""Load a model for a command: say which and how large, and whether memory is there for it."""
+"""Load a model for a command after a check of its memory."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +10,15 @@ from splitquant_mlx.cli.launched import launched_rank
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A model that is ready to run.
+    """A loaded model.
 
     Attributes:
-        name: as the user gave it.
-        path: of its directory or .gguf file.
-        nbytes: of its weights as they are stored, bytes.
+        name: name given by the user.
+        path: its directory or .gguf file.
+        nbytes: stored bytes of its weights.
         model: mlx-lm's model.
         tokenizer: mlx-lm's TokenizerWrapper.
-        context: tokens that it was made for; None where it does not say.
+        context: maximum context length in tokens; None if unknown.
     """
 
     name: str
@@ -37,10 +37,10 @@ def load_model(
     group: Any = None,
     pipeline: bool = False,
 ) -> Loaded:
-    """Load a directory, .gguf file or repo id, after a look at the memory that it needs.
+    """Load a directory, .gguf file or repo id, after a check of the memory that it needs.
 
     Raises:
-        MemoryTooSmallError: when this machine has too little.
+        MemoryTooSmallError: when it does not fit in memory.
         SplitQuantError: when the model cannot be found or used.
     """
     from splitquant_mlx.models.footprint import context_length, weight_bytes
@@ -50,15 +50,12 @@ def load_model(
 
     source = resolve(name, revision=revision)
     nbytes = weight_bytes(source.path)
-    if group is None or is_single_rank(group):  # ranks divide it
+    if group is None or is_single_rank(group):  # ranks share the memory
         check_memory(source.path, f"running {name}")
     if not launched_rank():
         console.note(f"Loading {console.plain(name)} ({console.size(nbytes)}) ...")
     model, tokenizer = load(
-        source,
-        trust_remote_code=trust_remote_code,
-        group=group,
-        pipeline=pipeline,
+        source, trust_remote_code=trust_remote_code, group=group, pipeline=pipeline
     )
     return Loaded(
         name=name,
@@ -70,17 +67,17 @@ def load_model(
     )
 
 
-def warn_long_prompt(found: Loaded, tokens: int) -> None:
-    """Say so where a prompt is longer than what the model was made for."""
-    if found.context is not None and tokens > found.context and not launched_rank():
+def warn_long_prompt(loaded: Loaded, tokens: int) -> None:
+    """Print a warning if a prompt is longer than the model's context."""
+    if loaded.context is not None and tokens > loaded.context and not launched_rank():
         console.note(
-            f"warning: {tokens:,} tokens are more than the {found.context:,} that this model was "
-            "made for: expect nonsense"
+            f"warning: {tokens:,} tokens exceed the context of {loaded.context:,} tokens that this "
+            "model supports: expect nonsense"
         )
 
 
 def check_memory(path: Path, work: str) -> None:
-    """Refuse to load what memory is too small for; warn where it is short."""
+    """Raise MemoryTooSmallError if a model does not fit in memory; print a warning if barely."""
     from splitquant_mlx.models.footprint import check_running
 
     if warning := check_running(path, work):

@@ -1,4 +1,4 @@
-"""Define the options that commands share, named as in mlx-lm."""
+"""Options that several commands share, named as in mlx-lm."""
 
 import os
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Run Python code the checkpoint brings along.",
+        help="Run Python code of the checkpoint.",
         rich_help_panel=LOADING,
     ),
 ]
@@ -50,7 +50,7 @@ Device = Annotated[
     Literal["cpu", "gpu"] | None,
     typer.Option(
         metavar="cpu|gpu",
-        help="Where to compute; by default the GPU where there is one.",
+        help="Device to compute on; default: the GPU if available.",
         rich_help_panel=LOADING,
     ),
 ]
@@ -60,13 +60,13 @@ JsonFile = Annotated[
         "--json",
         metavar="FILE",
         callback=console.check_json,
-        help="Write the result as JSON; - is standard output, alone.",
+        help="Write the result as JSON; - prints only JSON to standard output.",
     ),
 ]
 Seed = Annotated[
     int | None,
     typer.Option(
-        help="Seed of the random number generator; a fresh one if not given.",
+        help="Seed of the random number generator; default: a new one.",
         rich_help_panel=SAMPLING,
     ),
 ]
@@ -75,7 +75,7 @@ SystemPrompt = Annotated[str | None, typer.Option(help="System message for the c
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The model that a command is for."""
+    """Options of the model of a command."""
 
     model: ModelArgument = None
     model_option: ModelOption = None
@@ -83,13 +83,13 @@ class Model:
     device: Device = None
 
     def choose(self) -> str:
-        """Return its name; see `choose_model`."""
+        """Return the model's name; see `choose_model`."""
         return choose_model(self.model, self.model_option)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrustedModel(Model):
-    """The model that a command is for, whose code it may run."""
+    """Options of a model that may run its own code."""
 
     trust_remote_code: TrustRemoteCode = False
 
@@ -104,74 +104,74 @@ decoding_options = settings_options(
 
 
 def start(device: str | None) -> None:
-    """Make mlx ready: OpenBLAS on Linux, then the device. Call it before anything computes.
+    """Set up mlx: OpenBLAS on Linux, then the device. Call it before the first computation.
 
     Raises:
-        RecipeError: when `device` is not on this machine.
+        RecipeError: when `device` is not available.
         VersionError: when mlx, mlx-lm or transformers is too old.
     """
     check_versions()
-    # transformers looks for deep-learning frameworks it will not need, and says what it misses
+    # transformers warns about missing deep-learning frameworks that are not needed here
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else five lines a request while offline
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else five lines per request when offline
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    found = blas.preload()
+    has_openblas = blas.preload()
     import mlx.core as mx
 
     if device == "gpu" and not mx.is_available(mx.gpu):
         raise RecipeError("--device gpu: mlx finds no GPU on this machine: use --device cpu")
     if device is not None:
         mx.set_default_device(mx.Device(getattr(mx, device)))
-    if found is False and mx.default_device() == mx.cpu and not launched_rank():
+    if has_openblas is False and mx.default_device() == mx.cpu and not launched_rank():
         console.note(f"note: {blas.ADVICE}")
 
 
 def named_model(argument: str | None, option: str | None) -> str | None:
-    """Return what is named as an argument or an option.
+    """Return the model given as an argument or as an option.
 
     Raises:
-        RecipeError: when both are given, and differ.
-        SourceError: when the name looks like a misspelt directory.
+        RecipeError: when both are given and differ.
+        SourceError: when the name looks like a misspelled directory.
     """
     from splitquant_mlx.models.library import closest
 
     if argument is not None and option is not None and argument != option:
-        raise RecipeError(f"two models are named, {argument!r} and --model {option!r}: give one")
-    named = option if argument is None else argument
-    if named and not _exists(named) and (near := closest(named, Path.cwd())):
-        raise SourceError(f"there is no {named} here: did you mean {near}?")
-    return named
+        raise RecipeError(f"expected one model, got {argument!r} and --model {option!r}")
+    name = option if argument is None else argument
+    if name and not _exists(name) and (near := closest(name, Path.cwd())):
+        raise SourceError(f"there is no {name} here: did you mean {near}?")
+    return name
 
 
 def named_original(argument: str | None, option: str | None) -> str:
-    """Return the model to convert. Raises RecipeError when none is named; see `named_model`."""
+    """Return the model to convert. Raises RecipeError when none is given; see `named_model`."""
     if (name := named_model(argument, option)) is None:
-        raise RecipeError("what is to be converted? Give a directory, a .gguf file or a repo id")
+        raise RecipeError("expected a model to convert: a directory, a .gguf file or a repo id")
     return name
 
 
 def _exists(name: str) -> bool:
     try:
         return Path(name).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # which `resolve` explains
+    except (OSError, ValueError, RuntimeError):  # `resolve` raises an error for it
         return True
 
 
 def choose_model(argument: str | None, option: str | None = None) -> str:
-    """Return the model that a command names, else the newest that was converted here.
+    """Return the model given to a command, else the newest converted model here.
 
     Raises:
-        RecipeError: when it is named twice, differently.
-        SourceError: when none is named and none was converted here, or the name is a typo.
+        RecipeError: when argument and option differ.
+        SourceError: when none is given and there is none here, or the name is misspelled.
     """
     from splitquant_mlx.models.library import converted_in
 
-    named = named_model(argument, option) or os.environ.get("SPLITQUANT_MODEL")
-    if named is not None:
-        return named
-    if found := converted_in(Path.cwd()):
-        name = found[0].path.name
+    name = named_model(argument, option) or os.environ.get("SPLITQUANT_MODEL")
+    if name is not None:
+        return name
+    if converted := converted_in(Path.cwd()):
+        name = converted[0].path.name
         if not launched_rank():
             console.note(f"Using {name}, the newest converted model here.")
         return name
@@ -179,5 +179,5 @@ def choose_model(argument: str | None, option: str | None = None) -> str:
         return DEFAULT_MODEL
     raise SourceError(
         "there is no converted model here: convert one first with `splitquant-mlx convert "
-        "MODEL`, or name one"
+        "MODEL`, or give one"
     )

@@ -1,4 +1,4 @@
-"""Show how far a library call is: bars on a terminal, else one plain line a stage and a minute."""
+"""Progress of library calls: bars on a terminal, else one line per stage and per minute."""
 
 import sys
 import threading
@@ -10,15 +10,15 @@ from functools import partial
 from splitquant_mlx.cli import console
 from splitquant_mlx.progress import Advance, Silent
 
-EVERY_S = 60.0
+INTERVAL_S = 60.0
 
 
 class Bars:
-    """Show each task of a library call on stderr; see `splitquant_mlx.progress`.
+    """A progress reporter that shows tasks on stderr; see `splitquant_mlx.progress`.
 
     Args:
-        stages: labels of the tasks that the whole work will have, to number them by. Without
-            them a task is not worth a line where stderr is no terminal, until it takes a minute.
+        stages: labels of all tasks, to number them. Without a terminal and without stages, a task
+            is printed only after a minute.
     """
 
     def __init__(self, stages: Sequence[str] = ()) -> None:
@@ -26,16 +26,16 @@ class Bars:
 
     @contextmanager
     def task(self, label: str, total: float | None = None) -> Iterator[Advance]:
-        """Show a bar for `total` steps, or a pulse where the total is unknown."""
+        """Show a bar of `total` steps, or a pulsing bar if the total is unknown."""
         if label in self._stages:
             label = f"{self._stages.index(label) + 1} of {len(self._stages)}, {label}"
         if console.is_quiet():
-            shown = Silent().task(label, total)
+            task = Silent().task(label, total)
         elif sys.stderr.isatty():
-            shown = _bar(label, total)
+            task = _bar(label, total)
         else:
-            shown = _lines(label, total, begins=bool(self._stages))
-        with shown as advance:
+            task = _lines(label, total, print_start=bool(self._stages))
+        with task as advance:
             yield advance
 
     def note(self, text: str) -> None:
@@ -49,15 +49,15 @@ def _bar(label: str, total: float | None) -> Iterator[Advance]:
     from rich.table import Column
     from rich.text import Text
 
-    whole = partial(Column, no_wrap=True)  # so that the bar is what gives way
+    column = partial(Column, no_wrap=True)  # so that only the bar shrinks
 
     class Times(ProgressColumn):
         def render(self, task: Task) -> Text:
             return Text(_times(task.elapsed or 0.0, task.completed, task.total))
 
-    name = TextColumn("{task.description}", table_column=whole())
-    share = TextColumn("{task.percentage:>3.0f}%", table_column=whole())
-    columns = (name, BarColumn(bar_width=None), share, Times(table_column=whole()))
+    name = TextColumn("{task.description}", table_column=column())
+    share = TextColumn("{task.percentage:>3.0f}%", table_column=column())
+    columns = (name, BarColumn(bar_width=None), share, Times(table_column=column()))
     with Progress(*columns, console=console.stderr(), transient=True, expand=True) as bars:
         bar = bars.add_task(label, total=total)
 
@@ -68,7 +68,7 @@ def _bar(label: str, total: float | None) -> Iterator[Advance]:
 
 
 @contextmanager
-def _lines(label: str, total: float | None, *, begins: bool) -> Iterator[Advance]:
+def _lines(label: str, total: float | None, *, print_start: bool) -> Iterator[Advance]:
     started, done = time.monotonic(), 0.0
     stopped = threading.Event()
 
@@ -77,7 +77,7 @@ def _lines(label: str, total: float | None, *, begins: bool) -> Iterator[Advance
         done += amount
 
     def tick() -> None:
-        while not stopped.wait(EVERY_S):
+        while not stopped.wait(INTERVAL_S):
             share = f"{done / total:.0%}, " if total else ""
             print(
                 f"{label}: {share}{_times(time.monotonic() - started, done, total)}",
@@ -85,7 +85,7 @@ def _lines(label: str, total: float | None, *, begins: bool) -> Iterator[Advance
                 flush=True,
             )
 
-    if begins:
+    if print_start:
         print(label, file=sys.stderr, flush=True)
     threading.Thread(target=tick, daemon=True).start()
     try:
@@ -95,7 +95,7 @@ def _lines(label: str, total: float | None, *, begins: bool) -> Iterator[Advance
 
 
 def _times(elapsed_s: float, done: float, total: float | None) -> str:
-    """Return the time that passed and, as soon as it can be told, the time that is left."""
+    """Return the elapsed time and, once it can be estimated, the remaining time."""
     text = f"{clock(elapsed_s)} elapsed"
     if total and 0 < done < total and elapsed_s >= 1:
         text += f", {clock(elapsed_s * (total - done) / done)} left"

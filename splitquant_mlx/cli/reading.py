@@ -1,4 +1,4 @@
-"""Read messages: at a prompt with history and editing, or line by line from a pipe."""
+"""Read messages from a prompt with history and editing, or line by line from a pipe."""
 
 import os
 import signal
@@ -17,22 +17,22 @@ QUOTES = '"""'
 
 
 class Reader:
-    """Iterate over messages; at the prompt it takes two Ctrl-C in a row to leave.
+    """Iterator over messages; at the prompt, two Ctrl-C in a row end it.
 
     Args:
-        interactive: whether there is a terminal on both ends.
-        commands: to complete with Tab.
+        interactive: whether input and output are a terminal.
+        commands: commands to complete with Tab.
     """
 
     def __init__(self, interactive: bool, commands: Sequence[str] = ()) -> None:
-        self._ask = _prompt(commands) if interactive else lambda mark: input()
+        self._read_line = _prompt(commands) if interactive else lambda prompt: input()
         self._interactive = interactive
 
     def __iter__(self) -> Iterator[str]:
         warned = False
         while True:
             try:
-                if warned:  # in here, for the second may come before the warning is out
+                if warned:  # inside `try`, as a second Ctrl-C may arrive before it is printed
                     note(LEAVE)
                 message = self._message()
             except EOFError:
@@ -46,28 +46,28 @@ class Reader:
             yield message
 
     def _message(self) -> str:
-        """Return a line, or what stands between triple quotes."""
-        line = self._ask("you> ")
+        """Return a line, or the lines between triple quotes."""
+        line = self._read_line("you> ")
         if not line.startswith(QUOTES):
             return line
         lines = [line.removeprefix(QUOTES)]
         while not lines[-1].rstrip().endswith(QUOTES):
-            lines.append(self._ask("...> "))
+            lines.append(self._read_line("...> "))
         lines[-1] = lines[-1].rstrip().removesuffix(QUOTES)
         return "\n".join(lines).strip("\n")
 
 
 @contextmanager
 def no_echo() -> Iterator[None]:
-    """Keep what is typed meanwhile, ^C among it, out of what is printed."""
+    """Turn off the echo of typed keys, such as ^C."""
     try:
         before = termios.tcgetattr(sys.stdin)
     except (OSError, ValueError, termios.error):  # no terminal
         yield
         return
-    silent = [*before]
-    silent[3] &= ~termios.ECHO
-    termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
+    attributes = [*before]
+    attributes[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, attributes)
     try:
         yield
     finally:
@@ -75,8 +75,8 @@ def no_echo() -> Iterator[None]:
 
 
 def _prompt(commands: Sequence[str]) -> Any:
-    """Return a function that asks for a line, with the history of earlier sessions."""
-    os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")  # ask the terminal for nothing
+    """Return a function that reads a line, with the history of earlier sessions."""
+    os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")  # send no queries to the terminal
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.formatted_text import ANSI
@@ -95,16 +95,16 @@ def _prompt(commands: Sequence[str]) -> Any:
     )
     bold = ("", "") if os.environ.get("NO_COLOR") else ("\x1b[1;34m", "\x1b[0m")
 
-    def ask(mark: str) -> str:
+    def read_line(prompt: str) -> str:
         with _terminal_restored():
-            return session.prompt(ANSI(f"{bold[0]}{mark.rstrip()}{bold[1]} "))
+            return session.prompt(ANSI(f"{bold[0]}{prompt.rstrip()}{bold[1]} "))
 
-    return ask
+    return read_line
 
 
 @contextmanager
 def _terminal_restored() -> Iterator[None]:
-    """Leave the terminal as it was when a signal ends the process at the prompt."""
+    """Restore the terminal if a signal ends the process at the prompt."""
     before = termios.tcgetattr(sys.stdin)
 
     def end(signum: int, frame: object) -> None:

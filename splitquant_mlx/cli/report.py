@@ -1,4 +1,4 @@
-"""Offer `report`."""
+"""The command `report`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,24 +12,24 @@ from splitquant_mlx.cli.options import JsonFile
 def report(
     directory: Annotated[Path, typer.Argument(help="Directory of a study's results.")],
     html_file: Annotated[
-        Path | None, typer.Option("--html", help="Page to write; DIRECTORY/report.html if not set.")
+        Path | None, typer.Option("--html", help="Page to write; default: DIRECTORY/report.html.")
     ] = None,
     markdown_file: Annotated[
         Path | None, typer.Option("--markdown", help="Write the tables to this file as Markdown.")
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Show a study's results as tables, and write them with plots as one HTML page."""
+    """Print a study's results as tables, and write tables and plots to an HTML page."""
     from splitquant_mlx.report import html, load_report, markdown, terminal, values
 
-    found = load_report(directory)
+    loaded = load_report(directory)
     if markdown_file is not None:
-        _write(markdown_file, markdown(found))
+        _write(markdown_file, markdown(loaded))
     page = html_file or directory / "report.html"
-    _write(page, html(found))
-    if console.write_json(json_file, values(found)):
+    _write(page, html(loaded))
+    if console.write_json(json_file, values(loaded)):
         return
-    for table in terminal(found):
+    for table in terminal(loaded):
         console.show("", table)
     console.show("", f"Saved {console.plain(str(page))}")
 

@@ -1,4 +1,4 @@
-"""Offer `run`."""
+"""The command `run`."""
 
 import dataclasses
 from pathlib import Path
@@ -25,7 +25,7 @@ def run(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=FILE: arc_challenge, arc_easy or text, instead of the hub's; repeatable."
+            help="NAME=FILE: arc_challenge, arc_easy or text; replaces the hub's data; repeatable."
         ),
     ] = None,
     keep_models: Annotated[
@@ -34,7 +34,7 @@ def run(
     json_file: JsonFile = None,
     device: Device = None,
 ) -> None:
-    """Convert a model by every recipe of a study, measure each, and write the report.
+    """Convert a model with every recipe of a study, measure each, and write the report.
 
     An interrupted study resumes where it stopped.
     """
@@ -57,5 +57,5 @@ def run(
 def _data(entry: str) -> tuple[str, Path]:
     name, _, file = entry.partition("=")
     if name not in DATA or not file:
-        raise RecipeError(f"--data: expected NAME=FILE, NAME of {', '.join(DATA)}, got {entry}")
+        raise RecipeError(f"--data: expected NAME=FILE with NAME of {', '.join(DATA)}, got {entry}")
     return name, Path(file)

@@ -1,4 +1,4 @@
-"""Offer `serve`; its options are the fields of ServeSettings."""
+"""The command `serve`; its options are the fields of ServeSettings."""
 
 import logging
 import sys
@@ -72,7 +72,7 @@ def serve(
         print(f"Serving {name} at {url}/v1 (Ctrl-C stops)", flush=True)
 
     serve_model(name, chosen, trust_remote_code=trust_remote_code, on_ready=announce)
-    if is_single_rank(group):  # the interpreter would take seconds to put away what it loaded
+    if is_single_rank(group):  # the interpreter would take seconds to free the model
         sys.stdout.flush()
         interrupt.leave()
 
@@ -83,7 +83,7 @@ def _warning(url: str, api_key: str | None) -> str | None:
         return None
     if api_key is None:
         return (
-            f"ANYONE who can reach {address} over the network can use this model, without a key: "
+            f"ANYONE who can reach {address} over the network can use this model without a key: "
             "set SPLITQUANT_API_KEY, or leave out --host"
         )
-    return f"{address} can be reached over the network, where key and text travel unencrypted"
+    return f"{address} can be reached over the network; key and text are sent unencrypted"

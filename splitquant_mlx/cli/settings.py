@@ -1,4 +1,4 @@
-"""Command-line options made from settings classes: values and help stand on the class alone."""
+"""Command-line options generated from settings classes, with their types, defaults and help."""
 
 import dataclasses
 import inspect
@@ -13,7 +13,7 @@ import typer
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.settings import descriptions
 
-Given = dict[str, Any]  # the values that the command line gives, by field name
+Given = dict[str, Any]  # values given on the command line, by field name
 Command = Callable[..., Any]
 
 
@@ -28,29 +28,29 @@ def settings_options(
     variables: Mapping[str, str] | None = None,
     with_defaults: bool = False,
 ) -> Callable[[Command], Command]:
-    """Replace a parameter of a command by one option for each field of a settings class.
+    """Replace a parameter of a command by one option per field of a settings class.
 
-    The command receives the values that were given as a dict in `parameter`. An error about one of
-    them that begins with the field's name, "group_size: ...", names the flag instead.
+    The command receives the given values as a dict in `parameter`. In an error about a field,
+    "group_size: ...", the flag replaces the name of the field.
 
     Args:
-        kind: the settings class.
+        kind: settings class.
         parameter: name of the command's parameter, annotated as `Given`.
-        flags: flags by field name, where they are not `--field-name`.
+        flags: flags by field name, other than `--field-name`.
         skip: fields without an option.
         panel: heading of the options in the help.
         panels: other headings, by field name.
-        variables: of the environment that stand in for an option, by field name.
-        with_defaults: show the fields' own defaults.
+        variables: environment variables of options, by field name.
+        with_defaults: show the defaults of the fields.
     """
     fields = [field for field in dataclasses.fields(kind) if field.name not in skip]
-    spelled = {field.name: (f"--{field.name.replace('_', '-')}",) for field in fields}
-    spelled |= dict(flags or {})
+    flags_of = {field.name: (f"--{field.name.replace('_', '-')}",) for field in fields}
+    flags_of |= dict(flags or {})
     options, headings = {}, {field.name: panel for field in fields} | dict(panels or {})
     for field in fields:
-        given_as, choices = _option_type(field.type)
+        option_type, choices = _option_type(field.type)
         option = typer.Option(
-            *spelled[field.name],
+            *flags_of[field.name],
             help=_help(kind, field),
             metavar=choices,
             envvar=(variables or {}).get(field.name),
@@ -60,7 +60,7 @@ def settings_options(
             f"{parameter}_{field.name}",
             inspect.Parameter.KEYWORD_ONLY,
             default=field.default if with_defaults and field.default != () else None,
-            annotation=Annotated[given_as | None, option],
+            annotation=Annotated[option_type | None, option],
         )
 
     def decorate(command: Command) -> Command:
@@ -71,7 +71,7 @@ def settings_options(
             try:
                 return command(**arguments, **{parameter: given})
             except RecipeError as exc:
-                raise _name_flags(exc, spelled) from exc
+                raise _name_flags(exc, flags_of) from exc
 
         return _with_options(run, command, parameter, options)
 
@@ -97,8 +97,8 @@ def dataclass_options(kind: type, parameter: str) -> Callable[[Command], Command
     def decorate(command: Command) -> Command:
         @wraps(command)
         def run(**arguments: Any) -> Any:
-            given = kind(**{name: arguments.pop(name) for name in options})
-            return command(**arguments, **{parameter: given})
+            values = kind(**{name: arguments.pop(name) for name in options})
+            return command(**arguments, **{parameter: values})
 
         return _with_options(run, command, parameter, options)
 
@@ -108,28 +108,28 @@ def dataclass_options(kind: type, parameter: str) -> Callable[[Command], Command
 def _with_options(
     run: Any, command: Command, parameter: str, options: Mapping[str, inspect.Parameter]
 ) -> Command:
-    """Give `run` the signature of a command with options in the place of a parameter."""
+    """Give `run` the signature of a command with options in place of a parameter."""
     signature, parameters = inspect.signature(command, eval_str=True), []
     for old in signature.parameters.values():
-        found = options.values() if old.name == parameter else [old]
-        parameters += [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in found]
+        new = options.values() if old.name == parameter else [old]
+        parameters += [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in new]
     run.__signature__ = signature.replace(parameters=parameters)
     run.__annotations__ = {p.name: p.annotation for p in parameters}
-    del run.__wrapped__  # typer is to read this signature
+    del run.__wrapped__  # else typer reads the signature of the command
     return run
 
 
-def _name_flags(exc: RecipeError, spelled: Mapping[str, Sequence[str]]) -> RecipeError:
-    """Return an error about a field as one about its flag."""
+def _name_flags(exc: RecipeError, flags: Mapping[str, Sequence[str]]) -> RecipeError:
+    """Return an error with the names of fields replaced by their flags."""
     key, colon, reason = str(exc).partition(": ")
-    if key not in spelled or not colon:
+    if key not in flags or not colon:
         return exc
-    reason = re.sub(r"\b[a-z]+_[a-z_]+\b", lambda m: spelled.get(m[0], (m[0],))[0], reason)
-    return RecipeError(f"{spelled[key][0]}: {reason}")
+    reason = re.sub(r"\b[a-z]+_[a-z_]+\b", lambda m: flags.get(m[0], (m[0],))[0], reason)
+    return RecipeError(f"{flags[key][0]}: {reason}")
 
 
 def _help(kind: type, field: dataclasses.Field) -> str:
-    """Return a field's description: from its annotation, or from the docstring of its class."""
+    """Return a field's description from its annotation or from the docstring of its class."""
     if get_origin(field.type) is Annotated and isinstance(text := get_args(field.type)[1], str):
         return text
     text = descriptions(kind)[field.name]
@@ -137,7 +137,7 @@ def _help(kind: type, field: dataclasses.Field) -> str:
 
 
 def _option_type(annotation: Any) -> tuple[Any, str | None]:
-    """Return the type of what is given on the command line, and its choices where there are."""
+    """Return the type of an option and its choices, or None, from the type of a field."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _option_type(arguments[0])

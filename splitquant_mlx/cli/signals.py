@@ -1,4 +1,4 @@
-"""Handle signals for the time of a block."""
+"""Handle signals during a block."""
 
 import signal
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def handling(handler: Any, *numbers: signal.Signals) -> Iterator[None]:
-    """Have `handler` take signals in the block; those that are ignored, as under nohup, stay so."""
+    """Set a signal handler for the block; ignored signals, as under nohup, stay ignored."""
     before = {number: signal.getsignal(number) for number in numbers}
-    for number, own in before.items():
-        if own != signal.SIG_IGN:
+    for number, previous in before.items():
+        if previous != signal.SIG_IGN:
             signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, own in before.items():
-            signal.signal(number, own)
+        for number, previous in before.items():
+            signal.signal(number, previous)

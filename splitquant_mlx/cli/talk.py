@@ -1,4 +1,4 @@
-"""Talk in the terminal: read messages and commands, stream the answers."""
+"""Chat session in the terminal: read messages and commands, stream the answers."""
 
 import shutil
 import signal
@@ -21,28 +21,28 @@ from splitquant_mlx.models.footprint import CONTEXT_TOKENS
 HELP = """\
 /system TEXT   set the system prompt (alone: show it)
 /retry         another answer to the last message
-/continue      go on with the last answer
+/continue      continue the last answer
 /reset         clear the conversation
-/save FILE     write the conversation; /load FILE reads it
-/set           show sampling; /set NAME VALUE changes it (seed, too)
-/stats         tokens and speed;  /context  how much of the context is used
-/exit          leave, as Ctrl-D does; Ctrl-C stops an answer
+/save FILE     save the conversation; /load FILE loads it
+/set           show sampling; /set NAME VALUE changes it (also seed)
+/stats         tokens and speed;  /context  used context
+/exit          leave, like Ctrl-D; Ctrl-C stops an answer
 \"\"\"            begins and ends a message of several lines
-A space before / says it to the model."""
-MARK = "model>"
+A message that begins with / needs a space before it."""
+LABEL = "model>"
 HINT = "/help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves"
-OVERFLOW_TOKENS = 256  # of an answer where the context is full
+OVERFLOW_TOKENS = 256  # maximum length of an answer if the context is already full
 NUMBERS = {"temp": float, "top_p": float, "min_p": float, "top_k": int, "max_tokens": int}
 
 
 class Talk:
-    """One session of chat.
+    """A chat session.
 
     Args:
-        conversation: to carry on.
-        decoder: that answers.
-        context: tokens that the model was made for; None if unknown.
-        fills_context: let an answer be as long as the context holds, whatever max_tokens says.
+        conversation: conversation to continue.
+        decoder: decoder of the answers.
+        context: maximum context length of the model in tokens; None if unknown.
+        fills_context: whether only the context limits the length of an answer, not max_tokens.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Talk:
         self._decoder = decoder
         self._context = context
         self._fills_context = fills_context
-        self._answered = [0, 0.0]  # tokens, and the seconds they took
+        self._answered = [0, 0.0]  # tokens and seconds
         self._interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self._commands: dict[str, Callable[[str], object]] = {
             "/help": lambda rest: note(HELP),
@@ -73,11 +73,11 @@ class Talk:
         }
 
     def run(self, first: str | None = None) -> None:
-        """Answer messages until there are no more, or the user leaves."""
+        """Answer messages until there are no more or the user leaves."""
         if self._interactive:
             note(HINT)
         if first is not None:
-            self._say(first)
+            self._answer_message(first)
         for message in Reader(self._interactive, [*self._commands, "/exit"]):
             word, _, rest = message.strip().partition(" ")
             if not message.strip():
@@ -86,7 +86,7 @@ class Talk:
                 return
             try:
                 if not message.startswith("/"):
-                    self._say(message.strip())
+                    self._answer_message(message.strip())
                 elif command := self._commands.get(word):
                     command(rest.strip())
                 else:
@@ -98,23 +98,23 @@ class Talk:
                     raise
                 note(printable(str(exc)))
 
-    def _say(self, message: str) -> None:
+    def _answer_message(self, message: str) -> None:
         self._answer(lambda stop: self._conversation.answer(message, stop))
 
     def _answer(self, begin: Callable[[Callable[[], bool]], Generator[Any, None, None]]) -> None:
-        """Print the answer as it comes, then a line on its length and speed."""
-        last, count, shown = None, 0, printable
+        """Print the answer while it is generated, then its length and speed."""
+        last, count, render = None, 0, printable
         if self._interactive:
-            _mark()
-            wrap = Wrapper(shutil.get_terminal_size().columns, len(MARK) + 1)
-            shown = lambda text: wrap(printable(text))  # noqa: E731
+            _print_label()
+            wrap = Wrapper(shutil.get_terminal_size().columns, len(LABEL) + 1)
+            render = lambda text: wrap(printable(text))  # noqa: E731
         with _ctrl_c() as pressed, no_echo(), suppress(KeyboardInterrupt):
             stop = lambda: pressed() or self._is_full(count)  # noqa: E731
             with closing(begin(stop)) as answer:
                 for last in answer:
                     count += 1
-                    self._warn(count)
-                    print(shown(last.text), end="", flush=True)
+                    self._warn_long_prompt(count)
+                    print(render(last.text), end="", flush=True)
         print()
         if last is None:
             note("no answer")
@@ -122,7 +122,7 @@ class Talk:
         self._answered[0] += last.generation_tokens
         self._answered[1] += last.generation_tokens / (last.generation_tps or 1e9)
         if last.finish_reason == "length":
-            note(f"cut off at {count} tokens (--max-tokens): /continue goes on")
+            note(f"cut off at {count} tokens (--max-tokens): /continue resumes")
         elif not last.finish_reason and self._is_full(count):
             note(f"cut off at {count} tokens (the context is full): /reset clears it")
         if self._interactive and count > 1:
@@ -131,9 +131,9 @@ class Talk:
             note("nothing to add" if last.finish_reason == "stop" else self._used())
 
     def _is_full(self, count: int) -> bool:
-        """Return whether an answer of `count` tokens must end for want of context.
+        """Return whether an answer of `count` tokens must end because the context is full.
 
-        Where the context was full before, it may have a few tokens all the same.
+        If the context was full before the answer, it may have `OVERFLOW_TOKENS`.
         """
         if not self._fills_context:
             return False
@@ -142,12 +142,12 @@ class Talk:
             return count >= CONTEXT_TOKENS
         return tokens >= context and (tokens - count < context or count >= OVERFLOW_TOKENS)
 
-    def _warn(self, count: int) -> None:
+    def _warn_long_prompt(self, count: int) -> None:
         tokens = self._conversation.tokens
         if count == 1 and self._context and tokens > self._context:
             note(
-                f"warning: {tokens:,} tokens are more than the {self._context:,} that this model "
-                "was made for: expect nonsense, or /reset"
+                f"warning: {tokens:,} tokens exceed the context of {self._context:,} tokens that "
+                "this model supports: expect nonsense, or /reset"
             )
 
     def _used(self) -> str:
@@ -165,13 +165,13 @@ class Talk:
 
     def _save(self, file: str) -> None:
         if not file:
-            raise RecipeError("/save FILE: say which file")
+            raise RecipeError("/save FILE: expected a file")
         save_messages(self._conversation.messages, Path(file).expanduser())
         note(f"Saved {len(self._conversation.messages)} messages in {file}")
 
     def _load(self, file: str) -> None:
         if not file:
-            raise RecipeError("/load FILE: say which file")
+            raise RecipeError("/load FILE: expected a file")
         self._conversation.replace(load_messages(Path(file).expanduser()))
         note(f"Loaded {len(self._conversation.messages)} messages from {file}, {self._used()}")
 
@@ -203,20 +203,20 @@ class Talk:
         note(f"{tokens:.0f} tokens answered{speed}, {self._used()}, peak memory {peak:.2f} GB")
 
 
-def _mark() -> None:
-    """Print what tells the model's words from the user's."""
+def _print_label() -> None:
+    """Print the label before the model's answer."""
     from rich.console import Console
 
     from splitquant_mlx.cli.console import styles
 
-    Console(highlight=False, **styles()).print(MARK, style="bold green", end=" ")
+    Console(highlight=False, **styles()).print(LABEL, style="bold green", end=" ")
 
 
 @contextmanager
 def _ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Make the first Ctrl-C a flag, seen between two tokens; a second one interrupts at once.
+    """Set a flag on the first Ctrl-C, to check between two tokens; raise on the second.
 
-    Where mlx computes for long and sees neither, a third one ends the process.
+    A third one ends the process, in case a long computation of mlx delays both.
     """
     pressed = False
 

@@ -1,4 +1,4 @@
-"""Offer `upload`."""
+"""The command `upload`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from splitquant_mlx.publish.hub import Commit
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What a model's card is made of."""
+    """Options of the model card."""
 
     results: Annotated[
         list[Path] | None,
@@ -50,7 +50,7 @@ def upload(
     ] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Upload a converted model to the Hugging Face hub, with a card of what was measured."""
+    """Upload a converted model to the Hugging Face hub, with a model card of its measurements."""
     interrupt.set_hint()
     path = Path(choose_model(model, model_option))
     from splitquant_mlx.cli.progress import Bars
@@ -62,7 +62,7 @@ def upload(
         prepared.write_card()
         if not console.write_json(json_file, _values(prepared, None)):
             _show_files(prepared)
-        _show_notes(prepared)  # last, where they are seen
+        _show_notes(prepared)  # last, so that they are visible
         return
     send(prepared, json_file, Commit(**commit))
 
@@ -70,7 +70,7 @@ def upload(
 def send(prepared: Any, json_file: str | None = None, commit: Commit | None = None) -> None:
     """Send a prepared upload and print its address."""
     _show_notes(prepared)
-    interrupt.set_hint("`splitquant-mlx upload` goes on from there.")
+    interrupt.set_hint("Run `splitquant-mlx upload` to resume.")
     address = prepared.send(commit)
     if not console.write_json(json_file, _values(prepared, address)):
         print(f"Uploaded {len(prepared.files)} files to {address}")
@@ -89,7 +89,7 @@ def _show_notes(prepared: Any) -> None:
 
 
 def _values(prepared: Any, address: str | None) -> dict[str, Any]:
-    """Return an upload as JSON values; without an address nothing was sent."""
+    """Return an upload as JSON values; an address of None if nothing was sent."""
     return {
         "repo": prepared.repo,
         "address": address,

@@ -1,4 +1,4 @@
-"""Offer `verify`."""
+"""The command `verify`."""
 
 import dataclasses
 from typing import Annotated
@@ -15,14 +15,14 @@ from splitquant_mlx.cli.options import (
 from splitquant_mlx.cli.settings import dataclass_options
 from splitquant_mlx.errors import CheckpointError
 
-MOST_PROBLEMS = 8
+MAX_PROBLEMS = 8
 
 
 @dataclass_options(Model, "model")
 def verify(
     model: Model,
     source: Annotated[
-        str | None, typer.Option(help="The model it was made from, to compare every weight with.")
+        str | None, typer.Option(help="Original model, to compare every weight with.")
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -37,23 +37,20 @@ def verify(
 
     original = None if source is None else resolve(source, revision=model.revision)
     checks = check(Path(name), source=original, progress=Bars())
-    problems = sorted({problem for found in checks for problem in found.problems})
-    if not console.write_json(json_file, [dataclasses.asdict(found) for found in checks]):
-        show(
-            pairs(
-                *(
-                    (found.name, f"{'FAILED' if found.problems else 'ok':6}  {plain(found.detail)}")
-                    for found in checks
-                )
-            ),
-            *(f"  {plain(problem, 300)}" for problem in problems[:MOST_PROBLEMS]),
+    problems = sorted({problem for result in checks for problem in result.problems})
+    if not console.write_json(json_file, [dataclasses.asdict(result) for result in checks]):
+        rows = (
+            (result.name, f"{'FAILED' if result.problems else 'ok':6}  {plain(result.detail)}")
+            for result in checks
         )
+        lines = (f"  {plain(problem, 300)}" for problem in problems[:MAX_PROBLEMS])
+        show(pairs(*rows), *lines)
     if not problems:
         if json_file != "-":
-            show(f"{plain(name)} is whole.")
+            show(f"{plain(name)} is valid.")
         return
     more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
     detail = f"{problems[0]:.300}{more}"
-    if source is not None and not any(found.problems for found in checks[:-1]):
-        raise CheckpointError(f"{name} is whole, but was not made from {source} ({detail})")
-    raise CheckpointError(f"{name} is not what its manifest says ({detail}): convert it again")
+    if source is not None and not any(result.problems for result in checks[:-1]):
+        raise CheckpointError(f"{name} is valid, but was not made from {source} ({detail})")
+    raise CheckpointError(f"{name} does not match its manifest ({detail}): convert it again")

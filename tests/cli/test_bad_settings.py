@@ -1,4 +1,4 @@
-"""Settings and targets that cannot be had."""
+"""Invalid settings and targets are refused."""
 
 import mlx.core as mx
 import pytest
@@ -9,7 +9,7 @@ from splitquant_mlx import TargetError, convert
 
 
 @pytest.mark.parametrize(
-    ("options", "wanted"),
+    ("options", "message"),
     [
         (["--bits", "7"], "--bits: expected 2, 3, 4, 5, 6 or 8, got 7"),
         (["--bits", "four"], "--bits: expected an integer, got 'four'"),
@@ -42,13 +42,13 @@ from splitquant_mlx import TargetError, convert
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_settings_that_do_not_fit(refusal, tmp_path, options, wanted):
+def test_invalid_settings(refusal, tmp_path, options, message):
     source = tiny.write_checkpoint(
         tmp_path / "source", replace={"model.layers.0.mlp.down_proj.weight": mx.zeros((64, 128))}
     )
-    if options[-1] == "128":  # the one layer that is 128 wide goes
+    if options[-1] == "128":  # exclude the only layer of width 128
         options = [*options, "--exclude", "*.down_proj"]
-    assert wanted in refusal(source, *options)
+    assert message in refusal(source, *options)
 
 
 RECIPES = {
@@ -69,7 +69,7 @@ RECIPES = {
 
 
 @pytest.mark.parametrize(
-    ("content", "wanted"),
+    ("content", "message"),
     [
         (b"bits = " + b"1" * 5_000, "is not valid TOML"),
         (b"bits = " + b"[" * 100_000, "is not valid TOML"),
@@ -77,12 +77,12 @@ RECIPES = {
     ],
     ids=lambda value: repr(value[:20]) if isinstance(value, bytes) else None,
 )
-def test_recipe_file_that_is_wrong(refusal, tmp_path, content, wanted):
+def test_invalid_recipe_files(refusal, tmp_path, content, message):
     tiny.write_checkpoint(tmp_path / "source")
     recipe = tmp_path / "recipe.toml"
     recipe.write_bytes(content)
-    message = refusal(None, "--recipe", str(recipe))
-    assert wanted in message and str(recipe) in message
+    error = refusal(None, "--recipe", str(recipe))
+    assert message in error and str(recipe) in error
 
 
 TARGETS = {
@@ -105,17 +105,17 @@ TARGETS = {
 
 
 @pytest.mark.parametrize(
-    ("make", "options", "wanted"),
+    ("make", "options", "message"),
     [pytest.param(*case, id=name) for name, case in TARGETS.items()],
 )
-def test_target_that_exists(refusal, tmp_path, make, options, wanted):
+def test_target_that_exists(refusal, tmp_path, make, options, message):
     tiny.write_checkpoint(tmp_path / "source")
     make(tmp_path / "target")
-    assert wanted in refusal(None, *options, target=tmp_path / "target")
+    assert message in refusal(None, *options, target=tmp_path / "target")
 
 
 @pytest.mark.parametrize(
-    ("target", "wanted"),
+    ("target", "message"),
     {
         "file/target": "is not a directory",
         "file/deep/er/target": "is not a directory",
@@ -128,28 +128,28 @@ def test_target_that_exists(refusal, tmp_path, make, options, wanted):
         "n" * 256 + "/target": "File name too long",
     }.items(),
 )
-def test_target_that_cannot_be_made(refusal, tmp_path, target, wanted):
+def test_target_that_cannot_be_created(refusal, tmp_path, target, message):
     tiny.write_checkpoint(tmp_path / "source")
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to("nowhere")
-    assert wanted in refusal(target=tmp_path / target)
+    assert message in refusal(target=tmp_path / target)
 
 
 @pytest.mark.parametrize("target", ["source", ".", "link"])
 def test_target_never_replaces_the_source(refusal, tmp_path, target):
     source = tiny.write_checkpoint(tmp_path / "models" / "source")
-    (source.parent / "config.json").write_text("{}")  # makes it look like a model's directory
+    (source.parent / "config.json").write_text("{}")  # looks like a model directory
     (source.parent / "link").symlink_to("source")
     message = refusal(source, "--overwrite", target=source.parent / target)
     assert "is never overwritten" in message
 
 
-def test_target_in_the_home_of_nobody(refusal, tmp_path):
+def test_target_in_the_home_of_an_unknown_user(refusal, tmp_path):
     tiny.write_checkpoint(tmp_path / "source")
     assert "no such user's home" in refusal(target="~nosuchuser/x")
 
 
-def test_target_may_lie_in_the_source(tmp_path):
+def test_target_may_be_in_the_source(tmp_path):
     source = tiny.write_checkpoint(tmp_path / "source")
     convert(source, source / "mlx_model")
     assert sorted(path.name for path in source.iterdir()) == [
@@ -157,7 +157,7 @@ def test_target_may_lie_in_the_source(tmp_path):
     ]  # fmt: skip
 
 
-def test_target_that_appears_meanwhile_is_kept(tmp_path, monkeypatch):
+def test_target_created_meanwhile_is_not_replaced(tmp_path, monkeypatch):
     from splitquant_mlx.conversion import pipeline
 
     source, target = tiny.write_checkpoint(tmp_path / "source"), tmp_path / "target"

@@ -1,4 +1,4 @@
-"""The commands convert, inspect and doctor, as a user runs them."""
+"""Commands of the command line on tiny models: convert, inspect, doctor and others."""
 
 import dataclasses
 import json
@@ -31,9 +31,9 @@ def command(capsys):
     return run
 
 
-def test_convert_tells_what_it_did(command, stories, tmp_path):
+def test_convert_prints_a_summary(command, stories, tmp_path):
     out = command("convert", stories, "--mlx-path", tmp_path / "out")
-    assert "30 split, 6 kept" in out
+    assert "30 split, 6 not quantized" in out
     assert "13.50 bits/weight" in out
     assert "no group size fits its width 172: model.layers.*.mlp.down_proj (5)" in out
     assert "not in LM Studio" in out and "--method auto" in out
@@ -53,40 +53,41 @@ def test_convert_tells_what_it_did(command, stories, tmp_path):
         ([], "splitquant"),
     ],
 )
-def test_what_is_asked_for_decides_the_method(command, stories, options, method, monkeypatch):
+def test_options_choose_the_method(command, stories, options, method, monkeypatch):
     monkeypatch.setattr("splitquant_mlx.inspection.conversion_time._timed", lambda work: 1e-3)
-    found = command("convert", stories, "--dry-run", *options)
-    assert found.split()[:2] == ["Method", method]
+    out = command("convert", stories, "--dry-run", *options)
+    assert out.split()[:2] == ["Method", method]
 
 
-def test_a_dry_run_tells_the_size_and_writes_nothing(command, stories, tmp_path, monkeypatch):
+def test_a_dry_run_estimates_the_size_and_writes_nothing(command, stories, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "GB are free)" in command("convert", stories, "-q", "--dry-run")
-    told = json.loads(command("convert", stories, "-q", "--dry-run", "--json", "-"))
+    estimate = json.loads(command("convert", stories, "-q", "--dry-run", "--json", "-"))
     assert list(tmp_path.iterdir()) == []
     command("convert", stories, "-q")
-    (made,) = tmp_path.iterdir()
-    assert made.name == f"{stories.name}-rtn-4bit"
-    manifest = json.loads((made / "splitquant.json").read_text())
-    assert told["stored_bytes"] == manifest["stored_bytes"]
-    assert told["bits_per_weight"] == pytest.approx(manifest["bits_per_weight"])
+    (model,) = tmp_path.iterdir()
+    assert model.name == f"{stories.name}-rtn-4bit"
+    manifest = json.loads((model / "splitquant.json").read_text())
+    assert estimate["stored_bytes"] == manifest["stored_bytes"]
+    assert estimate["bits_per_weight"] == pytest.approx(manifest["bits_per_weight"])
 
 
 @pytest.mark.parametrize("method", get_args(Method))
 def test_a_dry_run_of_each_method(command, stories, method):
-    told = json.loads(command("convert", stories, "--method", method, "--dry-run", "--json", "-"))
-    assert 0 < told["stored_bytes"] < told["source_bytes"]
-    assert 1e8 < told["memory_bytes"] < 3e9 and 0 < told["seconds"] < 3600
+    options = ["--method", method, "--dry-run", "--json", "-"]
+    estimate = json.loads(command("convert", stories, *options))
+    assert 0 < estimate["stored_bytes"] < estimate["source_bytes"]
+    assert 1e8 < estimate["memory_bytes"] < 3e9 and 0 < estimate["seconds"] < 3600
 
 
 @pytest.mark.parametrize(
-    ("method", "said"), [("rtn", "one layer"), ("gptq", "one block that was run")]
+    ("method", "timed"), [("rtn", "from one layer"), ("gptq", "from one block")]
 )
-def test_a_dry_run_says_what_its_time_counts(command, stories, method, said, monkeypatch):
+def test_a_dry_run_states_what_was_timed(command, stories, method, timed, monkeypatch):
     monkeypatch.setattr("splitquant_mlx.inspection.conversion_time._timed", lambda work: 1e-3)
     out = command("convert", stories, "--method", method, "--dry-run")
     (line,) = (line for line in out.splitlines() if line.startswith("Time"))
-    assert " about " in line and said in line and len(line) <= 100
+    assert " about " in line and timed in line and len(line) <= 100
 
 
 def test_a_setting_of_another_method_is_refused(stories, capsys):
@@ -95,8 +96,8 @@ def test_a_setting_of_another_method_is_refused(stories, capsys):
     assert "calibration: not for method 'rtn'" in capsys.readouterr().err
 
 
-def test_stages_are_those_that_a_conversion_has(stories, tmp_path):
-    """The labels that a conversion reports, in order, are those that are numbered."""
+def test_stages_match_the_tasks_of_a_conversion(stories, tmp_path):
+    """The numbered labels are those that a conversion reports, in the same order."""
     from contextlib import contextmanager
 
     from splitquant_mlx import Recipe, convert
@@ -104,23 +105,23 @@ def test_stages_are_those_that_a_conversion_has(stories, tmp_path):
     from splitquant_mlx.progress import Silent
     from splitquant_mlx.recipe import Calibration
 
-    class Labels(Silent):
+    class Recorder(Silent):
         def __init__(self):
-            self.seen = []
+            self.labels = []
 
         @contextmanager
         def task(self, label, total=None):
-            self.seen += [label] * (label not in self.seen)
+            self.labels += [label] * (label not in self.labels)
             yield lambda amount, note="": None
 
     text = Calibration(num_samples=4, sequence_length=16)
     for number, recipe in enumerate(
         (Recipe(), Recipe(method="rtn"), Recipe(method="auto", refine=True, calibration=text))
     ):
-        labels = Labels()
-        convert(stories, tmp_path / str(number), recipe=recipe, progress=labels)
-        assert set(labels.seen) <= set(stages(recipe))
-        assert [x for x in stages(recipe) if x in labels.seen] == labels.seen
+        recorder = Recorder()
+        convert(stories, tmp_path / str(number), recipe=recipe, progress=recorder)
+        assert set(recorder.labels) <= set(stages(recipe))
+        assert [x for x in stages(recipe) if x in recorder.labels] == recorder.labels
         manifest = load_manifest(tmp_path / str(number))
         assert manifest
         assert ("choose bits" in manifest.seconds) == (recipe.method == "auto")
@@ -131,7 +132,7 @@ def test_models_and_cache_are_listed_and_cleared(command, split_stories, tmp_pat
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     out = command("models", split_stories.parent)
     assert split_stories.name in out and "splitquant" in out
-    assert out.splitlines()[3].split()[-1] == "no"  # in LM Studio
+    assert out.splitlines()[3].split()[-1] == "no"  # runs in LM Studio
     (tmp_path / "cache" / "reference").mkdir(parents=True)
     (tmp_path / "cache" / "reference" / "x").write_bytes(bytes(5_000))
     assert "5.0 kB" in command("cache")
@@ -139,16 +140,16 @@ def test_models_and_cache_are_listed_and_cleared(command, split_stories, tmp_pat
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_lm_studio_finds_what_is_linked(command, stories, tmp_path, monkeypatch, capsys):
+def test_lmstudio_links_the_result(command, stories, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     command("convert", stories, "-q", "--mlx-path", tmp_path / "out", "--lmstudio")
-    place = tmp_path / ".lmstudio" / "models" / "splitquant-mlx" / "out"
-    assert (place / "config.json").is_file()
+    link = tmp_path / ".lmstudio" / "models" / "splitquant-mlx" / "out"
+    assert (link / "config.json").is_file()
     assert cli.run(["convert", str(stories), "--lmstudio", "--mlx-path", str(tmp_path / "x")]) == 2
     assert "LM Studio does not run split layers" in capsys.readouterr().err
 
 
-def test_help_has_an_example_and_whole_names(command, monkeypatch):
+def test_help_has_an_example_and_unbroken_names(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     out = command("convert", "--help")
     assert "Example: splitquant-mlx convert" in out
@@ -157,16 +158,20 @@ def test_help_has_an_example_and_whole_names(command, monkeypatch):
     assert "Everyday" in command()
 
 
-def test_every_command_that_takes_a_model_takes_it_first_or_by_name():
+def test_every_command_accepts_its_model_as_argument_or_option():
     group: Any = typer.main.get_command(cli.app)
     commands: dict[str, Any] = {**group.commands, **group.commands["bench"].commands}
-    for name in commands.keys() - {"bench", "run", "trial"}:  # a study comes first in `run`
+    for name in commands.keys() - {
+        "bench",
+        "run",
+        "trial",
+    }:  # run: a study is first
         kinds = {x.param_type_name for x in commands[name].params if "--model" in x.opts}
         first = next(iter(commands[name].params), None)
         assert not kinds or (first and first.param_type_name == "argument"), name
 
 
-def test_help_is_a_command_and_others_names_are_explained(command, capsys):
+def test_help_is_a_command_and_aliases_are_explained(command, capsys):
     assert command("help") == command("--help")
     usage = command("help", "generate").splitlines()[0]
     assert usage == "Usage: splitquant-mlx generate [OPTIONS] [MODEL] [PROMPT]"
@@ -174,16 +179,16 @@ def test_help_is_a_command_and_others_names_are_explained(command, capsys):
         "bench", "help", "make-checkpoint"
     )
     assert cli.run(["list"]) == 2
-    assert "there is no command 'list': it is 'models' here" in capsys.readouterr().err
+    assert "there is no command 'list': use 'models'" in capsys.readouterr().err
     assert cli.run(["convrt"]) == 2
     assert "Did you mean 'convert'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        (["completion"], "it is '--install-completion' here"),
-        (["convert", "a", "b"], "what is b? The directory to write is --mlx-path"),
+        (["completion"], "there is no command 'completion': use '--install-completion'"),
+        (["convert", "a", "b"], "unexpected argument b: the directory to write is --mlx-path"),
         (["convert", "--metod", "gptq"], "No such option: --metod. Did you mean --method? (see"),
         (["convert", "a", "--bits", "4bit"], "--bits: expected an integer, got '4bit'"),
         (["convert", "a", "--target-bpw=x"], "--target-bpw: expected a number, got 'x'"),
@@ -192,12 +197,12 @@ def test_help_is_a_command_and_others_names_are_explained(command, capsys):
         (["bench", "sped", "--help"], "Did you mean 'speed'?"),
     ],
 )
-def test_what_was_meant_is_named(capsys, arguments, said):
+def test_usage_errors_name_the_likely_intention(capsys, arguments, message):
     assert cli.run(arguments) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_a_task_that_is_misspelt_is_no_task_of_lm_eval(stories, text_file, capsys):
+def test_a_misspelled_task_is_not_passed_to_lm_eval(stories, text_file, capsys):
     assert cli.run(["eval", str(stories), "--task", "perplexty", "--data", str(text_file)]) == 2
     assert "did you mean perplexity?" in capsys.readouterr().err
 
@@ -217,14 +222,14 @@ def test_no_word_is_broken_on_a_terminal(stream, monkeypatch):
     assert max(map(len, screen.getvalue().splitlines())) <= 40
 
 
-def test_convert_takes_mlx_lm_flags(command, stories, tmp_path):
+def test_convert_accepts_flags_of_mlx_lm(command, stories, tmp_path):
     flags = ["-q", "--q-bits", 8, "--q-group-size", 32, "--dtype", "float16"]
     command("convert", "--hf-path", stories, "--mlx-path", tmp_path / "out", *flags)
     manifest = json.loads((tmp_path / "out" / "splitquant.json").read_text())
     assert (manifest["recipe"]["bits"], manifest["recipe"]["group_size"]) == (8, 32)
 
 
-def test_options_go_before_the_recipe_file(command, stories, tmp_path):
+def test_options_take_precedence_over_the_recipe_file(command, stories, tmp_path):
     (tmp_path / "mine.toml").write_text('clusters = 2\nbits = 3\nexclude = ["*.mlp.*"]\n')
     options = ["--recipe", tmp_path / "mine.toml", "--bits", 5]
     command("convert", "--model", stories, "--mlx-path", tmp_path / "out", *options)
@@ -251,11 +256,11 @@ def test_inspect_reads_no_weight_and_groups_layers(command, stories, split_stori
         rows = [line.split() for line in out.splitlines()]
         assert ["self_attn.q_proj", "5"] in [row[:2] for row in rows]
         assert max(len(line) for line in out.splitlines() if "/" not in line) <= 80
-    found = json.loads(command("inspect", stories, "--json", "-"))
-    assert (found["method"], found["bits_per_weight"]) == ("", 32.0)
+    values = json.loads(command("inspect", stories, "--json", "-"))
+    assert (values["method"], values["bits_per_weight"]) == ("", 32.0)
 
 
-def test_inspect_shows_kinds_of_one_name_together():
+def test_inspect_groups_layers_by_name_and_form():
     layers = [
         LayerRecord(
             path=f"model.layers.{block}.{name}",
@@ -268,11 +273,11 @@ def test_inspect_shows_kinds_of_one_name_together():
         )
         for block, name, bits in ((0, "q", 2), (0, "v", 4), (1, "q", 3), (1, "v", 4), (2, "q", 2))
     ]
-    found = [(name[-1], group[0].bits, len(group)) for name, group in group_layers(tuple(layers))]
-    assert found == [("q", 2, 2), ("q", 3, 1), ("v", 4, 2)]
+    groups = [(name[-1], group[0].bits, len(group)) for name, group in group_layers(tuple(layers))]
+    assert groups == [("q", 2, 2), ("q", 3, 1), ("v", 4, 2)]
 
 
-def test_inspect_shows_where_an_original_would_be_cut(command, stories, split_stories):
+def test_inspect_computes_cut_points_of_an_original(command, stories, split_stories):
     out = command("inspect", stories, "--cut-points")
     manifest = json.loads((split_stories / "splitquant.json").read_text())
     for layer in manifest["layers"]:
@@ -292,13 +297,13 @@ def test_inspect_draws_a_histogram(command, stories, split_stories, tmp_path, co
     assert png.read_bytes().startswith(b"\x89PNG")
 
 
-def test_inspect_names_what_it_does_not_find(capsys, stories):
+def test_inspect_errors(capsys, stories):
     assert cli.run(["inspect", "--model", str(stories), "--layer", "model.layers.9"]) == 2
     assert "--layer: there is no layer 'model.layers.9'" in capsys.readouterr().err
     assert cli.run(["inspect", str(stories), "--layer", "0.mlp.up_porj"]) == 2
     assert "model.layers.0.mlp.up_proj" in capsys.readouterr().err
     assert cli.run(["inspect", "--model", str(stories), "--png", "x.png"]) == 2
-    assert "say which with --layer" in capsys.readouterr().err
+    assert "choose it with --layer" in capsys.readouterr().err
 
 
 def test_doctor_reports_and_passes(command):
@@ -308,7 +313,7 @@ def test_doctor_reports_and_passes(command):
     assert out.rstrip().endswith("Everything works.")
 
 
-def test_doctor_fails_when_a_device_computes_wrongly(capsys, monkeypatch):
+def test_doctor_fails_when_a_check_fails(capsys, monkeypatch):
     from splitquant_mlx.inspection import doctor
 
     monkeypatch.setattr(doctor, "self_check", lambda: [Check(name="x", difference=1, limit=0.1)])
@@ -316,8 +321,8 @@ def test_doctor_fails_when_a_device_computes_wrongly(capsys, monkeypatch):
     assert "self-check failed (x)" in capsys.readouterr().err
 
 
-def test_self_check_sees_a_wrong_kernel(monkeypatch):
-    """A device whose quantized product is off by a percent does not pass."""
+def test_self_check_detects_a_wrong_kernel(monkeypatch):
+    """A quantized product with an error of one percent does not pass."""
     right = mx.quantized_matmul
     monkeypatch.setattr(mx, "quantized_matmul", lambda *a, **k: right(*a, **k) * 1.01)
     checks = [check for check in self_check() if "quantized model" in check.name]
@@ -338,7 +343,7 @@ def test_version_and_module_form():
     assert done.returncode == 0 and done.stdout.startswith("splitquant-mlx 0.")
 
 
-def test_the_summary_of_auto_counts_what_its_target_counts(split_stories):
+def test_the_summary_of_auto_counts_all_quantized_layers(split_stories):
     manifest = load_manifest(split_stories)
     assert manifest
     layer = manifest.layers[0]
@@ -352,7 +357,7 @@ def test_the_summary_of_auto_counts_what_its_target_counts(split_stories):
     assert rows["Time"] == "1.0 s"
 
 
-def test_eval_is_refused_where_memory_is_too_small(stories, text_file, monkeypatch, capsys):
+def test_eval_is_refused_if_memory_is_too_small(stories, text_file, monkeypatch, capsys):
     monkeypatch.setattr("splitquant_mlx.runtime.memory.memory_bytes", lambda: 10_000_000)
     assert cli.run(["eval", str(stories), "--data", str(text_file)]) == 2
     assert f"evaluating {stories} needs about" in capsys.readouterr().err

@@ -18,7 +18,7 @@ TEMPLATE = (
 
 
 def generate(capsys, *arguments: str) -> tuple[int, str, str]:
-    """Run `generate`, and return its exit code, output and errors."""
+    """Run `generate` and return its exit code, stdout and stderr."""
     code = run(["generate", "--device", "cpu", *arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
@@ -26,7 +26,7 @@ def generate(capsys, *arguments: str) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def chatty(split_stories, tmp_path_factory):
-    """Return the checkpoint with a chat template."""
+    """Return a copy of the checkpoint with a chat template."""
     copy = tmp_path_factory.mktemp("chatty") / "model"
     shutil.copytree(split_stories, copy)
     path = copy / "tokenizer_config.json"
@@ -37,10 +37,10 @@ def chatty(split_stories, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(split_stories):
-    """Return what mlx_lm, running the checkpoint's own code, says after a prompt."""
+    """Return a function that generates with mlx_lm, which runs the code of the checkpoint."""
     import mlx_lm
 
-    # Older releases of mlx-lm run a checkpoint's code unasked.
+    # older releases of mlx-lm run the code without the option
     options = inspect.signature(mlx_lm.load).parameters.keys() & {"trust_remote_code"}
     trusted: Any = dict.fromkeys(options, True)
     model, tokenizer, *_ = mlx_lm.load(str(split_stories), **trusted)
@@ -52,7 +52,7 @@ def reference(split_stories):
     return answer
 
 
-def test_without_a_prompt_it_says_which_one_it_answers(stories, capsys):
+def test_the_default_prompt_is_shown(stories, capsys):
     options = ["--model", str(stories), "-m", "3"]
     code, out, err = generate(capsys, *options)
     assert code == 0 and "no --prompt: 'hello', as in mlx_lm.generate" in err
@@ -73,7 +73,7 @@ def test_same_text_and_footer_as_mlx_lm(split_stories, reference, capsys):
     assert without_numbers(out) == without_numbers(expected)
 
 
-def test_same_samples_as_mlx_lm_from_the_same_seed(split_stories, reference, capsys):
+def test_same_samples_as_mlx_lm_with_the_same_seed(split_stories, reference, capsys):
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
@@ -122,7 +122,7 @@ def test_an_extra_token_ends_the_answer(split_stories, reference, capsys):
     assert len(out) < len(whole)
 
 
-def test_a_limited_kv_cache_changes_nothing_while_it_is_not_full(split_stories, reference, capsys):
+def test_a_limited_kv_cache_changes_nothing_until_it_is_full(split_stories, reference, capsys):
     arguments = ("--model", str(split_stories), "-p", STORY, "--verbose", "False")
     _, out, _ = generate(capsys, *arguments, "-m", "30", "--max-kv-size", "40")
     assert out == reference(STORY) + "\n"
@@ -154,7 +154,7 @@ def test_refusals_are_one_line(split_stories, capsys, options, message):
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "serve"])
-def test_without_a_converted_model_the_next_step_is_named(command, tmp_path, monkeypatch, capsys):
+def test_without_a_converted_model_the_error_names_convert(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run([command]) == 2
     err = capsys.readouterr().err
@@ -162,28 +162,28 @@ def test_without_a_converted_model_the_next_step_is_named(command, tmp_path, mon
     assert err.count("\n") == 1
 
 
-def test_model_and_prompt_can_be_given_in_order(split_stories, reference, capsys):
+def test_model_and_prompt_as_arguments(split_stories, reference, capsys):
     _, out, err = generate(capsys, str(split_stories), STORY, "--quiet", "-m", "30")
     assert (out, err) == (reference(STORY) + "\n", "")
 
 
-def test_a_cut_answer_says_so(split_stories, capsys):
+def test_a_truncated_answer_has_a_note(split_stories, capsys):
     _, _, err = generate(capsys, str(split_stories), STORY, "-m", "5")
     assert "cut off at 5 tokens (--max-tokens)" in err
 
 
-def test_a_prompt_beyond_the_context_is_warned_of(split_stories, capsys):
+def test_a_prompt_longer_than_the_context_has_a_warning(split_stories, capsys):
     _, _, err = generate(capsys, str(split_stories), f"{STORY} " * 200, "-m", "2")
-    assert "more than the 512 that this model was made for" in err
+    assert "exceed the context of 512 tokens" in err
 
 
-def test_json_is_all_that_is_printed(split_stories, reference, capsys):
+def test_json_is_the_only_output(split_stories, reference, capsys):
     _, out, _ = generate(capsys, str(split_stories), STORY, "-m", "30", "--json", "-")
-    found = json.loads(out)
-    assert (found["text"], found["finish_reason"]) == (reference(STORY), "length")
+    values = json.loads(out)
+    assert (values["text"], values["finish_reason"]) == (reference(STORY), "length")
 
 
-def test_the_newest_converted_model_here_is_taken(split_stories, tmp_path, monkeypatch, capsys):
+def test_the_newest_converted_model_here_is_used(split_stories, tmp_path, monkeypatch, capsys):
     for number, name in enumerate(("old", "new")):
         shutil.copytree(split_stories, tmp_path / name)
         os.utime(tmp_path / name / "splitquant.json", (number, number))
@@ -195,7 +195,7 @@ def test_the_newest_converted_model_here_is_taken(split_stories, tmp_path, monke
     assert code == 2 and "did you mean llama-auto?" in err
 
 
-def test_what_memory_is_too_small_for_is_refused(split_stories, monkeypatch, capsys):
+def test_a_model_too_large_for_memory_is_refused(split_stories, monkeypatch, capsys):
     from splitquant_mlx.runtime import memory
 
     monkeypatch.setattr(memory, "memory_bytes", lambda: 10_000_000)

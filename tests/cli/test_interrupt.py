@@ -1,4 +1,4 @@
-"""Signals that come while Python cannot react, and progress where there is no terminal."""
+"""Signals while Python cannot run handlers, and progress without a terminal."""
 
 import re
 import signal
@@ -12,7 +12,7 @@ from rich.console import Console
 
 from splitquant_mlx.cli import console, progress
 
-# hashing lets other threads run, as mlx does, and takes half a minute
+# hashing releases the GIL, as mlx does, and takes half a minute
 BUSY = """
 import hashlib, sys
 from splitquant_mlx.cli import interrupt
@@ -26,7 +26,7 @@ with interrupt.watch_signals():
 @pytest.mark.parametrize(
     "numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT, signal.SIGINT]]
 )
-def test_a_signal_ends_what_computes_for_long(numbers):
+def test_a_signal_ends_a_long_computation(numbers):
     with subprocess.Popen(
         [sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -37,24 +37,24 @@ def test_a_signal_ends_what_computes_for_long(numbers):
             process.send_signal(number)
             time.sleep(0.2)
         _, err = process.communicate(timeout=40)
-    assert time.monotonic() - began < 10  # two seconds where nothing else runs
+    assert time.monotonic() - began < 10  # two seconds on an idle machine
     assert process.returncode == 128 + numbers[0]
-    assert err == "Interrupted. Run the same command to go on.\n"
+    assert err == "Interrupted. Run the same command to continue.\n"
 
 
-# the thread hears of the signal when the block has ended: it has not run before
+# the thread may read the signal only after the block has ended
 HANDLED = """
 import os, signal, time
 from splitquant_mlx.cli import interrupt
 with interrupt.watch_signals():
     for _ in range(3):
-        came = []
-        signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+        received = []
+        signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
         with interrupt.handle_signals(2):
             os.kill(os.getpid(), signal.SIGINT)
-        assert came == [signal.SIGINT]
+        assert received == [signal.SIGINT]
     time.sleep(2 * interrupt.GRACE_S)
-    print("goes on")
+    print("still running")
     with interrupt.handle_signals(1):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
@@ -62,15 +62,15 @@ with interrupt.watch_signals():
 """
 
 
-def test_a_block_handles_its_own_signals_and_no_more():
+def test_a_block_handles_a_limited_number_of_signals():
     ended = subprocess.run(
         [sys.executable, "-c", HANDLED], capture_output=True, text=True, timeout=25
     )
-    assert ended.stdout == "goes on\n"
+    assert ended.stdout == "still running\n"
     assert (ended.returncode, ended.stderr) == (130, "Interrupted.\n")
 
 
-# an import that loses exceptions, as callbacks from C do
+# an import that discards exceptions, as callbacks from C do
 IMPORTING = """
 import sys, time
 from splitquant_mlx.__main__ import main
@@ -88,7 +88,7 @@ main()
 """
 
 
-def test_a_signal_ends_what_is_still_being_imported():
+def test_a_signal_ends_a_running_import():
     with subprocess.Popen(
         [sys.executable, "-c", IMPORTING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -98,8 +98,8 @@ def test_a_signal_ends_what_is_still_being_imported():
     assert (process.returncode, out, err) == (130, "", "Interrupted.\n")
 
 
-def test_a_pipe_gets_a_line_for_each_stage_and_minute(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "EVERY_S", 0.2)
+def test_without_a_terminal_each_stage_and_minute_has_a_line(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "INTERVAL_S", 0.2)
     bars = progress.Bars(["Sampling text", "Quantizing"])
     with bars.task("Sampling text"):
         pass
@@ -111,7 +111,7 @@ def test_a_pipe_gets_a_line_for_each_stage_and_minute(capsys, monkeypatch):
     assert third.startswith("2 of 2, Quantizing: 25%, 0:00 elapsed")
 
 
-def test_a_bar_stands_on_one_line(monkeypatch):
+def test_a_bar_fits_on_one_line(monkeypatch):
     out = StringIO()
     screen = Console(file=out, force_terminal=True, color_system=None, width=80)
     monkeypatch.setattr(console, "stderr", lambda: screen)
@@ -131,6 +131,6 @@ def test_quiet_shows_nothing(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_the_time_that_is_left_follows_from_what_is_done():
+def test_the_remaining_time_is_estimated_from_progress():
     assert progress._times(30, 1, 4) == "0:30 elapsed, 1:30 left"
     assert progress._times(3700, 0, 4) == "1:01:40 elapsed"

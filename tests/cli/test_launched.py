@@ -1,4 +1,4 @@
-"""generate, eval and serve as the ranks of a group: they speak as one, and end together."""
+"""generate, eval and serve with several ranks: one prints, and all end together."""
 
 import json
 import signal
@@ -29,9 +29,9 @@ def model(split_32):
 
 @pytest.fixture(scope="module")
 def endless(tmp_path_factory):
-    """Return a random model that two ranks can divide, and that never says its last word."""
+    """Return a random model that two ranks can shard and whose answers never end."""
     head = mx.random.normal((tiny.VOCAB, tiny.HIDDEN), key=mx.random.key(0))
-    head[1] = 0  # of which the logit is 0, and another's above it
+    head[1] = 0  # the logit of the end token is 0, and another one is larger
     return tiny.write_checkpoint(
         tmp_path_factory.mktemp("random") / "model",
         tie_word_embeddings=False,
@@ -44,27 +44,27 @@ def generate(model, *options):
     return [*COMMAND, "generate", "--device", "cpu", *map(str, arguments)]
 
 
-def alone(command, capfd):
-    """Return what a command prints when it runs here, as one process."""
+def single_process(command, capfd):
+    """Return the output of a command in this process."""
     capfd.readouterr()
     assert run(command[len(COMMAND) :]) == 0
     return capfd.readouterr().out
 
 
 def wait_for_answer(process):
-    """Return once a process is in the middle of its answer."""
+    """Wait until a process is generating its answer."""
     words = ""
     while words.count(" w") < 3:
         words += process.stdout.read(1)
 
 
 @pytest.mark.parametrize("options", [[], ["--temp", 0.9, "--seed", 3]])
-def test_two_ranks_generate_what_one_does(model, capfd, options):
+def test_two_ranks_generate_the_same_as_one(model, capfd, options):
     command = generate(model, "--verbose", "False", *options)
     with running(*command) as processes:
         ended = finish(processes)
     (code, out, err), other = ended
-    assert (code, out) == (0, alone(command, capfd))
+    assert (code, out) == (0, single_process(command, capfd))
     assert "error" not in err and other == (0, "", "")
 
 
@@ -79,13 +79,13 @@ def test_mlx_launch_shows_the_answer_once(model, capfd):
         stdin=subprocess.DEVNULL,
         timeout=120,
     )
-    assert (done.returncode, done.stdout) == (0, alone(command, capfd))
+    assert (done.returncode, done.stdout) == (0, single_process(command, capfd))
 
 
 def test_mlx_launch_ends_all_when_one_is_killed(endless):
     launcher = Path(sys.executable).with_name("mlx.launch")
     options = ["-n", "2", "--starting-port", str(free_ports(2)[0]), "--"]
-    # each rank tells its process id, so that one can be killed
+    # each rank prints its process id, so that one can be killed
     code = (
         "import os, sys; print(os.getpid(), file=sys.stderr, flush=True)\n"
         "from splitquant_mlx.__main__ import main; main()"
@@ -107,7 +107,7 @@ def test_mlx_launch_ends_all_when_one_is_killed(endless):
     assert time.monotonic() - began < LIMIT_S
 
 
-def test_a_rank_whose_peer_is_gone_says_so_and_ends(endless):
+def test_a_rank_ends_when_its_peer_is_killed(endless):
     with running(*generate(endless, "-m", 1_000_000)) as processes:
         wait_for_answer(processes[0])
         processes[1].kill()
@@ -127,7 +127,7 @@ def test_a_signal_ends_a_rank_that_waits_for_another(endless, number):
         assert processes[0].wait(timeout=LIMIT_S) == 128 + number
 
 
-def test_a_signal_ends_a_rank_that_others_do_not_join(endless):
+def test_a_signal_ends_a_rank_that_waits_to_join(endless):
     with running(*generate(endless), size=2) as processes:
         processes[1].kill()
         time.sleep(8)
@@ -151,10 +151,10 @@ def test_a_signal_ends_a_rank_that_others_do_not_join(endless):
         (["serve", "--model", "MODEL", "--port", "TAKEN"], "cannot listen on 127.0.0.1, port"),
     ],
 )
-def test_an_error_is_told_once(model, command, message):
+def test_an_error_is_printed_once(model, command, message):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        own = {"MODEL": str(model), "TAKEN": str(taken.getsockname()[1])}
-        with running(*COMMAND, *(own.get(word, word) for word in command)) as processes:
+        values = {"MODEL": str(model), "TAKEN": str(taken.getsockname()[1])}
+        with running(*COMMAND, *(values.get(word, word) for word in command)) as processes:
             ended = finish(processes, LIMIT_S)
     assert [code for code, _, _ in ended] == [2, 2]
     assert [out for _, out, _ in ended] == ["", ""]
@@ -162,7 +162,7 @@ def test_an_error_is_told_once(model, command, message):
     assert ended[1][2] == ""
 
 
-def test_eval_prints_and_writes_what_one_process_does(
+def test_eval_prints_and_writes_the_same_as_one_process(
     model, stories, questions_file, tmp_path, capfd
 ):
     options = ["--device", "cpu", "--task", "arc_easy", "--data", questions_file, "--limit", 20]
@@ -174,44 +174,44 @@ def test_eval_prints_and_writes_what_one_process_does(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPLITQUANT_CACHE", str(tmp_path / "other"))
         patch.setenv("COLUMNS", "80")
-        printed = alone([*command, "--json", str(tmp_path / "one.json")], capfd)
+        printed = single_process([*command, "--json", str(tmp_path / "one.json")], capfd)
     assert ended[1] == (0, "", "")
     assert ended[0][0] == 0 and ended[0][1].split() == printed.split()
     results = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two")]
     assert results[0] == results[1]
 
 
-def test_lm_evaluation_harness_gets_the_same_answers(model, questions_file):
+def test_lm_evaluation_harness_receives_the_same_answers(model, questions_file):
     import rank_harness
 
     with running(sys.executable, rank_harness.__file__, model, questions_file) as processes:
         ended = finish(processes)
-    wanted = json.loads(json.dumps(rank_harness.work(model, questions_file, None)))
-    assert len(wanted["responses"]) == 12 and all(wanted["texts"])
+    expected = json.loads(json.dumps(rank_harness.work(model, questions_file, None)))
+    assert len(expected["responses"]) == 12 and all(expected["texts"])
     for code, out, error in ended:
         assert code == 0, error
-        assert json.loads(out.splitlines()[-1]) == wanted
+        assert json.loads(out.splitlines()[-1]) == expected
 
 
 def serve(model, *options):
     return [*COMMAND, "serve", "--device", "cpu", "--port", 0, "--model", model, *options]
 
 
-def own(log):
+def own_lines(log):
     """Return the lines that are neither mlx's nor the log of requests."""
     return [line for line in log if not line.startswith(("[ring]", "127.0.0.1 - -"))]
 
 
 def test_rank_0_serves_and_all_compute(model, capfd):
-    story = alone(generate(model, "--verbose", "False"), capfd).rstrip("\n")
+    story = single_process(generate(model, "--verbose", "False"), capfd).rstrip("\n")
     body = {"prompt": STORY, "max_tokens": 40}
     with running(*serve(model, "--log-level", "ERROR")) as processes:
         server = Process(processes[0])
         assert server.ask("GET", "/health") == (200, {"status": "ok"})
-        for seed in (None, 1):  # in a batch, and alone
+        for seed in (None, 1):  # in a batch, and separately
             answer = server.post(TEXT, **body, seed=seed)
             assert answer["choices"][0]["text"].lstrip() == story
-        for seed in (None, 1):  # clients who leave do not set the ranks at odds
+        for seed in (None, 1):  # ranks stay in step when clients disconnect
             server.start(max_tokens=300, seed=seed, stream=True).close()
             assert server.post(TEXT, **body)["choices"][0]["text"].lstrip() == story
         samples = [server.post(TEXT, **body, temperature=1.0, seed=2) for _ in range(2)]
@@ -223,16 +223,16 @@ def test_rank_0_serves_and_all_compute(model, capfd):
         assert processes[0].wait(timeout=LIMIT_S) == 0
         code, out, error = finish(processes[1:], LIMIT_S)[0]
     assert (code, out, error) == (0, "", "")
-    assert not own(server.log)
+    assert not own_lines(server.log)
 
 
-def test_a_server_whose_rank_is_gone_ends(model):
+def test_a_server_ends_when_a_rank_is_killed(model):
     with running(*serve(model, "--log-level", "ERROR")) as processes:
         server = Process(processes[0])
         processes[1].kill()
         assert processes[0].wait(timeout=LIMIT_S) == 2
         deadline = time.monotonic() + 5
-        while not own(server.log) and time.monotonic() < deadline:
+        while not own_lines(server.log) and time.monotonic() < deadline:
             time.sleep(0.1)
     (line,) = (line for line in server.log if "splitquant-mlx: error: " in line)
     assert "the connection to another rank was lost" in line

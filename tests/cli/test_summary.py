@@ -1,4 +1,4 @@
-"""What is shown before a conversion."""
+"""The table that method auto prints before a conversion."""
 
 import pytest
 
@@ -27,10 +27,10 @@ def test_the_table_of_auto(capsys, mixture, larger):
     assert whole == ["whole", "checkpoint", "800.0", "kB", "0.25"]
     shown = "5.00 bits/weight 900.0 kB 0.1" if larger else "none: this is the best"
     assert " ".join(step) == f"next size up {shown}"
-    assert ("The KL of a mixture is predicted" in out) == mixture
+    assert ("The KL of a mixture of experts is predicted" in out) == mixture
 
 
-def test_stacks_of_experts_and_shared_ones_stand_in_rows_of_their_own(capsys):
+def test_expert_stacks_and_shared_experts_have_separate_rows(capsys):
     block = "model.layers.{}.mlp"
     stacks, shared = f"{block}.switch_mlp.up_proj", f"{block}.shared_expert.up_proj"
     bits = {
@@ -38,7 +38,7 @@ def test_stacks_of_experts_and_shared_ones_stand_in_rows_of_their_own(capsys):
     }
     bits["lm_head"] = 8
     forecast = Forecast(
-        recipe=Recipe(layers={path: {"bits": of, "group_size": 64} for path, of in bits.items()}),
+        recipe=Recipe(layers={path: {"bits": n, "group_size": 64} for path, n in bits.items()}),
         bits_per_weight=4.5,
         total_bytes=8e5,
         divergence=dict.fromkeys(bits, 0.25),

@@ -1,4 +1,4 @@
-"""Commands in a terminal: the keys of a chat, and Ctrl-C wherever a command is."""
+"""Commands in a terminal: keys in a chat, and Ctrl-C at any time."""
 
 import json
 import random
@@ -15,14 +15,14 @@ from splitquant_mlx.cli.talk import Talk
 
 PROGRAM = ["-m", "splitquant_mlx"]
 STORY = "Once upon a time"
-# two seconds where nothing else runs, see cli/interrupt.py
+# two seconds on an idle machine, see cli/interrupt.py
 LEAVES_WITHIN_S = 10
 MOMENTS = 8
 
 
 @pytest.fixture
 def chat(split_stories, tmp_path):
-    """Start a chat whose answers do not end by themselves, and wait for its prompt."""
+    """Start a chat with endless answers and wait for its prompt."""
     command = [*PROGRAM, "chat", str(split_stories), "--device", "cpu", "-m", "-1"]
     with Terminal(*command, SPLITQUANT_CACHE=str(tmp_path)) as terminal:
         header = terminal.read_until("you>")
@@ -32,11 +32,11 @@ def chat(split_stories, tmp_path):
 
 
 def ask(chat: Terminal, *lines: str) -> str:
-    """Type lines at the prompt; returns what is shown up to the next prompt."""
+    """Type lines at the prompt and return the output up to the next prompt."""
     shown = ""
     for line in lines:
         chat.type(f"{line}{ENTER}")
-        chat.read_until("\n")  # the prompt is drawn again as the line is edited, up to here
+        chat.read_until("\n")  # skip the line as edited, in which the prompt is redrawn
         shown = chat.read_until("you>" if line is lines[-1] else "...>")
     return shown
 
@@ -69,7 +69,7 @@ def test_every_command_of_a_chat(chat, tmp_path):
     assert "did you mean /system?" in ask(chat, "/sytem")
     chat.type(f"/exit{ENTER}")
     assert chat.process.wait(timeout=LEAVES_WITHIN_S) == 0
-    assert "+/stats" in (tmp_path / "chat_history").read_text()  # for the next session
+    assert "+/stats" in (tmp_path / "chat_history").read_text()  # history of the next session
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(chat):
@@ -84,7 +84,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(chat):
     chat.type(CTRL_C)
     chat.read_until("Ctrl-C again")
     chat.read_until("you>")
-    assert "unknown command /what" in ask(chat, "/what")  # after which one does not leave
+    assert "unknown command /what" in ask(chat, "/what")  # resets the count of Ctrl-C
     chat.type(CTRL_C)
     chat.read_until("Ctrl-C again")
     chat.type(CTRL_C)
@@ -95,7 +95,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(chat):
     ("before", "count", "full"),
     [(500, 11, False), (500, 12, True), (512, 12, False), (600, 255, False), (600, 256, True)],
 )
-def test_an_answer_ends_where_the_context_is_full(before, count, full):
+def test_an_answer_ends_when_the_context_is_full(before, count, full):
     conversation: Any = SimpleNamespace(tokens=before + count)
     talk = Talk(conversation, None, context=512, fills_context=True)  # type: ignore[arg-type]
     assert talk._is_full(count) == full
@@ -114,27 +114,27 @@ def test_a_terminated_chat_ends(chat):
 
 @pytest.fixture
 def commands(stories, text_file, tmp_path):
-    """Return commands that take long, and what each says of going on."""
+    """Return long commands with the messages of their interrupts."""
     text = text_file.read_text(encoding="utf-8") * 50
     long_text = tmp_path / "long.txt"
     long_text.write_text(text, encoding="utf-8")
     calibration = ["--calibration", str(long_text), "--num-samples", "2000"]
     target = ["--mlx-path", str(tmp_path / "target")]
-    again = "Interrupted. Run the same command to go on."
+    message = "Interrupted. Run the same command to continue."
     return {
-        "convert": (["convert", str(stories), "--method", "gptq", *calibration, *target], again),
-        "eval": (["eval", str(stories), "--data", str(long_text)], again),
+        "convert": (["convert", str(stories), "--method", "gptq", *calibration, *target], message),
+        "eval": (["eval", str(stories), "--data", str(long_text)], message),
         "generate": (["generate", str(stories), text[:30_000]], "Interrupted."),
     }
 
 
 def interrupt(command: list[str], tmp_path, *, after_s: float, shown: str = "") -> str:
-    """Press Ctrl-C some time after the command began, or after `shown`; returns the last line."""
+    """Press Ctrl-C `after_s` after the start, or after `shown` is printed; return the last line."""
     with Terminal(*PROGRAM, *command, SPLITQUANT_CACHE=str(tmp_path / "cache")) as terminal:
         if shown:
             terminal.read_until(shown)
         terminal.read_for(after_s)
-        if terminal.process.poll() == 0:  # it was faster
+        if terminal.process.poll() == 0:  # finished before
             return "Interrupted."
         began = time.monotonic()
         terminal.type(CTRL_C)
@@ -148,7 +148,7 @@ def interrupt(command: list[str], tmp_path, *, after_s: float, shown: str = "") 
 @pytest.mark.parametrize(
     ("name", "shown"), [("convert", "elapsed"), ("eval", "elapsed"), ("generate", "=====")]
 )
-def test_ctrl_c_leaves_and_says_how_to_go_on(commands, tmp_path, name, shown):
+def test_ctrl_c_exits_and_prints_how_to_continue(commands, tmp_path, name, shown):
     command, expected = commands[name]
     assert interrupt(command, tmp_path, after_s=0.5, shown=shown) == expected
     assert not (tmp_path / "target").exists()
@@ -161,7 +161,7 @@ def test_ctrl_c_at_random_moments(commands, tmp_path, name):
     command, expected = commands[name]
     rng = random.Random(name)
     for _ in range(MOMENTS):
-        # before 0.2 s Python itself may not have begun; what goes on is not said from the start
+        # before 0.2 s Python may not have started; the hint is set only after the start
         last = interrupt(command, tmp_path, after_s=rng.uniform(0.2, 12))
         assert last in (expected, "Interrupted.")
         assert not (tmp_path / "target").exists()

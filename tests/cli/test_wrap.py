@@ -1,4 +1,4 @@
-"""Words that reach the edge of a terminal."""
+"""Word wrapping at the edge of a terminal."""
 
 import pyte
 import pytest
@@ -20,7 +20,7 @@ def shown(pieces, columns=20, column=0):
 
 
 @pytest.mark.parametrize("pieces", [TEXT, [TEXT], TEXT.split(" o")], ids=["chars", "whole", "few"])
-def test_no_word_is_broken_that_fits_a_line(pieces):
+def test_words_that_fit_on_a_line_are_not_broken(pieces):
     if pieces == TEXT.split(" o"):
         pieces = [pieces[0], *(f" o{piece}" for piece in pieces[1:])]
     assert shown(pieces) == [
@@ -34,12 +34,12 @@ def test_no_word_is_broken_that_fits_a_line(pieces):
     ]
 
 
-def test_the_first_line_begins_behind_the_mark():
+def test_the_first_line_begins_after_the_label():
     assert shown(["hello there, my friend"], columns=16, column=3) == [
         "m> hello there,",
         "my friend",
     ]
 
 
-def test_wide_characters_are_broken_anywhere():
+def test_lines_break_between_wide_characters():
     assert shown(["ab " + "漢" * 10], columns=12) == ["ab 漢漢漢漢", "漢漢漢漢漢", "漢"]

@@ -105,7 +105,7 @@ def test_conversions_pass(conversions, verify, method):
     source, directory = conversions
     code, out, _ = verify(directory / method, "--source", source)
     assert code == 0 and out.count(" ok") == 5 and "FAILED" not in out
-    assert out.endswith(f"{directory / method} is whole.\n")
+    assert out.endswith(f"{directory / method} is valid.\n")
     code, out, _ = verify(directory / method)
     assert code == 0 and out.count(" ok") == 4
 
@@ -167,7 +167,7 @@ def test_alterations_are_detected(model, verify, edit, problem):
     edit(model)
     code, out, err = verify(model)
     assert code == 2 and "FAILED" in out
-    assert problem in out and "is not what its manifest says" in err
+    assert problem in out and "does not match its manifest" in err
 
 
 def one_row(codes):

@@ -305,7 +305,7 @@ def test_ctrl_c_names_the_command_that_resumes(hub, model, upload, monkeypatch):
 
     monkeypatch.setattr(HfApi, "upload_folder", interrupt)
     code, _, err = upload(model)
-    assert code == 130 and "`splitquant-mlx upload` goes on from there." in err
+    assert code == 130 and "Run `splitquant-mlx upload` to resume." in err
 
 
 def test_an_older_conversion_is_replaced_completely(hub, model, made, upload):

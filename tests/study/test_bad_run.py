@@ -236,7 +236,7 @@ def test_interrupt_leaves_nothing(tmp_path, number):
         process.send_signal(number)
         _, err = process.communicate(timeout=20)
     assert process.returncode == 128 + number
-    assert err.splitlines()[-1] == "Interrupted. Run the same command to go on."
+    assert err.splitlines()[-1] == "Interrupted. Run the same command to continue."
     assert err.count("\n") == 2  # the current stage, and this message
     assert tree(tmp_path) == before
 

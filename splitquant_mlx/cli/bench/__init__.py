@@ -1,29 +1,25 @@
-"""Offer `bench` and its commands."""
+"""The command `bench` and its subcommands."""
 
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from splitquant_mlx.cli.bench.conversion import (
-    calibrated,
-    convert,
-    make_checkpoint,
-)
+from splitquant_mlx.cli.bench.conversion import calibrated, convert, make_checkpoint
 from splitquant_mlx.cli.bench.speed import speed, trial
 from splitquant_mlx.cli.help import Command, Group
 from splitquant_mlx.errors import meant
 
 
 class Bench(Group):
-    """The group in which `bench MODEL` is `bench speed MODEL`."""
+    """A group of commands in which `bench MODEL` means `bench speed MODEL`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put in the command that is left out, unless one was misspelt."""
+        """Insert the command `speed` if none is given, unless one was misspelled."""
         name = args[0] if args else "help"
         known = (*self.commands, "help", "-h", "--help")
-        is_misspelt = name[:1] != "-" and meant(name, self.commands) and not Path(name).exists()
-        if name not in known and not is_misspelt:
+        is_misspelled = name[:1] != "-" and meant(name, self.commands) and not Path(name).exists()
+        if name not in known and not is_misspelled:
             args = ["speed", *args]
         return super().parse_args(ctx, args)
 

@@ -1,4 +1,4 @@
-"""Offer the benchmarks of conversions, and the random models that they take."""
+"""Benchmarks of conversions, and random checkpoints for them."""
 
 import dataclasses
 import tempfile
@@ -29,15 +29,15 @@ def make_checkpoint(
         ),
     ],
     directory: Annotated[Path, typer.Argument(help="Directory to write.")],
-    layers: Annotated[int | None, typer.Option(help="Another number of layers.")] = None,
-    hidden_size: Annotated[int | None, typer.Option(help="Another hidden size.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Number of layers.")] = None,
+    hidden_size: Annotated[int | None, typer.Option(help="Hidden size.")] = None,
     intermediate_size: Annotated[
-        int | None, typer.Option(help="Another width between the layers of an MLP.")
+        int | None, typer.Option(help="Intermediate size of the MLPs.")
     ] = None,
     dtype: Annotated[DType, typer.Option(help="float16, bfloat16 or float32.")] = "bfloat16",
-    shard_size: Annotated[float, typer.Option(min=0.001, help="Largest file, MB.")] = 5000,
+    shard_size: Annotated[float, typer.Option(min=0.001, help="Maximum file size, MB.")] = 5000,
 ) -> None:
-    """Write a checkpoint of a well-known shape with random weights."""
+    """Write a checkpoint with the shapes of a known model and random weights."""
     start(None)
     from splitquant_mlx.bench.random_checkpoint import SHAPES, write_random_checkpoint
     from splitquant_mlx.cli.progress import Bars
@@ -60,14 +60,14 @@ def make_checkpoint(
 def convert(
     model: Original = None,
     model_option: ModelOption = None,
-    trials: Annotated[int, typer.Option(min=1, help="Counted rounds, after one that is not.")] = 3,
+    trials: Annotated[int, typer.Option(min=1, help="Measured rounds, after a warm-up.")] = 3,
     sklearn: Annotated[
         bool,
-        typer.Option("--sklearn", help="Time scikit-learn's k-means too: 0.5 s a million weights."),
+        typer.Option("--sklearn", help="Also time scikit-learn's k-means: 0.5 s/million weights."),
     ] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Time our conversions and mlx_lm.convert's, in turns."""
+    """Time conversions by splitquant-mlx and by mlx_lm.convert, alternating."""
     name = named_original(model, model_option)
     start(None)
 
@@ -78,13 +78,13 @@ def convert(
 
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as scratch:
         with as_directory(resolve(name), Bars(), scratch=Path(scratch)) as directory:
-            found = bench_convert(
+            result = bench_convert(
                 directory, Path(scratch), trials=trials, sklearn=sklearn, progress=Bars()
             )
-    if write_json(json_file, found):
+    if write_json(json_file, result):
         return
     table = new_table(plain(name), "median", "slowest", "ratio", "peak memory")
-    for name, program in found["programs"].items():
+    for name, program in result["programs"].items():
         table.add_row(
             name,
             f"{program['median_s']:.1f} s",
@@ -93,7 +93,7 @@ def convert(
             size(program["peak_bytes"]),
         )
     show(table)
-    for name, program in found["programs"].items():
+    for name, program in result["programs"].items():
         if "stages_s" in program:
             stages = (f"{stage} {s:.2f}" for stage, s in program["stages_s"].items())
             show(f"seconds of {name}: {', '.join(stages)}")
@@ -102,11 +102,11 @@ def convert(
 def calibrated(
     model: Original = None,
     model_option: ModelOption = None,
-    recipe: Annotated[Path | None, typer.Option(help="A calibrated recipe; gptq without.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A calibrated recipe; default: gptq.")] = None,
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Time a calibrated conversion against the products of matrices that it needs."""
+    """Time a calibrated conversion relative to the matrix products that it needs."""
     name = named_original(model, model_option)
     chosen = load_recipe(recipe) if recipe else Recipe(method="gptq")
     start(device)
@@ -114,14 +114,14 @@ def calibrated(
     from splitquant_mlx.bench.calibrated import bench_calibrated
     from splitquant_mlx.cli.progress import Bars
 
-    found = bench_calibrated(Path(name), Path.cwd(), recipe=chosen, progress=Bars())
-    if write_json(json_file, found):
+    result = bench_calibrated(Path(name), Path.cwd(), recipe=chosen, progress=Bars())
+    if write_json(json_file, result):
         return
     table = new_table("stage", "time", "peak memory")
-    for stage in found["stages"]:
+    for stage in result["stages"]:
         table.add_row(stage["stage"], f"{stage['seconds']:.1f} s", size(stage["peak_bytes"]))
     show(table)
     show(
-        f"{found['wall_s']:.1f} s, {found['ratio']:.2f} times the bound of "
-        f"{found['bound_s']:.1f} s at {found['product_rate'] / 1e9:.0f} GFLOP/s"
+        f"{result['wall_s']:.1f} s, {result['ratio']:.2f} times the bound of "
+        f"{result['bound_s']:.1f} s at {result['product_rate'] / 1e9:.0f} GFLOP/s"
     )

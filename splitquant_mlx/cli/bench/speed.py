@@ -1,4 +1,4 @@
-"""Offer `bench speed`, and the process of a single trial that it starts."""
+"""The command `bench speed`, and the command of a single trial that it runs."""
 
 import json
 from typing import Annotated, Any
@@ -34,19 +34,19 @@ def speed(
     model: ModelArgument = None,
     model_option: ModelOption = None,
     against: Annotated[
-        list[str] | None, typer.Option(help="Another model, run in turns; repeatable.")
+        list[str] | None, typer.Option(help="Another model, run alternately; repeatable.")
     ] = None,
     *,
     workload: Given,
     trials: Annotated[
-        int, typer.Option("--trials", "-n", min=1, help="Counted rounds, after one that is not.")
+        int, typer.Option("--trials", "-n", min=1, help="Measured rounds, after a warm-up.")
     ] = 5,
     device: Device = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure speed, start and memory of models; `bench MODEL` is short for it.
+    """Measure speed, startup time and memory of models; `bench MODEL` is short for it.
 
-    Prefill and decoding are measured as in mlx_lm.benchmark, every trial in a fresh process.
+    Prefill and decoding are measured as in mlx_lm.benchmark, every trial in a new process.
     """
     chosen = Workload(**workload)
     model = choose_model(model, model_option)
@@ -55,22 +55,21 @@ def speed(
     from splitquant_mlx.cli.progress import Bars
 
     models = [model, *(against or ())]
-    found = bench_speed(models, chosen, trials=trials, device=device, progress=Bars())
-    if write_json(json_file, found):
-        return
-    _print(found)
+    result = bench_speed(models, chosen, trials=trials, device=device, progress=Bars())
+    if not write_json(json_file, result):
+        _print(result)
 
 
 @workload_options
 def trial(model: Annotated[str, typer.Option()], device: Device = None, *, workload: Given) -> None:
-    """Run one trial in this process; `bench --model` reads the JSON it prints."""
+    """Run one trial in this process and print its result as JSON, for `bench speed`."""
     start(device)
     from splitquant_mlx.bench.speed import run_trial
 
     print(json.dumps(run_trial(model, Workload(**workload))))
 
 
-def _print(found: dict[str, Any]) -> None:
+def _print(result: dict[str, Any]) -> None:
     def seconds(values: dict[str, float]) -> str:
         return f"{values['median']:.2f} s ({values['min']:.2f} to {values['max']:.2f})"
 
@@ -84,13 +83,13 @@ def _print(found: dict[str, Any]) -> None:
         "start to first token": ("first_token_s", seconds),
         "peak memory": ("peak_bytes", lambda values: size(values["median"])),
     }
-    models = [plain(model["model"]) for model in found["models"]]
-    table = new_table(f"median (least to most) of {found['settings']['trials']}", *models)
+    models = [plain(model["model"]) for model in result["models"]]
+    table = new_table(f"median (min to max) of {result['settings']['trials']}", *models)
     for name, (key, form) in rows.items():
-        table.add_row(name, *(form(model[key]) for model in found["models"]))
+        table.add_row(name, *(form(model[key]) for model in result["models"]))
     show(table)
-    show(f"Memory: {found['peak_memory']}; computed on the {_device(found['device'])}.")
-    for other in found["ratios"]:
+    show(f"Memory: {result['peak_memory']}; computed on the {_device(result['device'])}.")
+    for other in result["ratios"]:
         show(plain(f"{other['model']}: {_compared(other)} {other['against']}"))
 
 
@@ -100,7 +99,7 @@ def _device(text: str) -> str:
 
 
 def _compared(ratios: dict[str, Any]) -> str:
-    """Say how many times as fast, and as large, a model is as the one it ran in turns with."""
+    """Return the speed and memory of a model relative to the one it alternated with."""
     parts = [
         f"{name} {1 / ratios[key]['median']:.2f} x as fast "
         f"({1 / ratios[key]['max']:.2f} to {1 / ratios[key]['min']:.2f})"
