@@ -43,7 +43,7 @@ def staged(target: Path, *, overwrite: bool = False, source: Path | None = None)
         workspace(
             staging,
             f"a conversion into {target}",
-            is_worth=lambda: _has_finished_shards(staging / JOURNAL),
+            leave_on_interrupt=lambda: _has_finished_shards(staging / JOURNAL),
         ),
     ):
         try:

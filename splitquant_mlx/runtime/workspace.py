@@ -23,7 +23,7 @@ UNSUPPORTED = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 
 @contextmanager
 def workspace(
-    directory: Path, work: str, *, is_worth: Callable[[], bool] = lambda: False
+    directory: Path, work: str, *, leave_on_interrupt: Callable[[], bool] = lambda: False
 ) -> Iterator[None]:
     """Create or reuse `directory` and lock it; remove it at the end of the block.
 
@@ -32,7 +32,7 @@ def workspace(
     Args:
         directory: its parent must exist.
         work: what is done in it, for messages, such as "a conversion into PATH".
-        is_worth: returns, after an interrupt by the user, whether to leave the directory for reuse.
+        leave_on_interrupt: returns whether to leave the directory after an interrupt by the user.
 
     Raises:
         TargetError: when another process has locked it, or it is not a working directory.
@@ -43,7 +43,7 @@ def workspace(
     try:
         yield
     except KeyboardInterrupt:
-        leave = is_worth()
+        leave = leave_on_interrupt()
         raise
     finally:
         try:
