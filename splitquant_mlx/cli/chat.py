@@ -5,13 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from splitquant_mlx.cli import console, interrupt
-from splitquant_mlx.cli.options import (
-    Seed,
-    SystemPrompt,
-    TrustedModel,
-    decoding_options,
-    start,
-)
+from splitquant_mlx.cli.options import Seed, SystemPrompt, TrustedModel, decoding_options, start
 from splitquant_mlx.cli.settings import Given, dataclass_options
 from splitquant_mlx.inference.decoding import Decoding
 

@@ -205,13 +205,12 @@ def _recipe(
         elif plain:
             settings["method"] = "rtn"
     method = settings.get("method", base.get("method", "splitquant"))
-    for name, is_used in (
-        *((name, method == "splitquant") for name in ("clusters", "kmeans")),
-        *((name, method != "auto") for name in ("bits", "group_size")),
-    ):
-        if name in settings and not is_used:
-            other = ": use target_bpw" if name in ("bits", "group_size") else ""
-            raise RecipeError(f"{name}: not for method {method!r}{other}")
+    unused = {} if method == "splitquant" else {"clusters": "", "kmeans": ""}
+    if method == "auto":
+        unused |= dict.fromkeys(("bits", "group_size"), ": use target_bpw")
+    for name, advice in unused.items():
+        if name in settings:
+            raise RecipeError(f"{name}: not for method {method!r}{advice}")
     chosen = Recipe.from_dict({**base, **settings})
     if planned and chosen.method != "auto":
         raise RecipeError(f"--plan is for method 'auto', got {chosen.method!r}")

@@ -4,14 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from splitquant_mlx.cli.console import (
-    new_table,
-    next_step,
-    plain,
-    show,
-    size,
-    write_json,
-)
+from splitquant_mlx.cli.console import new_table, next_step, plain, show, size, write_json
 from splitquant_mlx.cli.options import Device, JsonFile, ModelOption, named_model, start
 
 BAR_WIDTH = 16

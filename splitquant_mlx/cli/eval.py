@@ -10,11 +10,7 @@ from splitquant_mlx.cli import console, interrupt
 from splitquant_mlx.cli.console import new_table, plain, show
 from splitquant_mlx.cli.launched import join, launched_rank
 from splitquant_mlx.cli.loading import check_memory
-from splitquant_mlx.cli.options import (
-    JsonFile,
-    TrustedModel,
-    start,
-)
+from splitquant_mlx.cli.options import JsonFile, TrustedModel, start
 from splitquant_mlx.cli.settings import Given, dataclass_options, settings_options
 from splitquant_mlx.evaluation.settings import Task
 

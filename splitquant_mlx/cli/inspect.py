@@ -9,11 +9,7 @@ import typer
 
 from splitquant_mlx.cli import console
 from splitquant_mlx.cli.console import new_table, pairs, show, size
-from splitquant_mlx.cli.options import (
-    JsonFile,
-    Model,
-    start,
-)
+from splitquant_mlx.cli.options import JsonFile, Model, start
 from splitquant_mlx.cli.settings import dataclass_options
 from splitquant_mlx.errors import RecipeError
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any
 
 from splitquant_mlx.cli.signals import ENDING, handling
@@ -78,11 +78,9 @@ def _sockets() -> set[int]:
     """Return the file descriptors that are sockets."""
     sockets = set()
     for name in os.listdir("/dev/fd"):
-        try:
+        with suppress(OSError):  # the descriptor of the listing itself is closed
             if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
                 sockets.add(int(name))
-        except OSError:  # the descriptor of the listing itself
-            continue
     return sockets
 
 

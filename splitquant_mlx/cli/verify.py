@@ -7,11 +7,7 @@ import typer
 
 from splitquant_mlx.cli import console
 from splitquant_mlx.cli.console import pairs, plain, show
-from splitquant_mlx.cli.options import (
-    JsonFile,
-    Model,
-    start,
-)
+from splitquant_mlx.cli.options import JsonFile, Model, start
 from splitquant_mlx.cli.settings import dataclass_options
 from splitquant_mlx.errors import CheckpointError
 

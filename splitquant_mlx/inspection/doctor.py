@@ -136,12 +136,10 @@ def _tiny_model() -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
 
 
 def _build(weights: list[np.ndarray], biases: list[np.ndarray]) -> nn.Sequential:
-    layers = []
-    for w, bias in zip(weights, biases, strict=True):
-        linear = nn.Linear(DIMS, DIMS)
+    first, second = nn.Linear(DIMS, DIMS), nn.Linear(DIMS, DIMS)
+    for linear, w, bias in zip((first, second), weights, biases, strict=True):
         linear.weight, linear.bias = mx.array(w), mx.array(bias)
-        layers.append(linear)
-    return nn.Sequential(layers[0], nn.ReLU(), layers[1])
+    return nn.Sequential(first, nn.ReLU(), second)
 
 
 def _forward(weights: list[np.ndarray], biases: list[np.ndarray], x: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,12 @@ def describe(directory: Path) -> Overview:
     if manifest is not None:
         parameters = round(8 * manifest.stored_bytes / manifest.bits_per_weight)
     vocabulary = text_settings(config).get("vocab_size")
-    templates = ("chat_template.jinja", "chat_template.json")
     return Overview(
         architecture=str(config.get("model_type", "unknown")),
         parameters=parameters,
         context=context_limit(config),
         vocabulary=vocabulary if type(vocabulary) is int else None,
-        has_chat_template=any((directory / name).is_file() for name in templates)
-        or "chat_template" in _tokenizer_config(directory),
+        has_chat_template=_has_chat_template(directory),
         method=_method(config, manifest),
         source=manifest.source if manifest else "",
         bits_per_weight=8 * stored / max(parameters, 1),
@@ -148,11 +147,13 @@ def _method(config: Mapping[str, Any], manifest: Any) -> str:
     return str(settings.get("quant_method", "mlx")) if isinstance(settings, Mapping) else ""
 
 
-def _tokenizer_config(directory: Path) -> str:
-    try:
-        return (directory / "tokenizer_config.json").read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return ""
+def _has_chat_template(directory: Path) -> bool:
+    if any((directory / f"chat_template.{suffix}").is_file() for suffix in ("jinja", "json")):
+        return True
+    with suppress(OSError, ValueError):
+        text = (directory / "tokenizer_config.json").read_text(encoding="utf-8")
+        return "chat_template" in text
+    return False
 
 
 def _layers(config: Mapping[str, Any], headers: Mapping[str, Any]) -> list[LayerRecord]:

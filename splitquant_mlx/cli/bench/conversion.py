@@ -76,11 +76,13 @@ def convert(
     from splitquant_mlx.models.directory import as_directory
     from splitquant_mlx.models.source import resolve
 
-    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as scratch:
-        with as_directory(resolve(name), Bars(), scratch=Path(scratch)) as directory:
-            result = bench_convert(
-                directory, Path(scratch), trials=trials, sklearn=sklearn, progress=Bars()
-            )
+    with (
+        tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as scratch,
+        as_directory(resolve(name), Bars(), scratch=Path(scratch)) as directory,
+    ):
+        result = bench_convert(
+            directory, Path(scratch), trials=trials, sklearn=sklearn, progress=Bars()
+        )
     if write_json(json_file, result):
         return
     table = new_table(plain(name), "median", "slowest", "ratio", "peak memory")
