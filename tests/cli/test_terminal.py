@@ -54,10 +54,10 @@ def test_every_command_of_a_chat(chat, tmp_path):
     assert "24 tokens answered" in ask(chat, "/stats")
     ask(chat, '"""One day', 'there was a cat."""')
     assert "Saved 4 messages" in ask(chat, f"/save {saved}")
-    said = json.loads(saved.read_text())
-    assert [message["role"] for message in said] == ["user", "assistant"] * 2
-    assert said[0]["content"] == STORY and said[1]["content"].strip() == answer.strip()
-    assert said[2]["content"] == "One day\nthere was a cat."
+    messages = json.loads(saved.read_text())
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    assert messages[0]["content"] == STORY and messages[1]["content"].strip() == answer.strip()
+    assert messages[2]["content"] == "One day\nthere was a cat."
     ask(chat, "/reset")
     loaded = ask(chat, f"/load {saved}")
     assert "Loaded 4 messages" in loaded and not re.search(r"context 0\b", loaded)

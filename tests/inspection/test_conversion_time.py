@@ -69,7 +69,7 @@ def test_long_runs_are_timed_once(monkeypatch):
 
 @on_cpu
 def test_other_programs_do_not_affect_the_estimate(stories, monkeypatch):
-    """With wall time, a busy machine made minutes hours."""
+    """With wall time, the estimate on a busy machine was hours instead of minutes."""
     recipe = Recipe(method="gptq", calibration=FEW)
     idle = estimate(stories, recipe).seconds
     clock = time.perf_counter

@@ -200,8 +200,8 @@ def test_the_card_states_the_calibration_text(home, tmp_path, monkeypatch, metho
     monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
     calibration = Calibration(num_samples=2, sequence_length=16)
     recipe = Recipe(method=method, calibration=calibration)
-    convert(home / "source", tmp_path / "own", recipe=recipe)
-    text = card(tmp_path / "own")
+    convert(home / "source", tmp_path / "sampled", recipe=recipe)
+    text = card(tmp_path / "sampled")
     assert "calibrated on text sampled from the original model" in text
     assert "trust-remote-code" not in text
     assert ("per layer, `affine`" in text) == (method == "auto")

@@ -29,7 +29,7 @@ def hub(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def converted(tmp_path_factory):
     home = tmp_path_factory.mktemp("published")
     source = tiny.write_checkpoint(home / "source")
     (source / "README.md").write_text(CARD)
@@ -40,9 +40,9 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def model(made, tmp_path):
+def model(converted, tmp_path):
     """Return a copy of the split model."""
-    return shutil.copytree(made / "splitquant", tmp_path / "model")
+    return shutil.copytree(converted / "splitquant", tmp_path / "model")
 
 
 @pytest.fixture
@@ -113,8 +113,8 @@ def test_the_token_is_sent_only_in_headers_to_the_hub(hub, model, upload, monkey
     assert stored and f"Bearer {TOKEN}" not in stored
 
 
-def test_convert_uploads_its_output(hub, made, tmp_path, capfd):
-    arguments = ["convert", "--model", made / "source", "--mlx-path", tmp_path / "out"]
+def test_convert_uploads_its_output(hub, converted, tmp_path, capfd):
+    arguments = ["convert", "--model", converted / "source", "--mlx-path", tmp_path / "out"]
     arguments += ["--method", "rtn", "--upload-repo", "user/other"]
     assert cli.run([str(argument) for argument in arguments]) == 0
     assert "Uploaded 8 files to" in capfd.readouterr().out
@@ -123,9 +123,9 @@ def test_convert_uploads_its_output(hub, made, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("repo", ["model", "a/b/c", "us er/model", "user/", "user/a--b", "x" * 200])
-def test_an_invalid_repo_name_is_refused(hub, model, made, tmp_path, refused, capfd, repo):
+def test_an_invalid_repo_name_is_refused(hub, model, converted, tmp_path, refused, capfd, repo):
     assert "expected a repo name USER/NAME" in refused(model, repo=repo)
-    arguments = ["convert", "--model", made / "source", "--mlx-path", tmp_path / "out"]
+    arguments = ["convert", "--model", converted / "source", "--mlx-path", tmp_path / "out"]
     assert cli.run([*map(str, arguments), "--upload-repo", repo]) == 2
     assert "expected a repo name USER/NAME" in capfd.readouterr().err
     assert not (tmp_path / "out").exists() and hub.requests == []
@@ -239,13 +239,13 @@ def test_errors_of_the_hub_are_reported_on_one_line(hub, model, refused, failure
     assert hub.commits == []
 
 
-def test_upload_requires_a_login(hub, model, made, tmp_path, refused, capfd, monkeypatch):
+def test_upload_requires_a_login(hub, model, converted, tmp_path, refused, capfd, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     assert "you are not logged in" in refused(model)
-    arguments = ["convert", "--model", made / "source", "--mlx-path", tmp_path / "out"]
+    arguments = ["convert", "--model", converted / "source", "--mlx-path", tmp_path / "out"]
     assert cli.run([*map(str, arguments), "--upload-repo", "user/model"]) == 2
     assert "you are not logged in" in capfd.readouterr().err
     assert not (tmp_path / "out").exists() and hub.requests == []
@@ -308,14 +308,14 @@ def test_ctrl_c_names_the_command_that_resumes(hub, model, upload, monkeypatch):
     assert code == 130 and "Run `splitquant-mlx upload` to resume." in err
 
 
-def test_an_older_conversion_is_replaced_completely(hub, model, made, upload):
-    assert upload(made / "rtn")[0] == 0
+def test_an_older_conversion_is_replaced_completely(hub, model, converted, upload):
+    assert upload(converted / "rtn")[0] == 0
     hub.repos["user/model"]["model-00002-of-00002.safetensors"] = b"older"
     hub.repos["user/model"]["picture.png"] = b"of the user"
     assert upload(model)[0] == 0
     assert arrived(hub) == {**contents(model), "picture.png": b"of the user"}
-    assert upload(made / "rtn")[0] == 0
-    assert arrived(hub) == {**contents(made / "rtn"), "picture.png": b"of the user"}
+    assert upload(converted / "rtn")[0] == 0
+    assert arrived(hub) == {**contents(converted / "rtn"), "picture.png": b"of the user"}
 
 
 def test_another_model_is_overwritten_only_by_option(hub, model, upload, refused):

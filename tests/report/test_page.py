@@ -16,7 +16,7 @@ from splitquant_mlx.report import build_report, html, load_report, markdown
 from splitquant_mlx.study.results import Claim, Paper
 
 VOID = {"meta", "link", "br", "img", "input", "hr", "source"}
-PLOTTED = {made.part for made in results()} - {"perplexity"}
+PLOTTED = {record.part for record in results()} - {"perplexity"}
 HOSTILE = (
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
@@ -86,25 +86,25 @@ def page(text):
 @pytest.fixture(scope="module")
 def hostile():
     """Return a page in which every name contains markup."""
-    made = []
+    measurements = []
     for name in HOSTILE:
         parts = ("convert", "kl", "speed", "weights")
         for part in parts if name == HOSTILE[0] else parts[:3]:
             values = next(r.values for r in results()[::-1] if r.part == part)
             values = {**values, "layer": name} if part == "weights" else values
             machine = {**MACHINE, "chip": name}
-            made.append(
+            measurements.append(
                 result(name, part, values, settings={name: name}, machine=machine, study=name)
             )
     paper = Paper(source=HOSTILE[0], claims=(Claim(what=HOSTILE[1], value=1, unit=HOSTILE[2]),))
     described = study(title=HOSTILE[0], model=HOSTILE[1], notes=HOSTILE, paper=paper, order=())
-    return html(build_report(described, made))
+    return html(build_report(described, measurements))
 
 
 @pytest.fixture(scope="module")
 def crowded():
     """Return a page of 36 variants with long names and similar values."""
-    made = []
+    measurements = []
     for i in range(36):
         for known in results():
             if known.variant == "gptq-4-g64" and known.part in ("convert", "kl", "speed"):
@@ -115,8 +115,8 @@ def crowded():
                 elif known.part == "convert":
                     values["bits_per_weight"] += 0.01 * (i % 7)
                 name = f"self-calibrated variant number {i} of many"
-                made.append(result(name, known.part, values))
-    return html(build_report(study(order=()), made))
+                measurements.append(result(name, known.part, values))
+    return html(build_report(study(order=()), measurements))
 
 
 def test_cells_equal_those_of_the_markdown_tables(page, directory):
@@ -191,9 +191,11 @@ def test_points_have_the_coordinates_of_the_results(monkeypatch):
         return draw(axes, x, y, **more)
 
     monkeypatch.setattr(Axes, "errorbar", errorbar)
-    html(build_report(study(), [made for made in results() if made.part in ("convert", "kl")]))
+    html(
+        build_report(study(), [record for record in results() if record.part in ("convert", "kl")])
+    )
     points = {(x, y) for xs, ys, _ in drawn for x, y in zip(xs, ys, strict=True)}
-    parts = {(made.variant, made.part): made.values for made in results()}
+    parts = {(record.variant, record.part): record.values for record in results()}
     assert points == {
         (values["stored_bytes"] / 1e6, parts[variant, "kl"]["kl_mean"])
         for (variant, part), values in parts.items()
@@ -207,9 +209,9 @@ def test_points_have_the_coordinates_of_the_results(monkeypatch):
 def test_variants_that_cannot_be_plotted_are_named():
     shapes = {"nothing": 0.0, "below": -1e-9, "endless": float("inf"), "usual": 0.3}
     convert = {"method": "rtn", "bits_per_weight": 4.5, "stored_bytes": 10**6}
-    made = [result(name, "convert", convert) for name in shapes]
-    made += [result(name, "kl", {"kl_mean": kl}) for name, kl in shapes.items()]
-    text = html(build_report(study(order=()), made))
+    measurements = [result(name, "convert", convert) for name in shapes]
+    measurements += [result(name, "kl", {"kl_mean": kl}) for name, kl in shapes.items()]
+    text = html(build_report(study(order=()), measurements))
     assert "Not finite or not above 0, not drawn: below, endless, nothing." in text
 
 

@@ -104,15 +104,15 @@ def test_p_is_that_of_an_exact_binomial_test_against_the_reference(report, files
 
 @pytest.mark.parametrize("differing", ["fewer", "other ids", "other shots"])
 def test_p_is_missing_if_the_questions_differ(report, differing):
-    def change(made):
-        if (made.variant, made.part) != ("rtn-4-g64", "arc_challenge.letter"):
-            return made
+    def change(record):
+        if (record.variant, record.part) != ("rtn-4-g64", "arc_challenge.letter"):
+            return record
         if differing == "other ids":
-            return dataclasses.replace(made, settings={"questions": ["a", "b"]})
-        values = {**made.values, "num_shots": 5}
+            return dataclasses.replace(record, settings={"questions": ["a", "b"]})
+        values = {**record.values, "num_shots": 5}
         if differing == "fewer":
-            values = {**made.values, "questions": 10, "correct": made.values["correct"][:10]}
-        return dataclasses.replace(made, values=values)
+            values = {**record.values, "questions": 10, "correct": record.values["correct"][:10]}
+        return dataclasses.replace(record, values=values)
 
     changed = build_report(report.study, map(change, report.results))
     cells = tables(markdown(changed))["ARC"]
@@ -121,13 +121,13 @@ def test_p_is_missing_if_the_questions_differ(report, differing):
 
 
 def test_rows_are_sorted_by_size_then_by_study_order():
-    made = [result(name, "kl", {"kl_mean": 1.0}) for name in ("c", "z", "a", "b")]
+    measurements = [result(name, "kl", {"kl_mean": 1.0}) for name in ("c", "z", "a", "b")]
     sizes = {"b": 30, "big": 20, "small": 10}
     values = {"method": "rtn", "bits_per_weight": 4.5}
-    made += [
+    measurements += [
         result(name, "convert", {**values, "stored_bytes": size}) for name, size in sizes.items()
     ]
-    rows = build_report(study(order=("z", "absent", "b")), made).rows
+    rows = build_report(study(order=("z", "absent", "b")), measurements).rows
     assert [row.variant for row in rows] == ["small", "big", "b", "z", "a", "c"]
 
 
@@ -157,10 +157,10 @@ def test_results_of_an_earlier_version_of_the_study_are_omitted(tmp_path):
 def test_arc_columns_with_large_standard_errors_are_omitted(report):
     assert "ARC-C norm, %" in tables(markdown(report))["ARC"]["rtn-4-g64"]
 
-    def change(made):
-        if made.part != "arc_challenge.loglikelihood" or made.variant != "rtn-4-g64":
-            return made
-        return dataclasses.replace(made, values={**made.values, "standard_error_norm": 0.021})
+    def change(record):
+        if record.part != "arc_challenge.loglikelihood" or record.variant != "rtn-4-g64":
+            return record
+        return dataclasses.replace(record, values={**record.values, "standard_error_norm": 0.021})
 
     text = markdown(build_report(report.study, map(change, report.results)))
     headings = tables(text)["ARC"]["rtn-4-g64"].keys()
@@ -219,7 +219,7 @@ def test_split_variants_are_compared_with_their_rtn_counterparts(report, files):
 
 
 def test_the_counterpart_has_the_same_group_size():
-    made = [
+    measurements = [
         result(
             name,
             "convert",
@@ -236,7 +236,7 @@ def test_the_counterpart_has_the_same_group_size():
             ("split-g128", "splitquant", 128, 3),
         )
     ]
-    report = build_report(study(), made)
+    report = build_report(study(), measurements)
     counterparts = {row.variant: report.rtn_counterpart(row) for row in report.rows if row.is_split}
     assert counterparts["split-g64"].variant == "rtn-g64"
     assert counterparts["split-g128"] is None
@@ -244,20 +244,20 @@ def test_the_counterpart_has_the_same_group_size():
 
 def test_missing_parts_are_dashes(report):
     gone = {("rtn-4-g64", "kl"), ("rtn-4-g64", "perplexity"), ("rtn-4-g64", "convert")}
-    fewer = [made for made in report.results if (made.variant, made.part) not in gone]
+    fewer = [record for record in report.results if (record.variant, record.part) not in gone]
     row = tables(markdown(build_report(report.study, fewer)))["Quality"]["rtn-4-g64"]
     assert {row[name] for name in row if name not in ("variant", "★")} == {"-"}
     assert row["★"] == ""
 
 
-@pytest.mark.parametrize("part", sorted({made.part for made in results()} - {"weights"}))
+@pytest.mark.parametrize("part", sorted({record.part for record in results()} - {"weights"}))
 def test_a_single_part_makes_a_report(part):
-    report = build_report(study(), [made for made in results() if made.part == part])
+    report = build_report(study(), [record for record in results() if record.part == part])
     assert "rtn-4-g64" in markdown(report)
 
 
 def test_non_finite_values_are_shown_and_never_on_the_front():
-    made = [
+    measurements = [
         result(name, part, values)
         for name, kl in (("a", math.inf), ("b", math.nan), ("c", 0.5))
         for part, values in {
@@ -268,7 +268,7 @@ def test_non_finite_values_are_shown_and_never_on_the_front():
             },
         }.items()
     ]
-    cells = tables(markdown(build_report(study(paper=None), made)))["Quality"]
+    cells = tables(markdown(build_report(study(paper=None), measurements)))["Quality"]
     assert [cells[name]["KL, nats"] for name in "abc"] == ["inf", "nan", "0.500"]
     assert [cells[name]["★"] for name in "abc"] == ["", "", "★"]
 
