@@ -80,10 +80,7 @@ class Loading:
     device: Device = None
     pipeline: Annotated[
         bool,
-        typer.Option(
-            "--pipeline",
-            help="Under mlx.launch: each rank runs some of the layers.",
-        ),
+        typer.Option("--pipeline", help="Under mlx.launch: distribute whole layers over ranks."),
     ] = False
 
 

@@ -103,7 +103,7 @@ def print_help(command: Any, ctx: Any) -> None:
         if not getattr(parameter, "hidden", False):
             panel = parameter.rich_help_panel or COMMON
             panels.setdefault(panel, []).append((_names(parameter), _text(parameter)))
-    panels["All commands"] = list(GLOBAL_OPTIONS)
+    panels["Global options"] = list(GLOBAL_OPTIONS)
     for title, rows in panels.items():
         if rows:
             console.print(_panel(title, rows))

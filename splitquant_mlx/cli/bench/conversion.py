@@ -29,10 +29,10 @@ def make_checkpoint(
         ),
     ],
     directory: Annotated[Path, typer.Argument(help="Directory to write.")],
-    layers: Annotated[int | None, typer.Option(help="Number of layers.")] = None,
-    hidden_size: Annotated[int | None, typer.Option(help="Hidden size.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Number of layers, if not of SHAPE.")] = None,
+    hidden_size: Annotated[int | None, typer.Option(help="Hidden size, if not of SHAPE.")] = None,
     intermediate_size: Annotated[
-        int | None, typer.Option(help="Intermediate size of the MLPs.")
+        int | None, typer.Option(help="Intermediate size of the MLPs, if not of SHAPE.")
     ] = None,
     dtype: Annotated[DType, typer.Option(help="float16, bfloat16 or float32.")] = "bfloat16",
     shard_size: Annotated[float, typer.Option(min=0.001, help="Maximum file size, MB.")] = 5000,
