@@ -131,7 +131,7 @@ def count_operations(model: Path, calibration: Calibration) -> dict[str, float]:
                 weight = taps[path].layer.weight
                 weights += experts * math.prod(weight.shape[-2:])
                 rounding += ROUNDING * weight.size * weight.shape[-1]
-                inputs[id(seen.given)] = experts * weight.shape[-1] ** 2
+                inputs[id(seen.argument)] = experts * weight.shape[-1] ** 2
         run.release(index)
         squares += sum(inputs.values())
     head = max(

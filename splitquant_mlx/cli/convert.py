@@ -240,7 +240,7 @@ def stages(recipe: Recipe, *, gguf: bool = False) -> list[str]:
         "Measuring sensitivities": recipe.method == "auto",
         "Splitting and quantizing": recipe.method == "splitquant",
         "Quantizing": recipe.method != "splitquant",
-        "Asking the original": bool(recipe.refine),
+        "Running the original": bool(recipe.refine),
         "Refining": bool(recipe.refine),
     }
     return [label for label, applies in labels.items() if applies]
