@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.runtime.cores import evaluate_arrays, evaluated, in_rounds
+from splitquant_mlx.runtime.cores import evaluate_arrays, run_rounds, serialized_eval
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 2048  # on a CPU: per core
 LOGITS = 1 << 24  # in memory at a time
@@ -63,8 +63,8 @@ class Pass:
                 replace modules of the block.
         """
         mx.eval(self.states)
-        compute = evaluated(build, self.blocks[index])
-        return in_rounds([partial(compute, batch) for batch in range(len(self.states))])
+        compute = serialized_eval(build, self.blocks[index])
+        return run_rounds([partial(compute, batch) for batch in range(len(self.states))])
 
     def watched(self, index: int, watch: Callable[[], Value]) -> Iterator[list[Value]]:
         """Run all texts through block `index`; yields the results of `watch`, called per batch."""

@@ -20,7 +20,7 @@ from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.models.prompt_cache import make_cache
 from splitquant_mlx.progress import Progress
-from splitquant_mlx.runtime.cores import cores, one_at_a_time, side_by_side
+from splitquant_mlx.runtime.cores import cores, run_parallel, serialized
 
 OPENINGS = (
     "The history of", "In mathematics,", "def ", "#include <", "Chapter 1\n\n", "Question: ",
@@ -92,7 +92,7 @@ def _continue(
     count = max(1, min(cores(), len(tokens) // CORE_TEXTS))
     ends = [len(tokens) * part // count for part in range(count + 1)]
     parts = [slice(*pair) for pair in itertools.pairwise(ends)]
-    call = one_at_a_time(model, model)  # a call may replace layers
+    call = serialized(model, model)  # a call may replace layers
 
     def read(part: slice) -> list[Any]:
         cache = make_cache(model, tokens.shape[1])
@@ -108,9 +108,9 @@ def _continue(
         sampled = _sample(logits, [*seed, position], part)
         tokens[part, position] = np.where(given[part] <= position, sampled, tokens[part, position])
 
-    caches = side_by_side([partial(read, part) for part in parts])
+    caches = run_parallel([partial(read, part) for part in parts])
     for position in range(first, tokens.shape[1]):
-        side_by_side([partial(write, *pair, position) for pair in zip(parts, caches, strict=True)])
+        run_parallel([partial(write, *pair, position) for pair in zip(parts, caches, strict=True)])
         yield position
 
 

@@ -64,7 +64,7 @@ from splitquant_mlx.calibration.layer_divergence import (
 )
 from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.progress import Advance, Progress
-from splitquant_mlx.runtime.cores import evaluated, in_rounds, side_by_side
+from splitquant_mlx.runtime.cores import run_parallel, run_rounds, serialized_eval
 
 Options = Mapping[str, Sequence[Option]]
 METHOD = 7  # version of the prediction, for its cache
@@ -225,7 +225,7 @@ def _block_sensitivities(
 
     # the largest first, so that no core waits for it at the end
     paths = sorted(options, key=lambda path: -modules[path]["weight"].size)
-    results = side_by_side([partial(of_layer, path) for path in paths])
+    results = run_parallel([partial(of_layer, path) for path in paths])
     advance(0.5)
     return dict(zip(paths, results, strict=True)), input_gradients
 
@@ -290,14 +290,14 @@ def _head_sensitivity(run: Pass, outer: list[str], options: Options, seed: int) 
             rows = [inputs.rows for inputs in collect_inputs(taps).values()]
             return total, (1 - mx.square(p).sum(-1)).mean(), rows, sampled
 
-        differentiate = evaluated(mx.value_and_grad(log_probability))
+        differentiate = serialized_eval(mx.value_and_grad(log_probability))
         for state in run.states:
             pieces = run.pieces(state)
             key, *keys = mx.random.split(key, len(pieces) + 1)
             mx.eval(pieces, keys)
             calls = [partial(differentiate, *pair) for pair in zip(pieces, keys, strict=True)]
             of_state = []
-            for (_, variance, rows, sampled), gradient in chain.from_iterable(in_rounds(calls)):
+            for (_, variance, rows, sampled), gradient in chain.from_iterable(run_rounds(calls)):
                 of_state.append(gradient)
                 variances += [variance.item()] * len(gradient)
                 inputs += [as_rows(x) for x in rows]

@@ -17,7 +17,7 @@ from splitquant_mlx.calibration.blocks import (
     start_pass,
     tapped,
 )
-from splitquant_mlx.runtime.cores import side_by_side
+from splitquant_mlx.runtime.cores import run_parallel
 
 FEW_TOKENS = 64  # per expert: with fewer, its statistic is mostly that of all experts
 Statistic = Callable[[mx.array], mx.array]
@@ -133,7 +133,7 @@ class _Means:
             path: firsts.setdefault((id(inputs.argument), self._statistics[path]), path)
             for path, inputs in batches[0].items()
         }
-        side_by_side([partial(self._add, path, batches) for path in firsts.values()])
+        run_parallel([partial(self._add, path, batches) for path in firsts.values()])
         for path, first in shared.items():
             self._share(path, first)
 

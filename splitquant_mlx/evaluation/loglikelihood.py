@@ -28,7 +28,7 @@ from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluation.scoring import block_rows, token_array
 from splitquant_mlx.models.prompt_cache import make_cache
 from splitquant_mlx.progress import SILENT, Progress
-from splitquant_mlx.runtime.cores import in_rounds, one_at_a_time
+from splitquant_mlx.runtime.cores import run_rounds, serialized
 from splitquant_mlx.runtime.ranks import Group, shard
 
 BATCH_TOKENS = 4096
@@ -99,7 +99,7 @@ def score(
         prefix_cache = runner.extend(runner.empty(), [0], [groups[0][0][:prefix]])
         batches = shard(group, list(_batches(groups, batch_tokens)))
         tasks = [partial(_score_batch, runner, prefix_cache, prefix, batch) for batch in batches]
-        for scores in itertools.chain.from_iterable(in_rounds(tasks)):
+        for scores in itertools.chain.from_iterable(run_rounds(tasks)):
             for indexed_score in scores:
                 yield indexed_score
                 advance(1)
@@ -156,7 +156,7 @@ class _Runner:
     def __init__(self, model: nn.Module, vocabulary: int, batch_tokens: int) -> None:
         from mlx_lm.models.cache import KVCache
 
-        self._model, self._call = model, one_at_a_time(model, model)
+        self._model, self._call = model, serialized(model, model)
         self._kv_cache = KVCache
         self._logit_rows = block_rows(vocabulary)
         self._batch_tokens = batch_tokens

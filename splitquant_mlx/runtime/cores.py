@@ -28,7 +28,7 @@ def cores() -> int:
     return min(os.cpu_count() or 1, MAX_THREADS) if mx.default_device() == mx.cpu else 1
 
 
-def side_by_side(functions: Sequence[Callable[[], Result]]) -> list[Result]:
+def run_parallel(functions: Sequence[Callable[[], Result]]) -> list[Result]:
     """Call functions in parallel, at most `cores()` at a time, and return their results in order.
 
     Each function must evaluate the arrays it creates; arrays shared between functions must be
@@ -46,13 +46,13 @@ def side_by_side(functions: Sequence[Callable[[], Result]]) -> list[Result]:
             wait([future for future in futures if not future.cancel()])
 
 
-def in_rounds(functions: Sequence[Callable[[], Result]]) -> Iterator[list[Result]]:
+def run_rounds(functions: Sequence[Callable[[], Result]]) -> Iterator[list[Result]]:
     """Call functions in parallel, `cores()` at a time, and yield the results of each round."""
     for start in range(0, len(functions), cores()):
-        yield side_by_side(functions[start : start + cores()])
+        yield run_parallel(functions[start : start + cores()])
 
 
-def one_at_a_time(
+def serialized(
     call: Callable[..., Result], module: nn.Module | None = None
 ) -> Callable[..., Result]:
     """Return a thread-safe version of a function: a lock serializes its calls.
@@ -77,11 +77,11 @@ def one_at_a_time(
     return locked
 
 
-def evaluated(
+def serialized_eval(
     build: Callable[..., Result], module: nn.Module | None = None
 ) -> Callable[..., Result]:
-    """Return `one_at_a_time` of `build` that evaluates the returned arrays outside the lock."""
-    locked = one_at_a_time(build, module)
+    """Return `serialized` of `build` that evaluates the returned arrays outside the lock."""
+    locked = serialized(build, module)
 
     def compute(*args: Any) -> Result:
         result = locked(*args)

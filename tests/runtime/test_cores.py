@@ -30,15 +30,15 @@ def test_functions_run_in_parallel_and_return_in_order(three_cores):
         barrier.wait()
         return (mx.array(number) + 1).item()
 
-    results = cores.side_by_side([partial(function, number) for number in range(3)])
+    results = cores.run_parallel([partial(function, number) for number in range(3)])
     assert results == [1, 2, 3]
 
 
 def test_nested_calls_do_not_deadlock(three_cores):
     def inner():
-        return sum(cores.side_by_side([lambda: 1, lambda: 2]))
+        return sum(cores.run_parallel([lambda: 1, lambda: 2]))
 
-    assert cores.side_by_side([inner] * 7) == [3] * 7
+    assert cores.run_parallel([inner] * 7) == [3] * 7
 
 
 def test_an_error_is_raised_after_all_functions_ended(three_cores):
@@ -54,7 +54,7 @@ def test_an_error_is_raised_after_all_functions_ended(three_cores):
         raise ValueError("no such batch")
 
     with pytest.raises(ValueError, match="no such batch"):
-        cores.side_by_side([wrong, slow])
+        cores.run_parallel([wrong, slow])
     assert ended
 
 
@@ -87,7 +87,7 @@ def test_threads_may_call_a_module_that_modifies_itself(three_cores):
             return x @ self.weight
 
     module = Widening()
-    call = cores.one_at_a_time(module, module)
+    call = cores.serialized(module, module)
     x = mx.ones((1, 64))
     mx.eval(x)
 
@@ -97,9 +97,9 @@ def test_threads_may_call_a_module_that_modifies_itself(three_cores):
             y = call(y)
         return y.sum().item()
 
-    assert cores.side_by_side([several] * 3) == [64.0] * 3
-    tasks = [partial(cores.evaluated(module, module), x)] * 9
-    results = [y for batch in cores.in_rounds(tasks) for y in batch]
+    assert cores.run_parallel([several] * 3) == [64.0] * 3
+    tasks = [partial(cores.serialized_eval(module, module), x)] * 9
+    results = [y for batch in cores.run_rounds(tasks) for y in batch]
     assert [y.sum().item() for y in results] == [64.0] * 9
 
 
@@ -108,7 +108,7 @@ def test_a_process_with_threads_exits_cleanly():
         "import mlx.core as mx\n"
         "from splitquant_mlx.runtime import cores\n"
         "cores.cores = lambda: 2\n"
-        "cores.side_by_side([lambda: mx.eval(mx.ones((64, 64)) @ mx.ones((64, 64)))] * 4)\n"
+        "cores.run_parallel([lambda: mx.eval(mx.ones((64, 64)) @ mx.ones((64, 64)))] * 4)\n"
     )
     for _ in range(8):  # ending threads aborted one process in four
         subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
