@@ -38,6 +38,7 @@ from pathlib import Path
 
 import numpy as np
 
+from splitquant_mlx.evaluation.paired import compare
 from splitquant_mlx.report import load_report, markdown
 from splitquant_mlx.study.results import load_results
 
@@ -234,6 +235,38 @@ def targets_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def arc_table() -> str:
+    """Return the accuracies of whole files on ARC, with the paired difference to the original."""
+    names = {"arc_challenge": "ARC-Challenge", "arc_easy": "ARC-Easy"}
+    lines = [
+        "| model | variant | MB | questions | correct, % | to the original, points | p |",
+        "|---|---|---:|---|---:|---:|---:|",
+    ]
+    for study in sorted(DOCS.glob("results/arc-*")):
+        found: dict[str, dict] = {}
+        for result in load_results(study):
+            found.setdefault(result.variant, {})[result.part] = result.values
+        model = json.loads((study / "study.json").read_text(encoding="utf-8"))["model"]
+        for (task, name), (variant, parts) in product(names.items(), found.items()):
+            score, original = (of[f"{task}.loglikelihood"] for of in (parts, found["original"]))
+            paired = compare(score["correct"], original["correct"])
+            changed = (paired.only_first + paired.only_second) / paired.questions
+            error = math.sqrt((changed - paired.difference**2) / paired.questions)
+            cells = (
+                model.removesuffix("-offgrid"),
+                variant,
+                f"{parts['convert']['weight_file_bytes'] / 1e6:.3g}",
+                f"{name}, {score['questions']:,}",
+                f"{score['accuracy']:.1%} ± {score['standard_error']:.1%}".replace("%", ""),
+                ""
+                if parts is found["original"]
+                else f"{100 * paired.difference:+.1f} ± {100 * error:.1f}",
+                "" if parts is found["original"] else f"{paired.p_value:.2f}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def results() -> str:
     """Return the reports of all published studies, one after the other, as Markdown."""
     studies = sorted(file.parent for file in DOCS.glob("results/*/study.json"))
@@ -255,6 +288,7 @@ def main() -> None:
     tables["whole-files"] = whole_files_table()
     tables["targets"] = targets_table()
     tables["real-models"] = real_models_table()
+    tables["arc"] = arc_table()
     tables["sizes"] = sizes_table(DOCS / "results" / "sizes")
     tables["neighbours"] = sizes_table(DOCS / "results" / "neighbours-babyllama-tok105")
     tables["narrower"] = sizes_table(DOCS / "results" / "neighbours-stories260K")

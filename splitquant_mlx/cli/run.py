@@ -13,6 +13,8 @@ from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluation.settings import ARC_TASKS
 
 DATA = (*ARC_TASKS, "text")
+# value of --measure -> the setting of [measure] that turns it off
+MEASUREMENTS = {"arc": {"arc": ()}, "text": {"text_tokens": 0}, "speed": {"prompt_tokens": 0}}
 
 
 def run(
@@ -26,6 +28,13 @@ def run(
         list[str] | None,
         typer.Option(
             help="NAME=FILE: arc_challenge, arc_easy or text; replaces the hub's data; repeatable."
+        ),
+    ] = None,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Measure only arc, text (KL divergence, perplexity) or speed; repeatable. A later "
+            "run adds the rest."
         ),
     ] = None,
     keep_models: Annotated[
@@ -44,6 +53,13 @@ def run(
     chosen = load_study(study)
     if model is not None:
         chosen = dataclasses.replace(chosen, model=model)
+    for name in measure or []:
+        if name not in MEASUREMENTS:
+            raise RecipeError(f"--measure: expected {', '.join(MEASUREMENTS)}, got {name!r:.80}")
+    for name, off in MEASUREMENTS.items():
+        if measure and name not in measure:
+            measures = dataclasses.replace(chosen.measure, **off)
+            chosen = dataclasses.replace(chosen, measure=measures)
     files = dict(_data(entry) for entry in data or [])
     start(device)
     from splitquant_mlx.cli.progress import Bars

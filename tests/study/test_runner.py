@@ -116,6 +116,21 @@ def test_a_study_ends_in_a_report_of_what_was_measured(study, files, tmp_path, c
     assert len(weights["cut_points"]) == 2 and sum(weights["counts"]) > 1000
 
 
+def test_a_part_is_measured_alone_and_the_rest_later(study, files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "run_program", run_here)
+    home = tmp_path / "out"
+    command = ["run", str(study()), "--output-dir", str(home), *options(files)]
+    assert run([*command, "--measure", "arc", "--measure", "speed"]) == 0
+    parts = {result.part for result in load_results(home)}
+    assert parts == {"convert", "weights", "arc_easy.loglikelihood", "arc_easy.letter"}
+    assert run(command) == 0
+    added = {result.part for result in load_results(home)} - parts
+    assert added == {"kl", "perplexity"}
+    capsys.readouterr()
+    assert run([*command, "--measure", "time"]) == 2
+    assert "expected arc, text, speed, got 'time'" in capsys.readouterr().err
+
+
 def test_an_auto_variant_has_its_forecast(study, files, stories, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "run_program", run_here)
     short = "calibration = { num_samples = 4, sequence_length = 32 }"
