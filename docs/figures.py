@@ -24,6 +24,11 @@ r"""Write the tables of the README and of the pages here from JSON that the prog
     python docs/hqq_rival.py smollm2-135m-offgrid docs/results/rivals/smollm2.json
     splitquant-mlx run recipes/rivals.toml --model smollm2-135m-offgrid --data text=<text> \
         --output-dir docs/results/rivals-smollm2
+    splitquant-mlx run recipes/arc.toml --model smollm2-135m-offgrid \
+        --data arc_challenge=<test> --data arc_easy=<validation> \
+        --output-dir docs/results/arc-smollm2
+    splitquant-mlx run recipes/paper.toml --model <directory> --measure text \
+        --data text=<text> --output-dir docs/results/paper-<its name>
     python docs/figures.py
 
 With --check nothing is written; the exit code says whether all are up to date.
@@ -247,7 +252,8 @@ def arc_table() -> str:
         for result in load_results(study):
             found.setdefault(result.variant, {})[result.part] = result.values
         model = json.loads((study / "study.json").read_text(encoding="utf-8"))["model"]
-        for (task, name), (variant, parts) in product(names.items(), found.items()):
+        by_size = sorted(found.items(), key=lambda row: row[1]["convert"]["weight_file_bytes"])
+        for (task, name), (variant, parts) in product(names.items(), by_size):
             score, original = (of[f"{task}.loglikelihood"] for of in (parts, found["original"]))
             paired = compare(score["correct"], original["correct"])
             changed = (paired.only_first + paired.only_second) / paired.questions
@@ -261,7 +267,33 @@ def arc_table() -> str:
                 ""
                 if parts is found["original"]
                 else f"{100 * paired.difference:+.1f} ± {100 * error:.1f}",
-                "" if parts is found["original"] else f"{paired.p_value:.2f}",
+                "" if parts is found["original"] else f"{paired.p_value:.2g}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def paper_table() -> str:
+    """Return what the split changes in the paper's experiment, at each width and granularity."""
+    lines = [
+        "| model | codes | scales per | plain: KL, nats | perplexity | split: KL, nats "
+        "| perplexity | split / plain: KL | bytes |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for study in sorted(DOCS.glob("results/paper-*")):
+        found: dict[str, dict] = {}
+        for result in load_results(study):
+            found.setdefault(result.variant, {}).update(result.values)
+        model = json.loads((study / "study.json").read_text(encoding="utf-8"))["model"]
+        for bits, scale in product((8, 4, 2), ("group", "channel", "tensor")):
+            plain, split = (found[f"{how} INT{bits} {scale}"] for how in ("plain", "split"))
+            cells = (
+                model.removesuffix("-offgrid"),
+                f"INT{bits}",
+                scale,
+                *(f"{row[key]:.3g}" for row in (plain, split) for key in ("kl_mean", "perplexity")),
+                f"{split['kl_mean'] / plain['kl_mean']:.2g}",
+                f"{split['weight_file_bytes'] / plain['weight_file_bytes']:.2f}",
             )
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -289,6 +321,7 @@ def main() -> None:
     tables["targets"] = targets_table()
     tables["real-models"] = real_models_table()
     tables["arc"] = arc_table()
+    tables["paper"] = paper_table()
     tables["sizes"] = sizes_table(DOCS / "results" / "sizes")
     tables["neighbours"] = sizes_table(DOCS / "results" / "neighbours-babyllama-tok105")
     tables["narrower"] = sizes_table(DOCS / "results" / "neighbours-stories260K")
