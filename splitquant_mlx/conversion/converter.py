@@ -20,7 +20,12 @@ from splitquant_mlx.calibration.statistics import InputStatistics, Mean
 from splitquant_mlx.conversion.plan import LayerPlan, Plan
 from splitquant_mlx.conversion.quantizers import is_large_stack, uses_cpu
 from splitquant_mlx.conversion.resume import ConversionState, timed
-from splitquant_mlx.conversion.weight import Converted, convert_weight, require_finite
+from splitquant_mlx.conversion.weight import (
+    Converted,
+    UnusableWeightError,
+    convert_weight,
+    require_finite,
+)
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.manifest import LayerRecord
 from splitquant_mlx.formats.shard_writer import ShardWriter
@@ -153,10 +158,10 @@ class Converter:
                     return convert_weight(w, layer, inputs)
                 require_finite(w)
                 return Converted(tensors={name: w})
-        except ValueError as exc:
+        except UnusableWeightError as exc:
             check_unchanged(self.checkpoint)
             raise CheckpointError(
-                f"{self.checkpoint.path}: tensor {name!r} {exc} as "
+                f"{self.checkpoint.path}: tensor {name!r} has {exc} as "
                 f"{str(w.dtype).rpartition('.')[2]}: the checkpoint is damaged, or use --dtype "
                 "bfloat16 or float32, or keep this layer (--exclude)"
             ) from exc

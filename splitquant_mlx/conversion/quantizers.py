@@ -74,8 +74,7 @@ class Quantizer:
 
     Attributes:
         apply: maps a weight (..., out, in), its plan, and the mean of `statistic` over the layer's
-            inputs (None without a statistic) to an `Outcome`. Raises ValueError for a weight that
-            it cannot quantize.
+            inputs (None without a statistic) to an `Outcome`.
         statistic: the statistic of the layer's inputs that is needed; None if none is.
     """
 

@@ -24,6 +24,10 @@ EXPONENT = {
 }
 
 
+class UnusableWeightError(ValueError):
+    """The weight has non-finite values, or values too large to quantize."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Converted:
     """Result of converting a weight.
@@ -52,7 +56,7 @@ def convert_weight(w: mx.array, layer: LayerPlan, inputs: Mean | None = None) ->
             for a stack of experts.
 
     Raises:
-        ValueError: `w` contains NaN or infinite values, or values too large to quantize.
+        UnusableWeightError: `w` contains NaN or infinite values, or values too large to quantize.
     """
     started = time.perf_counter()
     if layer.action != "split":  # clustering checks this itself
@@ -76,18 +80,18 @@ def convert_weight(w: mx.array, layer: LayerPlan, inputs: Mean | None = None) ->
 
 
 def require_finite(w: mx.array) -> None:
-    """Raise ValueError if the float array `w` contains NaN or infinite values."""
+    """Raise UnusableWeightError if the float array `w` contains NaN or infinite values."""
     if w.dtype not in EXPONENT:
         return
     unsigned, exponent = EXPONENT[w.dtype]
     patterns = np.array(w.view(unsigned), copy=False).reshape(-1)
     for start in range(0, patterns.size, BLOCK):
         if np.any((patterns[start : start + BLOCK] & exponent) == exponent):
-            raise ValueError("holds NaN or infinite values")
+            raise UnusableWeightError("NaN or infinite values")
 
 
 def _require_in_range(w: mx.array, quantized: Stored, bits: int, noise: float) -> None:
-    """Raise ValueError if scale * code or a bias overflows its dtype, or is NaN.
+    """Raise UnusableWeightError if scale * code or a bias overflows its dtype, or is NaN.
 
     `noise` of a sample of rows is then infinite or NaN.
     """
@@ -97,7 +101,7 @@ def _require_in_range(w: mx.array, quantized: Stored, bits: int, noise: float) -
         scale, bias = (mx.abs(x).max().item() for x in (quantized.scales, quantized.biases))
         fits = fits and scale * (2**bits - 1) <= largest and bias <= largest  # type: ignore[operator]
     if not fits:
-        raise ValueError(f"holds values up to {mx.abs(w).max().item()}, too large to quantize")
+        raise UnusableWeightError(f"values up to {mx.abs(w).max().item()}, too large to quantize")
 
 
 def stored_rows(stored: Stored, rows: slice, *, bits: int, group_size: int, mode: str) -> mx.array:

@@ -8,7 +8,7 @@ import mlx.nn as nn
 import numpy as np
 
 from splitquant_mlx.conversion.plan import make_plan
-from splitquant_mlx.conversion.weight import require_finite
+from splitquant_mlx.conversion.weight import UnusableWeightError, require_finite
 from splitquant_mlx.errors import CheckpointError, RecipeError
 from splitquant_mlx.formats.manifest import load_manifest
 from splitquant_mlx.models.checkpoint import open_checkpoint
@@ -101,8 +101,8 @@ def layer_histogram(directory: Path, path: str, *, clusters: int | None = None) 
 def _require_finite(directory: Path, path: str, w: mx.array) -> None:
     try:
         require_finite(w)
-    except ValueError as exc:
-        raise CheckpointError(f"{directory}: layer {path!r} {exc}: download it again") from exc
+    except UnusableWeightError as exc:
+        raise CheckpointError(f"{directory}: layer {path!r} has {exc}: download it again") from exc
 
 
 def _dense(module: nn.Module | None) -> mx.array | None:

@@ -12,7 +12,8 @@ from damage import BIAS, EMBED, NORM, UP, tensor
 
 from splitquant_mlx import Recipe, convert, load
 from splitquant_mlx.conversion.plan import LayerPlan
-from splitquant_mlx.conversion.weight import SAMPLE, convert_weight
+from splitquant_mlx.conversion.quantizers import QUANTIZERS, Quantizer
+from splitquant_mlx.conversion.weight import SAMPLE, UnusableWeightError, convert_weight
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -25,14 +26,14 @@ def test_weight_that_is_not_finite_is_refused(refusal, tmp_path, name, value, me
     flat[w.size - 1] = value
     tensor(name, flat.reshape(w.shape))(source)
     message = refusal(None, "--method", method, late=True)
-    assert f"tensor {name!r} holds NaN or infinite values as float32" in message
+    assert f"tensor {name!r} has NaN or infinite values as float32" in message
 
 
 def test_weight_too_large_for_float16_is_refused(refusal, tmp_path):
     source = tiny.write_checkpoint(tmp_path / "source", dtype=mx.bfloat16)
     tensor(UP, mx.full((128, 64), 1e5, mx.bfloat16))(source)
     message = refusal(None, "--dtype", "float16", late=True)
-    assert f"tensor {UP!r} holds NaN or infinite values as float16" in message
+    assert f"tensor {UP!r} has NaN or infinite values as float16" in message
     assert "--dtype bfloat16 or float32" in message
 
 
@@ -111,8 +112,18 @@ def test_one_row_that_overflows_in_a_large_weight_is_detected(dtype):
         path=UP, kind="linear", action="quantize", shape=w.shape, quantizer="rtn", bits=4,
         group_size=64,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="too large to quantize"):
+    with pytest.raises(UnusableWeightError, match="too large to quantize"):
         convert_weight(w, layer)
+
+
+def test_error_of_a_quantizer_is_not_reported_as_a_damaged_checkpoint(tmp_path, monkeypatch):
+    def apply(w, layer, inputs):
+        return w @ w
+
+    monkeypatch.setitem(QUANTIZERS, "rtn", Quantizer(apply=apply))
+    source = tiny.write_checkpoint(tmp_path / "source")
+    with pytest.raises(ValueError, match="matmul"):
+        convert(source, tmp_path / "target", recipe=Recipe(method="rtn"))
 
 
 def test_model_of_zeros_runs(tmp_path):
