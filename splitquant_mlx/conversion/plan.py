@@ -42,6 +42,8 @@ class LayerPlan:
         outliers: unquantized entries per row (lut).
         codebook: "kmeans" or "powers" (lut).
         note: why the layer deviates from the recipe's settings for its kind; empty if it does not.
+        deviation: what the note is about: "pattern" (include or exclude), "architecture" or "width"
+            of the layer; empty for anything else.
         head: path under which scales and biases are stored a second time; see `LayerRecord`.
     """
 
@@ -60,6 +62,7 @@ class LayerPlan:
     outliers: int = 0
     codebook: str = "kmeans"
     note: str = ""
+    deviation: str = ""
     head: str = ""
 
     def tensors(self, dtype: mx.Dtype) -> dict[str, tuple[mx.Dtype, tuple[int, ...]]]:
@@ -210,32 +213,37 @@ def _plan_layer(
 ) -> LayerPlan:
     shape = tuple(module["weight"].shape)
 
-    def keep(note: str = "") -> LayerPlan:
-        return LayerPlan(path=path, kind=kind, action="keep", shape=shape, note=note)
+    def keep(note: str = "", deviation: str = "") -> LayerPlan:
+        return LayerPlan(
+            path=path, kind=kind, action="keep", shape=shape, note=note, deviation=deviation
+        )
 
     if kind == "other":
         return keep(f"a {type(module).__name__} has no quantized form")
     action, note = _action(recipe, path, kind, module)
     if action == "keep":
-        return keep(note)
+        return keep(note, "pattern" if note else "")
+    deviation = ""
     bits, group_size, mode = _settings(recipe, path, kind)
     is_custom = recipe.method in OWN_LAYERS and kind == "linear"
     if predicate is not None:
         settings = predicate(path, module)
         if settings is False:
-            return keep("this architecture keeps it unquantized")
+            return keep("this architecture keeps it unquantized", "architecture")
         if isinstance(settings, dict) and action == "quantize" and path not in recipe.layers:
             bits, mode = settings.get("bits", bits), settings.get("mode", "affine")
             group_size = settings.get("group_size", MODES[mode][0])  # defaults of to_quantized
+            deviation = "" if note else "architecture"
             note = note or f"this architecture asks for {bits} bits"
             is_custom = False
     sizes = [group_size, *reversed(GROUP_SIZES)] if mode == "affine" else [group_size]
     fitting = [size for size in sizes if size <= group_size and shape[-1] % size == 0]
     if not fitting:
-        return keep(f"no group size fits its width {shape[-1]}")
+        return keep(f"no group size fits its width {shape[-1]}", "width")
     if fitting[0] != group_size:
         reason = f"group size {fitting[0]}, as {group_size} does not divide its width {shape[-1]}"
         note = f"{reason}; {note}" if note else reason
+        deviation = "width"
     layer = LayerPlan(
         path=path,
         kind=kind,
@@ -250,6 +258,7 @@ def _plan_layer(
         kmeans=recipe.kmeans,
         sweeps=recipe.sweeps or 0,
         note=note,
+        deviation=deviation,
     )
     return _custom_layer(recipe, layer) if is_custom else layer
 
@@ -274,6 +283,7 @@ def _custom_layer(recipe: Recipe, layer: LayerPlan) -> LayerPlan:
         outliers=math.ceil(recipe.outlier_share * layer.shape[-1]),
         codebook=recipe.codebook or "kmeans",
         note="",
+        deviation="",
     )
 
 
@@ -333,7 +343,7 @@ def _require_matches(recipe: Recipe, layers: Mapping[str, LayerPlan]) -> None:
 
 def _require_convertible_layer(recipe: Recipe, layers: Mapping[str, LayerPlan]) -> None:
     linear = [layer for layer in layers.values() if layer.kind in ("linear", "experts")]
-    selected = [layer for layer in linear if layer.note not in ("excluded", "not included")]
+    selected = [layer for layer in linear if layer.deviation != "pattern"]
     if not selected:
         if any(layer.action != "keep" for layer in layers.values()):
             return
@@ -343,13 +353,11 @@ def _require_convertible_layer(recipe: Recipe, layers: Mapping[str, LayerPlan]) 
                 f"{recipe.embeddings!r} and {recipe.lm_head!r} in this recipe"
             )
         raise RecipeError("this model has no linear layers to convert")
-    prefixes = ("group size", "no group size", "this architecture")
-    if all(layer.note.startswith(prefixes) for layer in selected):
-        if all(layer.note.startswith("this architecture") for layer in selected):
-            return
-        widths = ", ".join(str(n) for n in sorted({layer.shape[-1] for layer in selected})[:4])
-        fits = [n for n in GROUP_SIZES if any(layer.shape[-1] % n == 0 for layer in selected)]
+    widths = sorted({layer.shape[-1] for layer in selected if layer.deviation == "width"})
+    if widths and all(layer.deviation in ("width", "architecture") for layer in selected):
+        fits = [size for size in GROUP_SIZES if any(width % size == 0 for width in widths)]
         advice = f"use --group-size {max(fits)}" if fits else "no group size fits this model"
         raise RecipeError(
-            f"group size {recipe.group_size} divides the width of no layer ({widths}): {advice}"
+            f"group size {recipe.group_size} divides the width of no layer "
+            f"({', '.join(map(str, widths[:4]))}): {advice}"
         )
