@@ -59,8 +59,6 @@ class Converter:
         self.writer = writer
         self.state = state
         self._threads = os.cpu_count() or 1
-        self._limit = 1  # large weights in the queue
-        self._rare: dict[str, list[int]] = {}
 
     def run(
         self, progress: Progress, calibration: Iterable[InputStatistics] | None = None
@@ -78,9 +76,9 @@ class Converter:
         label = "Splitting and quantizing" if splits else "Quantizing"
         on_cpu = mx.default_device() == mx.cpu
         uses_pool = on_cpu or any(uses_cpu(x.quantizer) for x in self.plan.layers.values())
-        self._limit = self._threads + 1 if on_cpu else 1
+        least = self._threads + 1 if on_cpu else 1
         total = sum(array.nbytes for array in self.checkpoint.weights.values())
-        queue: deque[tuple[str, float, Callable[[], Converted]]] = deque()
+        queue: deque[tuple[str, float, list[int], Callable[[], Converted]]] = deque()
         if resumed := len(self.state.records):
             progress.note(f"Resuming: {resumed} of {len(self.plan.layers)} layers done")
         large = 0  # weights of layers in the queue; norms and biases do not count
@@ -89,7 +87,7 @@ class Converter:
             one_thread(numpy_only=True) if uses_pool else nullcontext(),
             _pool(self._threads) as submit,
         ):
-            for name, inputs in self._inputs(calibration):
+            for name, inputs, rare, limit in self._inputs(calibration, least):
                 nbytes, layer = self.checkpoint.weights[name].nbytes, self.plan.layer_of(name)
                 if self.state.is_done(name, layer):
                     del self.checkpoint.weights[name]
@@ -98,11 +96,12 @@ class Converter:
                     work = partial(self._convert, name, self._read(name), inputs)
                     in_pool = on_cpu or (layer is not None and uses_cpu(layer.quantizer))
                     result = submit(partial(work, on_cpu=True)).result if in_pool else work
-                    queue.append((name, nbytes, result))
+                    queue.append((name, nbytes, rare, result))
                     large += layer is not None
                     del work, result
                 del inputs
-                limit = 0 if layer is not None and is_large_stack(layer) else self._limit
+                if layer is not None and is_large_stack(layer):
+                    limit = 0
                 while large > limit:
                     large -= self.plan.layer_of(queue[0][0]) is not None
                     advance(self._finish(*queue.popleft()))
@@ -113,14 +112,18 @@ class Converter:
         return [self.state.records[path] for path in self.plan.layers]
 
     def _inputs(
-        self, calibration: Iterable[InputStatistics] | None
-    ) -> Iterator[tuple[str, Mean | None]]:
-        """Yield parameter names in the order of conversion, with the statistics of their inputs."""
+        self, calibration: Iterable[InputStatistics] | None, limit: int
+    ) -> Iterator[tuple[str, Mean | None, list[int], int]]:
+        """Yield parameter names in the order of conversion.
+
+        Each with the statistics of its inputs, the experts that saw few tokens, and the maximum
+        number of layers in the queue: at least `limit`, but 0 after a block of large statistics.
+        """
         remaining = list(parameters(self.checkpoint.model))
         if calibration is None:
-            yield from ((name, None) for name in remaining)
+            yield from ((name, None, [], limit) for name in remaining)
             return
-        blocks, limit = iter(calibration), self._limit
+        blocks = iter(calibration)
         while True:
             with timed(self.state.seconds, "calibrate"):
                 block = next(blocks, None)
@@ -129,12 +132,12 @@ class Converter:
             names = [name for name in remaining if name.startswith(block.prefix)]
             remaining = [name for name in remaining if not name.startswith(block.prefix)]
             planned = sum(self.plan.layer_of(name) is not None for name in names)
-            self._limit = limit = max(limit, planned)
-            self._rare |= block.rare
+            limit = max(limit, planned)
             for name in names:
-                if name == names[-1] and block.nbytes > OVERLAP_BYTES:
-                    self._limit = 0
-                yield name, block.means.get(name.removesuffix(".weight"))
+                path = name.removesuffix(".weight")
+                drain = name == names[-1] and block.nbytes > OVERLAP_BYTES
+                most = 0 if drain else limit
+                yield name, block.means.get(path), block.rare.get(path, []), most
             del block  # release memory before the next block is run
 
     def _read(self, name: str) -> mx.array:
@@ -166,7 +169,9 @@ class Converter:
                 "bfloat16 or float32, or keep this layer (--exclude)"
             ) from exc
 
-    def _finish(self, name: str, nbytes: float, result: Callable[[], Converted]) -> float:
+    def _finish(
+        self, name: str, nbytes: float, rare: list[int], result: Callable[[], Converted]
+    ) -> float:
         """Wait for a converted weight and write it; returns the size of its source."""
         converted, layer = result(), self.plan.layer_of(name)
         for stage, seconds in converted.seconds.items():
@@ -176,7 +181,7 @@ class Converter:
             for leaf, tensor in converted.tensors.items():
                 self.writer.add(prefix + leaf, tensor)
         if layer:
-            self.state.add(_record(layer, converted, self._rare.get(layer.path, [])))
+            self.state.add(_record(layer, converted, rare))
         return nbytes
 
 

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -290,9 +290,7 @@ def _opened(
     stamps = {file: stamp(file) for file in files if file.is_file()}  # missing files: see below
     with as_directory(source, progress, scratch=staging) as directory:
         checkpoint = open_checkpoint(directory)
-        if stamps:
-            checkpoint.stamps.clear()
-            checkpoint.stamps.update(stamps)
+        checkpoint = replace(checkpoint, stamps=stamps or checkpoint.stamps)
         yield LazyModel(directory, progress=progress), checkpoint
 
 
