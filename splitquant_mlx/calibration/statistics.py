@@ -47,7 +47,7 @@ class InputStatistics:
         prefix: of the block's parameter paths, such as "model.layers.0."; empty for the layers
             outside of all blocks.
         means: by layer path, the mean over all tokens of the layer's statistic, float32; for a
-            stack of experts one per expert, computed on access.
+            stack of experts one per expert, computed on access; for a learned layer `Learned`.
         rare: by path of a stack, the experts with fewer than `FEW_TOKENS` tokens, whose means are
             mostly those of the whole stack.
     """
@@ -262,4 +262,23 @@ class _Routed(NamedTuple):
         return self.rows * np.sqrt(times, dtype=np.float32)[:, None]
 
 
-Mean = mx.array | ExpertMeans
+class Learned(NamedTuple):
+    """What is learned for a layer instead of a statistic, float32; see `blockwise`.
+
+    Attributes:
+        w: weights to round, (out, groups, group_size).
+        scales: (out, groups, 1).
+        biases: (out, groups, 1).
+    """
+
+    w: mx.array
+    scales: mx.array
+    biases: mx.array
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size of the arrays, bytes."""
+        return sum(array.nbytes for array in self)
+
+
+Mean = mx.array | ExpertMeans | Learned

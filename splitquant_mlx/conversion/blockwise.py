@@ -23,7 +23,12 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from splitquant_mlx.calibration.blocks import Pass, below, start_pass
-from splitquant_mlx.calibration.statistics import InputStatistics, Statistic, outer_statistics
+from splitquant_mlx.calibration.statistics import (
+    InputStatistics,
+    Learned,
+    Statistic,
+    outer_statistics,
+)
 from splitquant_mlx.conversion.plan import LayerPlan
 from splitquant_mlx.errors import RecipeError, one_line
 
@@ -47,8 +52,7 @@ def learn_blocks(
         outer: statistics for layers outside blocks, as for `iterate_blocks`.
 
     Yields:
-        For each layer, in place of the mean of a statistic, (out, in + 2 * in / group_size)
-        float32: weights to round, scales and biases, concatenated.
+        For each layer `Learned`, in place of the mean of a statistic.
 
     Raises:
         RecipeError: the blocks of the model cannot be called separately, or one has no gradient.
@@ -66,7 +70,7 @@ def learn_blocks(
                 "--method gptq"
             ) from exc
         run.release(index)
-        means = {f"{prefix}{path}": array for path, array in learned.items()}
+        means = {f"{prefix}{path}": result for path, result in learned.items()}
         yield InputStatistics(prefix=prefix, means=means, rare={})
     yield outer_statistics(run, outer, tokens.size)
 
@@ -91,15 +95,15 @@ class LearnedLinear(nn.Module):
         if layer.quantizer == "efficientqat":
             self.shift = mx.zeros(self._w.shape)
 
-    def grid(self) -> tuple[mx.array, mx.array, mx.array]:
-        """Return weights to round (out, groups, group_size), scales and biases (out, groups, 1)."""
+    def grid(self) -> Learned:
+        """Return weights to round, scales and biases."""
         w = self._w
         low = mx.minimum(w.min(-1, keepdims=True), 0) * mx.sigmoid(self.low)
         high = mx.maximum(w.max(-1, keepdims=True), 0) * mx.sigmoid(self.high)
         scales = mx.maximum((high - low) / self._top, 1e-7)
         if "shift" in self:
             w = w + mx.stop_gradient(scales) * self.shift
-        return w, scales, low
+        return Learned(w, scales, low)
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map x (..., in) to (..., out) with the rounded weights."""
@@ -112,7 +116,7 @@ class LearnedLinear(nn.Module):
 
 def _learn(
     run: Pass, index: int, states: list[mx.array], layers: Mapping[str, LayerPlan]
-) -> dict[str, mx.array]:
+) -> dict[str, Learned]:
     """Learn the layers of block `index`, whose inputs are `states` and outputs `run.states`."""
     block = run.blocks[index]
     modules = dict(block.named_modules())
@@ -133,9 +137,6 @@ def _learn(
     for step in range(passes * len(states)):
         optimizer.update(block, gradient(step % len(states))[1])
         mx.eval(block.trainable_parameters(), optimizer.state)
-    results = {}
-    for path, layer in learned.items():
-        grid = layer.grid()
-        results[path] = mx.concatenate([part.reshape(len(part), -1) for part in grid], axis=1)
+    results = {path: layer.grid() for path, layer in learned.items()}
     mx.eval(results)
     return results

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from splitquant_mlx.calibration.statistics import (
-    ExpertMeans,
+    Learned,
     Mean,
     Statistic,
     hessian,
@@ -127,7 +127,7 @@ def _per_expert(apply: Callable[[mx.array, LayerPlan, mx.array | None], Outcome]
 
     def apply_stacked(w: mx.array, layer: LayerPlan, inputs: Mean | None) -> Outcome:
         if w.ndim == 2:
-            assert not isinstance(inputs, ExpertMeans)
+            assert inputs is None or isinstance(inputs, mx.array)
             return apply(w, layer, inputs)
 
         def apply_one(expert: int) -> Outcome:
@@ -169,17 +169,16 @@ def _salience(w: mx.array, layer: LayerPlan, inputs: Mean | None) -> Outcome:
     return Outcome(salience_quantize(w, np.array(inputs), **sizes, sweeps=layer.sweeps))
 
 
-def _learned(w: mx.array, layer: LayerPlan, inputs: Any) -> Outcome:
+def _learned(w: mx.array, layer: LayerPlan, inputs: Mean | None) -> Outcome:
     """Round the learned weights, see `blockwise`; a layer outside blocks is rounded to nearest."""
     if inputs is None:
         return _rtn(w, layer, inputs)
-    width, groups = layer.shape[-1], layer.shape[-1] // layer.group_size
-    scales = inputs[:, width : width + groups].astype(w.dtype)
-    biases = inputs[:, width + groups :].astype(w.dtype)
-    scale, bias = (array.astype(mx.float32)[..., None] for array in (scales, biases))
-    grouped = inputs[:, :width].reshape(*scales.shape, -1)
-    codes = nearest_codes(grouped, scale, bias, 2**layer.bits - 1)
-    return Outcome(Quantized(pack(codes.reshape(w.shape), layer.bits), scales, biases))
+    assert isinstance(inputs, Learned)
+    scales, biases = (array.astype(w.dtype) for array in (inputs.scales, inputs.biases))
+    scale, bias = (array.astype(mx.float32) for array in (scales, biases))
+    codes = nearest_codes(inputs.w, scale, bias, 2**layer.bits - 1)
+    packed = pack(codes.reshape(w.shape), layer.bits)
+    return Outcome(Quantized(packed, scales.squeeze(-1), biases.squeeze(-1)))
 
 
 @_per_expert
