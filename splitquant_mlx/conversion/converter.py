@@ -8,9 +8,9 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext
-from functools import cache, partial
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -33,6 +33,7 @@ from splitquant_mlx.models.architecture import parameters
 from splitquant_mlx.models.checkpoint import FLOATS, Checkpoint, check_unchanged
 from splitquant_mlx.progress import Progress
 from splitquant_mlx.runtime.blas import one_thread
+from splitquant_mlx.runtime.cores import executor
 
 FLOAT_TYPES = tuple(FLOATS.values())
 OVERLAP_BYTES = 2 << 30  # max. statistics of a block to keep while the next block is run
@@ -185,19 +186,13 @@ class Converter:
         return nbytes
 
 
-@cache
-def _executor(number: int) -> ThreadPoolExecutor:
-    """Return a cached thread pool: mlx leaks one thread for each that uses it."""
-    return ThreadPoolExecutor(number)
-
-
 @contextmanager
 def _pool(threads: int) -> Iterator[Callable[[Callable[[], Any]], Future[Any]]]:
     """Yield a function that submits work; pending work is cancelled at the end of the block."""
     futures: WeakSet[Future[Any]] = WeakSet()
 
     def submit(work: Callable[[], Any]) -> Future[Any]:
-        future = _executor(threads).submit(work)
+        future = executor("converter", threads).submit(work)
         futures.add(future)
         return future
 

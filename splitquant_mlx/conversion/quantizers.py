@@ -7,10 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
-from threading import current_thread
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -42,13 +39,14 @@ from splitquant_mlx.quantization.salience import Mixed, salience_quantize
 from splitquant_mlx.quantization.split import cluster_weight, parts_of
 from splitquant_mlx.quantization.split_cpu import code_split
 from splitquant_mlx.recipe import OWN_LAYERS
+from splitquant_mlx.runtime.cores import executor, in_thread_of
 
 Stored = Quantized | Lut | Mixed
 # names of all their tensors
 LEAVES = tuple(dict.fromkeys((*Quantized._fields, *Lut._fields, *Mixed._fields)))
 BLOCK = 1 << 19  # entries
 LARGE = 1 << 24  # entries from which a weight is quantized on all cores
-THREAD_PREFIX = "helper"  # of the names of these threads
+POOL = "quantizer"  # name of its threads; not the converter's, which wait for these
 
 
 class Outcome(NamedTuple):
@@ -105,16 +103,10 @@ def _rtn(w: mx.array, layer: LayerPlan, inputs: Mean | None) -> Outcome:
     return Outcome(concatenate(list(pieces), axis=0))
 
 
-@cache
-def _executor() -> ThreadPoolExecutor:
-    """Return a cached thread pool: mlx retains memory for each thread that uses it."""
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix=THREAD_PREFIX)
-
-
 def _map_for(size: int, *, on_cpu: bool) -> Callable[..., Iterable[Any]]:
     """Return `map`, parallel for a weight of many entries unless called in a pool thread."""
-    in_pool = current_thread().name.startswith(THREAD_PREFIX)
-    return _executor().map if on_cpu and size > LARGE and not in_pool else map
+    parallel = on_cpu and size > LARGE and not in_thread_of(POOL)
+    return executor(POOL, os.cpu_count() or 1).map if parallel else map
 
 
 def is_large_stack(layer: LayerPlan) -> bool:

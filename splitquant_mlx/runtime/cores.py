@@ -7,7 +7,7 @@ With one batch per core and single-threaded products it takes 0.7 s.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from queue import SimpleQueue
 from threading import Lock, Thread, current_thread
@@ -34,7 +34,7 @@ def run_parallel(functions: Sequence[Callable[[], Result]]) -> list[Result]:
     Each function must evaluate the arrays it creates; arrays shared between functions must be
     evaluated before the call. A nested call runs its functions sequentially.
     """
-    if min(cores(), len(functions)) == 1 or current_thread().name == THREAD_NAME:
+    if min(cores(), len(functions)) == 1 or in_thread_of(THREAD_NAME):
         return [function() for function in functions]
     with one_thread():
         futures: list[Future[Result]] = [Future() for _ in functions]
@@ -98,6 +98,17 @@ def evaluate_arrays(module: nn.Module) -> None:
     """
     values = [value for part in module.modules() for value in part.values()]
     mx.eval([value for value in values if isinstance(value, mx.array)])
+
+
+@cache
+def executor(name: str, threads: int) -> ThreadPoolExecutor:
+    """Return a cached thread pool: mlx leaks memory for each thread that uses it."""
+    return ThreadPoolExecutor(threads, thread_name_prefix=name)
+
+
+def in_thread_of(name: str) -> bool:
+    """Return whether this is a thread of the pool `name`, whose tasks must not wait for others."""
+    return current_thread().name.startswith(name)
 
 
 @cache

@@ -126,7 +126,7 @@ def test_large_statistics_are_released_before_the_next_block(tmp_path, monkeypat
     monkeypatch.setattr(pipeline, "iterate_blocks", watched)
     monkeypatch.setattr(converter, "OVERLAP_BYTES", limit)
     # busy threads still reference their inputs
-    monkeypatch.setattr(converter, "_executor", lambda number: Slow(number))
+    monkeypatch.setattr(converter, "executor", lambda name, threads: Slow(threads))
     source = tiny.write_checkpoint(tmp_path / "source", "qwen3_moe")
     convert(source, tmp_path / "target", recipe=RECIPES["gptq"])
     assert (max(alive) == 0) == (limit == 0)
@@ -192,8 +192,8 @@ def test_parallel_quantization_of_a_stack_gives_the_same_bytes(method, tmp_path,
     write_random_checkpoint(tmp_path / "source", shape)
     contents = []
     for name, large in (("serial", quantizers.LARGE), ("parallel", 64)):
-        pool = CountingPool(2, thread_name_prefix=quantizers.THREAD_PREFIX)
-        monkeypatch.setattr(quantizers, "_executor", lambda pool=pool: pool)
+        pool = CountingPool(2, thread_name_prefix=quantizers.POOL)
+        monkeypatch.setattr(quantizers, "executor", lambda *_, pool=pool: pool)
         monkeypatch.setattr(quantizers, "LARGE", large)
         convert(tmp_path / "source", tmp_path / name, recipe=RECIPES[method])
         pool.shutdown()
