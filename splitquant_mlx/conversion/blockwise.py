@@ -42,6 +42,7 @@ def learn_blocks(
     tokens: np.ndarray,
     layers: Mapping[str, LayerPlan],
     outer: Mapping[str, Statistic],
+    sweeps: int,
 ) -> Iterator[InputStatistics]:
     """Run a model block by block and yield what is learned for the layers of each block.
 
@@ -50,6 +51,7 @@ def learn_blocks(
         tokens: (texts, length), the inputs.
         layers: plans of the linear layers to learn, by path.
         outer: statistics for layers outside blocks, as for `iterate_blocks`.
+        sweeps: passes over the inputs.
 
     Yields:
         For each layer `Learned`, in place of the mean of a statistic.
@@ -63,7 +65,7 @@ def learn_blocks(
         states = list(run.states)
         run.advance(index)
         try:
-            learned = _learn(run, index, states, block_layers) if block_layers else {}
+            learned = _learn(run, index, states, block_layers, sweeps) if block_layers else {}
         except Exception as exc:  # the class depends on the operation without a gradient
             raise RecipeError(
                 f"{prefix[:-1]} cannot be learned, {type(exc).__name__}: {one_line(exc)}: use "
@@ -115,7 +117,7 @@ class LearnedLinear(nn.Module):
 
 
 def _learn(
-    run: Pass, index: int, states: list[mx.array], layers: Mapping[str, LayerPlan]
+    run: Pass, index: int, states: list[mx.array], layers: Mapping[str, LayerPlan], sweeps: int
 ) -> dict[str, Learned]:
     """Learn the layers of block `index`, whose inputs are `states` and outputs `run.states`."""
     block = run.blocks[index]
@@ -123,8 +125,8 @@ def _learn(
     learned = {path: LearnedLinear(modules[path], layer) for path, layer in layers.items()}
     block.freeze()
     block.update_modules(tree_unflatten(list(learned.items())))
-    passes = next(iter(layers.values())).sweeps
-    schedules = [optim.cosine_decay(r, passes * len(states)) for r in (SHIFT_RATE, CLIP_RATE)]
+    steps = sweeps * len(states)
+    schedules = [optim.cosine_decay(rate, steps) for rate in (SHIFT_RATE, CLIP_RATE)]
     optimizer = optim.MultiOptimizer(
         [optim.Adam(schedule) for schedule in schedules], [lambda path, _: path.endswith("shift")]
     )
@@ -134,7 +136,7 @@ def _learn(
         return mx.square(difference.astype(mx.float32)).mean()
 
     gradient = nn.value_and_grad(block, loss)
-    for step in range(passes * len(states)):
+    for step in range(steps):
         optimizer.update(block, gradient(step % len(states))[1])
         mx.eval(block.trainable_parameters(), optimizer.state)
     results = {path: layer.grid() for path, layer in learned.items()}

@@ -211,13 +211,14 @@ class Job:
             require_space(self.staging, stored_bytes - writer.total_bytes)
             copy_companions(self.original.path, self.output)
             converter = Converter(checkpoint, plan, writer, state)
-            records = converter.run(self.progress, self._calibration(plan, tokens, state))
+            calibration = self._calibration(recipe, plan, tokens, state)
+            records = converter.run(self.progress, calibration)
         check_unchanged(checkpoint)
         write_config(checkpoint.config, records, self.output)
         return Written(records, writer.total_bytes, parameters, writer.hashes, state)
 
     def _calibration(
-        self, plan: Plan, tokens: np.ndarray | None, state: ConversionState
+        self, recipe: Recipe, plan: Plan, tokens: np.ndarray | None, state: ConversionState
     ) -> Iterator[InputStatistics] | None:
         if tokens is None:
             return None
@@ -232,7 +233,8 @@ class Job:
             if layer.quantizer in LEARNED and not state.is_done(f"{path}.weight", layer)
         }
         if learned:
-            return learn_blocks(self._load_lazily, tokens, learned, statistics)
+            sweeps = recipe.sweeps or 0
+            return learn_blocks(self._load_lazily, tokens, learned, statistics, sweeps)
         return iterate_blocks(self._load_lazily, tokens, statistics)
 
     def _load_lazily(self) -> nn.Module:

@@ -38,7 +38,8 @@ class LayerPlan:
         granularity: one scale per "group", "channel" or "tensor".
         clusters: parts that the weight is split into; 1 unless split.
         kmeans: "exact" or "sklearn".
-        sweeps: rounds of coordinate descent (gptq, salience) or of codes and codebooks (lut).
+        sweeps: rounds of coordinate descent (gptq, salience), of codes and codebooks (lut), or
+            passes over the text (omniquant, efficientqat).
         outliers: unquantized entries per row (lut).
         codebook: "kmeans" or "powers" (lut).
         note: why the layer deviates from the recipe's settings for its kind; empty if it does not.
