@@ -70,7 +70,8 @@ def convert(
 ) -> Manifest:
     """Quantize a model and save it as a checkpoint that mlx-lm and `load` run.
 
-    After a kill or a power cut, the same call resumes the conversion; at most 20 s are lost.
+    After a kill or a power cut, the same call resumes: weights that were written are not converted
+    again. Calibrated methods run the model again up to the block where they stopped.
 
     Args:
         model: hub repo id, directory, .gguf file, or a resolved source.
