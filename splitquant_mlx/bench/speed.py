@@ -124,7 +124,7 @@ def run_trial(model: str, workload: Workload) -> dict[str, Any]:
         "imported_at": imported_at,
         "load_s": load_s,
         "first_token_at": first_token_at,
-        "device": str(mx.default_device()),
+        "device": mx.default_device().type.name,
         "device_peak_bytes": mx.get_peak_memory(),
     }
 
@@ -138,7 +138,7 @@ def _trial_process(source: Source, workload: Workload, device: str | None) -> di
         trial = json.loads(run.output.strip().splitlines()[-1])
     except (ValueError, IndexError) as exc:
         raise SplitQuantError(f"bench trial of {source.name}: expected JSON, got none") from exc
-    on_gpu = "gpu" in trial["device"]
+    on_gpu = trial["device"] == "gpu"
     return {
         **trial,
         "import_s": trial["imported_at"] - run.started,

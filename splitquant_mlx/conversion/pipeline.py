@@ -195,7 +195,7 @@ class Job:
         del sources
         key = {  # everything that the written bytes depend on
             "recipe": {key: v for key, v in recipe.to_dict().items() if key != "refine"},
-            "device": str(mx.default_device()),
+            "device": mx.default_device().type.name,
             "max_shard_bytes": self.max_shard_bytes,
             "calibration": None if tokens is None else sha256(tokens.tobytes()).hexdigest(),
             "versions": versions(),
@@ -267,7 +267,7 @@ class Job:
             revision=source.revision,
             recipe=recipe.to_dict(),
             versions=versions(),
-            device=str(mx.default_device()),
+            device=mx.default_device().type.name,
             layers=tuple(written.records),
             linear_bits_per_weight=_linear_bits_per_weight(written.records),
             bits_per_weight=8 * written.nbytes / written.parameters,

@@ -160,7 +160,7 @@ def save_results(results: list[Result], model: str, directory: Path) -> dict[str
             for result in results
         ],
         **made_with(),
-        "device": str(mx.default_device()),
+        "device": mx.default_device().type.name,
     }
     text = json.dumps(values, indent=2) + "\n"
     (directory / "demo.json").write_text(text, encoding="utf-8")

@@ -76,7 +76,7 @@ class Manifest:
         revision: commit of the hub repo; None for a local source.
         recipe: the settings, as in a TOML recipe.
         versions: versions of Python and packages.
-        device: mlx device of the conversion.
+        device: "cpu" or "gpu", of the conversion.
         layers: one record per layer with a weight matrix.
         linear_bits_per_weight: stored bits per original entry of the converted linear layers; 0
             if none was converted.

@@ -40,6 +40,8 @@ def test_models_alternate_and_are_compared(stories, split_stories, tmp_path, cap
     assert result["settings"] == {
         "prompt_tokens": 8, "generation_tokens": 4, "batch_size": 1, "trials": 1,
     }  # fmt: skip
+    assert result["device"] in ("cpu", "gpu")
+    assert f"computed on the {result['device'].upper()}." in out
     assert "mlx-lm" in result["versions"] and result["machine"]["cores"] >= 1
 
 

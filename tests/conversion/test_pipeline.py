@@ -63,7 +63,7 @@ def test_manifest_matches_the_files(stories, split_stories):
     assert manifest.source.endswith("stories") and manifest.revision is None
     assert {"read", "cluster", "quantize", "write", "total"} == manifest.seconds.keys()
     assert manifest.recipe == Recipe().to_dict()
-    assert "mlx" in manifest.versions
+    assert "mlx" in manifest.versions and manifest.device in ("cpu", "gpu")
 
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4"])

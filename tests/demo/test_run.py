@@ -41,6 +41,7 @@ def test_demo_compares_the_original_with_every_recipe(chat_model, tmp_path):
     save_results(results, source.name, tmp_path)
     saved = json.loads((tmp_path / "demo.json").read_text())
     assert saved["results"][3]["divergence"]["kl_mean"] == split.divergence.kl_mean
+    assert saved["device"] in ("cpu", "gpu")
     assert saved["versions"]["mlx"] and saved["machine"]["memory_bytes"] > 0
 
 

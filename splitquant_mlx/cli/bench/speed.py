@@ -88,14 +88,9 @@ def _print(result: dict[str, Any]) -> None:
     for name, (key, form) in rows.items():
         table.add_row(name, *(form(model[key]) for model in result["models"]))
     show(table)
-    show(f"Memory: {result['peak_memory']}; computed on the {_device(result['device'])}.")
+    show(f"Memory: {result['peak_memory']}; computed on the {result['device'].upper()}.")
     for other in result["ratios"]:
         show(plain(f"{other['model']}: {_compared(other)} {other['against']}"))
-
-
-def _device(text: str) -> str:
-    """Return "CPU" for mlx's "Device(cpu, 0)"."""
-    return text.removeprefix("Device(").partition(",")[0].upper()
 
 
 def _compared(ratios: dict[str, Any]) -> str:
