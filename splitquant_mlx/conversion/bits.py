@@ -11,10 +11,11 @@ import mlx.core as mx
 import numpy as np
 
 from splitquant_mlx.calibration.blocks import is_expert_stack
+from splitquant_mlx.calibration.layer_divergence import Option
 from splitquant_mlx.calibration.sensitivity import METHOD, from_json, predict_divergence, to_json
 from splitquant_mlx.calibration.tokens import calibration_tokens
 from splitquant_mlx.calibration.unfinished import Unfinished
-from splitquant_mlx.conversion.budget import Option, Sizes, find_budget, measure_sizes
+from splitquant_mlx.conversion.budget import Sizes, find_budget, measure_sizes
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.formats.shard_writer import MAX_SHARD_BYTES
 from splitquant_mlx.models.checkpoint import open_checkpoint

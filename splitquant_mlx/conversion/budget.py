@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from splitquant_mlx.calibration.layer_divergence import Option
 from splitquant_mlx.conversion.converter import source_array
 from splitquant_mlx.conversion.plan import LayerPlan, make_plan
 from splitquant_mlx.errors import RecipeError
@@ -14,7 +15,6 @@ from splitquant_mlx.models.footprint import PROGRAM_BYTES, context_bytes, contex
 from splitquant_mlx.recipe import Recipe
 from splitquant_mlx.sizes import parse_bytes, size
 
-Option = tuple[int, int]  # bits, group_size
 OPTIONS: tuple[Option, ...] = (
     (2, 64), (2, 32), (3, 128), (3, 64), (3, 32), (4, 128), (4, 64), (4, 32),
     (5, 128), (5, 64), (5, 32), (6, 128), (6, 64), (6, 32), (8, 64), (8, 32),

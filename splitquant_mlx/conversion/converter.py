@@ -28,6 +28,7 @@ from splitquant_mlx.conversion.weight import (
 )
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.formats.manifest import LayerRecord
+from splitquant_mlx.formats.packed import dtype_name
 from splitquant_mlx.formats.shard_writer import ShardWriter
 from splitquant_mlx.models.architecture import parameters
 from splitquant_mlx.models.checkpoint import FLOATS, Checkpoint, check_unchanged
@@ -166,8 +167,8 @@ class Converter:
             check_unchanged(self.checkpoint)
             raise CheckpointError(
                 f"{self.checkpoint.path}: tensor {name!r} has {exc} as "
-                f"{str(w.dtype).rpartition('.')[2]}: the checkpoint is damaged, or use --dtype "
-                "bfloat16 or float32, or keep this layer (--exclude)"
+                f"{dtype_name(w)}: the checkpoint is damaged, or use --dtype bfloat16 or float32, "
+                "or keep this layer (--exclude)"
             ) from exc
 
     def _finish(
