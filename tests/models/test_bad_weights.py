@@ -4,6 +4,7 @@ import math
 import os
 from itertools import product
 
+import gguf_bytes
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -162,6 +163,22 @@ def test_source_that_changes_after_the_headers_were_read(refusal, tmp_path, monk
 
     monkeypatch.setattr(checkpoint, "read_headers", read_and_change)
     assert "model.safetensors cannot be read" in refusal(forget=[file])
+
+
+def test_gguf_file_that_changes_during_the_conversion(refusal, tmp_path, monkeypatch):
+    from splitquant_mlx.conversion import pipeline
+
+    source = tmp_path / "source.gguf"
+    source.write_bytes(gguf_bytes.write())
+    plan = pipeline.make_plan
+
+    def plan_and_change(*args):
+        source.write_bytes(gguf_bytes.write() + b" ")
+        return plan(*args)
+
+    monkeypatch.setattr(pipeline, "make_plan", plan_and_change)
+    message = refusal(source, late=True, forget=[source])
+    assert f"{source} changed while it was read" in message
 
 
 def test_source_that_shrinks_after_it_was_opened(refusal, tmp_path, monkeypatch):
