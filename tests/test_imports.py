@@ -75,6 +75,22 @@ def test_files_stay_small():
     assert not too_long
 
 
+def test_functions_stay_small():
+    too_large = []
+    for module, file in MODULES.items():
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                name = f"{module}.{node.name}"
+                lines = node.end_lineno - node.lineno + 1
+                args = node.args
+                parameters = len([*args.posonlyargs, *args.args, *args.kwonlyargs])
+                if name == "cli.convert.convert":  # each of its options is one
+                    parameters = 0
+                if lines > 60 or parameters > 8:
+                    too_large.append(f"{name}: {lines} lines, {parameters} parameters")
+    assert not too_large
+
+
 @pytest.mark.parametrize("mode", ["affine", "lut"])
 def test_a_model_file_needs_only_mlx_and_the_program_that_runs_it(mode):
     tree = ast.parse(model_code([SimpleNamespace(mode=mode)]))

@@ -83,33 +83,46 @@ def check_rotary(
         table = tables.get(kind) if kind is not None else None
         if not table or "rope_theta" not in table:
             continue
-        actual = _measure(module)
-        try:
-            dims = len(actual) * 2
-            expected = _expected(table, dims, config)
-        except (KeyError, TypeError, ValueError, ArithmeticError) as exc:
-            raise CheckpointError(
-                f"{path}: config.json: rotary embeddings {table}: {type(exc).__name__}: {exc}"
-            ) from exc
-        rounded = {**table, "truncate": True}
-        if table.get("truncate") is False and _close(actual, _expected(rounded, dims, config)[0]):
-            notes.add(
-                "mlx-lm rounds the range of YaRN's frequencies to whole pairs, the original does "
-                f"not ({_difference(actual, expected[0])}): this affects every mlx checkpoint of it"
-            )
-        elif not _close(actual, expected[0]):
-            if len(expected) == 1 or not _close(actual, expected[1]):
-                raise CheckpointError(
-                    f"{path}: config.json has rotary embeddings {table}, but mlx-lm's "
-                    f"{architecture} rotates differently ({_difference(actual, expected[0])} in "
-                    f"{name}): its output would be wrong"
-                )
-            original = table["original_max_position_embeddings"]
-            notes.add(
-                "mlx-lm uses longrope's long factors at every length, the original uses the short "
-                f"ones up to {original} tokens: such texts give different results"
-            )
+        if note := _check_module(path, architecture, name, module, table, config):
+            notes.add(note)
     return sorted(notes)
+
+
+def _check_module(
+    path: Path, architecture: str, name: str, module: nn.Module, table: Table, config: Table
+) -> str | None:
+    """Compare one rotary embedding with its settings; see `check_rotary`.
+
+    Returns:
+        The difference, if it affects texts of some lengths only.
+    """
+    actual = _measure(module)
+    try:
+        dims = len(actual) * 2
+        expected = _expected(table, dims, config)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as exc:
+        raise CheckpointError(
+            f"{path}: config.json: rotary embeddings {table}: {type(exc).__name__}: {exc}"
+        ) from exc
+    rounded = {**table, "truncate": True}
+    if table.get("truncate") is False and _close(actual, _expected(rounded, dims, config)[0]):
+        return (
+            "mlx-lm rounds the range of YaRN's frequencies to whole pairs, the original does "
+            f"not ({_difference(actual, expected[0])}): this affects every mlx checkpoint of it"
+        )
+    if _close(actual, expected[0]):
+        return None
+    if len(expected) == 1 or not _close(actual, expected[1]):
+        raise CheckpointError(
+            f"{path}: config.json has rotary embeddings {table}, but mlx-lm's "
+            f"{architecture} rotates differently ({_difference(actual, expected[0])} in "
+            f"{name}): its output would be wrong"
+        )
+    original = table["original_max_position_embeddings"]
+    return (
+        "mlx-lm uses longrope's long factors at every length, the original uses the short "
+        f"ones up to {original} tokens: such texts give different results"
+    )
 
 
 def _check_layers(path: Path, modules: dict[str, nn.Module], config: Table) -> None:
