@@ -1,1 +1,1 @@
-"""What a model tells about its own layers: sampled text, input statistics, sensitivities."""
+"""Calibration: text sampled from the model, statistics of layer inputs, sensitivities."""
