@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from splitquant_mlx.evaluation.task import evaluate
     from splitquant_mlx.formats.manifest import LayerRecord, Manifest, load_manifest
     from splitquant_mlx.models.loader import load
-    from splitquant_mlx.nn.model_file import QuantizedSplitLinear
-    from splitquant_mlx.nn.neighbour_file import LUTLinear
+    from splitquant_mlx.nn.lut_model_file import LUTLinear
     from splitquant_mlx.nn.split_layers import (
         QuantizedSplitConv,
         SplitConv,
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
         quantize_split_layers,
         split_model,
     )
+    from splitquant_mlx.nn.split_model_file import QuantizedSplitLinear
     from splitquant_mlx.quantization.affine import Quantized, dequantize, quantize, quantize_parts
     from splitquant_mlx.quantization.kmeans import Clustering
     from splitquant_mlx.quantization.split import cluster_weight, split
@@ -91,8 +91,8 @@ _MODULES = {
     "evaluation.task": "evaluate",
     "formats.manifest": "LayerRecord Manifest load_manifest",
     "models.loader": "load",
-    "nn.neighbour_file": "LUTLinear",
-    "nn.model_file": "QuantizedSplitLinear",
+    "nn.lut_model_file": "LUTLinear",
+    "nn.split_model_file": "QuantizedSplitLinear",
     "nn.split_layers": "QuantizedSplitConv SplitConv SplitLinear quantize_split_layers split_model",
     "quantization.affine": "Quantized dequantize quantize quantize_parts",
     "quantization.kmeans": "Clustering",

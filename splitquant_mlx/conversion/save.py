@@ -62,7 +62,8 @@ def model_code(layers: Sequence[LayerRecord]) -> bytes:
     """Return the model file for these layers, with `build_model` inlined."""
     is_custom = any(layer.mode in OWN_MODES for layer in layers)
     sources = resources.files("splitquant_mlx.nn")
-    code = sources.joinpath("neighbour_file.py" if is_custom else "model_file.py").read_bytes()
+    name = "lut_model_file.py" if is_custom else "split_model_file.py"
+    code = sources.joinpath(name).read_bytes()
     return code.replace(BUILD_IMPORT, sources.joinpath("build_model.py").read_bytes())
 
 

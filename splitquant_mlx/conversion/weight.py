@@ -10,7 +10,7 @@ import numpy as np
 from splitquant_mlx.calibration.statistics import Mean
 from splitquant_mlx.conversion.plan import LayerPlan
 from splitquant_mlx.conversion.quantizers import BLOCK, QUANTIZERS, Stored
-from splitquant_mlx.nn.neighbour_file import lut_weight, mixed_weight
+from splitquant_mlx.nn.lut_model_file import lut_weight, mixed_weight
 from splitquant_mlx.quantization.affine import Quantized, dequantize
 from splitquant_mlx.quantization.lut import Lut
 from splitquant_mlx.quantization.salience import Mixed

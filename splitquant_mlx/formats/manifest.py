@@ -11,7 +11,7 @@ from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.settings import NonNegativeInt, load_json, record
 
 FILE_NAME = "splitquant.json"
-# model code of a checkpoint for mlx-lm and mlx-vlm, see nn/model_file and nn/neighbour_file
+# model code of a checkpoint for mlx-lm and mlx-vlm, see nn/split_model_file and nn/lut_model_file
 MODEL_FILE = "splitquant_model.py"
 # modes that need the model file: mode -> the setting it needs in addition to bits
 OWN_MODES = {"lut": "outliers", "mixed": "group_size"}

@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from splitquant_mlx.models.dense import dense_weight
-from splitquant_mlx.nn.neighbour_file import LUTLinear
+from splitquant_mlx.nn.lut_model_file import LUTLinear
 from splitquant_mlx.nn.split_layers import SplitLinear, quantize_split_layers, split_model
 from splitquant_mlx.quantization.rounding import kernel_difference
 from splitquant_mlx.quantization.split import split

@@ -8,8 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from splitquant_mlx.nn.model_file import QuantizedSplitLinear, QuantizedSplitSwitchLinear
-from splitquant_mlx.nn.neighbour_file import LUTLinear, MixedLinear
+from splitquant_mlx.nn.lut_model_file import LUTLinear, MixedLinear
+from splitquant_mlx.nn.split_model_file import QuantizedSplitLinear, QuantizedSplitSwitchLinear
 from splitquant_mlx.quantization.affine import Quantized, dequantize
 
 

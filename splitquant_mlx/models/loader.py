@@ -124,14 +124,14 @@ def _load_with_mlx_lm(
     """Load a model that has quantized layers, or a model file."""
     from mlx_lm.utils import load_model as mlx_lm_load_model
 
-    from splitquant_mlx.nn import model_file, neighbour_file
+    from splitquant_mlx.nn import lut_model_file, split_model_file
     from splitquant_mlx.nn.build_model import ModelArgs
 
     options: dict[str, Any] = {"model_config": {}}
     model_code = config.get("model_file")
     if isinstance(config.get("splitquant"), dict) and model_code in (None, MODEL_FILE):
         options["model_config"]["model_file"] = None
-        code = model_file if "layers" in config["splitquant"] else neighbour_file
+        code = split_model_file if "layers" in config["splitquant"] else lut_model_file
         options["get_model_classes"] = lambda config: (code.Model, ModelArgs)
     elif model_code and not trust_remote_code:
         raise CheckpointError(

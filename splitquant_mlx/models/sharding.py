@@ -2,7 +2,7 @@
 
 The models define how: mlx-lm's `shard` gives each rank some of the heads and of the inner width of
 every layer, its `pipeline` gives each some of the layers. Split layers support `shard`; see
-`model_file.Sharded`.
+`split_model_file.Sharded`.
 """
 
 from pathlib import Path

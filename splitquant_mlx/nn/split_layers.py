@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.nn.model_file import QuantizedSplitLinear
+from splitquant_mlx.nn.split_model_file import QuantizedSplitLinear
 from splitquant_mlx.quantization.affine import Quantized, dequantize, quantize_parts
 from splitquant_mlx.quantization.split import split
 

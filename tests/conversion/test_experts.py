@@ -24,7 +24,7 @@ from splitquant_mlx.calibration.statistics import ExpertMeans, iterate_blocks
 from splitquant_mlx.conversion import converter, pipeline, quantizers
 from splitquant_mlx.models.architecture import build_model
 from splitquant_mlx.models.config_forms import normalize
-from splitquant_mlx.nn.model_file import QuantizedSplitSwitchLinear
+from splitquant_mlx.nn.split_model_file import QuantizedSplitSwitchLinear
 from splitquant_mlx.quantization.affine import Quantized, dequantize
 from splitquant_mlx.recipe import Calibration
 

@@ -18,7 +18,7 @@ from splitquant_mlx.inspection.layers import layer_histogram
 from splitquant_mlx.inspection.overview import describe
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.models.source import resolve
-from splitquant_mlx.nn.neighbour_file import MixedLinear
+from splitquant_mlx.nn.lut_model_file import MixedLinear
 from splitquant_mlx.recipe import Calibration
 
 CALIBRATION = Calibration(num_samples=8, sequence_length=64)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from splitquant_mlx import QuantizedSplitLinear, Recipe, RecipeError, SplitLinear, convert
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.models.sharding import divide
-from splitquant_mlx.nn.model_file import Sharded
+from splitquant_mlx.nn.split_model_file import Sharded
 
 
 class Rank:

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from splitquant_mlx.nn.neighbour_file import lut_weight
+from splitquant_mlx.nn.lut_model_file import lut_weight
 from splitquant_mlx.quantization.affine import dequantize, quantize
 from splitquant_mlx.quantization.codebook import nearest, row_codebooks
 from splitquant_mlx.quantization.gptq import damped_hessian, gptq_quantize

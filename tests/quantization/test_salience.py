@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from splitquant_mlx.nn.neighbour_file import mixed_weight
+from splitquant_mlx.nn.lut_model_file import mixed_weight
 from splitquant_mlx.quantization.affine import dequantize
 from splitquant_mlx.quantization.gptq import damped_hessian, gptq_quantize
 from splitquant_mlx.quantization.salience import salience_quantize

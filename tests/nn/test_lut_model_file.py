@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from splitquant_mlx import LUTLinear
-from splitquant_mlx.nn import neighbour_file
-from splitquant_mlx.nn.neighbour_file import MixedLinear
+from splitquant_mlx.nn import lut_model_file
+from splitquant_mlx.nn.lut_model_file import MixedLinear
 from splitquant_mlx.quantization.affine import pack
 
 # The kernel's source as C++. Each lane runs up to the next unknown exchange between the lanes of a
@@ -66,8 +66,8 @@ extern "C" void run(const T* x, const uint32_t* weight, const T* codebook, const
 }
 """
 SOURCES = {
-    "metal": (neighbour_file.METAL_HEADER, neighbour_file.METAL),
-    "cuda": (neighbour_file.CUDA_HEADER, neighbour_file.CUDA),
+    "metal": (lut_model_file.METAL_HEADER, lut_model_file.METAL),
+    "cuda": (lut_model_file.CUDA_HEADER, lut_model_file.CUDA),
 }
 TYPES = {"float": mx.float32, "_Float16": mx.float16}
 
@@ -85,7 +85,7 @@ def kernel(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("kernel")
     language, kind = request.param
     header, head = SOURCES[language]
-    source = SHIM.replace("SOURCE", head + neighbour_file.BODY)
+    source = SHIM.replace("SOURCE", head + lut_model_file.BODY)
     source = source.replace("HEADER", f"using T = {kind};{header}")
     (directory / "lut.cpp").write_text(source)
     command = ["g++", "-std=c++17", "-O2", "-Wall", "-Werror", "-shared", "-fPIC"]
@@ -150,7 +150,7 @@ def test_kernel_and_operations_compute_the_product(
     np.testing.assert_allclose(np.array(layer.dense()), w, rtol=0, atol=limit)
     np.testing.assert_allclose(np.array(layer(x)), expected, rtol=0, atol=limit)
     calls = len(kernel.calls)
-    monkeypatch.setattr(neighbour_file, "_kernel", lambda: kernel)
+    monkeypatch.setattr(lut_model_file, "_kernel", lambda: kernel)
     np.testing.assert_allclose(np.array(layer(x)), expected, rtol=0, atol=limit)
     assert len(kernel.calls) == calls + 1
     assert layer(mx.ones((9, inputs))).shape == (9, outputs) and len(kernel.calls) == calls + 1

@@ -1,7 +1,7 @@
 """Model file of checkpoints with lookup-table or mixed-bit layers.
 
-The counterpart of `model_file` for these layers: mlx-lm and mlx-vlm build the model from this file,
-so it imports only mlx.
+The counterpart of `split_model_file` for these layers: mlx-lm and mlx-vlm build the model from this
+file, so it imports only mlx.
 
 Each row of a `LUTLinear` has a codebook of 2^bits values. On a GPU, a kernel unpacks the codes,
 looks them up and accumulates the products without materializing the weight (as LUT-GEMM does, Park
