@@ -28,7 +28,7 @@ from splitquant_mlx.conversion.resume import ConversionState, open_journal, time
 from splitquant_mlx.conversion.save import (
     copy_companions,
     hash_files,
-    neighbour_notes,
+    program_notes,
     require_space,
     write_config,
 )
@@ -278,7 +278,7 @@ class Job:
             seconds=written.state.seconds_since(started),
             warnings=(
                 *self.checkpoint.warnings,
-                *neighbour_notes(self.checkpoint.config, written.records),
+                *program_notes(self.checkpoint.config, written.records),
             ),
             files=hash_files(self.output, written.hashes),
         )

@@ -121,7 +121,7 @@ def _settings(layer: LayerRecord) -> dict[str, Any]:
     return {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
 
 
-def neighbour_notes(config: dict[str, Any], layers: Sequence[LayerRecord]) -> list[str]:
+def program_notes(config: dict[str, Any], layers: Sequence[LayerRecord]) -> list[str]:
     """Return a warning for each program that does not run a conversion of these layers correctly.
 
     mlx-vlm's Gemma 3 always uses the embedding as head, even if the head is not tied. Some of its

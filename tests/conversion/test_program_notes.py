@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from splitquant_mlx import Recipe, convert
-from splitquant_mlx.conversion.save import neighbour_notes
+from splitquant_mlx.conversion.save import program_notes
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_head_that_mlx_vlm_ignores(tmp_path, architecture, changes, expected):
     ("kind", "expected"), [("lfm2_moe", "softmax"), ("internlm3", "doubles the angles")]
 )
 def test_models_that_mlx_vlm_computes_differently(kind, expected):
-    (note,) = neighbour_notes({"model_type": kind}, [])
+    (note,) = program_notes({"model_type": kind}, [])
     assert note.startswith(f"mlx-vlm's {kind}") and expected in note and note.endswith("use mlx-lm")
 
 
