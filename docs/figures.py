@@ -323,7 +323,7 @@ def main() -> None:
     tables["arc"] = arc_table()
     tables["paper"] = paper_table()
     tables["sizes"] = sizes_table(DOCS / "results" / "sizes")
-    tables["neighbours"] = sizes_table(DOCS / "results" / "neighbours-babyllama-tok105")
+    tables["wider"] = sizes_table(DOCS / "results" / "neighbours-babyllama-tok105")
     tables["narrower"] = sizes_table(DOCS / "results" / "neighbours-stories260K")
     tables["owned"] = sizes_table(DOCS / "results" / "neighbours-trained-llama")
     pages = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
