@@ -68,7 +68,7 @@ def bench_table(bench: dict) -> str:
 
 def kmeans_table(kmeans: dict) -> str:
     """Return the times of both ways to cluster as a Markdown table."""
-    lines = ["| matrix | exact, ns a weight | scikit-learn's KMeans |", "|---|---|---|"]
+    lines = ["| matrix | exact, ns per weight | scikit-learn's KMeans |", "|---|---|---|"]
     for run in kmeans["runs"]:
         shape = " x ".join(map(str, run["shape"]))
         lines.append(
@@ -95,7 +95,7 @@ def speed_table(speed: dict) -> str:
     ]
     names = {
         "prefill_time": "time to read a prompt",
-        "decode_time": "time a token",
+        "decode_time": "time per token",
         "load_s": "time to load",
         "first_token_s": "time from start to first token",
         "peak_bytes": "peak memory",
