@@ -8,7 +8,7 @@ import mlx.nn as nn
 import numpy as np
 
 from splitquant_mlx.calibration.blocks import start_pass
-from splitquant_mlx.calibration.unfinished import Unfinished
+from splitquant_mlx.calibration.saved_state import SavedState
 from splitquant_mlx.progress import Progress
 
 MOST_LIKELY = 128  # tokens stored per position; all others count as one event
@@ -28,7 +28,11 @@ class Predictions(NamedTuple):
 
 
 def predict(
-    load: Callable[[], nn.Module], tokens: np.ndarray, *, progress: Progress, unfinished: Unfinished
+    load: Callable[[], nn.Module],
+    tokens: np.ndarray,
+    *,
+    progress: Progress,
+    saved_state: SavedState,
 ) -> Predictions:
     """Return the predictions of a model after each token of `tokens` (texts, length).
 
@@ -38,7 +42,7 @@ def predict(
         load: loads one of mlx-lm's models lazily.
         tokens: texts (texts, length).
         progress: progress reporter.
-        unfinished: state of an interrupted call, to resume from.
+        saved_state: state of an interrupted call, to resume from.
 
     Raises:
         RecipeError: when the model is not built of blocks that can be called one by one.
@@ -47,10 +51,10 @@ def predict(
     with progress.task("Running the original", len(tokens)) as advance:
         for start in range(0, len(tokens), TEXTS):
             texts, name = tokens[start : start + TEXTS], f"predictions-{start}"
-            part = unfinished.arrays(name)
+            part = saved_state.load(name)
             if part is None:
                 part = list(_predict_some(load, texts))
-                unfinished.keep(name, part)
+                saved_state.save(name, part)
             parts.append(part)
             advance(len(texts))
     return Predictions(*(mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True)))

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from splitquant_mlx.calibration.unfinished import Unfinished
+from splitquant_mlx.calibration.saved_state import SavedState
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.models.prompt_cache import make_cache
 from splitquant_mlx.progress import Progress
@@ -44,7 +44,7 @@ def sample_tokens(
     length: int,
     seed: int,
     progress: Progress,
-    unfinished: Unfinished | None = None,
+    saved_state: SavedState | None = None,
 ) -> np.ndarray:
     """Return tokens (texts, length) int32 sampled from `model`, `BATCH_TEXTS` at a time.
 
@@ -54,14 +54,14 @@ def sample_tokens(
         length: tokens per text, including its beginning.
         seed: of the sampling.
         progress: progress reporter.
-        unfinished: state of an interrupted call, to resume from; removed at the end.
+        saved_state: state of an interrupted call, to resume from; removed at the end.
     """
     tokens = np.zeros((len(prompts), length), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt[:length]
     given = np.array([min(len(prompt), length) for prompt in prompts])
     steps = -(-len(prompts) // BATCH_TEXTS) * (length - 1)
-    done = _restore(unfinished, tokens)
+    done = _restore(saved_state, tokens)
     with progress.task("Sampling text", steps) as advance:
         if done:
             progress.note(f"Resuming: {done} of {steps} steps done")
@@ -72,12 +72,12 @@ def sample_tokens(
             first = done - batch * (length - 1) if done > batch * (length - 1) else 0
             for position in _continue(model, tokens[texts], given[texts], first + 1, [seed, batch]):
                 advance(1)
-                if unfinished and time.monotonic() - saved_s > SAVE_S:
+                if saved_state and time.monotonic() - saved_s > SAVE_S:
                     steps_done = mx.array(batch * (length - 1) + position)
-                    unfinished.keep("tokens", [steps_done, mx.array(tokens)])
+                    saved_state.save("tokens", [steps_done, mx.array(tokens)])
                     saved_s = time.monotonic()
-    if unfinished:
-        unfinished.remove()
+    if saved_state:
+        saved_state.remove()
     return tokens
 
 
@@ -145,9 +145,9 @@ def _sample(logits: mx.array, seed: list[int], part: slice) -> np.ndarray:
     return sampled
 
 
-def _restore(unfinished: Unfinished | None, tokens: np.ndarray) -> int:
+def _restore(saved_state: SavedState | None, tokens: np.ndarray) -> int:
     """Set `tokens` to the saved ones, if any; returns the number of steps done."""
-    saved = unfinished.arrays("tokens") if unfinished else None
+    saved = saved_state.load("tokens") if saved_state else None
     if saved is None:
         return 0
     steps_done, tokens[...] = map(np.array, saved)

@@ -62,7 +62,7 @@ from splitquant_mlx.calibration.layer_divergence import (
     stack_divergences,
     used_rows,
 )
-from splitquant_mlx.calibration.unfinished import Unfinished
+from splitquant_mlx.calibration.saved_state import SavedState
 from splitquant_mlx.progress import Advance, Progress
 from splitquant_mlx.runtime.cores import run_parallel, run_rounds, serialized_eval
 
@@ -77,7 +77,7 @@ def predict_divergence(
     *,
     seed: int,
     progress: Progress,
-    unfinished: Unfinished,
+    saved_state: SavedState,
 ) -> dict[str, dict[Option, float]]:
     """Return the predicted KL divergence, nats per token, of each layer alone at each option.
 
@@ -89,7 +89,7 @@ def predict_divergence(
         options: bits and group sizes, by the path of a linear layer, head or embedding.
         seed: of the tokens sampled for the gradients.
         progress: progress reporter.
-        unfinished: state of an interrupted call, to resume from; removed at the end.
+        saved_state: state of an interrupted call, to resume from; removed at the end.
 
     Raises:
         RecipeError: when the model is not built of blocks that can be called one by one.
@@ -99,10 +99,10 @@ def predict_divergence(
     outer = [path for path in options if not path.startswith(tuple(prefixes))]
     steps = 2 * len(prefixes) + 1
     with progress.task("Measuring sensitivities", steps) as advance:
-        if (state := _load_state(unfinished)) is None:
-            _forward(run, unfinished, advance)
+        if (state := _load_state(saved_state)) is None:
+            _forward(run, saved_state, advance)
             state = _head_sensitivity(run, outer, options, seed)
-            _save_state(unfinished, state)
+            _save_state(saved_state, state)
             advance(1)
         else:
             progress.note(f"Resuming: {steps - state.blocks} of {steps} steps done")
@@ -110,7 +110,7 @@ def predict_divergence(
         predicted, gradients = state.predicted, state.gradients
         run.restore(load())
         for index in reversed(range(state.blocks)):
-            run.states = unfinished.arrays(f"states-{index}") or []
+            run.states = saved_state.load(f"states-{index}") or []
             prefix = prefixes[index]
             block_options = below(prefix, options)
             of_block, gradients = _block_sensitivities(
@@ -118,7 +118,7 @@ def predict_divergence(
             )
             run.release(index)
             predicted.update({prefix + path: values for path, values in of_block.items()})
-            _save_state(unfinished, state._replace(gradients=gradients, blocks=index))
+            _save_state(saved_state, state._replace(gradients=gradients, blocks=index))
         for path in outer:
             if isinstance(dict(run.model.named_modules())[path], nn.Embedding):
                 rows = used_rows(block_weight(run.model, path), tokens)
@@ -126,21 +126,21 @@ def predict_divergence(
                 raised = state.raised if predicted[path] else 1.0
                 for option, value in lookup.items():
                     predicted[path][option] = predicted[path].get(option, 0.0) + raised * value
-    unfinished.remove()
+    saved_state.remove()
     if missing := next((path for path in options if not predicted[path]), None):
         raise unreached(missing)
     return {path: predicted[path] for path in options}
 
 
-def _forward(run: Pass, unfinished: Unfinished, advance: Advance) -> None:
+def _forward(run: Pass, saved_state: SavedState, advance: Advance) -> None:
     """Run all texts through all blocks, and save the input states of each block."""
     for index in range(len(run.blocks)):
-        saved = unfinished.arrays(f"states-{index}")
+        saved = saved_state.load(f"states-{index}")
         if saved is None or index == 0:
-            unfinished.keep(f"states-{index}", run.states)
+            saved_state.save(f"states-{index}", run.states)
         else:
             run.states = saved
-        if unfinished.arrays(f"states-{index + 1}") is None:
+        if saved_state.load(f"states-{index + 1}") is None:
             run.advance(index)
         run.release(index)
         advance(1)
@@ -172,19 +172,19 @@ class _State(NamedTuple):
     blocks: int
 
 
-def _save_state(unfinished: Unfinished, state: _State) -> None:
-    unfinished.keep(f"gradients-{state.blocks}", state.gradients)
+def _save_state(saved_state: SavedState, state: _State) -> None:
+    saved_state.save(f"gradients-{state.blocks}", state.gradients)
     values = {"blocks": state.blocks, "raised": state.raised}
-    unfinished.note({**values, "predicted": to_json(state.predicted)})
-    unfinished.drop(f"gradients-{state.blocks + 1}")
-    unfinished.drop(f"states-{state.blocks}")
+    saved_state.save_json({**values, "predicted": to_json(state.predicted)})
+    saved_state.delete(f"gradients-{state.blocks + 1}")
+    saved_state.delete(f"states-{state.blocks}")
 
 
-def _load_state(unfinished: Unfinished) -> _State | None:
+def _load_state(saved_state: SavedState) -> _State | None:
     with suppress(TypeError, ValueError, KeyError):
-        values = unfinished.findings()
+        values = saved_state.load_json()
         predicted, blocks = from_json(values["predicted"]), int(values["blocks"])
-        if gradients := unfinished.arrays(f"gradients-{blocks}"):
+        if gradients := saved_state.load(f"gradients-{blocks}"):
             return _State(predicted, float(values["raised"]), gradients, blocks)
     return None
 

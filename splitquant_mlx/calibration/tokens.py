@@ -7,8 +7,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from splitquant_mlx.calibration.saved_state import SavedState
 from splitquant_mlx.calibration.self_text import BATCH_TEXTS, beginnings, sample_tokens
-from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.data.text import cut_windows, encode, load_text
 from splitquant_mlx.models.compact import compact
 from splitquant_mlx.models.config import read_config
@@ -45,9 +45,9 @@ def calibration_tokens(
 
     def sample() -> np.ndarray:
         model = compact(load_model(opened.path, lazy=True, dequantize=True, narrow=True))
-        unfinished = Unfinished(cache_directory() / f"calibration/{key}.unfinished")
+        saved_state = SavedState(cache_directory() / f"calibration/{key}.unfinished")
         settings = {"length": length, "seed": seed, "progress": progress}
-        return sample_tokens(model, prompts, **settings, unfinished=unfinished)
+        return sample_tokens(model, prompts, **settings, saved_state=saved_state)
 
     return cached_on_disk(
         f"calibration/{key}.bin",

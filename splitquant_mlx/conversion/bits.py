@@ -12,9 +12,9 @@ import numpy as np
 
 from splitquant_mlx.calibration.blocks import is_expert_stack
 from splitquant_mlx.calibration.layer_divergence import Option
+from splitquant_mlx.calibration.saved_state import SavedState
 from splitquant_mlx.calibration.sensitivity import METHOD, from_json, predict_divergence, to_json
 from splitquant_mlx.calibration.tokens import calibration_tokens
-from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.conversion.budget import Sizes, find_budget, measure_sizes
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.formats.shard_writer import MAX_SHARD_BYTES
@@ -170,7 +170,7 @@ def _sensitivities(
             options,
             seed=seed,
             progress=progress,
-            unfinished=Unfinished(cache_directory() / f"sensitivity/{name}.unfinished"),
+            saved_state=SavedState(cache_directory() / f"sensitivity/{name}.unfinished"),
         )
 
     def pack(divergence: dict[str, dict[Option, float]]) -> bytes:

@@ -15,9 +15,9 @@ import mlx.nn as nn
 import numpy as np
 
 from splitquant_mlx.calibration.predictions import predict
+from splitquant_mlx.calibration.saved_state import SavedState
 from splitquant_mlx.calibration.statistics import InputStatistics, iterate_blocks
 from splitquant_mlx.calibration.tokens import calibration_tokens
-from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.conversion.bits import Forecast, choose_bits
 from splitquant_mlx.conversion.blockwise import learn_blocks
 from splitquant_mlx.conversion.converter import Converter, source_array
@@ -245,8 +245,8 @@ class Job:
         """Refine the converted model in place; return its divergence before and after."""
         seed = recipe.texts.seed
         key = repr((sorted(written.hashes.items()), seed)).encode() + training.tobytes()
-        unfinished = Unfinished(self.staging / REFINEMENT / sha256(key).hexdigest())
-        settings = {"progress": self.progress, "unfinished": unfinished}
+        saved_state = SavedState(self.staging / REFINEMENT / sha256(key).hexdigest())
+        settings = {"progress": self.progress, "saved_state": saved_state}
         with timed(written.state.seconds, "refine"):
             predictions = predict(self._load_lazily, training, **settings)
             refined = refine(load_model(self.output), predictions, training, seed=seed, **settings)

@@ -36,7 +36,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from splitquant_mlx.calibration.blocks import Pass, begin
 from splitquant_mlx.calibration.predictions import Predictions, kl_divergence
-from splitquant_mlx.calibration.unfinished import Unfinished
+from splitquant_mlx.calibration.saved_state import SavedState
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.models.dense import for_scoring
 from splitquant_mlx.models.expert_products import expert_products
@@ -88,7 +88,7 @@ def refine(
     *,
     seed: int = 0,
     progress: Progress,
-    unfinished: Unfinished,
+    saved_state: SavedState,
 ) -> Refined:
     """Train all quantized linear layers of `model`, which is modified.
 
@@ -99,7 +99,7 @@ def refine(
             training once.
         seed: of the order of texts.
         progress: progress reporter.
-        unfinished: state of an interrupted call, to resume from.
+        saved_state: state of an interrupted call, to resume from.
 
     Raises:
         RecipeError: when there is no layer to train.
@@ -119,7 +119,7 @@ def refine(
 
     with progress.task("Refining", len(batches) + 2 * len(held_out)) as advance:
         before = _mean(start, held_out, advance)
-        first, saved_s = _resume(unfinished, model, optimizer), time.monotonic()
+        first, saved_s = _resume(saved_state, model, optimizer), time.monotonic()
         if first:
             progress.note(f"Resuming: {first} of {len(batches)} steps done")
             advance(first)
@@ -128,7 +128,7 @@ def refine(
             mx.eval(model.trainable_parameters(), optimizer.state)
             advance(1)
             if time.monotonic() - saved_s > SAVE_S:
-                _save(unfinished, model, optimizer, number + 1)
+                _save(saved_state, model, optimizer, number + 1)
                 saved_s = time.monotonic()
         after = _mean(start, held_out, advance)
     if not after < before:
@@ -193,20 +193,20 @@ def _gradients(run: Pass, divergence: Callable[[mx.array], Any]) -> Any:
     return tree_unflatten(list(collected.items()))
 
 
-def _save(unfinished: Unfinished, model: nn.Module, optimizer: Any, steps: int) -> None:
+def _save(saved_state: SavedState, model: nn.Module, optimizer: Any, steps: int) -> None:
     """Save the trained parameters and the optimizer's state after `steps` steps."""
     trees: Any = model.trainable_parameters(), optimizer.state
     arrays: list[Any] = [array for tree in trees for _, array in tree_flatten(tree)]
-    unfinished.keep(f"step-{steps}", arrays)
-    before = unfinished.findings()
-    unfinished.note(steps)
-    unfinished.drop(f"step-{before}")
+    saved_state.save(f"step-{steps}", arrays)
+    before = saved_state.load_json()
+    saved_state.save_json(steps)
+    saved_state.delete(f"step-{before}")
 
 
-def _resume(unfinished: Unfinished, model: nn.Module, optimizer: Any) -> int:
+def _resume(saved_state: SavedState, model: nn.Module, optimizer: Any) -> int:
     """Restore the last save; returns the number of steps done."""
-    steps = unfinished.findings()
-    arrays = unfinished.arrays(f"step-{steps}")
+    steps = saved_state.load_json()
+    arrays = saved_state.load(f"step-{steps}")
     if not isinstance(steps, int) or arrays is None:
         return 0
     names = [name for name, _ in tree_flatten(model.trainable_parameters())]

@@ -14,6 +14,7 @@ from tokenizers import processors
 
 from splitquant_mlx import RecipeError, dequantize, load
 from splitquant_mlx.calibration import blocks, self_text
+from splitquant_mlx.calibration.saved_state import SavedState
 from splitquant_mlx.calibration.self_text import beginnings, sample_tokens
 from splitquant_mlx.calibration.sensitivity import predict_divergence
 from splitquant_mlx.calibration.statistics import (
@@ -24,7 +25,6 @@ from splitquant_mlx.calibration.statistics import (
     sum_of_squares,
 )
 from splitquant_mlx.calibration.tokens import calibration_tokens
-from splitquant_mlx.calibration.unfinished import Unfinished
 from splitquant_mlx.evaluation.divergence import divergence, log_probabilities
 from splitquant_mlx.models.architecture import parameters
 from splitquant_mlx.models.compact import compact
@@ -220,7 +220,7 @@ def test_an_interrupted_text_is_gone_on_with(stories, tmp_path, monkeypatch):
     model, tokenizer = load(stories)
     prompts = beginnings(tokenizer, 5, np.random.default_rng(1))
     settings: Any = {"length": 30, "seed": 1, "progress": Silent()}
-    settings["unfinished"] = Unfinished(tmp_path / "text")
+    settings["saved_state"] = SavedState(tmp_path / "text")
     monkeypatch.setattr(self_text, "BATCH_TEXTS", 2)
     monkeypatch.setattr(self_text, "SAVE_S", 0.0)
     whole = sample_tokens(model, prompts, **settings)
@@ -263,8 +263,8 @@ def test_to_go_on_takes_no_more_memory_than_to_write_it_all(stories, tmp_path, m
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(self_text, "SAVE_S", 0.0)
         patch.setattr(self_text, "_sample", draw_or_stop)
-        peak(unfinished=Unfinished(tmp_path / "text"))
-    assert peak(unfinished=Unfinished(tmp_path / "text")) < 1.5 * whole
+        peak(saved_state=SavedState(tmp_path / "text"))
+    assert peak(saved_state=SavedState(tmp_path / "text")) < 1.5 * whole
 
 
 def test_tokens_are_drawn_as_likely_as_they_are():
@@ -320,7 +320,7 @@ def test_predicted_divergence_is_the_measured_one(stories, tmp_path):
         options,
         seed=0,
         progress=Silent(),
-        unfinished=Unfinished(tmp_path),
+        saved_state=SavedState(tmp_path),
     )
     wanted = [log_probabilities(model, text) for text in other.tolist()]
     means = input_means(load(stories)[0], tokens, paths, hessian)
@@ -356,7 +356,7 @@ def test_an_embedding_counts_by_the_rows_that_are_looked_up(tmp_path):
             {path: [(3, 32), (4, 32)], "lm_head": [(3, 32)]},
             seed=0,
             progress=Silent(),
-            unfinished=Unfinished(tmp_path / str(scale)),
+            saved_state=SavedState(tmp_path / str(scale)),
         )
 
     assert predict(1) == predict(100)
@@ -369,7 +369,7 @@ def test_sensitivities_do_not_depend_on_how_much_is_computed_at_once(
     tokens = np.arange(256, dtype=np.int32).reshape(4, 64)
 
     def predict(name):
-        settings = {"seed": 0, "progress": Silent(), "unfinished": Unfinished(tmp_path / name)}
+        settings = {"seed": 0, "progress": Silent(), "saved_state": SavedState(tmp_path / name)}
         return predict_divergence(lambda: load(stories, lazy=True)[0], tokens, options, **settings)
 
     def flat(found):
@@ -391,7 +391,7 @@ def test_a_layer_that_no_text_reaches_is_named(stories, tmp_path):
     tokens, path = np.arange(64, dtype=np.int32).reshape(2, 32), "model.layers.0.mlp.spare"
     with pytest.raises(RecipeError, match=r"no calibration text reaches .*spare"):
         list(iterate_blocks(changed, tokens, {path: hessian}))
-    settings = {"seed": 0, "progress": Silent(), "unfinished": Unfinished(tmp_path)}
+    settings = {"seed": 0, "progress": Silent(), "saved_state": SavedState(tmp_path)}
     with pytest.raises(RecipeError, match=r"no calibration text reaches .*spare"):
         predict_divergence(changed, tokens, {path: [(4, 32)]}, **settings)
 
@@ -428,7 +428,7 @@ def test_sensitivities_go_on_where_they_were_interrupted(stories, tmp_path):
             options,
             seed=0,
             progress=Interrupted(after),
-            unfinished=Unfinished(tmp_path / directory),
+            saved_state=SavedState(tmp_path / directory),
         )
 
     whole = predict("one go")

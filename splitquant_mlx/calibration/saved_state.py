@@ -13,7 +13,7 @@ import mlx.core as mx
 from splitquant_mlx.runtime.disk import sync, write_atomic
 
 
-class Unfinished:
+class SavedState:
     """Named arrays, and one JSON value, in a directory.
 
     If the disk is full or read-only, arrays stay in memory, and a kill loses them.
@@ -34,7 +34,7 @@ class Unfinished:
             except OSError:
                 self.directory = directory.with_name(f"{directory.name}.{os.getpid()}")
 
-    def keep(self, name: str, arrays: list[mx.array]) -> None:
+    def save(self, name: str, arrays: list[mx.array]) -> None:
         """Store arrays."""
         file, partial = self._file(name), self._file(f".{name}.partial")
         try:
@@ -45,7 +45,7 @@ class Unfinished:
         except (OSError, RuntimeError):  # mlx raises RuntimeError if the disk is full
             self._memory[name] = arrays
 
-    def arrays(self, name: str) -> list[mx.array] | None:
+    def load(self, name: str) -> list[mx.array] | None:
         """Return stored arrays, loaded lazily; None when there are none."""
         with suppress(OSError, RuntimeError, KeyError):
             if name in self._memory:
@@ -54,19 +54,19 @@ class Unfinished:
             return [arrays[str(i)] for i in range(len(arrays))]
         return None
 
-    def note(self, findings: Any) -> None:
-        """Store a JSON value; it replaces the one before."""
+    def save_json(self, value: Any) -> None:
+        """Store the JSON value; it replaces the previous one."""
         with suppress(OSError):
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.directory / "findings.json", json.dumps(findings).encode())
+            write_atomic(self.directory / "value.json", json.dumps(value).encode())
 
-    def findings(self) -> Any:
+    def load_json(self) -> Any:
         """Return the JSON value; None when there is none, or it is damaged."""
         with suppress(OSError, ValueError):
-            return json.loads((self.directory / "findings.json").read_bytes())
+            return json.loads((self.directory / "value.json").read_bytes())
         return None
 
-    def drop(self, name: str) -> None:
+    def delete(self, name: str) -> None:
         """Delete arrays."""
         self._memory.pop(name, None)
         self._file(name).unlink(missing_ok=True)
