@@ -1,6 +1,6 @@
 """Store intermediate results of a long computation on disk, to resume it after a kill."""
 
-import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from splitquant_mlx.runtime.disk import sync, write_atomic
+from splitquant_mlx.runtime.workspace import is_at, try_lock
 
 
 class SavedState:
@@ -19,20 +20,35 @@ class SavedState:
     If the disk is full or read-only, arrays stay in memory, and a kill loses them.
 
     Args:
-        directory: created here. While another process uses it, this one uses a directory of the
-            same name with its process id.
+        directory: created here. While it is in use, its name with a number is used instead; the
+            next use of `directory` removes numbered ones of killed processes.
     """
 
     def __init__(self, directory: Path):
         self.directory = directory
         self._memory: dict[str, list[mx.array]] = {}
         with suppress(OSError):
-            directory.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(directory / "lock", os.O_CREAT | os.O_RDWR)
-            try:
-                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self.directory = directory.with_name(f"{directory.name}.{os.getpid()}")
+            self._lock = self._acquire()
+            if self.directory == directory:
+                self._remove_abandoned()
+
+    def _acquire(self) -> int:
+        """Lock the directory, else a numbered one; return the descriptor that holds the lock."""
+        directory, numbers = self.directory, itertools.count(1)
+        while True:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY)
+            if try_lock(lock) and is_at(self.directory, lock):
+                return lock
+            os.close(lock)
+            self.directory = directory.with_name(f"{directory.name}.{next(numbers)}")
+
+    def _remove_abandoned(self) -> None:
+        for path in self.directory.parent.glob(f"{self.directory.name}.*"):
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            if try_lock(lock):
+                shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
 
     def save(self, name: str, arrays: list[mx.array]) -> None:
         """Store arrays."""

@@ -74,11 +74,11 @@ def _acquire(directory: Path, work: str) -> int:
                 raise _in_the_way(directory, "is not a directory") from exc
             raise
         try:
-            if not _try_lock(lock):
+            if not try_lock(lock):
                 raise TargetError(
                     f"{work} is already running in {_holder(lock)}: wait until it ends, or stop it"
                 )
-            if _is_at(directory, lock):
+            if is_at(directory, lock):
                 _write_marker(directory, lock)
                 return lock
         except BaseException:
@@ -87,8 +87,8 @@ def _acquire(directory: Path, work: str) -> int:
         os.close(lock)  # the directory was removed before it was locked
 
 
-def _try_lock(descriptor: int) -> bool:
-    """Lock the directory; return False if another process has locked it."""
+def try_lock(descriptor: int) -> bool:
+    """Lock a directory; return False if another descriptor or process has locked it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -99,7 +99,8 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def _is_at(directory: Path, descriptor: int) -> bool:
+def is_at(directory: Path, descriptor: int) -> bool:
+    """Return whether a descriptor is of the directory that is now at the path."""
     try:
         return os.path.samestat(directory.lstat(), os.fstat(descriptor))
     except FileNotFoundError:

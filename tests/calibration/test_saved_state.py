@@ -68,3 +68,25 @@ def test_two_processes_do_not_share_a_directory(tmp_path):
         mine.remove()
         assert (tmp_path / "work" / "states.safetensors").exists()
         other.communicate("")
+
+
+def test_two_of_a_process_do_not_share_a_directory(tmp_path):
+    first, second = SavedState(tmp_path / "work"), SavedState(tmp_path / "work")
+    first.save("states", [mx.arange(3)])
+    assert second.load("states") is None
+    del second
+    third = SavedState(tmp_path / "work")  # the lock of `first` remains
+    assert third.load("states") is None
+
+
+def test_directories_of_killed_processes_are_removed(tmp_path):
+    first, second = SavedState(tmp_path / "work"), SavedState(tmp_path / "work")
+    second.save("states", [mx.arange(3)])
+    (tmp_path / "work.4321").mkdir()
+    del first
+    first = SavedState(tmp_path / "work")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["work", "work.1"]
+    assert second.load("states") is not None
+    second.remove()
+    first.remove()
+    assert not list(tmp_path.iterdir())
