@@ -9,7 +9,7 @@ from splitquant_mlx.cli import console
 from splitquant_mlx.cli.console import pairs, plain, show
 from splitquant_mlx.cli.options import JsonFile, Model, start
 from splitquant_mlx.cli.settings import dataclass_options
-from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.errors import CheckpointError, RecipeError
 
 MAX_PROBLEMS = 8
 
@@ -20,19 +20,25 @@ def verify(
     source: Annotated[
         str | None, typer.Option(help="Original model, to compare every weight with.")
     ] = None,
+    source_revision: Annotated[
+        str | None,
+        typer.Option(help="Branch, tag or commit of the original; --revision is of MODEL."),
+    ] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Check a converted model: hashes, shapes, bits/weight, a forward pass, the original."""
     name = model.choose()
+    if source_revision is not None and source is None:
+        raise RecipeError("--source-revision is of the original: pass --source, too")
     start(model.device)
-    from pathlib import Path
 
     from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.conversion.verify import verify as check
     from splitquant_mlx.models.source import resolve
 
-    original = None if source is None else resolve(source, revision=model.revision)
-    checks = check(Path(name), source=original, progress=Bars())
+    converted = resolve(name, revision=model.revision)
+    original = None if source is None else resolve(source, revision=source_revision)
+    checks = check(converted, source=original, progress=Bars())
     problems = sorted({problem for result in checks for problem in result.problems})
     if not console.write_json(json_file, [dataclasses.asdict(result) for result in checks]):
         rows = (

@@ -24,7 +24,7 @@ from splitquant_mlx.models.directory import as_directory
 from splitquant_mlx.models.left_out import same_bytes
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.models.shards import read_headers
-from splitquant_mlx.models.source import Source, resolve
+from splitquant_mlx.models.source import Source, fetch_files, resolve
 from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.recipe import OWN_LAYERS
 from splitquant_mlx.runtime.disk import sha256
@@ -48,7 +48,7 @@ class Check:
 
 
 def verify(
-    directory: str | Path,
+    directory: str | Path | Source,
     *,
     source: str | Path | Source | None = None,
     progress: Progress = SILENT,
@@ -56,7 +56,7 @@ def verify(
     """Check a checkpoint that `convert` wrote.
 
     Args:
-        directory: directory of the checkpoint.
+        directory: the checkpoint: directory, hub repo id, or a resolved source.
         source: the original model, to compare the weights with: hub repo id, directory, .gguf
             file, or a resolved source.
         progress: progress reporter.
@@ -67,12 +67,15 @@ def verify(
     Raises:
         SplitQuantError: there is no manifest, or the source cannot be read.
     """
-    directory = Path(directory)
+    converted = directory if isinstance(directory, Source) else resolve(str(directory))
+    directory = converted.path
     manifest = load_manifest(directory)
     if manifest is None:
         raise CheckpointError(
-            f"{directory} has no {FILE_NAME}: verify checks what `splitquant-mlx convert` wrote"
+            f"{converted.name} has no {FILE_NAME}: verify checks what `splitquant-mlx convert` "
+            "wrote"
         )
+    fetch_files(converted, manifest.files)
     checks = [
         check_files(directory, manifest, progress),
         _check("tensors", "shapes, bytes and bits/weight", lambda: _tensors(directory, manifest)),

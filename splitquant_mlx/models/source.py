@@ -65,6 +65,21 @@ def resolve(model: str, *, revision: str | None = None, timeout_s: float | None 
     return Source(name=model, path=path, revision=None)
 
 
+def fetch_files(source: Source, names: Iterable[str]) -> None:
+    """Download files of a hub repo that `resolve` does not; names that it lacks are skipped.
+
+    Raises:
+        SourceError: they cannot be fetched.
+    """
+    if source.revision is None:
+        return
+    try:
+        if missing := [name for name in names if not (source.path / name).is_file()]:
+            _fetch(source.name, source.revision, missing)
+    except Exception as exc:
+        raise SourceError(explain(exc, source.name, revision=source.revision)) from exc
+
+
 def cached(repo: str, *, revision: str | None = None) -> Source | None:
     """Return the copy of `repo` in the hub's cache, or None.
 

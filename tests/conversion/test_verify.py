@@ -8,6 +8,7 @@ import mlx.core as mx
 import pytest
 import tiny
 from damage import put_tensors
+from fake_hub import FakeHub
 
 from splitquant_mlx import Recipe, convert
 from splitquant_mlx.cli import run
@@ -108,6 +109,32 @@ def test_conversions_pass(conversions, verify, method):
     assert out.endswith(f"{directory / method} is valid.\n")
     code, out, _ = verify(directory / method)
     assert code == 0 and out.count(" ok") == 4
+
+
+def test_repos_pass_each_at_its_revision(conversions, tmp_path, monkeypatch, capsys):
+    source, directory = conversions
+
+    def files(path):
+        return {file.name: file.read_bytes() for file in path.iterdir()}
+
+    repos = {"org/split": files(directory / "splitquant"), "org/source": files(source)}
+    options = ["verify", "org/split", "--revision", "v1", "--source", "org/source"]
+    with (
+        FakeHub(repos=repos) as hub,
+        hub.instead_of_the_real_one(monkeypatch, cache=tmp_path / "hub"),
+    ):
+        assert run(options) == 0
+        assert capsys.readouterr().out.count(" ok") == 5
+        assert run([*options, "--source-revision", "v2"]) == 2
+        assert "org/source: there is no revision 'v2'" in capsys.readouterr().err
+
+
+def test_revisions_are_of_repos(conversions, verify):
+    source, directory = conversions
+    err = verify(directory / "rtn", "--revision", "v1", "--source", source)[2]
+    assert "rtn is a local path: a revision (v1) is for hub repos only" in err
+    err = verify(directory / "rtn", "--source-revision", "v1")[2]
+    assert "pass --source, too" in err
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -227,7 +254,7 @@ def test_wrong_original(model, verify, tmp_path):
 
 def test_what_cannot_be_verified(conversions, verify, tmp_path):
     assert "has no splitquant.json" in verify(conversions[0])[2]
-    assert "has no splitquant.json" in verify(tmp_path / "nowhere")[2]
+    assert "no such path" in verify(tmp_path / "nowhere")[2]
     (tmp_path / "splitquant.json").write_text("[]")
     assert "is not a splitquant-mlx manifest" in verify(tmp_path)[2]
     assert "no such path" in verify(conversions[1] / "rtn", "--source", "/nowhere")[2]
