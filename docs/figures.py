@@ -4,14 +4,15 @@ r"""Write the tables of the README and of the pages here from JSON that the prog
     splitquant-mlx bench convert --model llama-3.2-1b --json docs/bench.json
     python benchmarks/kmeans_speed.py docs/kmeans.json
     python benchmarks/memory_by_depth.py docs/memory.json
-    splitquant-mlx convert --model <cache>/SmolLM2-135M-Instruct.Q4_1.gguf --mlx-path split
-    splitquant-mlx convert --model <cache>/SmolLM2-135M-Instruct.Q4_1.gguf --mlx-path rtn \
+    splitquant-mlx convert --model <cache>/demo/SmolLM2-135M-Instruct.Q4_1.gguf --mlx-path split
+    splitquant-mlx convert --model <cache>/demo/SmolLM2-135M-Instruct.Q4_1.gguf --mlx-path rtn \
         --method rtn --embeddings keep
     splitquant-mlx bench --model split --against rtn -p 32 -g 8 -n 3 --device cpu \
         --json docs/speed.json
     splitquant-mlx run recipes/smollm2.toml --output-dir docs/results/smollm2
     splitquant-mlx run recipes/tiny.toml --model <directory> --output-dir docs/results/<its name>
-    python tests/support/offgrid.py <cache>/SmolLM2-135M-Instruct.Q4_1.gguf smollm2-135m-offgrid
+    python tests/support/offgrid.py <cache>/demo/SmolLM2-135M-Instruct.Q4_1.gguf \
+        smollm2-135m-offgrid
     splitquant-mlx run recipes/sizes.toml --model smollm2-135m-offgrid \
         --output-dir docs/results/sizes
     splitquant-mlx run recipes/neighbours.toml --model <directory> --data text=<stories> \

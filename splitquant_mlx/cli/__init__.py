@@ -35,9 +35,10 @@ from splitquant_mlx.models.hub import hide_token
 
 PROGRAM = "splitquant-mlx"
 VARIABLES = (
-    "Variables: SPLITQUANT_CACHE (cache directory), SPLITQUANT_API_KEY (key of serve), "
-    "SPLITQUANT_MEMORY_CHECK (off: run even if memory is too small), NO_COLOR, and HF_HOME, "
-    "HF_TOKEN and HF_HUB_OFFLINE of the hub: see docs/configuration.md.\n"
+    "Variables: SPLITQUANT_MODEL (model of commands without one), SPLITQUANT_CACHE (cache "
+    "directory), SPLITQUANT_API_KEY (key of serve), SPLITQUANT_MEMORY_CHECK (off: run even if "
+    "memory is too small), NO_COLOR, and HF_HOME, HF_TOKEN and HF_HUB_OFFLINE of the hub: see "
+    "docs/configuration.md.\n"
     "Exit codes: 0 success, 2 error, 130 interrupted (Ctrl-C)."
 )
 

