@@ -12,7 +12,7 @@ from splitquant_mlx.cli.launched import join, launched_rank
 from splitquant_mlx.cli.loading import check_memory
 from splitquant_mlx.cli.options import JsonFile, TrustedModel, start
 from splitquant_mlx.cli.settings import Given, dataclass_options, settings_options
-from splitquant_mlx.evaluation.settings import Task
+from splitquant_mlx.evaluation.settings import ARC_TASKS, Task
 
 # name of a value -> (label, name of its standard error)
 ROWS = {
@@ -55,7 +55,9 @@ def evaluate(
     json_file: JsonFile = None,
 ) -> None:
     """Evaluate a model: ARC, perplexity, KL divergence from another model, or a task of lm-eval."""
-    interrupt.set_hint()
+    settings = Task(**task)
+    if settings.name in ARC_TASKS:  # other tasks start again
+        interrupt.set_hint()
     start(model.device)
     from splitquant_mlx.cli.progress import Bars
     from splitquant_mlx.evaluation.task import evaluate
@@ -71,7 +73,7 @@ def evaluate(
 
     result = evaluate(
         name,
-        Task(**task),
+        settings,
         reference=reference,
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,

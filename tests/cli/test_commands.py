@@ -357,6 +357,24 @@ def test_the_summary_of_auto_counts_all_quantized_layers(split_stories):
     assert rows["Time"] == "1.0 s"
 
 
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("perplexity", "Interrupted.\n"),
+        ("arc_easy", "Interrupted. Run the same command to continue.\n"),
+    ],
+)
+def test_an_interrupted_evaluation_continues_if_it_is_of_arc(
+    stories, monkeypatch, capsys, task, message
+):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("splitquant_mlx.evaluation.task.evaluate", interrupted)
+    assert cli.run(["eval", str(stories), "--task", task]) == 130
+    assert capsys.readouterr().err == message
+
+
 def test_eval_is_refused_if_memory_is_too_small(stories, text_file, monkeypatch, capsys):
     monkeypatch.setattr("splitquant_mlx.runtime.memory.memory_bytes", lambda: 10_000_000)
     assert cli.run(["eval", str(stories), "--data", str(text_file)]) == 2

@@ -123,7 +123,7 @@ def commands(stories, text_file, tmp_path):
     message = "Interrupted. Run the same command to continue."
     return {
         "convert": (["convert", str(stories), "--method", "gptq", *calibration, *target], message),
-        "eval": (["eval", str(stories), "--data", str(long_text)], message),
+        "eval": (["eval", str(stories), "--data", str(long_text)], "Interrupted."),
         "generate": (["generate", str(stories), text[:30_000]], "Interrupted."),
     }
 
