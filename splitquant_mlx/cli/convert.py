@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from splitquant_mlx.cli import console, interrupt
+from splitquant_mlx.cli import console, interrupt, lm_studio
 from splitquant_mlx.cli.options import (
     LAYERS,
     PUBLISHING,
@@ -54,7 +54,7 @@ LmStudio = Annotated[
     bool,
     typer.Option(
         "--lmstudio",
-        help="Link the result into ~/.lmstudio/models, where LM Studio finds it.",
+        help=f"Link the result into {lm_studio.HOME}, where LM Studio finds it.",
         rich_help_panel=PUBLISHING,
     ),
 ]
@@ -113,7 +113,6 @@ def convert(
 
         check_login(upload_repo)
     start(device)
-    from splitquant_mlx.cli import lm_studio
     from splitquant_mlx.conversion.staging import check_target
     from splitquant_mlx.models.source import resolve
 

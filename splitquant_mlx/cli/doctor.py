@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from splitquant_mlx.cli import console
+from splitquant_mlx.cli import console, lm_studio
 from splitquant_mlx.cli.console import new_table, pairs, plain, show, size
 from splitquant_mlx.cli.options import Device, JsonFile, start
 from splitquant_mlx.errors import SplitQuantError
@@ -69,8 +69,8 @@ def _facts() -> dict[str, str]:
     facts["caches"] = f"{cache_directory()}; hub: {constants.HF_HUB_CACHE}"
     no_token = "none (hf auth login, for gated and private repos)"
     facts["hub login"] = "token found" if get_token() else no_token
-    lm_studio = Path("~/.lmstudio/models").expanduser()
-    facts["LM Studio"] = f"models in {lm_studio}" if lm_studio.is_dir() else "not found"
+    models = lm_studio.HOME.expanduser()
+    facts["LM Studio"] = f"models in {models}" if models.is_dir() else "not found"
     facts |= versions()
     if (loaded := blas.preload()) is not None:
         facts["OpenBLAS"] = "loaded" if loaded else f"missing: {blas.ADVICE}"

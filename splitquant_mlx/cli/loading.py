@@ -69,11 +69,18 @@ def load_model(
 
 def warn_long_prompt(loaded: Loaded, tokens: int) -> None:
     """Print a warning if a prompt is longer than the model's context."""
-    if loaded.context is not None and tokens > loaded.context and not launched_rank():
-        console.note(
-            f"warning: {tokens:,} tokens exceed the context of {loaded.context:,} tokens that this "
-            "model supports: expect nonsense"
-        )
+    if (warning := long_prompt_warning(tokens, loaded.context)) and not launched_rank():
+        console.note(warning)
+
+
+def long_prompt_warning(tokens: int, context: int | None) -> str:
+    """Return a warning about a prompt longer than the model's context; "" if it is not."""
+    if context is None or tokens <= context:
+        return ""
+    return (
+        f"warning: {tokens:,} tokens exceed the context of {context:,} tokens that this model "
+        "supports: expect nonsense"
+    )
 
 
 def check_memory(path: Path, work: str) -> None:

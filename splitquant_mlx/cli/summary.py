@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from splitquant_mlx.cli.console import next_step, pairs, show, size
-from splitquant_mlx.formats.manifest import Manifest
+from splitquant_mlx.cli.lm_studio import HOME
+from splitquant_mlx.formats.manifest import ACTIONS, Manifest, count_actions
 
 if TYPE_CHECKING:
     from splitquant_mlx.conversion.bits import Forecast
     from splitquant_mlx.inspection.estimate import Estimate
     from splitquant_mlx.recipe import Recipe
-
-ACTIONS = {"split": "split", "quantize": "quantized", "keep": "not quantized"}
-LM_STUDIO = "~/.lmstudio/models/USER/NAME"
 
 
 def print_summary(manifest: Manifest, path: Path) -> None:
@@ -43,7 +41,7 @@ def print_estimate(estimate: "Estimate", recipe: "Recipe", target: Path) -> None
         pairs(
             ("Method", recipe.method),
             *fits,
-            ("Layers", _count_actions(estimate.layers)),
+            ("Layers", count_actions(estimate.layers)),
             ("Size", f"{size(estimate.stored_bytes)}, original {original}{guess}"),
             ("Whole model", f"{estimate.bits_per_weight:.2f} bits/weight{guess}"),
             ("Memory", _memory(estimate.memory_bytes)),
@@ -112,11 +110,6 @@ def notes(layers: Iterable[Any]) -> list[str]:
     ]
 
 
-def _count_actions(layers: Iterable[Any]) -> str:
-    counts = Counter(layer.action for layer in layers)
-    return ", ".join(f"{counts[key]} {word}" for key, word in ACTIONS.items() if counts[key])
-
-
 def _option(settings: Mapping[str, Any]) -> str:
     return f"{settings['bits']} g{settings['group_size']}"
 
@@ -126,7 +119,7 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
     kept = sum(layer.nbytes for layer in layers if layer.action == "keep")
     share = f", {size(kept)} of it not quantized" if kept else ""
     rows = [
-        ("Layers", _count_actions(layers)),
+        ("Layers", count_actions(layers)),
         _bits(manifest),
         ("Whole model", f"{manifest.bits_per_weight:.2f} bits/weight"),
         ("Size", f"{size(manifest.stored_bytes)}{share}; original {size(manifest.source_bytes)}"),
@@ -171,7 +164,9 @@ def _where_it_runs(manifest: Manifest) -> list[str]:
             "Runs here, in mlx-lm with --trust-remote-code and in mlx-vlm; not in LM Studio.",
             "For LM Studio: --method auto.",
         ]
-    return [f"Runs in mlx-lm and, moved or linked to {LM_STUDIO} (by --lmstudio), in LM Studio."]
+    return [
+        f"Runs in mlx-lm and, moved or linked to {HOME}/USER/NAME (by --lmstudio), in LM Studio."
+    ]
 
 
 def _memory(needed_bytes: float) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from splitquant_mlx.cli import interrupt
 from splitquant_mlx.cli.console import note, printable
+from splitquant_mlx.cli.loading import long_prompt_warning
 from splitquant_mlx.cli.reading import Reader, no_echo
 from splitquant_mlx.cli.signals import handling
 from splitquant_mlx.cli.wrap import Wrapper
@@ -143,12 +144,9 @@ class Talk:
         return tokens >= context and (tokens - count < context or count >= OVERFLOW_TOKENS)
 
     def _warn_long_prompt(self, count: int) -> None:
-        tokens = self._conversation.tokens
-        if count == 1 and self._context and tokens > self._context:
-            note(
-                f"warning: {tokens:,} tokens exceed the context of {self._context:,} tokens that "
-                "this model supports: expect nonsense, or /reset"
-            )
+        warning = long_prompt_warning(self._conversation.tokens, self._context)
+        if count == 1 and warning:
+            note(f"{warning}, or /reset")
 
     def _used(self) -> str:
         limit = f" / {self._context:,}" if self._context else ""

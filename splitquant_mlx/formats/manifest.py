@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +17,8 @@ FILE_NAME = "splitquant.json"
 MODEL_FILE = "splitquant_model.py"
 # modes that need the model file: mode -> the setting it needs in addition to bits
 OWN_MODES = {"lut": "outliers", "mixed": "group_size"}
+# action -> text
+ACTIONS = {"split": "split", "quantize": "quantized", "keep": "not quantized"}
 # names are printed, so they must not contain control characters
 Name = Annotated[str, Field(pattern=r"^[\w.-]+$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -128,3 +132,9 @@ def load_manifest(directory: str | Path) -> Manifest | None:
         return load_json(Manifest, file.read_bytes())
     except (OSError, ValueError) as exc:
         raise CheckpointError(f"{file} is not a splitquant-mlx manifest: {exc}") from exc
+
+
+def count_actions(layers: Iterable[Any]) -> str:
+    """Return how many layers, of a manifest or a plan, are split, quantized and not quantized."""
+    counts = Counter(layer.action for layer in layers)
+    return ", ".join(f"{counts[key]} {text}" for key, text in ACTIONS.items() if counts[key])

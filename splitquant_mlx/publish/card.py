@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from splitquant_mlx._version import __version__
 from splitquant_mlx.conversion.save import model_code
-from splitquant_mlx.formats.manifest import MODEL_FILE, Manifest
+from splitquant_mlx.formats.manifest import ACTIONS, MODEL_FILE, Manifest, count_actions
 from splitquant_mlx.formats.model_card import check_source_card
 from splitquant_mlx.publish.figures import code, eval_results, figures_table, table
 from splitquant_mlx.publish.files import Converted
@@ -156,12 +156,8 @@ def _calibration(recipe: Recipe) -> str:
     return f"calibrated on {'text sampled from the original model' if sampled else 'a text file'}"
 
 
-ACTIONS = {"split": "split", "quantize": "quantized", "keep": "not quantized"}
-
-
 def _sizes(converted: Converted) -> str:
     manifest, recipe = converted.manifest, converted.recipe
-    counts = Counter(layer.action for layer in manifest.layers)
     is_auto = recipe.method == "auto"
     bits, size = ("per layer",) * 2 if is_auto else (recipe.bits, recipe.group_size)
     rows = [
@@ -170,10 +166,7 @@ def _sizes(converted: Converted) -> str:
         ("one codebook per", f"row (outliers: {recipe.outliers or 'none'})")
         if recipe.method == "lut"
         else ("one scale per", f"{recipe.granularity} (group size {size})"),
-        (
-            "layers",
-            ", ".join(f"{counts[key]} {word}" for key, word in ACTIONS.items() if counts[key]),
-        ),
+        ("layers", count_actions(manifest.layers)),
         ("bits/weight, converted linear layers", decimals(manifest.linear_bits_per_weight, 2)),
         ("bits/weight, whole model", decimals(manifest.bits_per_weight, 2)),
         (
