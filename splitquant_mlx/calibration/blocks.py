@@ -104,7 +104,7 @@ class Pass:
         return [state[start : start + texts] for start in range(0, len(state), texts)]
 
 
-def below(prefix: str, by_path: Mapping[str, Value]) -> dict[str, Value]:
+def strip_prefix(prefix: str, by_path: Mapping[str, Value]) -> dict[str, Value]:
     """Return the entries whose path begins with `prefix`, by the rest of the path."""
     return {
         path.removeprefix(prefix): value
@@ -126,14 +126,16 @@ def start_pass(
     Raises:
         RecipeError: when the model is not built of blocks that can be called one by one.
     """
-    run = begin(load(), tokens, batch_tokens)
+    run = start_pass_in_memory(load(), tokens, batch_tokens)
     mx.eval(run.states, run.calls)
     run.restore(load())
     return run
 
 
-def begin(model: nn.Module, tokens: np.ndarray, batch_tokens: int | None = None) -> Pass:
-    """Do what `start_pass` does with a model that stays in memory."""
+def start_pass_in_memory(
+    model: nn.Module, tokens: np.ndarray, batch_tokens: int | None = None
+) -> Pass:
+    """Embed `tokens` and record the arguments of each block; the model stays in memory."""
     blocks = _blocks(model)
     calls: list[list[Any]] = [[] for _ in blocks]
     states: list[mx.array] = []

@@ -44,9 +44,9 @@ import numpy as np
 from splitquant_mlx.calibration.blocks import (
     Pass,
     Tap,
-    below,
     collect_inputs,
     start_pass,
+    strip_prefix,
     tapped,
     unreached,
 )
@@ -112,7 +112,7 @@ def predict_divergence(
         for index in reversed(range(state.blocks)):
             run.states = saved_state.load(f"states-{index}") or []
             prefix = prefixes[index]
-            block_options = below(prefix, options)
+            block_options = strip_prefix(prefix, options)
             of_block, gradients = _block_sensitivities(
                 run, index, block_options, gradients, advance
             )

@@ -12,9 +12,9 @@ import numpy as np
 from splitquant_mlx.calibration.blocks import (
     Inputs,
     Pass,
-    below,
     collect_inputs,
     start_pass,
+    strip_prefix,
     tapped,
 )
 from splitquant_mlx.runtime.cores import run_parallel
@@ -81,7 +81,7 @@ def iterate_blocks(
     run = start_pass(load, tokens)
     prefixes = run.prefixes
     for index, prefix in enumerate(prefixes):
-        yield _block_statistics(run, index, prefix, below(prefix, statistics), tokens.size)
+        yield _block_statistics(run, index, prefix, strip_prefix(prefix, statistics), tokens.size)
     outer = {
         path: statistic
         for path, statistic in statistics.items()

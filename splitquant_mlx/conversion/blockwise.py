@@ -22,7 +22,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from splitquant_mlx.calibration.blocks import Pass, below, start_pass
+from splitquant_mlx.calibration.blocks import Pass, start_pass, strip_prefix
 from splitquant_mlx.calibration.statistics import (
     InputStatistics,
     Learned,
@@ -61,7 +61,7 @@ def learn_blocks(
     """
     run = start_pass(load, tokens, BATCH_TOKENS)
     for index, prefix in enumerate(run.prefixes):
-        block_layers = below(prefix, layers)
+        block_layers = strip_prefix(prefix, layers)
         states = list(run.states)
         run.advance(index)
         try:

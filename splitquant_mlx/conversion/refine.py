@@ -34,7 +34,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from splitquant_mlx.calibration.blocks import Pass, begin
+from splitquant_mlx.calibration.blocks import Pass, start_pass_in_memory
 from splitquant_mlx.calibration.predictions import Predictions, kl_divergence
 from splitquant_mlx.calibration.saved_state import SavedState
 from splitquant_mlx.errors import RecipeError
@@ -113,7 +113,7 @@ def refine(
 
     def start(texts: np.ndarray) -> tuple[Pass, Callable[[mx.array], Any]]:
         """Return the pass of a batch, and its divergence as a function of the last state."""
-        run = begin(model, tokens[texts], tokens[texts].size)
+        run = start_pass_in_memory(model, tokens[texts], tokens[texts].size)
         expected = [array[mx.array(texts)] for array in predictions]
         return run, lambda state: kl_divergence(run.finish(state), *expected)
 

@@ -13,7 +13,7 @@ from scipy.special import rel_entr, softmax
 
 from splitquant_mlx import Recipe, convert, load
 from splitquant_mlx.calibration import predictions
-from splitquant_mlx.calibration.blocks import begin
+from splitquant_mlx.calibration.blocks import start_pass_in_memory
 from splitquant_mlx.calibration.predictions import kl_divergence, most_likely
 from splitquant_mlx.conversion import pipeline, refine
 from splitquant_mlx.conversion.refine import TrainableLinear, TrainableSwitchLinear
@@ -154,7 +154,7 @@ def test_gradients_block_by_block_are_those_of_the_whole_model(request, tmp_path
         return kl_divergence(model(mx.array(tokens)), *wanted)
 
     whole = dict(tree_flatten(nn.value_and_grad(model, divergence)(model)[1]))
-    run = begin(model, tokens)
+    run = start_pass_in_memory(model, tokens)
     blocks = refine._gradients(run, lambda state: kl_divergence(run.finish(state), *wanted))
     found = dict(tree_flatten(blocks))
     assert found.keys() == whole.keys()
