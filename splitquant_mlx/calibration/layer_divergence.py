@@ -115,7 +115,7 @@ def compensated(
     return min(1.0, divergence(error) / before) if before else 1.0, error
 
 
-def raised_error(rows: mx.array, error: mx.array, option: Option) -> float:
+def error_increase(rows: mx.array, error: mx.array, option: Option) -> float:
     """Return the squared error over that of scales fitted with equal importance."""
 
     def squares(error: mx.array) -> mx.array:

@@ -56,8 +56,8 @@ from splitquant_mlx.calibration.layer_divergence import (
     compensated,
     divergences,
     embedding_divergences,
+    error_increase,
     layer_divergences,
-    raised_error,
     some_rows,
     stack_divergences,
     used_rows,
@@ -123,9 +123,9 @@ def predict_divergence(
             if isinstance(dict(run.model.named_modules())[path], nn.Embedding):
                 rows = used_rows(block_weight(run.model, path), tokens)
                 lookup = embedding_divergences(rows, options[path], gradients)
-                raised = state.raised if predicted[path] else 1.0
+                increase = state.error_increase if predicted[path] else 1.0
                 for option, value in lookup.items():
-                    predicted[path][option] = predicted[path].get(option, 0.0) + raised * value
+                    predicted[path][option] = predicted[path].get(option, 0.0) + increase * value
     saved_state.remove()
     if missing := next((path for path in options if not predicted[path]), None):
         raise unreached(missing)
@@ -161,20 +161,20 @@ class _State(NamedTuple):
 
     Attributes:
         predicted: divergences so far.
-        raised: factor by which gptq raises the squared errors of a tied head's rows.
+        error_increase: factor by which gptq raises the squared errors of a tied head's rows.
         gradients: at the input of the last block visited, per batch.
         blocks: number of blocks not visited yet.
     """
 
     predicted: dict[str, dict[Option, float]]
-    raised: float
+    error_increase: float
     gradients: list[mx.array]
     blocks: int
 
 
 def _save_state(saved_state: SavedState, state: _State) -> None:
     saved_state.save(f"gradients-{state.blocks}", state.gradients)
-    values = {"blocks": state.blocks, "raised": state.raised}
+    values = {"blocks": state.blocks, "raised": state.error_increase}
     saved_state.save_json({**values, "predicted": to_json(state.predicted)})
     saved_state.delete(f"gradients-{state.blocks + 1}")
     saved_state.delete(f"states-{state.blocks}")
@@ -273,7 +273,7 @@ def _backward(
 def _head_sensitivity(run: Pass, outer: list[str], options: Options, seed: int) -> _State:
     """Sample tokens; return the head's divergences and the gradients at the head's input."""
     gradients, inputs, variances, sampled_tokens = [], [], [], []
-    raised = 1.0
+    increase = 1.0
     modules = dict(run.model.named_modules())
     linear = [path for path in outer if isinstance(modules[path], nn.Linear)]
     heads = (linear or outer)[:1]  # an embedding is the head where there is no other
@@ -310,7 +310,7 @@ def _head_sensitivity(run: Pass, outer: list[str], options: Options, seed: int) 
         middle = options[path][len(options[path]) // 2]
         ratio, error = compensated(rows, x, mx.ones((len(x), 1)), middle)
         if error is not None:
-            raised = raised_error(rows, error, middle)
+            increase = error_increase(rows, error, middle)
         weight *= ratio
         predicted[path] = divergences(
             rows,
@@ -318,7 +318,7 @@ def _head_sensitivity(run: Pass, outer: list[str], options: Options, seed: int) 
             options[path],
             lambda error, x=x, weight=weight: weight * mx.square(x @ error.T).mean(),
         )
-    return _State(predicted, raised, gradients, len(run.blocks))
+    return _State(predicted, increase, gradients, len(run.blocks))
 
 
 def block_weight(module: nn.Module, path: str) -> mx.array:
