@@ -37,8 +37,8 @@ from splitquant_mlx.conversion.staging import (
     MODEL,
     REFINEMENT,
     check_target,
+    remove_leftover,
     staged,
-    sweep,
 )
 from splitquant_mlx.errors import SplitQuantWarning
 from splitquant_mlx.formats.gguf import gguf_files
@@ -95,7 +95,7 @@ def convert(
     """
     recipe, target = recipe or Recipe(), Path(mlx_path)
     started = time.perf_counter()
-    sweep(target)
+    remove_leftover(target)
     check_target(target, overwrite=overwrite)
     source = model if isinstance(model, Source) else resolve(str(model), revision=revision)
     with (

@@ -61,7 +61,7 @@ def staged(target: Path, *, overwrite: bool = False, source: Path | None = None)
                 (staging / OLD).rename(target)
 
 
-def sweep(target: Path) -> None:
+def remove_leftover(target: Path) -> None:
     """Remove the directory of a conversion that was killed after `target` was renamed."""
     target = _absolute(target)
     staging = _staging(target)

@@ -20,7 +20,7 @@ import numpy as np
 from splitquant_mlx.bench.programs import OURS, run_program
 from splitquant_mlx.bench.speed import Workload
 from splitquant_mlx.conversion.bits import choose_bits
-from splitquant_mlx.conversion.staging import sweep
+from splitquant_mlx.conversion.staging import remove_leftover
 from splitquant_mlx.conversion.verify import check_files
 from splitquant_mlx.data.questions import Question, fetch_questions
 from splitquant_mlx.data.text import cut_windows, encode, text_hash
@@ -147,7 +147,7 @@ class _Runner:
     def measure(self, name: str, recipe: Recipe) -> None:
         """Convert the model by one recipe and measure the result."""
         path = self.directory / "models" / slug(name)
-        sweep(path)
+        remove_leftover(path)
         model = LazyModel(path)
         parts: Parts = {
             "convert": ({}, lambda: self._convert(recipe, path)),
