@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from functools import wraps
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as validated_dataclass
@@ -66,8 +66,28 @@ def nested(kind: type[T]) -> BeforeValidator:
     )
 
 
+class Problem(NamedTuple):
+    """A problem of a validation.
+
+    Attributes:
+        field: path of the field; empty if this package's own message is about the whole.
+        text: "expected X, got Y", on one line.
+        kind: pydantic's type of the error.
+    """
+
+    field: str
+    text: str
+    kind: str
+
+
 def explain(exc: ValidationError, kind: Any = None) -> str:
-    """Return one problem of a validation on one line: "key: expected X, got Y".
+    """Return one problem of a validation on one line, "key: expected X, got Y"; see `problem`."""
+    found = problem(exc, kind)
+    return f"{found.field}: {found.text}" if found.field else found.text
+
+
+def problem(exc: ValidationError, kind: Any = None) -> Problem:
+    """Return one problem of a validation.
 
     An unknown key comes first: it explains why another one is missing.
 
@@ -76,24 +96,24 @@ def explain(exc: ValidationError, kind: Any = None) -> str:
         kind: the class that was validated, whose fields are listed for an unknown key.
     """
     problems = exc.errors(include_url=False, include_context=False)
-    problem = min(problems, key=lambda problem: problem["type"] not in UNKNOWN_KEY)
-    path, message = problem["loc"], problem["msg"]
-    where = ".".join(map(str, path)) or "content"
-    if problem["type"] in UNKNOWN_KEY:
+    first = min(problems, key=lambda error: error["type"] not in UNKNOWN_KEY)
+    error, path, message = first["type"], first["loc"], first["msg"]
+    field = f"{' '.join('.'.join(map(str, path)).split()) or 'content':.80}"
+    if error in UNKNOWN_KEY:
         known = ", ".join(_names(kind, path[:-1]))
-        return f"{where:.80}: unknown key" + (f", expected one of {known}" if known else "")
-    if problem["type"].startswith("dataclass"):
+        text = "unknown key" + (f", expected one of {known}" if known else "")
+        return Problem(field, text, error)
+    if error.startswith("dataclass"):
         message = "Input should be a valid dictionary"
-    if problem["type"].startswith("missing"):
-        return f"{where:.80}: expected a value, got none"
-    if problem["type"] == "value_error":  # this package's own message
-        reason = message.removeprefix("Value error, ")
-        return f"{where:.80}: {reason}" if path else reason
+    if error.startswith("missing"):
+        return Problem(field, "expected a value, got none", error)
+    if error == "value_error":  # this package's own message
+        return Problem(field if path else "", message.removeprefix("Value error, "), error)
     message = re.sub(r", unable to parse .*", "", message)
     expected = re.sub(r"^Input should be (a valid |an instance of )?", "expected ", message)
     for theirs, ours in WORDS.items():
         expected = expected.replace(theirs, ours)
-    return " ".join(f"{where:.80}: {expected}, got {problem['input']!r:.80}".split())
+    return Problem(field, " ".join(f"{expected}, got {first['input']!r:.80}".split()), error)
 
 
 UNKNOWN_KEY = ("unexpected_keyword_argument", "extra_forbidden")

@@ -7,7 +7,7 @@ import typer
 import typer.core
 from pydantic import ValidationError
 
-from splitquant_mlx.settings import explain
+from splitquant_mlx.settings import problem
 
 # UsageError of click, which some versions of typer vendor
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -57,7 +57,7 @@ def _explain_usage_error(exc: Any, parameters: list[Any]) -> str:
     if extra and any("--mlx-path" in parameter.opts[:1] for parameter in parameters):
         return f"unexpected argument {extra[1]}: the directory to write is --mlx-path"
     if isinstance(exc.__cause__, ValidationError):
-        reason = re.sub(r"^(content|\d+): ", "", explain(exc.__cause__))
+        reason = problem(exc.__cause__).text
         reason = re.sub(r"^('.*') is not one of (.*)\.$", r"expected one of \2, got \1", reason)
         return f"{exc.param.opts[0]}: {reason}"
     return text

@@ -11,15 +11,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import from_json
 
 from splitquant_mlx.inference.decoding import Probability
-from splitquant_mlx.settings import explain
+from splitquant_mlx.settings import problem
 
 IGNORED_FIELDS = {
     *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"),
     *("prompt_cache_retention", "keep_alive", "cache_prompt", "include"),
 }
-ERROR_CODES = {  # by the message of `settings.explain`
-    "unknown key": "unknown_parameter",
-    "expected a value, got none": "missing_required_parameter",
+ERROR_CODES = {  # by pydantic's type of the error
+    "extra_forbidden": "unknown_parameter",
+    "missing": "missing_required_parameter",
 }
 SHUTTING_DOWN = "the server is shutting down"
 
@@ -256,8 +256,8 @@ def validate(fields: dict[str, Any], kind: type[R]) -> R:
     try:
         return kind.model_validate({k: v for k, v in fields.items() if v is not None})
     except ValidationError as exc:
-        path, _, problem = explain(exc).partition(": ")
-    code = ERROR_CODES.get(problem)
+        field, text, error = problem(exc)
+    code = ERROR_CODES.get(error)
     if code == "unknown_parameter":
-        problem = "unknown field, which could change the answer: omit it"
-    raise APIError(400, f"{path}: {problem}", param=path.partition(".")[0], code=code)
+        text = "unknown field, which could change the answer: omit it"
+    raise APIError(400, f"{field}: {text}", param=field.partition(".")[0], code=code)
