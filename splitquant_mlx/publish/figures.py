@@ -70,7 +70,7 @@ def eval_results(measurements: Iterable[Measurement]) -> "list[EvalResult]":
 def _rows(measurement: Measurement) -> Iterator[tuple[str, str, str, str]]:
     """Yield (metric, value, value of the reference, setting)."""
     values, other = measurement.values, measurement.reference_values
-    settings, reference = measurement.settings, _reference_name(measurement.reference)
+    settings, reference = measurement.settings, _reference_name(measurement)
     if measurement.part == "kl":
         setting = f"{_count(values, 'positions')} positions of {_text(settings)}, from {reference}"
         error = significant(_number(values, "standard_error"), 2)
@@ -121,10 +121,13 @@ def _compared(value: str, reference: str) -> str:
     return "" if value == MISSING else f"{value} ({reference})"
 
 
-def _reference_name(reference: str) -> str:
+def _reference_name(measurement: Measurement) -> str:
     """Return the name of the reference; of a local path only the last part, for privacy."""
-    if reference in ("", "the original"):
-        return reference
+    reference = measurement.reference
+    if measurement.is_study:
+        return "the original"
+    if not reference:
+        return ""
     local = PurePath(reference).is_absolute() or reference.startswith(("~", "."))
     return code(PurePath(reference).name if local else reference)
 

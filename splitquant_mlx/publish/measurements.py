@@ -64,6 +64,7 @@ class Measurement:
         machine: machine, as of `environment.describe_machine`.
         versions: versions of Python and the packages.
         reference: model it was compared with, or "".
+        is_study: the result is of a study, which compares with the original.
         reference_values: values of the reference; empty without one.
     """
 
@@ -74,6 +75,7 @@ class Measurement:
     machine: Mapping[str, Any]
     versions: Mapping[str, Any]
     reference: str = ""
+    is_study: bool = False
     reference_values: Mapping[str, Any]
 
 
@@ -170,7 +172,7 @@ class _ResultReader:
             device=str(settings.get("device")),
             machine=result.machine,
             versions=result.versions,
-            reference="the original",
+            is_study=True,
             reference_values=_original_values(file, result.part, result.settings),
         )
 
