@@ -7,6 +7,16 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
+# labels of the tasks of a conversion, which the command line numbers
+UNPACKING = "Unpacking"
+CHECKING = "Checking the model"
+SAMPLING = "Sampling text"
+MEASURING = "Measuring sensitivities"
+SPLITTING = "Splitting and quantizing"
+QUANTIZING = "Quantizing"
+PREDICTING = "Running the original"
+REFINING = "Refining"
+
 
 class Advance(Protocol):
     """Function that advances a task by an amount; `note` is shown beside its label."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from splitquant_mlx.calibration.blocks import start_pass
 from splitquant_mlx.calibration.saved_state import SavedState
-from splitquant_mlx.progress import Progress
+from splitquant_mlx.progress import PREDICTING, Progress
 
 MOST_LIKELY = 128  # tokens stored per position; all others count as one event
 TEXTS = 256  # in memory at a time
@@ -48,7 +48,7 @@ def predict(
         RecipeError: when the model is not built of blocks that can be called one by one.
     """
     parts = []
-    with progress.task("Running the original", len(tokens)) as advance:
+    with progress.task(PREDICTING, len(tokens)) as advance:
         for start in range(0, len(tokens), TEXTS):
             texts, name = tokens[start : start + TEXTS], f"predictions-{start}"
             part = saved_state.load(name)

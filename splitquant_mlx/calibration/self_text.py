@@ -19,7 +19,7 @@ import numpy as np
 from splitquant_mlx.calibration.saved_state import SavedState
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.models.prompt_cache import make_cache
-from splitquant_mlx.progress import Progress
+from splitquant_mlx.progress import SAMPLING, Progress
 from splitquant_mlx.runtime.cores import cores, run_parallel, serialized
 
 OPENINGS = (
@@ -62,7 +62,7 @@ def sample_tokens(
     given = np.array([min(len(prompt), length) for prompt in prompts])
     steps = -(-len(prompts) // BATCH_TEXTS) * (length - 1)
     done = _restore(saved_state, tokens)
-    with progress.task("Sampling text", steps) as advance:
+    with progress.task(SAMPLING, steps) as advance:
         if done:
             progress.note(f"Resuming: {done} of {steps} steps done")
             advance(done)

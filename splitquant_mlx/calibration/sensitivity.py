@@ -63,7 +63,7 @@ from splitquant_mlx.calibration.layer_divergence import (
     used_rows,
 )
 from splitquant_mlx.calibration.saved_state import SavedState
-from splitquant_mlx.progress import Advance, Progress
+from splitquant_mlx.progress import MEASURING, Advance, Progress
 from splitquant_mlx.runtime.cores import run_parallel, run_rounds, serialized_eval
 
 Options = Mapping[str, Sequence[Option]]
@@ -98,7 +98,7 @@ def predict_divergence(
     prefixes = run.prefixes
     outer = [path for path in options if not path.startswith(tuple(prefixes))]
     steps = 2 * len(prefixes) + 1
-    with progress.task("Measuring sensitivities", steps) as advance:
+    with progress.task(MEASURING, steps) as advance:
         if (state := _load_state(saved_state)) is None:
             _forward(run, saved_state, advance)
             state = _head_sensitivity(run, outer, options, seed)

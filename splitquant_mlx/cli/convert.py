@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from splitquant_mlx import progress
 from splitquant_mlx.cli import console, interrupt, lm_studio
 from splitquant_mlx.cli.options import (
     LAYERS,
@@ -18,7 +19,7 @@ from splitquant_mlx.cli.options import (
 )
 from splitquant_mlx.cli.settings import Given, settings_options
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.recipe import TARGETS, Calibration, Recipe, load_recipe
+from splitquant_mlx.recipe import SELF, TARGETS, Calibration, Recipe, load_recipe
 
 OriginalOption = Annotated[
     str | None,
@@ -233,14 +234,14 @@ def stages(recipe: Recipe, *, gguf: bool = False) -> list[str]:
     """Return the labels of the progress tasks of a conversion, in order."""
     calibrated = recipe.calibration is not None or bool(recipe.refine)
     labels = {
-        "Unpacking": gguf,
-        "Checking the model": calibrated,
-        "Sampling text": calibrated and recipe.texts.text == "self",
-        "Measuring sensitivities": recipe.method == "auto",
-        "Splitting and quantizing": recipe.method == "splitquant",
-        "Quantizing": recipe.method != "splitquant",
-        "Running the original": bool(recipe.refine),
-        "Refining": bool(recipe.refine),
+        progress.UNPACKING: gguf,
+        progress.CHECKING: calibrated,
+        progress.SAMPLING: calibrated and recipe.texts.text == SELF,
+        progress.MEASURING: recipe.method == "auto",
+        progress.SPLITTING: recipe.method == "splitquant",
+        progress.QUANTIZING: recipe.method != "splitquant",
+        progress.PREDICTING: bool(recipe.refine),
+        progress.REFINING: bool(recipe.refine),
     }
     return [label for label, applies in labels.items() if applies]
 

@@ -32,7 +32,7 @@ from splitquant_mlx.formats.packed import dtype_name
 from splitquant_mlx.formats.shard_writer import ShardWriter
 from splitquant_mlx.models.architecture import parameters
 from splitquant_mlx.models.checkpoint import FLOATS, Checkpoint, check_unchanged
-from splitquant_mlx.progress import Progress
+from splitquant_mlx.progress import QUANTIZING, SPLITTING, Progress
 from splitquant_mlx.runtime.blas import one_thread
 from splitquant_mlx.runtime.cores import executor
 
@@ -75,7 +75,7 @@ class Converter:
             A record of each planned layer.
         """
         splits = any(layer.action == "split" for layer in self.plan.layers.values())
-        label = "Splitting and quantizing" if splits else "Quantizing"
+        label = SPLITTING if splits else QUANTIZING
         on_cpu = mx.default_device() == mx.cpu
         uses_pool = on_cpu or any(uses_cpu(x.quantizer) for x in self.plan.layers.values())
         least = self._threads + 1 if on_cpu else 1

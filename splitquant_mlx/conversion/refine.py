@@ -40,7 +40,7 @@ from splitquant_mlx.calibration.saved_state import SavedState
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.models.dense import for_scoring
 from splitquant_mlx.models.expert_products import expert_products
-from splitquant_mlx.progress import Advance, Progress
+from splitquant_mlx.progress import REFINING, Advance, Progress
 from splitquant_mlx.recipe import Calibration
 
 BATCH_TEXTS = 4
@@ -117,7 +117,7 @@ def refine(
         expected = [array[mx.array(texts)] for array in predictions]
         return run, lambda state: kl_divergence(run.finish(state), *expected)
 
-    with progress.task("Refining", len(batches) + 2 * len(held_out)) as advance:
+    with progress.task(REFINING, len(batches) + 2 * len(held_out)) as advance:
         before = _mean(start, held_out, advance)
         first, saved_s = _resume(saved_state, model, optimizer), time.monotonic()
         if first:

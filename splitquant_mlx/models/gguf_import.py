@@ -25,7 +25,7 @@ from splitquant_mlx.formats.gguf_tokenizer import ELSEWHERE, write_tokenizer
 from splitquant_mlx.formats.model_card import write_source_card
 from splitquant_mlx.formats.shard_writer import ShardWriter
 from splitquant_mlx.models.checkpoint import build_model, check_config, parameters
-from splitquant_mlx.progress import SILENT, Progress
+from splitquant_mlx.progress import SILENT, UNPACKING, Progress
 
 # patterns of mlx-lm's names, and the corresponding names in the gguf package's table
 RENAMED = (
@@ -217,7 +217,7 @@ def _write_tensors(
     stored_as = np.float16 if dtype == mx.float16 else np.float32
     with (
         ShardWriter(directory, [target.name for target in targets]) as writer,
-        progress.task("Unpacking", total) as advance,
+        progress.task(UNPACKING, total) as advance,
     ):
         for target in targets:
             if target.join is None:

@@ -14,7 +14,7 @@ from splitquant_mlx.models.dense import for_scoring
 from splitquant_mlx.models.directory import as_directory
 from splitquant_mlx.models.loader import load_model, load_tokenizer
 from splitquant_mlx.models.source import resolve
-from splitquant_mlx.progress import SILENT, Progress
+from splitquant_mlx.progress import CHECKING, SILENT, Progress
 
 CHUNK_BYTES = 1 << 20
 
@@ -36,7 +36,7 @@ def model_hash(directory: Path, progress: Progress = SILENT) -> str:
         named = [directory / name for name in ("config.json", "tokenizer.json")]
         files = [*(file for file in named if file.exists()), *weights]
         sizes = [file.stat().st_size for file in files]
-        with progress.task("Checking the model", sum(sizes)) as advance:
+        with progress.task(CHECKING, sum(sizes)) as advance:
             for file, size in zip(files, sizes, strict=True):
                 digest.update(f"{file.name}\0{size}\0".encode())
                 with file.open("rb") as opened:
