@@ -17,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
-from splitquant_mlx.errors import RecipeError
+from splitquant_mlx.errors import CheckpointError, RecipeError
 from splitquant_mlx.runtime.cores import evaluate_arrays, run_rounds, serialized_eval
 
 CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 2048  # on a CPU: per core
@@ -67,7 +67,11 @@ class Pass:
         return run_rounds([partial(compute, batch) for batch in range(len(self.states))])
 
     def watched(self, index: int, watch: Callable[[], Value]) -> Iterator[list[Value]]:
-        """Run all texts through block `index`; yields the results of `watch`, called per batch."""
+        """Run all texts through block `index`; yields the results of `watch`, called per batch.
+
+        Raises:
+            CheckpointError: when the block's output is not finite.
+        """
 
         def build(batch: int) -> tuple[mx.array, Value]:
             return self.run(index, batch, self.states[batch]), watch()
@@ -75,6 +79,11 @@ class Pass:
         done = 0
         for results in self.rounds(index, build):
             for state, _ in results:
+                if not mx.isfinite(state).all().item():
+                    raise CheckpointError(
+                        f"{self.prefixes[index][:-1]} computes NaN or infinite values on the "
+                        "calibration text: expected finite ones: its weights are damaged"
+                    )
                 self.states[done] = state
                 done += 1
             yield [watched for _, watched in results]

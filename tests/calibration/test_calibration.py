@@ -1,5 +1,6 @@
 """Calibration: text a model writes, statistics of its layers' inputs, sensitivities."""
 
+import shutil
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +26,7 @@ from splitquant_mlx.calibration.statistics import (
     sum_of_squares,
 )
 from splitquant_mlx.calibration.tokens import calibration_tokens
+from splitquant_mlx.cli import run
 from splitquant_mlx.evaluation.divergence import divergence, log_probabilities
 from splitquant_mlx.models.architecture import parameters
 from splitquant_mlx.models.compact import compact
@@ -394,6 +396,22 @@ def test_a_layer_that_no_text_reaches_is_named(stories, tmp_path):
     settings = {"seed": 0, "progress": Silent(), "saved_state": SavedState(tmp_path)}
     with pytest.raises(RecipeError, match=r"no calibration text reaches .*spare"):
         predict_divergence(changed, tokens, {path: [(4, 32)]}, **settings)
+
+
+@pytest.mark.parametrize("method", ["gptq", "lut", "auto"])
+def test_a_block_that_overflows_is_named(stories, tmp_path, method, capsys):
+    source = shutil.copytree(stories, tmp_path / "source")
+    weights = mx.load(str(source / "model.safetensors"))
+    name = "model.layers.1.mlp.down_proj.weight"
+    weights[name] = mx.full(weights[name].shape, 3e38)
+    mx.save_safetensors(str(source / "model.safetensors"), weights)
+    sizes = ["--num-samples", "2", "--sequence-length", "16", "--dtype", "float32"]
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a cat. " * 50)
+    command = ["convert", "--model", str(source), "--mlx-path", str(tmp_path / "out")]
+    assert run([*command, "--method", method, "--calibration", str(text), *sizes]) == 2
+    assert "model.layers.1 computes NaN or infinite values" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_sensitivities_go_on_where_they_were_interrupted(stories, tmp_path):
