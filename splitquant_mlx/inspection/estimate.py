@@ -11,7 +11,8 @@ from splitquant_mlx.conversion.converter import source_array
 from splitquant_mlx.conversion.plan import LayerPlan, make_plan
 from splitquant_mlx.inspection.conversion_memory import converting_bytes
 from splitquant_mlx.inspection.conversion_time import conversion_seconds
-from splitquant_mlx.models.checkpoint import open_checkpoint, parameters
+from splitquant_mlx.models.architecture import parameters
+from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.recipe import Recipe
 
 

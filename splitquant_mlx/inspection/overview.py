@@ -11,11 +11,11 @@ from typing import Any
 
 from splitquant_mlx.formats.gguf import TensorInfo, open_gguf
 from splitquant_mlx.formats.manifest import LayerRecord, load_manifest
-from splitquant_mlx.models.checkpoint import read_headers
 from splitquant_mlx.models.config import read_config, text_settings
 from splitquant_mlx.models.footprint import context_limit, running_bytes
 from splitquant_mlx.models.gguf_import import gguf_parameters
 from splitquant_mlx.models.library import runs_in
+from splitquant_mlx.models.shards import read_headers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.models.checkpoint import read_config, read_headers
-from splitquant_mlx.models.config import settings_tables, text_settings
+from splitquant_mlx.models.config import read_config, settings_tables, text_settings
+from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.runtime.memory import check_memory
 
 PROGRAM_BYTES = 300e6  # Python and its libraries

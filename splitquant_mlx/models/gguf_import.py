@@ -24,7 +24,8 @@ from splitquant_mlx.formats.gguf_settings import block_count
 from splitquant_mlx.formats.gguf_tokenizer import ELSEWHERE, write_tokenizer
 from splitquant_mlx.formats.model_card import write_source_card
 from splitquant_mlx.formats.shard_writer import ShardWriter
-from splitquant_mlx.models.checkpoint import build_model, check_config, parameters
+from splitquant_mlx.models.architecture import build_model, parameters
+from splitquant_mlx.models.config import check_config
 from splitquant_mlx.progress import SILENT, UNPACKING, Progress
 
 # patterns of mlx-lm's names, and the corresponding names in the gguf package's table
