@@ -13,15 +13,16 @@ from collections.abc import Mapping
 import mlx.core as mx
 
 from splitquant_mlx.calibration.blocks import LOGITS
+from splitquant_mlx.calibration.self_text import BATCH_TEXTS
+from splitquant_mlx.conversion.refine import BATCH_TEXTS as TRAINED_TEXTS
+from splitquant_mlx.models.compact import SLICE
 from splitquant_mlx.models.footprint import PROGRAM_BYTES
 from splitquant_mlx.quantization.gptq import block_entries
 from splitquant_mlx.recipe import OWN_LAYERS, SELF, Calibration, Recipe
+from splitquant_mlx.runtime.cores import cores
 
 BLOCK_NAME = re.compile(r"(?:layers|blk|blocks|h)\.(\d+)\.")
 KEYS_AND_VALUES = re.compile(r"(?:\b[kv]_proj|attn_[kv])\.weight$")
-SAMPLED_TEXTS = 128  # texts sampled in one batch
-TRAINED_TEXTS = 4  # texts per refinement step
-DEQUANTIZED_BYTES = 4 * 2**24  # weights of the 8-bit copy that are float32 at a time, on the CPU
 LOGITS_BYTES = 4 * LOGITS  # float32
 # bytes per entry of the largest weight, usually an embedding or a head, while it is quantized
 LARGEST_WEIGHT, WITH_HESSIAN = {"rtn": 3, "splitquant": 3, "imatrix": 5}, 22
@@ -72,11 +73,12 @@ def _block_bytes(sizes: Mapping[str, int], text: Calibration) -> float:
 
 def _sampling_bytes(sizes: Mapping[str, int], text: Calibration, entry_bytes: int) -> float:
     """Return the size of the 8-bit copy, and of KV cache and logits of the texts."""
-    hidden, texts = _hidden(sizes), min(SAMPLED_TEXTS, text.num_samples)
+    hidden, texts = _hidden(sizes), min(BATCH_TEXTS, text.num_samples)
     cached = sum(n for name, n in sizes.items() if KEYS_AND_VALUES.search(name)) / hidden
     logits = 8 * texts * max(sizes.values()) / hidden
     kv_cache = entry_bytes * cached * texts * text.sequence_length
-    return 1.05 * sum(sizes.values()) + kv_cache + logits + DEQUANTIZED_BYTES
+    dequantized = 4 * SLICE * cores()  # weights that are float32 at a time
+    return 1.05 * sum(sizes.values()) + kv_cache + logits + dequantized
 
 
 def _refining_bytes(sizes: Mapping[str, int], recipe: Recipe, text: Calibration) -> float:

@@ -6,7 +6,8 @@ take as long. Measured factors account for gradients, keys and values. The resul
 a factor of about three.
 
 On a CPU the parts run in one thread and are timed in CPU time, which other programs hardly affect;
-the result is divided by the number of cores in use.
+the result is divided by the number of cores in use, except for refinement and learned methods,
+which are not computed in parallel.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from threadpoolctl import ThreadpoolController
 from splitquant_mlx.calibration.blocks import start_pass
 from splitquant_mlx.calibration.self_text import BATCH_TEXTS
 from splitquant_mlx.calibration.statistics import hessian
+from splitquant_mlx.conversion.bits import TOKENS as SENSITIVITY_TOKENS
 from splitquant_mlx.conversion.plan import LayerPlan
 from splitquant_mlx.conversion.quantizers import QUANTIZERS, uses_cpu
 from splitquant_mlx.conversion.refine import TEXTS_PER_SAMPLE
@@ -38,7 +40,6 @@ FEW_ROWS, MANY_ROWS, WIDTH = 64, 512, 2048  # size of the timed pieces of a weig
 SIDE = 1024  # of the timed matrix product
 TOKENS = 512  # number of tokens to time a block with
 LONG_S = 2.0  # longer runs are not repeated
-SENSITIVITY_TOKENS = 4096  # of auto
 OPTIONS = 2  # time of a layer's options of auto, relative to its quantizer
 DRAW_S = 14e-9  # time per vocabulary entry to draw a token on a CPU
 # Cost factors measured on models of 0.3 and 135 million parameters: a sampling step relative to the
@@ -50,7 +51,7 @@ SAMPLING, SENSITIVITY, LEARNING, REFINING = 1.5, 16.0, 2.0, 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class RunTimes:
-    """Times of the parts of running a model, s.
+    """Times of the parts of running a model in parallel on the cores in use, s.
 
     Attributes:
         token: all blocks, per token of a text.
@@ -124,8 +125,8 @@ def _running_seconds(times: RunTimes, layers: Sequence[LayerPlan], recipe: Recip
     if recipe.method == "auto":
         seconds += SENSITIVITY * SENSITIVITY_TOKENS * (times.token + times.head)
     if recipe.method in LEARNED:
-        seconds += LEARNING * (recipe.sweeps or 0) * tokens * times.token
-    return seconds + REFINING * refining * (times.token + times.head)
+        seconds += LEARNING * (recipe.sweeps or 0) * tokens * times.token * cores()
+    return seconds + REFINING * refining * (times.token + times.head) * cores()
 
 
 def _run_times(directory: Path, layers: Sequence[LayerPlan], recipe: Recipe) -> RunTimes:

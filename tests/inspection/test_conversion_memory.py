@@ -4,7 +4,9 @@ import pytest
 
 from splitquant_mlx import Recipe
 from splitquant_mlx.bench.programs import OURS, run_program
+from splitquant_mlx.inspection import conversion_memory
 from splitquant_mlx.inspection.conversion_memory import converting_bytes
+from splitquant_mlx.models.compact import SLICE
 from splitquant_mlx.models.footprint import tensor_sizes
 from splitquant_mlx.recipe import Calibration
 
@@ -39,6 +41,14 @@ def test_more_calibration_and_refinement_need_more_memory():
     assert converting_bytes(sizes, few) < converting_bytes(sizes, many)
     plain, refined = (Recipe(method="rtn", refine=refine) for refine in (False, True))
     assert converting_bytes(sizes, plain) < converting_bytes(sizes, refined)
+
+
+def test_each_core_has_a_slice_of_the_copy_in_float32(monkeypatch):
+    estimates = []
+    for cores in (1, 4):
+        monkeypatch.setattr(conversion_memory, "cores", lambda cores=cores: cores)
+        estimates.append(converting_bytes(llama(320), Recipe(method="gptq")))
+    assert estimates[1] - estimates[0] == 3 * 4 * SLICE
 
 
 @pytest.mark.slow

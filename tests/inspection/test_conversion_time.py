@@ -60,6 +60,27 @@ def test_more_work_has_a_longer_estimate(stories, monkeypatch, less, more):
     assert seconds[1] > seconds[0]
 
 
+@pytest.mark.parametrize(
+    ("less", "more"),
+    [
+        ({"method": "omniquant", "sweeps": 1}, {"method": "omniquant", "sweeps": 2}),
+        ({"method": "gptq"}, {"method": "gptq", "refine": True}),
+    ],
+)
+def test_learning_and_refinement_are_not_faster_on_more_cores(stories, monkeypatch, less, more):
+    monkeypatch.setattr(conversion_time, "_timed", lambda run: 1e-3)
+    text = Calibration(num_samples=64, sequence_length=64, text="text.txt")
+    added = []
+    for cores in (1, 4):
+        monkeypatch.setattr(conversion_time, "cores", lambda cores=cores: cores)
+        first, second = (
+            estimate(stories, Recipe(**settings, calibration=text)).seconds
+            for settings in (less, more)
+        )
+        added.append(second - first)
+    assert added[1] == pytest.approx(added[0])
+
+
 def test_long_runs_are_timed_once(monkeypatch):
     monkeypatch.setattr(conversion_time, "LONG_S", -1.0)
     calls = []
