@@ -17,9 +17,10 @@ from string import ascii_uppercase
 from typing import Any, get_args
 
 from splitquant_mlx.data.questions import Question
-from splitquant_mlx.errors import CheckpointError, RecipeError, one_line
+from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.evaluation.loglikelihood import Pair, fit
 from splitquant_mlx.evaluation.settings import Protocol
+from splitquant_mlx.models.chat_template import render
 
 MAX_SHOTS = 25
 SHOT_SEED = 1234  # lm-evaluation-harness's
@@ -127,12 +128,4 @@ def _chat(tokenizer: Any, question: Question, examples: Iterable[Question]) -> s
         for turn in turns
         for role, content in zip(("user", "assistant"), turn, strict=True)
     ]
-    try:
-        prompt = tokenizer.apply_chat_template(
-            messages[:-1], tokenize=False, add_generation_prompt=True, **TEMPLATE_OPTIONS
-        )
-    except Exception as exc:  # a template can raise anything
-        raise CheckpointError(
-            f"the chat template fails on a question: {type(exc).__name__}: {one_line(exc)}"
-        ) from exc
-    return prompt + LEAD
+    return render(tokenizer, messages[:-1], TEMPLATE_OPTIONS) + LEAD

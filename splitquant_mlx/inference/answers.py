@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from mlx_lm.sample_utils import make_logits_processors
 
-from splitquant_mlx.errors import one_line
+from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.inference import protocol
 from splitquant_mlx.inference.engine import NO_TOKEN, Engine, Job, Plan, ScoredToken
 from splitquant_mlx.inference.protocol import APIError, reject
@@ -24,6 +24,7 @@ from splitquant_mlx.inference.stops import (
     marker_transitions,
 )
 from splitquant_mlx.inference.token_text import OffsetToken, TokenTexts
+from splitquant_mlx.models.chat_template import render
 
 BEGIN, END = "begin", "end"  # kinds of parts, besides NORMAL, REASONING and TOOL
 KEEPALIVE_S = 5.0
@@ -271,12 +272,9 @@ class Service:
         if not thinking:
             variables["enable_thinking"] = False
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **variables
-            )
-        except Exception as exc:  # a template can raise anything
-            message = f"the chat template fails on these messages: {one_line(exc)}"
-            raise APIError(400, message, param="messages") from exc
+            return render(self.tokenizer, messages, variables)
+        except CheckpointError as exc:
+            raise APIError(400, str(exc), param="messages") from exc
 
     def _encode(self, text: str, *, special: bool = True) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=special))

@@ -14,6 +14,7 @@ from typing import Any
 
 from splitquant_mlx.errors import CheckpointError, RecipeError, one_line
 from splitquant_mlx.inference.decoding import Decoding, readable_errors
+from splitquant_mlx.models.chat_template import render
 from splitquant_mlx.runtime.disk import as_target_error
 
 Message = dict[str, str]
@@ -45,17 +46,7 @@ def encode(
     template = template and tokenizer.has_chat_template
     if template:
         continues = messages[-1]["role"] == "assistant"
-        try:
-            text = tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                continue_final_message=continues,
-                add_generation_prompt=not continues,
-                **(template_options or {}),
-            )
-        except Exception as exc:  # a template can raise anything
-            message = f"the chat template fails on these messages: {one_line(exc)}"
-            raise CheckpointError(message) from exc
+        text = render(tokenizer, messages, template_options or {}, continues=continues)
     else:
         text = "".join(
             "\n" * (turn > 0 and message["role"] == "user") + message["content"]
