@@ -19,12 +19,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from splitquant_mlx.calibration.blocks import collect_inputs, is_expert_stack, start_pass, tapped
 from splitquant_mlx.conversion.pipeline import convert
+from splitquant_mlx.inspection.conversion_time import product_s
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.progress import SILENT, Advance, Progress
 from splitquant_mlx.recipe import Calibration, Recipe
@@ -89,12 +89,13 @@ def bench_calibrated(
     recipe = recipe or Recipe(method="gptq")
     operations = count_operations(model, recipe.texts)
     stages = Stages(progress)
-    rate_before = product_rate()
+    before_s = product_s(SIZE, time.perf_counter)
     with TemporaryDirectory(dir=scratch, prefix=".bench-") as directory, _cache_in(Path(directory)):
         start = time.perf_counter()
         manifest = convert(model, Path(directory) / "target", recipe=recipe, progress=stages)
         wall_s = time.perf_counter() - start
-    rate = (rate_before + product_rate()) / 2
+    after_s = product_s(SIZE, time.perf_counter)
+    rate = 1 / before_s + 1 / after_s  # mean of two rates, with two operations per multiply-add
     bound_s = sum(operations.values()) / rate
     return {
         "model": model.name,
@@ -145,18 +146,6 @@ def count_operations(model: Path, calibration: Calibration) -> dict[str, float]:
         "hessians": float(tokens * squares),
         "rounding": rounding,
     }
-
-
-def product_rate() -> float:
-    """Return the best of three rates of float32 products on the default device, operations/s."""
-    a = mx.random.normal((SIZE, SIZE))
-    mx.eval(a @ a)
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        mx.eval(a @ a)
-        seconds.append(time.perf_counter() - start)
-    return 2 * SIZE**3 / min(seconds)
 
 
 def peak_bytes() -> int:

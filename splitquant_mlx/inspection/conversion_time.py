@@ -47,6 +47,7 @@ DRAW_S = 14e-9  # time per vocabulary entry to draw a token on a CPU
 # (small model only) and of refinement (4 to 13). With them the estimates for every method were 1.0
 # to 2.7 times the measured times on two models of 0.3 and 0.5 million parameters.
 SAMPLING, SENSITIVITY, LEARNING, REFINING = 1.5, 16.0, 2.0, 10.0
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +141,7 @@ def _run_times(directory: Path, layers: Sequence[LayerPlan], recipe: Recipe) -> 
         mx.eval(run.blocks[0].parameters())
         block = _timed(lambda run=run: mx.eval(run.run(0, 0, run.states[0])))
         token_times.append(block * len(run.blocks) / tokens.size / cores())
-    product = _product_s() / cores()
+    product = product_s(SIDE) / cores()
     heads = [layer.shape for layer in layers if layer.kind in ("embedding", "lm_head")]
     vocabulary, width = max(heads, default=(0, 0))
     return RunTimes(
@@ -183,16 +184,16 @@ def _quantizer_model(layer: LayerPlan, w: mx.array) -> Callable[[Sequence[int]],
     return seconds_by_shape
 
 
-def _product_s() -> float:
-    """Return the time of one multiply-add in a float32 matrix product, s."""
-    x = mx.random.normal((SIDE, SIDE), key=mx.random.key(0))
+def product_s(side: int, clock: Clock | None = None) -> float:
+    """Return the time of one multiply-add of float32 (side, side) matrices, s; see `_timed`."""
+    x = mx.random.normal((side, side), key=mx.random.key(0))
     mx.eval(x)
-    return _timed(lambda: mx.eval(x @ x)) / SIDE**3
+    return _timed(lambda: mx.eval(x @ x), clock) / side**3
 
 
-def _timed(run: Callable[[], object]) -> float:
+def _timed(run: Callable[[], object], clock: Clock | None = None) -> float:
     """Return the shortest time of up to three runs, s: CPU time on a CPU, else wall time."""
-    clock = time.process_time if _on_cpu() else time.perf_counter
+    clock = clock or (time.process_time if _on_cpu() else time.perf_counter)
     times = []
     for _ in range(3):
         started = clock()

@@ -6,6 +6,8 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from splitquant_mlx.runtime.memory import memory_bytes
+
 PACKAGES = ("splitquant-mlx", "mlx", "mlx-lm", "numpy", "scikit-learn", "transformers")
 
 
@@ -24,13 +26,11 @@ def describe_machine() -> dict[str, str | int]:
 
     mac_version = platform.mac_ver()[0]
     system = f"macOS {mac_version}" if mac_version else platform.system()
-    info = mx.device_info()
-    memory = info.get("memory_size") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "chip": str(info.get("device_name", platform.processor())),
+        "chip": str(mx.device_info().get("device_name", platform.processor())),
         "cores": os.cpu_count() or 1,
         "system": f"{system} {platform.machine()}",
-        "memory_bytes": int(memory),
+        "memory_bytes": memory_bytes(),
     }
 
 

@@ -5,15 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from splitquant_mlx.bench.speed import Workload, bench_speed
 from splitquant_mlx.formats.manifest import Manifest, load_manifest
-from splitquant_mlx.models.checkpoint import open_checkpoint
+from splitquant_mlx.inspection.layers import layer_histogram
 from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.recipe import Recipe
-
-BINS = 120
 
 
 def measured_sizes(directory: Path, original: Path, method: str) -> dict[str, Any]:
@@ -80,11 +77,10 @@ def weights_values(original: Path, home: Path) -> dict[str, Any]:
     manifest = load_manifest(home)
     layers = [layer for layer in manifest.layers if layer.action == "split"] if manifest else []
     layer = layers[len(layers) // 2]
-    w = np.array(open_checkpoint(original).weights[f"{layer.path}.weight"].astype(mx.float32))
-    counts, edges = np.histogram(w, bins=BINS)
+    histogram = layer_histogram(original, layer.path)
     return {
         "layer": layer.path,
-        "edges": edges.tolist(),
-        "counts": counts.tolist(),
+        "edges": histogram.edges.tolist(),
+        "counts": histogram.counts.tolist(),
         "cut_points": list(layer.cut_points),
     }

@@ -54,7 +54,7 @@ def test_convert_prints_a_summary(command, stories, tmp_path):
     ],
 )
 def test_options_choose_the_method(command, stories, options, method, monkeypatch):
-    monkeypatch.setattr("splitquant_mlx.inspection.conversion_time._timed", lambda work: 1e-3)
+    monkeypatch.setattr("splitquant_mlx.inspection.conversion_time._timed", lambda *_: 1e-3)
     out = command("convert", stories, "--dry-run", *options)
     assert out.split()[:2] == ["Method", method]
 
@@ -84,7 +84,7 @@ def test_a_dry_run_of_each_method(command, stories, method):
     ("method", "timed"), [("rtn", "from one layer"), ("gptq", "from one block")]
 )
 def test_a_dry_run_states_what_was_timed(command, stories, method, timed, monkeypatch):
-    monkeypatch.setattr("splitquant_mlx.inspection.conversion_time._timed", lambda work: 1e-3)
+    monkeypatch.setattr("splitquant_mlx.inspection.conversion_time._timed", lambda *_: 1e-3)
     out = command("convert", stories, "--method", method, "--dry-run")
     (line,) = (line for line in out.splitlines() if line.startswith("Time"))
     assert " about " in line and timed in line and len(line) <= 100

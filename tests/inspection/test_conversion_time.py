@@ -52,7 +52,7 @@ def test_the_estimate_matches_a_conversion(stories, tmp_path, monkeypatch, setti
     ],
 )
 def test_more_work_has_a_longer_estimate(stories, monkeypatch, less, more):
-    monkeypatch.setattr(conversion_time, "_timed", lambda run: 1e-3)
+    monkeypatch.setattr(conversion_time, "_timed", lambda *_: 1e-3)
     seconds = [
         estimate(stories, Recipe(**{"method": "gptq", "calibration": FEW, **settings})).seconds
         for settings in (less, more)
@@ -68,7 +68,7 @@ def test_more_work_has_a_longer_estimate(stories, monkeypatch, less, more):
     ],
 )
 def test_learning_and_refinement_are_not_faster_on_more_cores(stories, monkeypatch, less, more):
-    monkeypatch.setattr(conversion_time, "_timed", lambda run: 1e-3)
+    monkeypatch.setattr(conversion_time, "_timed", lambda *_: 1e-3)
     text = Calibration(num_samples=64, sequence_length=64, text="text.txt")
     added = []
     for cores in (1, 4):
