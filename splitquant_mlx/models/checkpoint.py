@@ -19,11 +19,11 @@ from splitquant_mlx.formats.head_file import is_copy
 from splitquant_mlx.formats.packed import dtype_name
 from splitquant_mlx.formats.safetensors import TensorHeader
 from splitquant_mlx.models.architecture import build_model, parameters
+from splitquant_mlx.models.check_settings import check_settings
 from splitquant_mlx.models.config import check_config, read_config
 from splitquant_mlx.models.config_forms import normalize
 from splitquant_mlx.models.expert_stacks import separate_experts
 from splitquant_mlx.models.folded import fold_multipliers, raise_corrections
-from splitquant_mlx.models.function import check_function
 from splitquant_mlx.models.left_out import check_left_out, left_out, settle_head
 from splitquant_mlx.models.quantized import (
     dequantize_checkpoint,
@@ -101,7 +101,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     tensors = fold_multipliers(path, separate_experts(rename(stored, kind), kind), config)
     tensors = raise_corrections(tensors, config)
     model, weights = fit_names(path, tensors, lambda: build_model(path, config))
-    notes = [*notes, *check_function(path, model, config)]
+    notes = [*notes, *check_settings(path, model, config)]
     _check_parameters(path, model, weights)
     layers = len(getattr(model, "layers", ()))
     notes += check_left_out(path, left_out(stored, weights), headers, layers, kind)

@@ -18,12 +18,12 @@ import mlx.nn as nn
 from splitquant_mlx.errors import CheckpointError, one_line
 from splitquant_mlx.formats.manifest import MODEL_FILE
 from splitquant_mlx.models.architecture import parameters, settle_random_state
+from splitquant_mlx.models.check_settings import check_settings
 from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.config import check_config, read_config
 from splitquant_mlx.models.config_forms import normalize
 from splitquant_mlx.models.directory import as_directory
 from splitquant_mlx.models.folded import raise_corrections
-from splitquant_mlx.models.function import check_function
 from splitquant_mlx.models.left_out import settle_head
 from splitquant_mlx.models.quantized import quantization_table, runs_packed
 from splitquant_mlx.models.sharding import divide
@@ -146,7 +146,7 @@ def _load_with_mlx_lm(
     with _readable(directory):
         model, _ = mlx_lm_load_model(directory, lazy=True, **options)
     if not options.get("trust_remote_code"):
-        check_function(directory, model, config)
+        check_settings(directory, model, config)
         model.load_weights(list(raise_corrections(parameters(model), config).items()))
     return model
 

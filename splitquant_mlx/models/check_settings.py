@@ -131,7 +131,7 @@ DIFFERENCES = {
 }
 
 
-def check_function(path: Path, model: nn.Module, config: dict[str, Any]) -> list[str]:
+def check_settings(path: Path, model: nn.Module, config: dict[str, Any]) -> list[str]:
     """Check that mlx-lm's model follows config.json.
 
     Args:

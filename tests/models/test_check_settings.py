@@ -12,10 +12,10 @@ from mlx_lm.models.deepseek_v3 import group_expert_select
 from splitquant_mlx import Recipe, convert
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.models.architecture import build_model, parameters
+from splitquant_mlx.models.check_settings import check_settings
 from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.config_forms import normalize
 from splitquant_mlx.models.folded import fold_multipliers, raise_corrections
-from splitquant_mlx.models.function import check_function
 from splitquant_mlx.models.loader import load_model
 
 GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": tiny.VOCAB}
@@ -142,7 +142,7 @@ def test_rotary_settings_of_unusual_magnitude_are_refused(tmp_path, key, table, 
 def test_other_architectures_than_the_tiny_ones(tmp_path, config, settings, message):
     def check(config):
         both = normalize(tmp_path, config)
-        return check_function(tmp_path, build_model(tmp_path, both), both)
+        return check_settings(tmp_path, build_model(tmp_path, both), both)
 
     assert check(config) == []
     with pytest.raises(CheckpointError, match=message):
@@ -162,7 +162,7 @@ def test_a_setting_that_only_mlx_lm_reads_is_refused(tmp_path, config, key, valu
 
     def check(config):
         both = normalize(tmp_path, config)
-        return check_function(tmp_path, build_model(tmp_path, both), both)
+        return check_settings(tmp_path, build_model(tmp_path, both), both)
 
     notes = check(config)
     message = f"{key} {value!r}, which mlx-lm reads and transformers does not"
@@ -188,7 +188,7 @@ def test_synonyms_of_settings_of_transformers_are_allowed(tmp_path):
     ):
         both = normalize(tmp_path, {**sizes, **words})
         for config in (both, normalize(tmp_path, both)):
-            assert check_function(tmp_path, build_model(tmp_path, config), config) is not None
+            assert check_settings(tmp_path, build_model(tmp_path, config), config) is not None
 
 
 def test_settings_that_were_not_compared_give_a_warning(tmp_path):
@@ -225,7 +225,7 @@ def test_scaling_that_a_class_does_not_support_is_refused(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"rotary embeddings linear.* nanochat has plain ones"
     ):
-        check_function(tmp_path, build_model(tmp_path, both), both)
+        check_settings(tmp_path, build_model(tmp_path, both), both)
 
 
 @pytest.mark.parametrize("kind", ["full_attention", "sliding_attention"])
