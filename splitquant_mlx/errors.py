@@ -21,14 +21,14 @@ def one_line(text: object) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
-def some(names: Iterable[str], most: int = 3) -> str:
+def abbreviate(names: Iterable[str], most: int = 3) -> str:
     """Join the first `most` of `names`, sorted, and append the number of the rest."""
     listed = sorted(names)
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more
 
 
-def meant(word: str, known: Iterable[str]) -> str | None:
+def closest_word(word: str, known: Iterable[str]) -> str | None:
     """Return the known word most similar to `word`; None if none is close."""
     return next(iter(get_close_matches(word, list(known), n=1, cutoff=0.7)), None)
 

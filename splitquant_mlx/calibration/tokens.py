@@ -44,7 +44,7 @@ def calibration_tokens(
     key = sha256(repr((*parts, mx.default_device().type.name)).encode()).hexdigest()
 
     def sample() -> np.ndarray:
-        model = compact(load_model(opened.path, lazy=True, dequantize=True, narrow=True))
+        model = compact(load_model(opened.path, lazy=True, dequantize=True, keep_dtype=True))
         saved_state = SavedState(cache_directory() / f"calibration/{key}.unfinished")
         settings = {"length": length, "seed": seed, "progress": progress}
         return sample_tokens(model, prompts, **settings, saved_state=saved_state)

@@ -15,7 +15,7 @@ from splitquant_mlx.cli.loading import long_prompt_warning
 from splitquant_mlx.cli.reading import Reader, no_echo
 from splitquant_mlx.cli.signals import handling
 from splitquant_mlx.cli.wrap import Wrapper
-from splitquant_mlx.errors import RecipeError, SplitQuantError, meant
+from splitquant_mlx.errors import RecipeError, SplitQuantError, closest_word
 from splitquant_mlx.inference.chat import Conversation, Decoder, load_messages, save_messages
 from splitquant_mlx.models.footprint import CONTEXT_TOKENS
 
@@ -91,7 +91,7 @@ class Talk:
                 elif command := self._commands.get(word):
                     command(rest.strip())
                 else:
-                    near = meant(word, self._commands)
+                    near = closest_word(word, self._commands)
                     hint = f"did you mean {near}? " if near else ""
                     note(f"unknown command {printable(word)}: {hint}/help lists them")
             except SplitQuantError as exc:

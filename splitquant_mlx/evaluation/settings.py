@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
-from splitquant_mlx.errors import RecipeError, meant
+from splitquant_mlx.errors import RecipeError, closest_word
 from splitquant_mlx.settings import PositiveInt, settings
 
 ArcTask = Literal["arc_challenge", "arc_easy"]
@@ -48,6 +48,6 @@ class Task:
             raise RecipeError(f"task: expected the name of one task, got {self.name!r}")
         near = ALIASES.get(self.name)
         if self.name not in TASKS and not find_spec("lm_eval"):
-            near = near or meant(self.name, TASKS)
+            near = near or closest_word(self.name, TASKS)
         if near:
             raise RecipeError(f"unknown task {self.name!r}: did you mean {near}?")

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from splitquant_mlx.data.questions import Question, fetch_questions, load_questions
 from splitquant_mlx.data.text import cut_windows, encode, fetch_wikitext, load_text, text_hash
-from splitquant_mlx.errors import RecipeError, meant
+from splitquant_mlx.errors import RecipeError, closest_word
 from splitquant_mlx.evaluation.arc import ArcResult, Exam, evaluate_arc
 from splitquant_mlx.evaluation.divergence import measure_divergence
 from splitquant_mlx.evaluation.paired import compare
@@ -223,7 +223,7 @@ def _harness(
     from splitquant_mlx.evaluation.harness import run_task
 
     if task.data or task.shots:
-        near = meant(task.name, TASKS)
+        near = closest_word(task.name, TASKS)
         hint = f", or did you mean {near}?" if near else ""
         raise RecipeError(
             f"task {task.name} of lm-eval defines its data: omit --data and --shots{hint}"

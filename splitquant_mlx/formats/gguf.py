@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from splitquant_mlx.errors import CheckpointError, SourceError, some
+from splitquant_mlx.errors import CheckpointError, SourceError, abbreviate
 
 # The largest vocabularies in use need about 20 MB of metadata.
 MAX_HEADER_BYTES = 1 << 26
@@ -90,8 +90,8 @@ def open_gguf(path: Path) -> Gguf:
     count = len(files)
     if count > 1 and (missing := [file.name for file in files if not file.exists()]):
         raise SourceError(
-            f"{path}: expected {count} files by its name, {some(missing)} not found: download all "
-            "into the same directory"
+            f"{path}: expected {count} files by its name, {abbreviate(missing)} not found: "
+            "download all into the same directory"
         )
     first = _open_file(files[0])
     if (declared := first.metadata.get("split.count", 1)) != count:

@@ -11,7 +11,7 @@ MAX_SETTING = 1 << 40
 
 
 def block_count(metadata: dict[str, Any]) -> int:
-    """Return the number of layers, including those that predict further tokens."""
+    """Return the number of layers, including those for multi-token prediction."""
     return number(metadata, "block_count", int)
 
 

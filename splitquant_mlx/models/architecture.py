@@ -56,7 +56,7 @@ def build_model(path: Path, config: dict[str, Any]) -> nn.Module:
     model_class, args_class = find_classes(path, config)
     try:
         model = model_class(args_class.from_dict(config))
-        settle_random_state()
+        evaluate_random_state()
         return model
     except Exception as exc:  # mlx-lm's models raise exceptions of any class
         if missing := MISSING_ARGUMENTS.search(str(exc)):
@@ -71,7 +71,7 @@ def build_model(path: Path, config: dict[str, Any]) -> nn.Module:
         ) from exc
 
 
-def settle_random_state() -> None:
+def evaluate_random_state() -> None:
     """Evaluate mlx's random state after initializing parameters that are never read.
 
     The state is a lazy chain of key splits that grows with every model in a process that draws no

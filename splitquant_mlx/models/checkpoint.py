@@ -23,8 +23,8 @@ from splitquant_mlx.models.check_settings import check_settings
 from splitquant_mlx.models.config import check_config, read_config
 from splitquant_mlx.models.config_forms import normalize
 from splitquant_mlx.models.expert_stacks import separate_experts
-from splitquant_mlx.models.folded import fold_multipliers, raise_corrections
-from splitquant_mlx.models.left_out import check_left_out, left_out, settle_head
+from splitquant_mlx.models.folded import fold_multipliers, shift_corrections
+from splitquant_mlx.models.left_out import check_left_out, left_out, resolve_tied_head
 from splitquant_mlx.models.quantized import (
     dequantize_checkpoint,
     quantization_table,
@@ -95,11 +95,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
                 f"{header.dtype}: cast the checkpoint to one of them first"
             )
     quantized = config
-    config = normalize(path, settle_head(without_quantization(config), headers))
+    config = normalize(path, resolve_tied_head(without_quantization(config), headers))
     stored, notes = dequantize_checkpoint(path, quantized, headers, _load_lazily(headers))
     kind = config["model_type"]
     tensors = fold_multipliers(path, separate_experts(rename(stored, kind), kind), config)
-    tensors = raise_corrections(tensors, config)
+    tensors = shift_corrections(tensors, config)
     model, weights = fit_names(path, tensors, lambda: build_model(path, config))
     notes = [*notes, *check_settings(path, model, config)]
     _check_parameters(path, model, weights)

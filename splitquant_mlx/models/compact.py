@@ -21,11 +21,11 @@ SLICE = 1 << 20  # weights converted to float32 at a time, so that they stay in 
 
 def compact(model: nn.Module) -> nn.Module:
     """Replace the layers of a lazily loaded model by 8-bit ones, in place and one at a time."""
-    from splitquant_mlx.models.narrow_experts import keep_experts_narrow, widen
+    from splitquant_mlx.models.narrow_experts import keep_expert_dtype, to_float32
 
     on_cpu = mx.default_device() == mx.cpu
     if on_cpu:
-        keep_experts_narrow(model)
+        keep_expert_dtype(model)
     replaced: list[tuple[str, nn.Module]] = []
     for path, module in model.named_modules():
         if not hasattr(module, "to_quantized") or module["weight"].ndim < 2:
@@ -44,7 +44,7 @@ def compact(model: nn.Module) -> nn.Module:
         module.pop("weight")  # free its memory
     model.update_modules(tree_unflatten(replaced))
     if on_cpu:
-        widen(model, experts=True)
+        to_float32(model, experts=True)
     mx.eval(model.parameters())
     return model
 

@@ -49,7 +49,7 @@ def fold_multipliers(
     }
 
 
-def raise_corrections(
+def shift_corrections(
     tensors: Mapping[str, mx.array], config: dict[str, Any]
 ) -> dict[str, mx.array]:
     """Return the tensors with corrections of expert scores shifted to 0 or more, lazily.

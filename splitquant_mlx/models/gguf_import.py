@@ -148,9 +148,9 @@ def _targets(gguf: Gguf, config: dict[str, Any]) -> list[_Target]:
     used = {source for target in targets for source in target.sources}
     missing = sorted(used - gguf.tensors.keys())
     layers = range(config["num_hidden_layers"], block_count(gguf.metadata))
-    further = tuple(f"blk.{number}." for number in layers)  # they predict further tokens
+    mtp = tuple(f"blk.{number}." for number in layers)  # for multi-token prediction
     unused = gguf.tensors.keys() - used - {*ROPE_TENSORS}
-    extra = sorted(name for name in unused if not name.startswith(further))
+    extra = sorted(name for name in unused if not name.startswith(mtp))
     if missing or extra:
         raise CheckpointError(
             f"tensors missing from a {config['model_type']} model: {missing!r:.200}, unknown: "

@@ -2,7 +2,7 @@
 
 mlx-lm's `sanitize` renames, stacks and drops tensors. A tensor was dropped if no parameter depends
 on it in the graph of the (unevaluated) arrays. Most such tensors do not affect the text model
-(buffers, vision towers, heads that predict further tokens), and a warning says what to use for
+(buffers, vision towers, heads for multi-token prediction), and a warning says what to use for
 them; any other is an error, since the converted model would compute something else.
 """
 
@@ -23,8 +23,8 @@ from splitquant_mlx.models.expert_stacks import INPUT, OUTPUT
 CONSTANT = re.compile(
     r"rotary|rope\.|inv_freq|freqs_c|position_ids|masked_bias|attn(ention)?\.bias$"
 )
-# layers that predict more than the next token
-FURTHER = re.compile(r"(^|\.)(mtp|eh_proj|enorm|hnorm|nextn|shared_head)[._]|(^|\.)mtp_")
+# multi-token prediction: layers that predict more than the next token
+MTP = re.compile(r"(^|\.)(mtp|eh_proj|enorm|hnorm|nextn|shared_head)[._]|(^|\.)mtp_")
 # modules of images and audio
 OTHER_INPUT = re.compile(
     r"vision|visual|image|video|audio|multi_modal|multimodal|mm_projector|(^|\.)(embed_vision|patch_merge)"
@@ -38,13 +38,13 @@ INPUT_NOTE = (
     "only the text model is converted; tensors for images and audio are left out: {names}; to keep "
     "them, convert the original with mlx_vlm.convert"
 )
-FURTHER_NOTE = (
-    "tensors that predict further tokens are left out, since mlx-lm's {model_type} does not use "
-    "them: {names}; for faster generation pass a small model to mlx_lm as --draft-model"
+MTP_NOTE = (
+    "tensors for multi-token prediction (MTP) are left out, since mlx-lm's {model_type} does not "
+    "use them: {names}; for faster generation pass a small model to mlx_lm as --draft-model"
 )
 
 
-def settle_head(config: dict[str, Any], headers: dict[str, TensorHeader]) -> dict[str, Any]:
+def resolve_tied_head(config: dict[str, Any], headers: dict[str, TensorHeader]) -> dict[str, Any]:
     """Return config.json with `tie_word_embeddings` as the tensors show.
 
     mlx-lm's classes drop a stored head if config.json says that it is tied, or does not say. Here
@@ -91,8 +91,8 @@ def left_out(stored: dict[str, mx.array], used: dict[str, mx.array]) -> list[str
     read: set[str] = set()
     for start in range(0, len(names), LABELS):
         graph = io.StringIO()
-        some = range(start, min(start + LABELS, len(names)))
-        labels = {f"stored_{n}": stored[names[n]] for n in some}
+        numbers = range(start, min(start + LABELS, len(names)))
+        labels = {f"stored_{n}": stored[names[n]] for n in numbers}
         mx.export_to_dot(graph, *used.values(), **labels)  # type: ignore[arg-type]
         read |= set(re.findall(r'^"stored_(\d+)" ->', graph.getvalue(), re.MULTILINE))
     return [name for n, name in enumerate(names) if str(n) not in read]
@@ -107,7 +107,7 @@ def check_left_out(
         path: the checkpoint, for messages.
         names: the unused tensors.
         headers: headers of all stored tensors.
-        layers: number of layers of the model; tensors of later ones predict further tokens.
+        layers: number of layers of the model; later ones are for multi-token prediction.
         model_type: mlx-lm's name of the architecture, for messages.
 
     Returns:
@@ -127,8 +127,8 @@ def check_left_out(
         layer, header = LAYER.search(name), headers.get(name)
         if OTHER_INPUT.search(name):
             kinds.setdefault(INPUT_NOTE, []).append(name)
-        elif FURTHER.search(name) or (layer and int(layer[1]) >= layers):
-            kinds.setdefault(FURTHER_NOTE, []).append(name)
+        elif MTP.search(name) or (layer and int(layer[1]) >= layers):
+            kinds.setdefault(MTP_NOTE, []).append(name)
         elif (
             CONSTANT.search(name)
             or header is None

@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from splitquant_mlx.errors import SplitQuantError, meant
+from splitquant_mlx.errors import SplitQuantError, closest_word
 from splitquant_mlx.formats.manifest import FILE_NAME, LayerRecord, Manifest, load_manifest
 
 
@@ -78,7 +78,7 @@ def in_hub_cache() -> list[LocalModel]:
 def closest(name: str, directory: Path) -> str | None:
     """Return the model in `directory` whose name is most similar to `name`, if any."""
     names = [path.name for path in _directories(directory) if (path / "config.json").is_file()]
-    return meant(name, names)
+    return closest_word(name, names)
 
 
 def _directories(directory: Path) -> Iterator[Path]:

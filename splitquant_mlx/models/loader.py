@@ -17,14 +17,14 @@ import mlx.nn as nn
 
 from splitquant_mlx.errors import CheckpointError, one_line
 from splitquant_mlx.formats.manifest import MODEL_FILE
-from splitquant_mlx.models.architecture import parameters, settle_random_state
+from splitquant_mlx.models.architecture import evaluate_random_state, parameters
 from splitquant_mlx.models.check_settings import check_settings
 from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.config import check_config, read_config
 from splitquant_mlx.models.config_forms import normalize
 from splitquant_mlx.models.directory import as_directory
-from splitquant_mlx.models.folded import raise_corrections
-from splitquant_mlx.models.left_out import settle_head
+from splitquant_mlx.models.folded import shift_corrections
+from splitquant_mlx.models.left_out import resolve_tied_head
 from splitquant_mlx.models.quantized import quantization_table, runs_packed
 from splitquant_mlx.models.sharding import divide
 from splitquant_mlx.models.shards import read_headers
@@ -83,19 +83,19 @@ def load_model(
     group: Group | None = None,
     pipeline: bool = False,
     dequantize: bool = False,
-    narrow: bool = False,
+    keep_dtype: bool = False,
 ) -> nn.Module:
     """Load the model of a checkpoint directory; see `load`.
 
     With `dequantize` all layers are dequantized, and on the CPU experts are converted to float32
-    one at a time. With `narrow` 16-bit parameters are not converted to float32.
+    one at a time. With `keep_dtype` 16-bit parameters are not converted to float32.
     """
     config = read_config(directory)
     headers = read_headers(directory)
     check_config(directory, config, len(headers))
     packed = runs_packed(quantization_table(directory, config)) and not dequantize
     if packed or config.get("model_file"):
-        config = settle_head(config, headers)
+        config = resolve_tied_head(config, headers)
         model = _load_with_mlx_lm(directory, config, trust_remote_code)
     else:
         checkpoint = open_checkpoint(directory)
@@ -108,13 +108,13 @@ def load_model(
         check_alike(group, f"model at {directory}", digest)
         divide(model, config, group, pipeline=pipeline, path=directory)
     with _readable(directory):
-        if mx.default_device() == mx.cpu and not narrow:
-            from splitquant_mlx.models.narrow_experts import widen
+        if mx.default_device() == mx.cpu and not keep_dtype:
+            from splitquant_mlx.models.narrow_experts import to_float32
 
-            widen(model, experts=not dequantize)
+            to_float32(model, experts=not dequantize)
         if not lazy:
             mx.eval(model.parameters())
-        settle_random_state()
+        evaluate_random_state()
     return model
 
 
@@ -147,7 +147,7 @@ def _load_with_mlx_lm(
         model, _ = mlx_lm_load_model(directory, lazy=True, **options)
     if not options.get("trust_remote_code"):
         check_settings(directory, model, config)
-        model.load_weights(list(raise_corrections(parameters(model), config).items()))
+        model.load_weights(list(shift_corrections(parameters(model), config).items()))
     return model
 
 

@@ -12,7 +12,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from splitquant_mlx.models.expert_products import expert_products, product
 
 
-class NarrowSwitchLinear(SwitchLinear):
+class PerExpertSwitchLinear(SwitchLinear):
     """A stack of experts whose parameters keep their dtype; results are float32.
 
     Args:
@@ -35,20 +35,20 @@ class NarrowSwitchLinear(SwitchLinear):
         return y + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else y
 
 
-def keep_experts_narrow(model: nn.Module) -> set[str]:
+def keep_expert_dtype(model: nn.Module) -> set[str]:
     """Replace all stacks of experts in place; return the names of their weights."""
     stacks = {p: m for p, m in model.named_modules() if type(m) is SwitchLinear}
-    narrow = [(path, NarrowSwitchLinear(stack)) for path, stack in stacks.items()]
-    model.update_modules(tree_unflatten(narrow))
+    replaced = [(path, PerExpertSwitchLinear(stack)) for path, stack in stacks.items()]
+    model.update_modules(tree_unflatten(replaced))
     return {f"{path}.weight" for path in stacks}
 
 
-def widen(model: nn.Module, *, experts: bool) -> None:
+def to_float32(model: nn.Module, *, experts: bool) -> None:
     """Convert 16-bit parameters to float32, lazily; stacks of experts only with `experts`."""
-    narrow = set() if experts else keep_experts_narrow(model)
+    kept = set() if experts else keep_expert_dtype(model)
 
-    def widened(name: str, array: mx.array) -> mx.array:
-        wide = array.dtype in (mx.float16, mx.bfloat16) and name not in narrow
-        return array.astype(mx.float32) if wide else array
+    def convert(name: str, array: mx.array) -> mx.array:
+        is_16_bit = array.dtype in (mx.float16, mx.bfloat16)
+        return array.astype(mx.float32) if is_16_bit and name not in kept else array
 
-    model.update(tree_map_with_path(widened, model.parameters()))
+    model.update(tree_map_with_path(convert, model.parameters()))

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from splitquant_mlx.errors import CheckpointError, one_line, some
+from splitquant_mlx.errors import CheckpointError, abbreviate, one_line
 from splitquant_mlx.formats.head_file import HEAD_FILE, INDEX, is_copy
 from splitquant_mlx.formats.safetensors import TensorHeader, read_header
 from splitquant_mlx.models.config import refuse_special_file
@@ -37,8 +37,8 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
                 f"{path} has only pickled weights ({pickles[0]}), which can run code when loaded "
                 "and are never read: convert them to safetensors first"
             )
-        problem = f"no {SUFFIX} file" + (f" of a model, only {some(existing)}" if existing else "")
-        raise CheckpointError(f"{path} is not a model directory: it has {problem}")
+        others = f" of a model, only {abbreviate(existing)}" if existing else ""
+        raise CheckpointError(f"{path} is not a model directory: it has no {SUFFIX} file{others}")
     headers: dict[str, TensorHeader] = {}
     for file in (path / name for name in sorted(names)):
         if os.path.lexists(file) and not file.is_file():
@@ -54,9 +54,9 @@ def read_headers(path: Path) -> dict[str, TensorHeader]:
     if not names >= set(weight_map.values()) and (lacking := weight_map.keys() - headers.keys()):
         missing = {weight_map[name] for name in lacking} - names
         raise CheckpointError(
-            f"{path}: {INDEX} names {some(missing)}, which is missing, and the other files do not "
-            f"have its tensors ({some(lacking)}): download it, or remove the index if it is from "
-            "another model"
+            f"{path}: {INDEX} names {abbreviate(missing)}, which is missing, and the other files "
+            f"do not have its tensors ({abbreviate(lacking)}): download it, or remove the index if "
+            "it is from another model"
         )
     return headers
 

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
 
-from splitquant_mlx.errors import CheckpointError, SourceError, some
+from splitquant_mlx.errors import CheckpointError, SourceError, abbreviate
 from splitquant_mlx.models.hub import answer_within, endpoint, explain
 from splitquant_mlx.models.shards import INDEX, PICKLES, SUFFIX, read_index, shard_names
 
@@ -155,7 +155,7 @@ def _from_hub(repo: str, revision: str | None, timeout_s: float | None) -> Sourc
             return snapshot
         otherwise = None
         if revision is None and (commits := _cached_commits(repo)):
-            only = f"the cache has no branch of it, only commit {some(commits)}"
+            only = f"the cache has no branch of it, only commit {abbreviate(commits)}"
             otherwise = f"{only}: pass one as --revision; {endpoint()} cannot be reached"
         message = explain(exc, repo, revision=revision, otherwise=otherwise)
         raise SourceError(message) from exc
@@ -209,11 +209,11 @@ def _check_files(repo: str, names: Iterable[str]) -> None:
     if not any(name.endswith(".safetensors") for name in top):
         if ggufs := [name for name in top if name.endswith(".gguf")]:
             raise SourceError(
-                f"{repo} has only GGUF files ({some(ggufs)}): download one and pass its path"
+                f"{repo} has only GGUF files ({abbreviate(ggufs)}): download one and pass its path"
             )
         if pickles := [name for name in top if name.endswith(PICKLES)]:
             raise SourceError(
-                f"{repo} has only pickled weights ({some(pickles)}), which can run code when "
+                f"{repo} has only pickled weights ({abbreviate(pickles)}), which can run code when "
                 "loaded: choose a repo with .safetensors files"
             )
         raise SourceError(f"{repo} has no weights: there is no .safetensors file at its top level")
@@ -234,4 +234,4 @@ def _check_snapshot(source: Source) -> None:
         raise SourceError(f"{source.name}: its {INDEX} is corrupt") from exc
     existing = {name for name in names if name.endswith(SUFFIX)}
     if missing := shard_names(existing, indexed) - existing:
-        raise SourceError(f"{source.name} lacks weight files: {some(missing)}")
+        raise SourceError(f"{source.name} lacks weight files: {abbreviate(missing)}")

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from splitquant_mlx.errors import CheckpointError, one_line, some
+from splitquant_mlx.errors import CheckpointError, abbreviate, one_line
 from splitquant_mlx.models.architecture import parameters
 
 # wrapper modules of training, anywhere in a name
@@ -116,21 +116,22 @@ def _explain(
         detail = f" (mlx-lm: {problem})" if problem else ""
         return (
             f"the tensor names are not those of this architecture: expected names "
-            f"such as {some(expected, 2)}, got {some(tensors, 2)}{detail}"
+            f"such as {abbreviate(expected, 2)}, got {abbreviate(tensors, 2)}{detail}"
         )
     missing, extra = expected.keys() - fitted.keys(), fitted.keys() - expected.keys()
     if missing and not extra and all(SHARED.search(name) for name in missing):
         return (
             "the model was saved without the projections of layers that share keys and values, "
-            f"which mlx-lm's class requires ({some(missing)}): convert the original checkpoint"
+            f"which mlx-lm's class requires ({abbreviate(missing)}): convert the original "
+            "checkpoint"
         )
     if all(HEAD.fullmatch(name) for name in missing) and not extra:
         return (
-            f"missing tensors: {some(missing)}: the model was saved without its output head, "
+            f"missing tensors: {abbreviate(missing)}: the model was saved without its output head, "
             'and config.json does not say "tie_word_embeddings": true'
         )
-    problem = f"missing tensors: {some(missing)}" if missing else f"extra tensors: {some(extra)}"
+    kind, names = ("missing", missing) if missing else ("extra", extra)
     return (
-        f"{problem}: expected {len(expected)} tensors by config.json, got {len(tensors)}: one of "
-        "the two is from another model, or incomplete"
+        f"{kind} tensors: {abbreviate(names)}: expected {len(expected)} tensors by config.json, "
+        f"got {len(tensors)}: one of the two is from another model, or incomplete"
     )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from splitquant_mlx.errors import CheckpointError, RecipeError, TargetError, some
+from splitquant_mlx.errors import CheckpointError, RecipeError, TargetError, abbreviate
 from splitquant_mlx.models.companions import refuse_foreign_link
 from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.publish.card import REPO, find_base, is_own, make_card
@@ -124,7 +124,7 @@ def _card_by_hand(path: Path) -> str | None:
 def _notes(converted: Converted, base_model: str | None) -> list[str]:
     manifest, notes = converted.manifest, []
     if converted.left_out:
-        notes.append(f"not sent, as not part of the model: {some(converted.left_out, 8)}")
+        notes.append(f"not sent, as not part of the model: {abbreviate(converted.left_out, 8)}")
     if not base_model and find_base(manifest)[0] is None:
         notes.append("the original is a local copy: give its repo with --base-model")
     if manifest.revision is None:

@@ -15,7 +15,7 @@ from splitquant_mlx.models.architecture import build_model, parameters
 from splitquant_mlx.models.check_settings import check_settings
 from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.config_forms import normalize
-from splitquant_mlx.models.folded import fold_multipliers, raise_corrections
+from splitquant_mlx.models.folded import fold_multipliers, shift_corrections
 from splitquant_mlx.models.loader import load_model
 
 GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": tiny.VOCAB}
@@ -286,7 +286,7 @@ def test_no_expert_of_an_unselected_group_is_chosen(key):
 
     def chosen(config):
         tensors = {CORRECTION: mx.array(correction).astype(mx.float32), "norm.weight": mx.array([])}
-        bias = raise_corrections(tensors, config)[CORRECTION]
+        bias = shift_corrections(tensors, config)[CORRECTION]
         actual = group_expert_select(mx.array(gates), bias, 4, 4, 2, 1.0, True)[0]
         return np.sort(np.array(actual), axis=-1)
 

@@ -12,7 +12,7 @@ from mlx_lm.models.switch_layers import SwitchGLU
 from splitquant_mlx.bench.random_checkpoint import SHAPES, write_random_checkpoint
 from splitquant_mlx.models.compact import compact
 from splitquant_mlx.models.loader import load_model
-from splitquant_mlx.models.narrow_experts import NarrowSwitchLinear, keep_experts_narrow
+from splitquant_mlx.models.narrow_experts import PerExpertSwitchLinear, keep_expert_dtype
 
 
 @pytest.mark.parametrize("tokens", [3, 40])  # mlx-lm sorts 40 by expert, not 3
@@ -28,7 +28,7 @@ def test_outputs_and_gradients_are_those_of_the_stack(tokens, bias):
 
     expected = experts(x, indices), mx.grad(squares)(x)
     mx.eval(expected)
-    assert "down_proj.weight" in keep_experts_narrow(experts)
+    assert "down_proj.weight" in keep_expert_dtype(experts)
     for actual, value in zip((experts(x, indices), mx.grad(squares)(x)), expected, strict=True):
         np.testing.assert_allclose(actual, value, atol=1e-5)
 
@@ -39,7 +39,7 @@ def test_experts_stay_in_16_bits_for_calibration(tmp_path):
     tokens = mx.array([[n * 7 % tiny.VOCAB for n in range(40)]])
     expected = load_model(source)(tokens)
     model = load_model(source, lazy=True, dequantize=True)
-    stacks = [m for m in model.modules() if isinstance(m, NarrowSwitchLinear)]
+    stacks = [m for m in model.modules() if isinstance(m, PerExpertSwitchLinear)]
     assert len(stacks) == 3 * tiny.LAYERS
     assert {stack.weight.dtype for stack in stacks} == {mx.bfloat16}
     np.testing.assert_allclose(model(tokens), expected, atol=1e-4)
@@ -55,7 +55,7 @@ def test_compact_needs_little_memory(tmp_path, monkeypatch):
     stored = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    copy = compact(load_model(source, lazy=True, dequantize=True, narrow=True))
+    copy = compact(load_model(source, lazy=True, dequantize=True, keep_dtype=True))
     assert mx.get_peak_memory() - before < 2 * stored
     mx.eval(copy(mx.array([[3]])))  # the head is converted in slices
     assert mx.get_peak_memory() - before < 2 * stored

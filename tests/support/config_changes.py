@@ -31,7 +31,7 @@ from architecture_variants import ALONE, VOCAB, Variant
 from architectures import LIMIT, distance, explains, torch_logits, variants, write_reference
 
 from splitquant_mlx.models.config import read_config
-from splitquant_mlx.models.left_out import settle_head
+from splitquant_mlx.models.left_out import resolve_tied_head
 from splitquant_mlx.models.shards import read_headers
 
 Config = dict[str, Any]
@@ -217,7 +217,8 @@ class Model:
         from splitquant_mlx.models.architecture import find_classes
         from splitquant_mlx.models.config_forms import normalize
 
-        both = normalize(self.directory, settle_head(read_config(self.directory), self.headers))
+        config = resolve_tied_head(read_config(self.directory), self.headers)
+        both = normalize(self.directory, config)
         folded = {key: value for key, value in both.items() if "multiplier" in key or "base" in key}
         return find_classes(self.directory, both)[1].from_dict(both), folded
 

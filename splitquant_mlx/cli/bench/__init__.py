@@ -8,7 +8,7 @@ import typer
 from splitquant_mlx.cli.bench.conversion import calibrated, convert, make_checkpoint
 from splitquant_mlx.cli.bench.speed import speed, trial
 from splitquant_mlx.cli.help import Command, Group
-from splitquant_mlx.errors import meant
+from splitquant_mlx.errors import closest_word
 
 
 class Bench(Group):
@@ -18,8 +18,8 @@ class Bench(Group):
         """Insert the command `speed` if none is given, unless one was misspelled."""
         name = args[0] if args else "help"
         known = (*self.commands, "help", "-h", "--help")
-        is_misspelled = name[:1] != "-" and meant(name, self.commands) and not Path(name).exists()
-        if name not in known and not is_misspelled:
+        is_model = name[:1] == "-" or Path(name).exists() or not closest_word(name, self.commands)
+        if name not in known and is_model:
             args = ["speed", *args]
         return super().parse_args(ctx, args)
 
