@@ -15,7 +15,7 @@ from splitquant_mlx.errors import RecipeError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class McNemar:
     """Result of McNemar's exact test of two models on the same questions.
 
     Attributes:
@@ -33,7 +33,7 @@ class Comparison:
     p_value: float
 
 
-def compare(first: Sequence[int], second: Sequence[int]) -> Comparison:
+def compare(first: Sequence[int], second: Sequence[int]) -> McNemar:
     """Compare two models by their answers to the same questions in the same order.
 
     Args:
@@ -51,7 +51,7 @@ def compare(first: Sequence[int], second: Sequence[int]) -> Comparison:
     only_first = sum(a > b for a, b in zip(first, second, strict=True))
     only_second = sum(a < b for a, b in zip(first, second, strict=True))
     discordant = only_first + only_second
-    return Comparison(
+    return McNemar(
         questions=len(first),
         only_first=only_first,
         only_second=only_second,

@@ -13,7 +13,7 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from splitquant_mlx.errors import CheckpointError
 from splitquant_mlx.inference import protocol
-from splitquant_mlx.inference.engine import NO_TOKEN, Engine, Job, Plan, ScoredToken
+from splitquant_mlx.inference.engine import NO_TOKEN, AnswerJob, AnswerPlan, Engine, ScoredToken
 from splitquant_mlx.inference.protocol import APIError, reject
 from splitquant_mlx.inference.stops import (
     NORMAL,
@@ -44,7 +44,7 @@ class Part(NamedTuple):
 
 
 @dataclass(eq=False, kw_only=True)
-class Answer(Job):
+class Answer(AnswerJob):
     """An answer in progress: a job whose tokens become parts of text.
 
     Args:
@@ -230,7 +230,7 @@ class Service:
             answers.append(answer)
         return answers
 
-    def _plan(self, request: protocol.Request, prompt: list[int], **options: Any) -> Plan:
+    def _plan(self, request: protocol.Request, prompt: list[int], **options: Any) -> AnswerPlan:
         settings, count, vocab_size = self.settings, len(prompt), self.engine.vocab_size
         max_tokens = getattr(request, "max_completion_tokens", None)
         max_tokens = request.max_tokens if max_tokens is None else max_tokens
@@ -247,7 +247,7 @@ class Service:
         sampling = {name: getattr(settings, name) for name in SAMPLING}
         sampling |= request.model_dump(include=SAMPLING, exclude_none=True)
         sampling["top_k"] = sampling["top_k"] if 0 < sampling["top_k"] < vocab_size else 0
-        return Plan(
+        return AnswerPlan(
             prompt=prompt,
             max_tokens=remaining if max_tokens in (None, -1) else min(max_tokens, remaining),
             sampling=sampling,

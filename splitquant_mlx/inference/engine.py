@@ -1,8 +1,8 @@
 """Generate the answers to concurrent requests in the thread that runs mlx.
 
-Other threads submit jobs and receive tokens through `Job.emit`. Answers are generated in one batch
-(mlx-lm's BatchGenerator), or one after the other (stream_generate) with a draft model or a KV cache
-that mlx-lm cannot batch. Multiple ranks run in lockstep: rank 0 sends the others its new and
+Other threads submit jobs and receive tokens through `AnswerJob.emit`. Answers are generated in one
+batch (mlx-lm's BatchGenerator), or one after the other (stream_generate) with a draft model or a KV
+cache that mlx-lm cannot batch. Multiple ranks run in lockstep: rank 0 sends the others its new and
 cancelled jobs.
 """
 
@@ -46,7 +46,7 @@ class ScoredToken(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class AnswerPlan:
     """The computation of one answer; sent to the other ranks as JSON.
 
     Args:
@@ -71,10 +71,10 @@ class Plan:
 
 
 @dataclass(eq=False, kw_only=True)
-class Job:
+class AnswerJob:
     """A plan in progress."""
 
-    plan: Plan
+    plan: AnswerPlan
     cached: int = field(default=0, init=False)  # prompt tokens found in the prompt cache
     cancelled: bool = field(default=False, init=False)
 
@@ -108,8 +108,8 @@ class Engine:
         if settings.kv_bits is not None:
             _check_kv_bits(cache, settings)
         self.grammars = Grammars(tokenizer, self.vocab_size)
-        self._inbox: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self._open: set[Job] = set()  # unfinished jobs
+        self._inbox: queue.SimpleQueue[AnswerJob] = queue.SimpleQueue()
+        self._open: set[AnswerJob] = set()  # unfinished jobs
         self._closed: Exception | None = None
         self._sequential = (
             draft_model is not None
@@ -118,7 +118,7 @@ class Engine:
         )
         self._reset()
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: AnswerJob) -> None:
         """Queue a job; callable from any thread."""
         self._open.add(job)
         self._inbox.put(job)
@@ -153,7 +153,7 @@ class Engine:
         self._prompts = LRUPromptCache(
             self.settings.prompt_cache_size, self.settings.prompt_cache_bytes or 2**63
         )
-        self._jobs: dict[int, Job] = {}  # by the generator's uid
+        self._jobs: dict[int, AnswerJob] = {}  # by the generator's uid
         self._generator: Any = (
             SequentialGenerator(self) if self._sequential else self._batch_generator()
         )
@@ -178,7 +178,7 @@ class Engine:
         caches = self._generator.remove(cancelled, return_prompt_caches=True) if cancelled else {}
         for uid in cancelled:
             self._finish(uid, *caches.get(uid, (None, None)))
-        for job in new or [Job(plan=Plan(**plan)) for plan in plans]:
+        for job in new or [AnswerJob(plan=AnswerPlan(**plan)) for plan in plans]:
             self._start(job)
         for _ in range(1 if is_single_rank(self.group) else RANK_STEPS):
             for r in self._generator.next()[1] if self._jobs else []:
@@ -188,9 +188,9 @@ class Engine:
                     self._finish(r.uid, r.prompt_cache, r.all_tokens)
         return not stop
 
-    def _new_jobs(self) -> list[Job]:
+    def _new_jobs(self) -> list[AnswerJob]:
         """Return the jobs submitted on rank 0; when idle, wait for one."""
-        new: list[Job] = []
+        new: list[AnswerJob] = []
         with suppress(queue.Empty):
             if not self._jobs and self.group.rank() == 0:
                 new.append(self._inbox.get(timeout=IDLE_S))
@@ -198,7 +198,7 @@ class Engine:
                 new.append(self._inbox.get_nowait())
         return [job for job in new if job in self._open]
 
-    def _start(self, job: Job) -> None:
+    def _start(self, job: AnswerJob) -> None:
         plan = job.plan
         if plan.score_prompt:
             job.emit(self._score_prompt(plan))
@@ -232,7 +232,7 @@ class Engine:
             self._prompts.insert_cache(MODEL, list(tokens), cache)
         self._open.discard(self._jobs.pop(uid))
 
-    def _score_prompt(self, plan: Plan) -> list[ScoredToken]:
+    def _score_prompt(self, plan: AnswerPlan) -> list[ScoredToken]:
         """Return the prompt's tokens with log-probabilities, except for the first."""
         cache, scored = make_prompt_cache(self.model), [ScoredToken(plan.prompt[0])]
         inputs, targets = plan.prompt[:-1], plan.prompt[1:]

@@ -28,7 +28,7 @@ TRIALS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class DeviceCheck:
     """Result of a comparison: its name, the largest relative difference and the limit."""
 
     name: str
@@ -47,7 +47,7 @@ def devices() -> list[mx.Device]:
     return [mx.Device(kind) for kind in kinds if mx.is_available(mx.Device(kind))]
 
 
-def self_check() -> list[Check]:
+def self_check() -> list[DeviceCheck]:
     """Split, quantize and run a tiny model on every device; the default device stays the same."""
     weights, biases, x = _tiny_model()
     expected = _forward(weights, biases, x)
@@ -74,7 +74,8 @@ def self_check() -> list[Check]:
             cpu, gpu = quantized
             checks.append(_compare("gpu: quantized weights against the CPU", gpu, cpu, CODE_LIMIT))
             difference = kernel_difference()
-            checks.append(Check(name="gpu: kernel of gptq", difference=difference, limit=1e-3))
+            name = "gpu: kernel of gptq"
+            checks.append(DeviceCheck(name=name, difference=difference, limit=1e-3))
     finally:
         mx.set_default_device(default)
     return checks
@@ -115,7 +116,7 @@ def dispatch_ratio() -> float:
     return statistics.median(times["separate"]) / statistics.median(times["one"])
 
 
-def _check_lookup_tables(name: str, limit: float) -> Check:
+def _check_lookup_tables(name: str, limit: float) -> DeviceCheck:
     rng = np.random.default_rng(1)
     layer = LUTLinear(DIMS, DIMS, bits=3, outliers=2)
     layer.weight = mx.array(rng.integers(0, 2**32, layer.weight.shape, np.uint32))
@@ -148,9 +149,11 @@ def _forward(weights: list[np.ndarray], biases: list[np.ndarray], x: np.ndarray)
     return hidden @ weights[1].T + biases[1]
 
 
-def _compare(name: str, actual: mx.array | np.ndarray, expected: np.ndarray, limit: float) -> Check:
+def _compare(
+    name: str, actual: mx.array | np.ndarray, expected: np.ndarray, limit: float
+) -> DeviceCheck:
     difference = float(np.abs(np.array(actual) - expected).max() / np.abs(expected).max())
-    return Check(name=name, difference=difference, limit=limit)
+    return DeviceCheck(name=name, difference=difference, limit=limit)
 
 
 def _seconds(compute: Callable[[], mx.array]) -> float:

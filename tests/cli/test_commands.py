@@ -15,7 +15,7 @@ from splitquant_mlx import cli
 from splitquant_mlx.cli import console
 from splitquant_mlx.cli.summary import _rows
 from splitquant_mlx.formats.manifest import LayerRecord, load_manifest
-from splitquant_mlx.inspection.doctor import Check, self_check
+from splitquant_mlx.inspection.doctor import DeviceCheck, self_check
 from splitquant_mlx.inspection.overview import group_layers
 from splitquant_mlx.recipe import Method
 
@@ -316,7 +316,8 @@ def test_doctor_reports_and_passes(command):
 def test_doctor_fails_when_a_check_fails(capsys, monkeypatch):
     from splitquant_mlx.inspection import doctor
 
-    monkeypatch.setattr(doctor, "self_check", lambda: [Check(name="x", difference=1, limit=0.1)])
+    failed = DeviceCheck(name="x", difference=1, limit=0.1)
+    monkeypatch.setattr(doctor, "self_check", lambda: [failed])
     assert cli.run(["doctor"]) == 2
     assert "self-check failed (x)" in capsys.readouterr().err
 

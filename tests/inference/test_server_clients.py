@@ -150,7 +150,7 @@ def test_a_job_after_shutdown_gets_the_error(split_stories):
     computing = load_service(source, ServeSettings(), False, join()).engine
     computing.close(KeyError("the end"))
     events: list[object] = []
-    job = engine.Job(plan=engine.Plan(prompt=[1], max_tokens=3))
+    job = engine.AnswerJob(plan=engine.AnswerPlan(prompt=[1], max_tokens=3))
     job.emit = events.append
     computing.submit(job)
     assert [str(event) for event in events] == ["'the end'"]
