@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -85,8 +84,8 @@ def evaluate_arc(
     tokenizer: Any,
     exam: Exam,
     *,
-    journal: Path | None = None,
-    model_hash: str | None = None,
+    journal: Path,
+    model_hash: str,
     group: Group | None = None,
     progress: Progress = SILENT,
 ) -> ArcResult:
@@ -111,8 +110,6 @@ def evaluate_arc(
     questions, task = exam.questions, exam.task
     if len({question.id for question in questions}) < max(len(questions), 1):
         raise RecipeError("questions: expected one or more, each with a unique id")
-    if journal and not model_hash:
-        raise RecipeError("journal: expected model_hash as well, to identify the model")
     drawn = draw_shots(exam.shots, exam.num_shots, questions)
     length = context_length(model)
     prompts: dict[str, list[Pair]] = {}
@@ -125,7 +122,7 @@ def evaluate_arc(
     settings = {"task": task, "protocol": exam.protocol, "num_shots": exam.num_shots}
     settings["model"] = model_hash
     with (
-        Journal(journal, _key(settings, prompts)) if journal else nullcontext() as opened,
+        Journal(journal, _key(settings, prompts)) as opened,
         progress.task(f"Answering {task}", len(questions)) as advance,
     ):
         answers = {question.id: question.answer for question in questions}
@@ -137,12 +134,12 @@ def _score_options(
     model: nn.Module,
     prompts: dict[str, list[Pair]],
     answers: dict[str, int],
-    journal: Journal | None,
+    journal: Journal,
     group: Group | None,
     advance: Advance,
 ) -> dict[str, list[float]]:
     """Return the log-likelihoods of each question's options, nats, by question id."""
-    resumed = {done["id"]: done["loglikelihoods"] for done in journal.done} if journal else {}
+    resumed = {done["id"]: done["loglikelihoods"] for done in journal.done}
     scores = {name: values for done in gather(group, resumed) for name, values in done.items()}
     correct = sum(values.index(max(values)) == answers[name] for name, values in scores.items())
     advance(len(scores))
@@ -158,8 +155,7 @@ def _score_options(
         if name in scores or len(partial[name]) < len(remaining[name]):
             return
         scores[name] = [value for _, value in sorted(partial[name].items())]
-        if journal:
-            journal.append({"id": name, "loglikelihoods": scores[name]})
+        journal.append({"id": name, "loglikelihoods": scores[name]})
         correct += scores[name].index(max(scores[name])) == answers[name]
         advance(1, f"{correct / len(scores):.1%} correct")
 

@@ -72,7 +72,7 @@ def evaluate(
             check_alike(group, f"model at {opened.path}", opened.hash)
         length = window_length(task.context_length, models)
         task = dataclasses.replace(task, context_length=length)
-        values = _measure(lazy_model, lazy_reference, task, group, progress)
+        values = _measure(lazy_model, lazy_reference, task, length, group, progress)
         model_hash = lazy_model.hash
     settings = {name: value for name, value in dataclasses.asdict(task).items() if name != "name"}
     return {
@@ -98,16 +98,17 @@ def _measure(
     model: LazyModel,
     reference: LazyModel | None,
     task: Task,
+    length: int,
     group: Group | None,
     progress: Progress,
 ) -> dict[str, Any]:
     if task.name in ARC_TASKS:
         return _arc(model, reference, task, group, progress)
     if task.name == "perplexity":
-        return _perplexity(model, task, group, progress)
+        return _perplexity(model, task, length, group, progress)
     if task.name == "kl":
         assert reference
-        return _divergence(model, reference, task, group, progress)
+        return _divergence(model, reference, task, length, group, progress)
     return _harness(model, task, group, progress)
 
 
@@ -177,16 +178,16 @@ def _arc(
 
 
 def _perplexity(
-    model: LazyModel, task: Task, group: Group | None, progress: Progress
+    model: LazyModel, task: Task, length: int, group: Group | None, progress: Progress
 ) -> dict[str, Any]:
     text = _text(task)
     tokens = encode(model.tokenizer, text)
     if task.limit:
-        tokens = tokens[: task.limit * (task.stride or task.context_length or 0)]
+        tokens = tokens[: task.limit * (task.stride or length)]
     result = measure_perplexity(
         model.model,
         tokens,
-        context_length=task.context_length or CONTEXT_LENGTH,
+        context_length=length,
         stride=task.stride,
         group=group,
         progress=progress,
@@ -195,12 +196,15 @@ def _perplexity(
 
 
 def _divergence(
-    model: LazyModel, reference: LazyModel, task: Task, group: Group | None, progress: Progress
+    model: LazyModel,
+    reference: LazyModel,
+    task: Task,
+    length: int,
+    group: Group | None,
+    progress: Progress,
 ) -> dict[str, Any]:
     text = _text(task)
-    windows = cut_windows(
-        encode(reference.tokenizer, text), task.context_length or CONTEXT_LENGTH, task.limit
-    )
+    windows = cut_windows(encode(reference.tokenizer, text), length, task.limit)
     if group is not None and len(windows) < group.size():
         raise RecipeError(
             f"expected at least one window of text per rank, got {len(windows)} windows for "

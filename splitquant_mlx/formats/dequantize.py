@@ -95,7 +95,7 @@ def _as_float32(tensors: Tensors, name: str, fp8: set[str]) -> mx.array:
     if array.dtype == (mx.uint8 if scale else mx.int8) or mx.issubdtype(array.dtype, mx.floating):
         values = array.astype(mx.float32)
         return 2 ** (values - 127) if array.dtype == mx.uint8 else values
-    raise CheckpointError(f"tensor {name!r}: expected a float dtype, got {dtype_name(array)}")
+    raise CheckpointError(f"tensor {name!r}: expected a float dtype, got {dtype_name(array.dtype)}")
 
 
 def _block_shapes(table: Mapping[str, Any]) -> list[tuple[int, int]]:
@@ -117,7 +117,7 @@ def _mxfp4(tensors: Tensors, table: Mapping[str, Any], fp8: set[str], dtype: mx.
             if w.dtype != mx.uint8 or w.shape[-1] != 16:
                 raise CheckpointError(
                     f"tensor {name!r}: expected blocks of 16 bytes, got {list(w.shape)} of "
-                    f"{dtype_name(w)}: download it again"
+                    f"{dtype_name(w.dtype)}: download it again"
                 )
             packed, scales = w.view(mx.uint32).flatten(-2), required(tensors, f"{stem}_scales")
             w = _mx_dequantize(name, packed, scales, group_size=32, bits=4, mode="mxfp4")

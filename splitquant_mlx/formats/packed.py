@@ -22,9 +22,9 @@ def required(tensors: Tensors, name: str) -> mx.array:
     return tensors[name]
 
 
-def dtype_name(array: mx.array) -> str:
-    """Return the name of an array's dtype without its module, such as "uint8"."""
-    return str(array.dtype).removeprefix("mlx.core.")
+def dtype_name(dtype: mx.Dtype) -> str:
+    """Return the name of a dtype without its module, such as "uint8"."""
+    return str(dtype).removeprefix("mlx.core.")
 
 
 def weight_settings(table: Mapping[str, Any]) -> list[dict[str, Any]]:

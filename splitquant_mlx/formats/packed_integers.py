@@ -118,7 +118,7 @@ def _affine(
     if zeros.shape != scales.shape or len(scales) not in (len(q), scales.size):
         raise ValueError(f"zero points {zeros.shape} and scales {scales.shape} for {q.shape}")
     if not mx.issubdtype(scales.dtype, mx.floating):
-        raise ValueError(f"expected scales of a float dtype, got {dtype_name(scales)}")
+        raise ValueError(f"expected scales of a float dtype, got {dtype_name(scales.dtype)}")
     expected = [size for size in sizes if size and size > 0] or [columns // groups]
     size = next((size for size in (*expected, columns) if -(-columns // size) == groups), None)
     if size is None:
@@ -150,7 +150,7 @@ def _codes(packed: mx.array, bits: int, count: int | None = None) -> mx.array:
 def _words(packed: mx.array, bits: int) -> mx.array:
     """Return the codes of 32-bit words along a new last axis, lowest bits first, as float32."""
     if packed.dtype not in (mx.int32, mx.uint32):
-        raise ValueError(f"expected 32-bit words, got {dtype_name(packed)}")
+        raise ValueError(f"expected 32-bit words, got {dtype_name(packed.dtype)}")
     words = packed.view(mx.uint32)[..., None]
     shifts = mx.arange(0, 32, bits, dtype=mx.uint32)
     return ((words >> shifts) & (2**bits - 1)).astype(mx.float32)

@@ -178,5 +178,5 @@ def _check_parameters(path: Path, model: nn.Module, weights: dict[str, mx.array]
         if is_float and array.dtype not in FLOATS.values():
             raise CheckpointError(
                 f"{path}: tensor {name!r}: expected dtype {', '.join(FLOATS)}, got "
-                f"{dtype_name(array)}: the checkpoint is quantized or corrupt"
+                f"{dtype_name(array.dtype)}: the checkpoint is quantized or corrupt"
             )

@@ -23,6 +23,7 @@ from splitquant_mlx.formats.gguf_rope import ROPE_TENSORS
 from splitquant_mlx.formats.gguf_settings import block_count
 from splitquant_mlx.formats.gguf_tokenizer import ELSEWHERE, write_tokenizer
 from splitquant_mlx.formats.model_card import write_source_card
+from splitquant_mlx.formats.packed import dtype_name
 from splitquant_mlx.formats.shard_writer import ShardWriter
 from splitquant_mlx.models.architecture import build_model, parameters
 from splitquant_mlx.models.config import check_config
@@ -119,7 +120,7 @@ def _describe(gguf: Gguf) -> tuple[mx.Dtype, dict[str, Any], list[_Target]]:
     types = {info.type for info in gguf.tensors.values()}
     wide_range = architecture_of(gguf.metadata).wide_range or types <= {"F32", "BF16"}
     dtype = mx.float32 if types == {"F32"} else mx.bfloat16 if wide_range else mx.float16
-    config = model_config(gguf, str(dtype).removeprefix("mlx.core."))
+    config = model_config(gguf, dtype_name(dtype))
     return dtype, config, _targets(gguf, config)
 
 

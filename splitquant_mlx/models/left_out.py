@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.errors import CheckpointError, abbreviate
 from splitquant_mlx.formats.safetensors import TensorHeader
 from splitquant_mlx.models.config import settings_tables, text_settings
 from splitquant_mlx.models.expert_stacks import INPUT, OUTPUT
@@ -148,9 +148,8 @@ def check_left_out(
 
 def _summarize(names: list[str]) -> str:
     """Return a short list of tensors, with a wildcard for the layer number."""
-    kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
-    more = f" and {len(kinds) - 3} more" if kinds[3:] else ""
-    return f"{', '.join(kinds[:3])}{more} (tensors: {len(names)})"
+    kinds = {re.sub(r"\.\d+\.", ".*.", name) for name in names}
+    return f"{abbreviate(kinds)} (tensors: {len(names)})"
 
 
 def _bytes(tensor: TensorHeader) -> np.ndarray:

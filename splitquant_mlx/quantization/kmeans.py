@@ -72,7 +72,18 @@ def cluster(values: np.ndarray, k: int = 3) -> Clustering:
         RecipeError: k out of range.
         ValueError: empty array, unsupported dtype, or NaN or infinite entries.
     """
-    return _cluster(values, k)
+    flat = _flat(values, k)
+    edges, alive = np.array([0, 1]), np.ones((k - 1, 1), bool)
+    if flat.dtype == np.float32 and flat.size >= SMALL:
+        keys, bins = histogram.runs_of_bins(flat)
+        edges, alive = _narrow(bins, edges * bins.size, alive, few=0)
+        runs, edges = histogram.expand(flat, keys, bins, edges, np.any(alive, axis=0))
+    else:
+        runs = _runs_of_distinct(flat)
+        edges = edges * runs.size
+    parts = min(k, runs.size)
+    edges, alive = _narrow(runs, edges, alive[: parts - 1], FEW)
+    return _summary(runs, _best_cuts(runs, _boundaries(edges, alive), parts))
 
 
 def cluster_sklearn(values: np.ndarray, k: int = 3, n_init: int = 10) -> Clustering:
@@ -113,21 +124,6 @@ def cluster_sklearn(values: np.ndarray, k: int = 3, n_init: int = 10) -> Cluster
             sum(((part - center) ** 2).sum() for part, center in zip(parts, centers, strict=True))
         ),
     )
-
-
-def _cluster(values: np.ndarray, k: int, small: int = SMALL, few: int = FEW) -> Clustering:
-    flat = _flat(values, k)
-    edges, alive = np.array([0, 1]), np.ones((k - 1, 1), bool)
-    if flat.dtype == np.float32 and flat.size >= small:
-        keys, bins = histogram.runs_of_bins(flat)
-        edges, alive = _narrow(bins, edges * bins.size, alive, few=0)
-        runs, edges = histogram.expand(flat, keys, bins, edges, np.any(alive, axis=0))
-    else:
-        runs = _runs_of_distinct(flat)
-        edges = edges * runs.size
-    parts = min(k, runs.size)
-    edges, alive = _narrow(runs, edges, alive[: parts - 1], few)
-    return _summary(runs, _best_cuts(runs, _boundaries(edges, alive), parts))
 
 
 def _flat(values: np.ndarray, k: int) -> np.ndarray:

@@ -1,4 +1,5 @@
 import itertools
+from contextlib import contextmanager
 from fractions import Fraction
 
 import numpy as np
@@ -7,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitquant_mlx.errors import RecipeError
-from splitquant_mlx.quantization import histogram
-from splitquant_mlx.quantization.kmeans import Clustering, _cluster, cluster, cluster_sklearn
+from splitquant_mlx.quantization import histogram, kmeans
+from splitquant_mlx.quantization.kmeans import Clustering, cluster, cluster_sklearn
 
 ENDLESS = 1 << 62
 
@@ -121,10 +122,20 @@ def test_is_the_global_optimum(values, k):
     check_consistent(result, values, k)
 
 
+@contextmanager
+def limits(value):
+    """Set the sizes below which arrays are sorted and stretches are not divided."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kmeans, "SMALL", value)
+        patch.setattr(kmeans, "FEW", value)
+        yield
+
+
 @settings(max_examples=120, deadline=None)
 @given(values=small_arrays(), k=st.integers(2, 8))
 def test_pruning_keeps_the_global_optimum(values, k):
-    result = _cluster(values, k, small=0, few=0)
+    with limits(0):
+        result = cluster(values, k)
     check_optimal(result, values, k)
     check_consistent(result, values, k)
 
@@ -182,7 +193,9 @@ def test_sklearn_agrees_on_clear_clusters():
 @pytest.mark.parametrize("k", [2, 3, 5])
 def test_float32_bins_and_full_sort_agree(name, k):
     values = draw_weights(name, 70_000)
-    pruned, full = cluster(values, k), _cluster(values, k, small=ENDLESS, few=ENDLESS)
+    pruned = cluster(values, k)
+    with limits(ENDLESS):
+        full = cluster(values, k)
     assert pruned.counts == full.counts
     assert pruned.upper_bounds == full.upper_bounds
     assert pruned.centers == pytest.approx(full.centers, rel=1e-14)

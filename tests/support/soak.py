@@ -108,7 +108,9 @@ def one_loop(source: Path, recipe: Recipe, room: Path) -> None:
     tokens = np.arange(256, dtype=np.int32) * 7 % tiny.VOCAB
     measure_perplexity(opened.model, tokens, context_length=64)
     exam = Exam(task="soak", questions=QUESTIONS)
-    evaluate_arc(opened.model, opened.tokenizer, exam)
+    journal = room / "journal"
+    evaluate_arc(opened.model, opened.tokenizer, exam, journal=journal, model_hash=opened.hash)
+    journal.unlink()
     reference = open_reference(
         tokens.reshape(4, 64),
         model_hash=original.hash,
