@@ -167,8 +167,8 @@ class Converter:
             check_unchanged(self.checkpoint)
             raise CheckpointError(
                 f"{self.checkpoint.path}: tensor {name!r} has {exc} as "
-                f"{dtype_name(w.dtype)}: the checkpoint is damaged, or use --dtype bfloat16 or float32, "
-                "or keep this layer (--exclude)"
+                f"{dtype_name(w.dtype)}: the checkpoint is damaged, or use --dtype bfloat16 or "
+                "float32, or keep this layer (--exclude)"
             ) from exc
 
     def _finish(
