@@ -73,20 +73,21 @@ class Pass:
             CheckpointError: when the block's output is not finite.
         """
 
-        def build(batch: int) -> tuple[mx.array, Value]:
-            return self.run(index, batch, self.states[batch]), watch()
+        def build(batch: int) -> tuple[mx.array, mx.array, Value]:
+            state = self.run(index, batch, self.states[batch])
+            return state, mx.isfinite(state).all(), watch()
 
         done = 0
         for results in self.rounds(index, build):
-            for state, _ in results:
-                if not mx.isfinite(state).all().item():
+            for state, finite, _ in results:
+                if not finite.item():
                     raise CheckpointError(
                         f"{self.prefixes[index][:-1]} computes NaN or infinite values on the "
                         "calibration text: expected finite ones: its weights are damaged"
                     )
                 self.states[done] = state
                 done += 1
-            yield [watched for _, watched in results]
+            yield [watched for _, _, watched in results]
 
     def advance(self, index: int) -> None:
         """Run all texts through block `index`."""
