@@ -52,7 +52,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, kw_only=True)
 class RunTimes:
-    """Times of the parts of running a model in parallel on the cores in use, s.
+    """Times of the parts of running a model; on a CPU, in one thread, s.
 
     Attributes:
         token: all blocks, per token of a text.
@@ -115,19 +115,20 @@ def _running_seconds(times: RunTimes, layers: Sequence[LayerPlan], recipe: Recip
     tokens = text.num_samples * text.sequence_length
     calibrating = tokens if recipe.calibration is not None and recipe.method != "rtn" else 0
     refining = TEXTS_PER_SAMPLE * tokens if recipe.refine else 0
-    seconds = calibrating * times.token
+    parallel_s = calibrating * times.token
     if text.text == SELF:
         sampling = SAMPLING * times.step + times.head + times.draw
-        seconds += (calibrating + refining) * sampling
+        parallel_s += (calibrating + refining) * sampling
     if any(QUANTIZERS[layer.quantizer].statistic is hessian for layer in layers):
         # layers of one module with equal width share a Hessian
         inputs = {(layer.path.rpartition(".")[0], layer.shape[-1]) for layer in layers}
-        seconds += tokens * times.product / 2 * sum(width**2 for _, width in inputs)
+        parallel_s += tokens * times.product / 2 * sum(width**2 for _, width in inputs)
     if recipe.method == "auto":
-        seconds += SENSITIVITY * SENSITIVITY_TOKENS * (times.token + times.head)
+        parallel_s += SENSITIVITY * SENSITIVITY_TOKENS * (times.token + times.head)
+    serial_s = REFINING * refining * (times.token + times.head)
     if recipe.method in LEARNED:
-        seconds += LEARNING * (recipe.sweeps or 0) * tokens * times.token * cores()
-    return seconds + REFINING * refining * (times.token + times.head) * cores()
+        serial_s += LEARNING * (recipe.sweeps or 0) * tokens * times.token
+    return parallel_s / cores() + serial_s
 
 
 def _run_times(directory: Path, layers: Sequence[LayerPlan], recipe: Recipe) -> RunTimes:
@@ -140,15 +141,15 @@ def _run_times(directory: Path, layers: Sequence[LayerPlan], recipe: Recipe) -> 
         run = start_pass(load, tokens, tokens.size)
         mx.eval(run.blocks[0].parameters())
         block = _timed(lambda run=run: mx.eval(run.run(0, 0, run.states[0])))
-        token_times.append(block * len(run.blocks) / tokens.size / cores())
-    product = product_s(SIDE) / cores()
+        token_times.append(block * len(run.blocks) / tokens.size)
+    product = product_s(SIDE)
     heads = [layer.shape for layer in layers if layer.kind in ("embedding", "lm_head")]
     vocabulary, width = max(heads, default=(0, 0))
     return RunTimes(
         token=token_times[0],
         step=token_times[1],
         head=vocabulary * width * product,
-        draw=vocabulary * DRAW_S / cores() if _on_cpu() else 0.0,
+        draw=vocabulary * DRAW_S if _on_cpu() else 0.0,
         product=product,
     )
 
