@@ -107,21 +107,32 @@ def speed_table(speed: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def model_of(study: Path) -> str:
+    """Return the name of the model of a published study."""
+    return json.loads((study / "study.json").read_text(encoding="utf-8"))["model"]
+
+
+def values_of(study: Path) -> dict[str, dict]:
+    """Return the values of a published study, by variant; those of ARC are in `arc_table`."""
+    found: dict[str, dict] = {}
+    for result in load_results(study):
+        row = found.setdefault(result.variant, {"variant": result.variant})
+        row.update(result.values)
+    return found
+
+
 def sizes_table(study: Path) -> str:
     """Return what each method keeps, by size; the closest of each size is in bold.
 
     Sizes are in bits/weight of the linear layers. Divergences are also given as a ratio to that of
     rtn at the same size, where there is one.
     """
-    found: dict[str, dict] = {}
-    for result in load_results(study):
-        found.setdefault(result.variant, {})[result.part] = result
     sizes: dict[float, list[tuple[float, str]]] = {}
-    for variant, parts in found.items():
-        if "kl" in parts:
-            bits = parts["convert"].values["linear_bits_per_weight"]
-            kl = parts["kl"].values["kl_mean"]
-            sizes.setdefault(round(bits, 1), []).append((kl, variant))
+    found = values_of(study)
+    for variant, row in found.items():
+        if "kl_mean" in row:
+            bits = round(row["linear_bits_per_weight"], 1)
+            sizes.setdefault(bits, []).append((row["kl_mean"], variant))
     lines = [
         "| bits/weight | method | KL, nats | to rtn | top-1 agreement | perplexity |",
         "|---|---|---|---|---|---|",
@@ -134,8 +145,8 @@ def sizes_table(study: Path) -> str:
                 f"**{variant}**" if kl == min(rows)[0] and len(rows) > 1 else variant,
                 f"{kl:.3f}",
                 f"{kl / plain[0]:.2f}" if plain else "",
-                f"{found[variant]['kl'].values['top1_agreement']:.0%}",
-                f"{found[variant]['perplexity'].values['perplexity']:.1f}",
+                f"{found[variant]['top1_agreement']:.0%}",
+                f"{found[variant]['perplexity']:.1f}",
             )
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -145,10 +156,7 @@ def whole_files() -> dict[str, list[dict]]:
     """Return what was measured of whole files, by model: a row for each variant, by size."""
     models: dict[str, dict[str, dict]] = {}
     for study in sorted(DOCS.glob("results/whole-*")) + sorted(DOCS.glob("results/rivals-*")):
-        model = json.loads((study / "study.json").read_text(encoding="utf-8"))["model"]
-        for result in load_results(study):
-            rows = models.setdefault(model, {})
-            rows.setdefault(result.variant, {"variant": result.variant}).update(result.values)
+        models.setdefault(model_of(study), {}).update(values_of(study))
     found = {}
     for model, rows in models.items():
         measured = [row for row in rows.values() if "kl_mean" in row]
@@ -252,7 +260,6 @@ def arc_table() -> str:
         found: dict[str, dict] = {}
         for result in load_results(study):
             found.setdefault(result.variant, {})[result.part] = result.values
-        model = json.loads((study / "study.json").read_text(encoding="utf-8"))["model"]
         by_size = sorted(found.items(), key=lambda row: row[1]["convert"]["weight_file_bytes"])
         for (task, name), (variant, parts) in product(names.items(), by_size):
             score, original = (of[f"{task}.loglikelihood"] for of in (parts, found["original"]))
@@ -260,7 +267,7 @@ def arc_table() -> str:
             changed = (paired.only_first + paired.only_second) / paired.questions
             error = math.sqrt((changed - paired.difference**2) / paired.questions)
             cells = (
-                model.removesuffix("-offgrid"),
+                model_of(study).removesuffix("-offgrid"),
                 variant,
                 f"{parts['convert']['weight_file_bytes'] / 1e6:.3g}",
                 f"{name}, {score['questions']:,}",
@@ -282,14 +289,11 @@ def paper_table() -> str:
         "|---|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for study in sorted(DOCS.glob("results/paper-*")):
-        found: dict[str, dict] = {}
-        for result in load_results(study):
-            found.setdefault(result.variant, {}).update(result.values)
-        model = json.loads((study / "study.json").read_text(encoding="utf-8"))["model"]
+        found = values_of(study)
         for bits, scale in product((8, 4, 2), ("group", "channel", "tensor")):
             plain, split = (found[f"{how} INT{bits} {scale}"] for how in ("plain", "split"))
             cells = (
-                model.removesuffix("-offgrid"),
+                model_of(study).removesuffix("-offgrid"),
                 f"INT{bits}",
                 scale,
                 *(f"{row[key]:.3g}" for row in (plain, split) for key in ("kl_mean", "perplexity")),
