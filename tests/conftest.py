@@ -197,6 +197,7 @@ def browser():
         pytest.skip(f"none of {', '.join(names)} is installed")
     args = [
         "--no-sandbox",
+        "--disable-gpu",  # without a GPU, its process can fail while a page is captured
         "--host-resolver-rules=MAP *.example 127.0.0.1",
         # the server is to refuse by itself
         "--disable-features=LocalNetworkAccessChecks,BlockInsecurePrivateNetworkRequests",
