@@ -160,15 +160,20 @@ def pack_groups(
     """Pack the codes, scales and biases of groups, numpy or mlx arrays, into mlx's layout.
 
     Args:
-        codes: per group, (group_size, out), integer values.
-        scales: per group, (out,).
+        codes: per group, (group_size, out), integer values; or per several, with a first axis.
+        scales: per group, (out,), or per several.
         biases: like scales.
         bits: bits per code.
         dtype: of the stored scales and biases.
     """
-    rows = mx.contiguous(mx.concatenate([mx.array(group) for group in codes]).T)
-    stacked = (mx.stack([mx.array(x) for x in groups], axis=1) for groups in (scales, biases))
-    return Quantized(pack(rows, bits), *(x.astype(dtype) for x in stacked))
+
+    def joined(arrays: Sequence[Any]) -> mx.array:
+        rows = [mx.array(x).reshape(-1, x.shape[-1]) for x in arrays]
+        return mx.contiguous(mx.concatenate(rows).T)
+
+    return Quantized(
+        pack(joined(codes), bits), joined(scales).astype(dtype), joined(biases).astype(dtype)
+    )
 
 
 def concatenate(pieces: Sequence[Quantized], axis: int) -> Quantized:

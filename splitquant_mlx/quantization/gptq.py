@@ -30,7 +30,7 @@ import mlx.core as mx
 import numpy as np
 
 from splitquant_mlx.quantization.affine import Quantized, concatenate, pack_groups
-from splitquant_mlx.quantization.group_fit import fit_group, stored_as, vanishes
+from splitquant_mlx.quantization.group_fit import fit_groups, stored_as, vanishes
 from splitquant_mlx.quantization.rounding import kernel_works, round_group
 
 # measured on twelve layers of SmolLM2-135M, calibrated on 18,000 generated tokens: the predicted
@@ -175,7 +175,7 @@ class Grid:
         group = self.slices()[len(self.codes)]
         importance = self.diagonal[group]
         top = 2 ** self.bits[len(self.codes)] - 1
-        scale, bias = fit_group(target, importance, top=top, stored=self._stored)
+        scale, bias = fit_groups(target, importance, top=top, stored=self._stored)
         columns = self.error[group]
         codes, error = round_group(target, columns, feedback, scale, bias, top)
         self.error[group] = error

@@ -1,4 +1,4 @@
-"""Fit scale and bias of one group of channels, for all rows at once.
+"""Fit scale and bias of groups of channels, for all rows at once.
 
 The squared error is weighted by the importance of each channel. The search starts from ranges of
 several widths, including that of round to nearest, and alternates: nearest codes for a scale and
@@ -17,20 +17,20 @@ REFITS = 6
 MIN_SCALE = 1e-30
 
 
-def fit_group(
+def fit_groups(
     columns: Any, importance: Any, *, top: int, stored: Callable[[Any], Any]
 ) -> tuple[Any, Any]:
-    """Return the scale and bias of each row, (out,) float32, rounded by `stored`.
+    """Return the scale and bias of each row, (..., out) float32, rounded by `stored`.
 
     A scale that `vanishes` is replaced by 1.
 
     Args:
-        columns: weights (group_size, out) float32, a numpy or mlx array.
-        importance: of each channel, not negative, (group_size,) float32.
+        columns: weights (..., group_size, out) float32, a numpy or mlx array.
+        importance: of each channel, not negative, (..., group_size) float32.
         top: the highest code.
         stored: rounds values to the storage dtype; see `stored_as`.
     """
-    group = _Group(columns, importance, top)
+    group = _Groups(columns, importance, top)
     xp, ranges = group.xp, group.ranges()
     line = group.line(ranges[0][0], group.codes(*ranges[0]))
     for scale, bias in ranges[1:]:
@@ -89,20 +89,24 @@ class _Line(NamedTuple):
     bias: Any
 
 
-class _Group:
-    """Weights of a group, and statistics that do not depend on the codes."""
+class _Groups:
+    """Weights of groups, and statistics that do not depend on the codes."""
 
     def __init__(self, columns: Any, importance: Any, top: int):
         self.xp: Any = np if isinstance(columns, np.ndarray) else mx
-        self.h = relative_importance(importance)
+        self.h = relative_importance(importance)[..., None, :]
         self.columns, self.top = columns, top
-        self.total = self.h.sum()
-        self.mean = self.h @ columns / self.total
+        self.total = self.h.sum(-1)
+        self.mean = self.weighted(columns) / self.total
+
+    def weighted(self, values: Any) -> Any:
+        """Return the sum over channels of values (..., group_size, out) by importance."""
+        return (self.h @ values)[..., 0, :]
 
     def ranges(self) -> list[tuple[Any, Any]]:
         """Return initial scales and biases; the last pair is that of round to nearest."""
         xp, top = self.xp, self.top
-        low, high = self.columns.min(axis=0), self.columns.max(axis=0)
+        low, high = self.columns.min(axis=-2), self.columns.max(axis=-2)
         width = (high - low) / top
         # round to nearest: code 0 is the extreme of larger magnitude, and zero is on the grid
         at_low = -low > high
@@ -114,22 +118,22 @@ class _Group:
         return [*shrunk, (xp.where(at_low, scale, -scale), xp.where(at_low, low, high))]
 
     def codes(self, scale: Any, bias: Any) -> Any:
-        """Return the nearest codes (group_size, out)."""
-        return nearest_codes(self.columns, scale, bias, self.top)
+        """Return the nearest codes (..., group_size, out)."""
+        return nearest_codes(self.columns, scale[..., None, :], bias[..., None, :], self.top)
 
     def line(self, scale: Any, codes: Any) -> _Line:
         """Return the regression on `codes`, with slope `scale` where all codes are equal."""
         xp = self.xp
-        mean = self.h @ codes / self.total
-        square = self.h @ (codes * codes)
+        mean = self.weighted(codes) / self.total
+        square = self.weighted(codes * codes)
         variance = square - mean * mean * self.total
-        covariance = self.h @ (codes * self.columns) - mean * self.mean * self.total
+        covariance = self.weighted(codes * self.columns) - mean * self.mean * self.total
         flat = variance <= 1e-5 * square  # rounding error of float32
         slope = xp.where(flat, scale, covariance / xp.where(flat, 1.0, variance))
         explained = xp.where(flat, -1.0, slope * covariance)
         return _Line(explained, slope, self.mean - slope * mean)
 
     def error(self, codes: Any, scale: Any, bias: Any) -> Any:
-        """Return the weighted squared error of each row, (out,)."""
-        difference = self.columns - codes * scale - bias
-        return self.h @ (difference * difference)
+        """Return the weighted squared error of each row, (..., out)."""
+        difference = self.columns - codes * scale[..., None, :] - bias[..., None, :]
+        return self.weighted(difference * difference)

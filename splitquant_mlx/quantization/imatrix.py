@@ -28,7 +28,7 @@ from splitquant_mlx.quantization.affine import (
     pack_groups,
 )
 from splitquant_mlx.quantization.group_fit import (
-    fit_group,
+    fit_groups,
     nearest_codes,
     relative_importance,
     stored_as,
@@ -37,6 +37,7 @@ from splitquant_mlx.quantization.group_fit import (
 SHRINKS = (1.0, 0.9, 0.8)
 REFITS = 4
 BLOCK = 1 << 20  # entries
+FITTED = 1 << 16  # entries of groups that are fitted at once
 
 
 def quantize_weighted(
@@ -57,18 +58,21 @@ def quantize_weighted(
     on_cpu, top = mx.default_device() == mx.cpu, 2**bits - 1
     importance = importance.astype(mx.float32)
     h: Any = np.array(importance) if on_cpu else importance
+    h = h.reshape(-1, group_size)
     rows = max(1, BLOCK // w.shape[1])
     pieces = []
     for start in range(0, len(w), rows):
         columns: Any = mx.contiguous(w[start : start + rows].astype(mx.float32).T)
         columns = np.array(columns) if on_cpu else columns
-        groups = []
-        for first in range(0, len(columns), group_size):
-            group = slice(first, first + group_size)
-            scale, bias = fit_group(columns[group], h[group], top=top, stored=stored_as(w.dtype))
-            codes = nearest_codes(columns[group], scale, bias, top)
-            groups.append((codes, scale, bias))
-        codes, scales, biases = zip(*groups, strict=True)
+        columns = columns.reshape(-1, group_size, columns.shape[-1])
+        several = max(1, FITTED // columns[0].size)
+        fitted = []
+        for first in range(0, len(columns), several):
+            groups, weights = columns[first : first + several], h[first : first + several]
+            scale, bias = fit_groups(groups, weights, top=top, stored=stored_as(w.dtype))
+            codes = nearest_codes(groups, scale[:, None], bias[:, None], top)
+            fitted.append((codes, scale, bias))
+        codes, scales, biases = zip(*fitted, strict=True)
         pieces.append(pack_groups(codes, scales, biases, bits, w.dtype))
         mx.eval(list(pieces[-1]))
     return concatenate(pieces, axis=0)

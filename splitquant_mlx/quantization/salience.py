@@ -20,7 +20,7 @@ import numpy as np
 
 from splitquant_mlx.quantization.affine import pack_groups
 from splitquant_mlx.quantization.gptq import compensated_grid, damped_hessian, unit_upper
-from splitquant_mlx.quantization.group_fit import fit_group, nearest_codes
+from splitquant_mlx.quantization.group_fit import fit_groups, nearest_codes
 
 
 class Mixed(NamedTuple):
@@ -84,7 +84,7 @@ def _widths(columns: np.ndarray, h: np.ndarray, bits: int, group_size: int) -> n
         values = columns[inputs]
         for change in range(3):
             top = 2 ** (bits - 1 + change) - 1
-            scale, bias = fit_group(values, h[inputs, inputs], top=top, stored=np.asarray)
+            scale, bias = fit_groups(values, h[inputs, inputs], top=top, stored=np.asarray)
             error = values - nearest_codes(values, scale, bias, top) * scale - bias
             costs[change, group] = (np.square(error) / inverse[inputs, None]).sum()
     fewer, more = costs[0] - costs[1], (costs[2] - costs[1])[::-1]

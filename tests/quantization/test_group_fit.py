@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from splitquant_mlx.quantization.group_fit import fit_group
+from splitquant_mlx.quantization.group_fit import fit_groups
 
 
 def half(values):
@@ -27,7 +27,7 @@ def test_lower_error_than_rtn(bits):
     columns = np.array(w.astype(mx.float32)).T
     fitted = error(
         columns,
-        *fit_group(columns, importance, top=2**bits - 1, stored=half),
+        *fit_groups(columns, importance, top=2**bits - 1, stored=half),
         importance,
         2**bits - 1,
     )
@@ -40,7 +40,7 @@ def test_mlx_and_numpy_agree():
     columns = rng.standard_normal((32, 50)).astype(np.float32)
     importance = np.exp(rng.standard_normal(32)).astype(np.float32)
     fitted = [
-        fit_group(kind(columns), kind(importance), top=15, stored=half)
+        fit_groups(kind(columns), kind(importance), top=15, stored=half)
         for kind in (np.array, mx.array)
     ]
     sums = [error(columns, *map(np.array, pair), importance, 15).sum() for pair in fitted]
@@ -50,6 +50,6 @@ def test_mlx_and_numpy_agree():
 @pytest.mark.parametrize("value", [0.0, 0.7, -1e-7, 1e-40])
 def test_constant_weights(value):
     columns = np.full((32, 3), value, np.float32)
-    scale, bias = fit_group(columns, np.ones(32, np.float32), top=15, stored=half)
+    scale, bias = fit_groups(columns, np.ones(32, np.float32), top=15, stored=half)
     assert (scale != 0).all()
     assert np.abs(bias - value).max() < 1e-3
