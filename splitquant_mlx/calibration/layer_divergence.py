@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +14,7 @@ from splitquant_mlx.quantization.imatrix import quantize_weighted
 
 Option = tuple[int, int]  # bits, group_size
 ROWS = 256
+FEWER = 4  # one of so many of these rows is quantized at every option
 EXPERTS = 16  # sampled from a stack
 HEAD_ROWS = 2048
 MEASURED_BITS = 4
@@ -29,21 +31,27 @@ def layer_divergences(
 ) -> dict[Option, float]:
     """Return the predicted divergence, nats per token, at each option.
 
+    That of gptq is measured at one option. The others follow from the squared
+    errors of single weights: errors of rounding are independent of each other, so that products of
+    two of them vanish in the mean.
+
     Args:
         w: weight (out, in).
         x: inputs (n, in).
         g: gradients (n, rows) at `some_rows` of the output.
         options: bits and group sizes to predict for.
     """
-    rows = some_rows(w)
-    share = w.shape[0] / len(rows)
+    rows, middle = some_rows(w), options[len(options) // 2]
+    few = rows[::FEWER]  # enough for the ratios between options
+    factors = mx.square(g[:, ::FEWER]).T @ mx.square(x)
 
-    def divergence(error: mx.array) -> mx.array:
-        return share * mx.square((x @ error.T) * g).sum() / len(x) / 2
+    def if_independent(error: mx.array) -> mx.array:
+        return (factors * mx.square(error)).sum()
 
-    plain = divergences(rows, mx.square(x).mean(0), options, divergence)
-    ratio, _ = compensated(rows, x, g, options[len(options) // 2])
-    return {option: ratio * value for option, value in plain.items()}
+    by_option = divergences(few, mx.square(x).mean(0), options, if_independent)
+    at_middle = w.shape[0] / len(rows) / 2 * measure(rows, x, g, middle).lower
+    scale = at_middle / (by_option[middle] or 1.0)
+    return {option: scale * value for option, value in by_option.items()}
 
 
 def stack_divergences(
@@ -89,31 +97,53 @@ def embedding_divergences(
     return divergences(rows, mx.ones(rows.shape[1]), options, divergence)
 
 
-def compensated(
-    rows: mx.array, x: mx.array, g: mx.array, option: Option
-) -> tuple[float, mx.array | None]:
-    """Return gptq's divergence over that of fitted scales, and gptq's weight errors.
+class Measured(NamedTuple):
+    """Mean squared change of a layer's output, weighted by gradients.
 
-    The ratio is at most 1. With too few tokens it is 1, and the errors are None. `g` (n, out),
-    whose axes may be 1, weights the output errors.
+    Attributes:
+        fitted: with fitted scales.
+        gptq: with gptq.
+        error: gptq's weight errors; None with too few tokens for it, and `gptq` is then `fitted`.
     """
-    if len(x) < FEW_TOKENS:
-        return 1.0, None
-    fitted = 3 * len(x) // 4
+
+    fitted: float
+    gptq: float
+    error: mx.array | None
+
+    @property
+    def lower(self) -> float:
+        """Return the lower of both."""
+        return min(self.fitted, self.gptq)
+
+
+def measure(rows: mx.array, x: mx.array, g: mx.array, option: Option) -> Measured:
+    """Measure gptq and fitted scales at one option, half on tokens that gptq does not use.
+
+    Args:
+        rows: of a weight, (m, in).
+        x: inputs (n, in).
+        g: gradients (n, m), whose axes may be 1.
+        option: bits and group size.
+    """
+    used = len(x) if len(x) < FEW_TOKENS else 3 * len(x) // 4
     bits, group_size = option
-    h = hessian(x[:fitted]) / fitted
 
     def error_of(quantized: Quantized) -> mx.array:
         return rows - dequantize(quantized, bits=bits, group_size=group_size)
 
-    def divergence(error: mx.array) -> float:
-        output = mx.square((x @ error.T) * g).sum(-1)
-        return float((output[:fitted].mean() + output[fitted:].mean()).item())  # type: ignore[arg-type]
+    def output(error: mx.array) -> float:
+        square = mx.square((x @ error.T) * g).sum(-1)
+        halves = [part.mean().item() for part in (square[:used], square[used:]) if len(part)]
+        return sum(halves) / len(halves)  # type: ignore[arg-type]
 
-    plain = quantize_weighted(rows, mx.diag(h), bits=bits, group_size=group_size)
-    before = divergence(error_of(plain))
+    importance = mx.square(x[:used]).mean(0)
+    plain = quantize_weighted(rows, importance, bits=bits, group_size=group_size)
+    fitted = output(error_of(plain))
+    if used == len(x):
+        return Measured(fitted, fitted, None)
+    h = hessian(x[:used]) / used
     error = error_of(gptq_quantize(rows, h, bits=bits, group_size=group_size))
-    return min(1.0, divergence(error) / before) if before else 1.0, error
+    return Measured(fitted, output(error), error)
 
 
 def error_increase(rows: mx.array, error: mx.array, option: Option) -> float:
