@@ -16,7 +16,7 @@ from splitquant_mlx.models.expert_products import expert_products, product
 BITS = 8
 GROUP_SIZE = 64
 SMALL = 1 << 10  # weights of a layer that is not replaced: Gemma 3n modifies some of its own
-SLICE = 1 << 20  # weights converted to float32 at a time, so that they stay in a core's cache
+SLICE = 1 << 22  # weights converted to float32 at a time by each core
 
 
 def compact(model: nn.Module) -> nn.Module:
