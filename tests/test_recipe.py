@@ -40,7 +40,7 @@ def test_round_trip(recipe, tmp_path_factory):
 CALIBRATIONS = st.builds(
     Calibration,
     text=st.sampled_from(["self", "my text.jsonl"]),
-    num_samples=st.integers(1, 999),
+    num_samples=st.none() | st.integers(1, 999),
     sequence_length=st.integers(2, 999),
     seed=st.integers(0, 2**40),
 )
@@ -164,6 +164,16 @@ def test_bad_files_are_named(tmp_path, text, message):
 def test_sizes_are_read_as_they_are_written(text, nbytes):
     assert parse_bytes(text) == nbytes
     assert Recipe(method="auto", target_size=text).target_bpw is None
+
+
+@pytest.mark.parametrize(
+    ("widest", "texts"), [(64, 128), (1536, 128), (2048, 128), (3072, 192), (8192, 256)]
+)
+def test_wide_layers_are_calibrated_on_more_texts(widest, texts):
+    recipe = Recipe(method="gptq").for_model(widest)
+    assert recipe.texts.num_samples == texts
+    assert recipe.for_model(1) == recipe
+    assert Recipe(method="rtn").for_model(widest) == Recipe(method="rtn")
 
 
 def test_missing_file_is_named(tmp_path):

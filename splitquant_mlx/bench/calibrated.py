@@ -25,6 +25,7 @@ import numpy as np
 from splitquant_mlx.calibration.blocks import collect_inputs, is_expert_stack, start_pass, tapped
 from splitquant_mlx.conversion.pipeline import convert
 from splitquant_mlx.inspection.conversion_time import product_s
+from splitquant_mlx.models.architecture import widest_input
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.progress import SILENT, Advance, Progress
 from splitquant_mlx.recipe import Calibration, Recipe
@@ -115,8 +116,8 @@ def bench_calibrated(
 
 def count_operations(model: Path, calibration: Calibration) -> dict[str, float]:
     """Return the number of operations of each stage of gptq; see the module's docstring."""
-    tokens = calibration.num_samples * calibration.sequence_length
     run = start_pass(lambda: load_model(model, lazy=True), np.zeros((1, 2), np.int32))
+    tokens = calibration.texts_for(widest_input(run.model)) * calibration.sequence_length
     weights, squares, rounding = 0, 0, 0.0
     for index, block in enumerate(run.blocks):
         layers = [

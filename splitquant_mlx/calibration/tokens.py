@@ -31,7 +31,7 @@ def calibration_tokens(
         SplitQuantError: when the text file or the model cannot be read, the text is too short, or
             `sequence_length` exceeds the model's context.
     """
-    texts, length = calibration.num_samples, calibration.sequence_length
+    texts, length = calibration.texts_for(), calibration.sequence_length
     check_context("sequence_length", length, context_limit(read_config(opened.path)))
     if calibration.text != SELF:
         text = load_text(Path(calibration.text))

@@ -18,6 +18,7 @@ from splitquant_mlx.calibration.tokens import calibration_tokens
 from splitquant_mlx.conversion.budget import Sizes, find_budget, measure_sizes
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.formats.shard_writer import MAX_SHARD_BYTES
+from splitquant_mlx.models.architecture import widest_input
 from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.lazy import LazyModel, open_model
 from splitquant_mlx.models.loader import load_model
@@ -99,6 +100,7 @@ def choose_bits(
         SplitQuantError: the model or the calibration text cannot be used.
     """
     checkpoint = open_checkpoint(opened.path)
+    recipe = recipe.for_model(widest_input(checkpoint.model))
     sizes = measure_sizes(recipe, checkpoint, max_shard_bytes)
     budget = find_budget(recipe, sizes, checkpoint)
     options = {path: list(stored) for path, stored in sizes.layers.items()}

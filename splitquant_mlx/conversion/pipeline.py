@@ -47,6 +47,7 @@ from splitquant_mlx.formats.manifest import LayerRecord, Manifest
 from splitquant_mlx.formats.model_card import read_source_card
 from splitquant_mlx.formats.patch import replace_tensors
 from splitquant_mlx.formats.shard_writer import MAX_SHARD_BYTES, ShardWriter
+from splitquant_mlx.models.architecture import widest_input
 from splitquant_mlx.models.checkpoint import Checkpoint, check_unchanged, open_checkpoint, stamp
 from splitquant_mlx.models.directory import as_directory
 from splitquant_mlx.models.lazy import LazyModel
@@ -55,6 +56,8 @@ from splitquant_mlx.models.source import Source, resolve
 from splitquant_mlx.progress import SILENT, Progress
 from splitquant_mlx.recipe import LEARNED, Recipe
 from splitquant_mlx.runtime.environment import versions
+
+ONLY_WEIGHTS = "the result will contain only weights, which chat and eval cannot run"
 
 
 def convert(
@@ -104,8 +107,8 @@ def convert(
     ):
         # with calibration, a missing tokenizer is an error later on
         if recipe.calibration is None and (problem := tokenizer_problem(original.path)):
-            note = "the result will contain only weights, which chat and eval cannot run"
-            warnings.warn(f"{problem}: {note}", SplitQuantWarning, stacklevel=2)
+            warnings.warn(f"{problem}: {ONLY_WEIGHTS}", SplitQuantWarning, stacklevel=2)
+        recipe = recipe.for_model(widest_input(checkpoint.model))
         job = Job(original, checkpoint, staging, progress, max_shard_bytes)
         chosen = job.decide_bits(recipe, on_forecast)
         plan = make_plan(chosen, checkpoint.model, checkpoint.config)

@@ -67,13 +67,13 @@ def _block_bytes(sizes: Mapping[str, int], text: Calibration) -> float:
     for name, entries in sizes.items():
         if match := BLOCK_NAME.search(name):
             blocks[match[1]] += entries
-    states = text.num_samples * text.sequence_length * _hidden(sizes)
+    states = text.texts_for() * text.sequence_length * _hidden(sizes)
     return 4 * (2 * max(blocks.values(), default=0) + 2 * states)
 
 
 def _sampling_bytes(sizes: Mapping[str, int], text: Calibration, entry_bytes: int) -> float:
     """Return the size of the 8-bit copy, and of KV cache and logits of the texts."""
-    hidden, texts = _hidden(sizes), min(BATCH_TEXTS, text.num_samples)
+    hidden, texts = _hidden(sizes), min(BATCH_TEXTS, text.texts_for())
     cached = sum(n for name, n in sizes.items() if KEYS_AND_VALUES.search(name)) / hidden
     logits = 8 * texts * max(sizes.values()) / hidden
     kv_cache = entry_bytes * cached * texts * text.sequence_length

@@ -30,7 +30,7 @@ from splitquant_mlx.calibration.statistics import hessian
 from splitquant_mlx.conversion.bits import TOKENS as SENSITIVITY_TOKENS
 from splitquant_mlx.conversion.plan import LayerPlan
 from splitquant_mlx.conversion.quantizers import QUANTIZERS, uses_cpu
-from splitquant_mlx.conversion.refine import TEXTS_PER_SAMPLE
+from splitquant_mlx.conversion.refine import training_texts
 from splitquant_mlx.conversion.weight import convert_weight
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.recipe import LEARNED, SELF, Recipe
@@ -112,9 +112,10 @@ def _quantizing_seconds(
 def _running_seconds(times: RunTimes, layers: Sequence[LayerPlan], recipe: Recipe) -> float:
     """Return the time to run the original and to collect input statistics of its layers, s."""
     text = recipe.texts
-    tokens = text.num_samples * text.sequence_length
+    tokens = text.texts_for() * text.sequence_length
     calibrating = tokens if recipe.calibration is not None and recipe.method != "rtn" else 0
-    refining = TEXTS_PER_SAMPLE * tokens if recipe.refine else 0
+    training = training_texts(text)
+    refining = training.texts_for() * text.sequence_length if recipe.refine else 0
     parallel_s = calibrating * times.token
     if text.text == SELF:
         sampling = SAMPLING * times.step + times.head + times.draw

@@ -11,7 +11,7 @@ from splitquant_mlx.conversion.converter import source_array
 from splitquant_mlx.conversion.plan import LayerPlan, make_plan
 from splitquant_mlx.inspection.conversion_memory import converting_bytes
 from splitquant_mlx.inspection.conversion_time import conversion_seconds
-from splitquant_mlx.models.architecture import parameters
+from splitquant_mlx.models.architecture import parameters, widest_input
 from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.recipe import Recipe
 
@@ -51,6 +51,7 @@ def estimate(directory: Path, recipe: Recipe) -> Estimate:
         SplitQuantError: the error that the conversion would raise.
     """
     checkpoint = open_checkpoint(directory)
+    recipe = recipe.for_model(widest_input(checkpoint.model))
     sizes = {name: array.size for name, array in parameters(checkpoint.model).items()}
     planned = recipe.without_target() if recipe.method == "auto" else recipe
     plan = make_plan(planned, checkpoint.model, checkpoint.config)

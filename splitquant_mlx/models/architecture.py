@@ -85,6 +85,18 @@ def parameters(model: nn.Module) -> dict[str, mx.array]:
     return dict(tree_flatten(model.parameters()))  # type: ignore[arg-type]
 
 
+def widest_input(model: nn.Module) -> int:
+    """Return the number of inputs of the widest layer that can be quantized, but embeddings."""
+    return max(
+        (
+            module["weight"].shape[-1]
+            for module in model.modules()
+            if hasattr(module, "to_quantized") and not isinstance(module, nn.Embedding)
+        ),
+        default=0,
+    )
+
+
 def _check_types(path: Path, config: dict[str, Any], args_class: type) -> None:
     """Refuse entries of the wrong type where the class has a number or bool."""
     fields = dataclasses.fields(args_class) if dataclasses.is_dataclass(args_class) else ()

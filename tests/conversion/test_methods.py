@@ -109,3 +109,12 @@ def test_experts_are_calibrated(tmp_path, monkeypatch):
     plan = choose_bits(LazyModel(source), Recipe(method="auto", calibration=CALIBRATION), Silent())
     experts = [layer.path for layer in manifest.layers if layer.kind == "experts"]
     assert len(experts) == 3 * tiny.LAYERS and set(experts) <= plan.recipe.layers.keys()
+
+
+def test_the_number_of_texts_is_recorded(stories, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))
+    recipe = Recipe(method="imatrix", group_size=32, calibration=Calibration(sequence_length=4))
+    manifest = convert(stories, tmp_path / "out", recipe=recipe)
+    assert manifest.recipe["calibration"]["num_samples"] == 128
+    (sampled,) = (tmp_path / "cache/calibration").iterdir()
+    assert sampled.stat().st_size == 4 * 128 * 4

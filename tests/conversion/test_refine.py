@@ -24,7 +24,7 @@ from splitquant_mlx.progress import Silent
 from splitquant_mlx.recipe import Calibration
 from splitquant_mlx.runtime import workspace
 
-CALIBRATION = Calibration(num_samples=16, sequence_length=32)
+CALIBRATION = Calibration(num_samples=8, sequence_length=32)
 SIZES = {"group_size": 32, "dtype": "float16"}
 PLAIN = {"method": "rtn", "calibration": CALIBRATION, **SIZES}
 
@@ -267,7 +267,7 @@ def test_what_does_not_help_is_not_kept(stories, tmp_path, monkeypatch):
     assert all(np.array_equal(plain[name], refined[name]) for name in plain)
 
 
-def test_four_times_as_many_other_texts_are_trained_on(stories, tmp_path, monkeypatch):
+def test_eight_times_as_many_other_texts_are_trained_on(stories, tmp_path, monkeypatch):
     asked, trained = [], []
     find, train = pipeline.calibration_tokens, pipeline.refine
     monkeypatch.setattr(
@@ -279,7 +279,7 @@ def test_four_times_as_many_other_texts_are_trained_on(stories, tmp_path, monkey
     recipe = Recipe(**{**PLAIN, "method": "imatrix"}, refine=True)
     convert(stories, tmp_path / "refined", recipe=recipe)
     calibrated, others = (set(map(bytes, tokens)) for tokens in (asked[0], trained[0]))
-    assert (len(asked[0]), len(trained[0])) == (16, 64)
+    assert (len(asked[0]), len(trained[0])) == (8, 64)
     assert len(others) > 60 and not calibrated & others
 
 
@@ -343,7 +343,8 @@ def test_recipes_that_cannot_be_refined(settings, message):
 
 
 def test_few_texts_are_refused(stories, tmp_path):
-    few = Calibration(num_samples=1, sequence_length=32)
+    (tmp_path / "text.txt").write_text("Once upon a time there was a dog. " * 8)
+    few = Calibration(text=str(tmp_path / "text.txt"), num_samples=1, sequence_length=32)
     with pytest.raises(RecipeError, match="8 texts or more"):
         convert(
             stories, tmp_path / "x", recipe=Recipe(**{**PLAIN, "calibration": few}, refine=True)
