@@ -100,7 +100,7 @@ def bench_calibrated(
     bound_s = sum(operations.values()) / rate
     return {
         "model": model.name,
-        "recipe": recipe.to_dict(),
+        "recipe": manifest.recipe,
         "operations": operations,
         "product_rate": rate,
         "bound_s": bound_s,

@@ -14,7 +14,7 @@ from splitquant_mlx.quantization.imatrix import quantize_weighted
 
 Option = tuple[int, int]  # bits, group_size
 ROWS = 256
-FEWER = 4  # one of so many of these rows is quantized at every option
+ROW_STEP = 4  # between those of these rows that are quantized at every option
 EXPERTS = 16  # sampled from a stack
 HEAD_ROWS = 2048
 MEASURED_BITS = 4
@@ -31,9 +31,9 @@ def layer_divergences(
 ) -> dict[Option, float]:
     """Return the predicted divergence, nats per token, at each option.
 
-    That of gptq is measured at one option. The others follow from the squared
-    errors of single weights: errors of rounding are independent of each other, so that products of
-    two of them vanish in the mean.
+    That of gptq is measured at one option. The others follow from the squared errors of single
+    weights: errors of rounding are independent of each other, so that products of two of them
+    vanish in the mean.
 
     Args:
         w: weight (out, in).
@@ -42,8 +42,8 @@ def layer_divergences(
         options: bits and group sizes to predict for.
     """
     rows, middle = some_rows(w), options[len(options) // 2]
-    few = rows[::FEWER]  # enough for the ratios between options
-    factors = mx.square(g[:, ::FEWER]).T @ mx.square(x)
+    few = rows[::ROW_STEP]  # enough for the ratios between options
+    factors = mx.square(g[:, ::ROW_STEP]).T @ mx.square(x)
 
     def if_independent(error: mx.array) -> mx.array:
         return (factors * mx.square(error)).sum()
