@@ -14,7 +14,7 @@ from splitquant_mlx.quantization.imatrix import quantize_weighted
 
 Option = tuple[int, int]  # bits, group_size
 ROWS = 256
-ROW_STEP = 4  # between those of these rows that are quantized at every option
+FEW_ROWS = 64  # of these rows, which are quantized at every option
 EXPERTS = 16  # sampled from a stack
 HEAD_ROWS = 2048
 MEASURED_BITS = 4
@@ -31,9 +31,8 @@ def layer_divergences(
 ) -> dict[Option, float]:
     """Return the predicted divergence, nats per token, at each option.
 
-    That of gptq is measured at one option. The others follow from the squared errors of single
-    weights: errors of rounding are independent of each other, so that products of two of them
-    vanish in the mean.
+    That of gptq is measured at one option. The others are in proportion to what fitted scales do in
+    a few rows.
 
     Args:
         w: weight (out, in).
@@ -42,13 +41,13 @@ def layer_divergences(
         options: bits and group sizes to predict for.
     """
     rows, middle = some_rows(w), options[len(options) // 2]
-    few = rows[::ROW_STEP]  # enough for the ratios between options
-    factors = mx.square(g[:, ::ROW_STEP]).T @ mx.square(x)
+    step = max(1, len(rows) // FEW_ROWS)  # few rows are enough for the ratios between options
+    few = rows[::step]
 
-    def if_independent(error: mx.array) -> mx.array:
-        return (factors * mx.square(error)).sum()
+    def divergence(error: mx.array) -> mx.array:
+        return mx.square(x @ error.T).sum()
 
-    by_option = divergences(few, mx.square(x).mean(0), options, if_independent)
+    by_option = divergences(few, mx.square(x).mean(0), options, divergence)
     at_middle = w.shape[0] / len(rows) / 2 * measure(rows, x, g, middle).lower
     scale = at_middle / (by_option[middle] or 1.0)
     return {option: scale * value for option, value in by_option.items()}
