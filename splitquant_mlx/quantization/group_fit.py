@@ -30,23 +30,23 @@ def fit_groups(
         top: the highest code.
         stored: rounds values to the storage dtype; see `stored_as`.
     """
-    group = _Groups(columns, importance, top)
-    xp, ranges = group.xp, group.ranges()
-    line = group.line(ranges[0][0], group.codes(*ranges[0]))
+    groups = _Groups(columns, importance, top)
+    xp, ranges = groups.xp, groups.ranges()
+    line = groups.line(ranges[0][0], groups.codes(*ranges[0]))
     for scale, bias in ranges[1:]:
-        new = group.line(scale, group.codes(scale, bias))
+        new = groups.line(scale, groups.codes(scale, bias))
         better = new.explained > line.explained
         line = _Line(*(xp.where(better, *pair) for pair in zip(new, line, strict=True)))
     scale, bias = map(stored, ranges[-1])
-    best = group.error(group.codes(scale, bias), scale, bias), scale, bias
+    best = groups.error(groups.codes(scale, bias), scale, bias), scale, bias
     for _ in range(REFITS):
         scale, bias = stored(line.scale), stored(line.bias)
-        codes = group.codes(scale, bias)
-        new = group.error(codes, scale, bias), scale, bias
+        codes = groups.codes(scale, bias)
+        new = groups.error(codes, scale, bias), scale, bias
         # False if the scale vanishes or overflows in 16 bits: the error is NaN or infinite
         better = new[0] < best[0]
         best = tuple(xp.where(better, *pair) for pair in zip(new, best, strict=True))
-        line = group.line(scale, codes)
+        line = groups.line(scale, codes)
     _, scale, bias = best
     return xp.where(vanishes(scale), 1.0, scale).astype(scale.dtype), bias
 
