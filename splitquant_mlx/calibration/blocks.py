@@ -300,14 +300,23 @@ class EmbeddingTap(Tap):
 
 
 @contextmanager
-def tapped(module: nn.Module, paths: list[str]) -> Iterator[dict[str, Tap]]:
-    """Replace layers of `module` with taps inside the `with` block."""
+def tapped(
+    module: nn.Module, paths: list[str], *, evaluate: bool = True
+) -> Iterator[dict[str, Tap]]:
+    """Replace layers of `module` with taps inside the `with` block.
+
+    Args:
+        module: a block, or a model.
+        paths: of the layers.
+        evaluate: evaluate their arrays, so that every thread can read them. Not needed where only
+            their inputs are computed, in one thread.
+    """
     layers = dict(module.named_modules())
     taps: dict[str, Tap] = {
         path: (EmbeddingTap if isinstance(layers[path], nn.Embedding) else Tap)(layers[path])
         for path in paths
     }
-    for path in paths:
+    for path in paths if evaluate else ():
         evaluate_arrays(layers[path])
     _put(module, taps)
     try:

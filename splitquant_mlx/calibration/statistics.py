@@ -107,7 +107,7 @@ def outer_statistics(
 ) -> InputStatistics:
     """Return the input statistics of layers outside of all blocks, after the last block."""
     means = _Means(statistics, tokens)
-    with tapped(run.model, list(statistics)) as taps:
+    with tapped(run.model, list(statistics), evaluate=False) as taps:
         for state in run.states if statistics else ():
             run.finish(state)
             inputs = collect_inputs(taps)

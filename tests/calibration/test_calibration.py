@@ -149,6 +149,20 @@ def test_a_tied_head_comes_after_the_blocks(tmp_path):
     np.testing.assert_allclose(np.array(blocks[-1].means[head]), wanted, atol=1e-4 * wanted.max())
 
 
+def test_a_head_is_not_loaded_for_the_statistics_of_its_inputs(stories):
+    path = "model.embed_tokens"
+    model: Any = load_model(stories, lazy=True)
+    table = 4 * model.model.embed_tokens.weight.size
+    blocks = iterate_blocks(lambda: load_model(stories, lazy=True), TOKENS, {path: sum_of_squares})
+    for _ in model.layers:
+        next(blocks)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    last = next(blocks)
+    mx.eval(last.means[path])
+    assert mx.get_peak_memory() - before < table
+
+
 def test_a_model_without_blocks_is_refused():
     class Odd(nn.Module):
         model_type = "odd"
