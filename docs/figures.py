@@ -21,6 +21,9 @@ r"""Write the tables of the README and of the pages here from JSON that the prog
         --data text=<text> --output-dir docs/results/whole-smollm2
     splitquant-mlx run recipes/whole-files.toml --model qwen2.5-coder-0.5b-offgrid \
         --data text=<text> --output-dir docs/results/whole-qwen2.5-coder-0.5b
+    splitquant-mlx run <rtn 4-bit and "auto 4.5, 64 texts" of whole-files.toml> \
+        --model qwen2.5-coder-1.5b-offgrid \
+        --data text=<text> --output-dir docs/results/whole-qwen2.5-coder-1.5b
     python docs/rivals.py smollm2-135m-offgrid <text> docs/results/rivals/smollm2.json
     python docs/hqq_rival.py smollm2-135m-offgrid docs/results/rivals/smollm2.json
     splitquant-mlx run recipes/rivals.toml --model smollm2-135m-offgrid --data text=<text> \

@@ -65,8 +65,12 @@ def draw_split() -> None:
 
 
 def draw_equal_bytes() -> None:
-    """Plot divergence against bytes of every whole file that was measured, a panel for a model."""
-    models = whole_files()
+    """Plot divergence against bytes of whole files, a panel for each model with several rtn."""
+    models = {
+        model: rows
+        for model, rows in whole_files().items()
+        if sum(row["variant"].startswith("rtn") for row in rows) > 1
+    }
     with rc_context({"svg.hashsalt": "equal-bytes"}):
         figure = Figure(figsize=(10, 7), layout="constrained")
         for axes, (model, rows) in zip(figure.subplots(2, 2).flat, models.items(), strict=True):
