@@ -39,6 +39,19 @@ def hessian(x: mx.array) -> mx.array:
     return mx.array(rows.T @ rows)
 
 
+def shrunk(h: mx.array, tokens: int) -> mx.array:
+    """Return `hessian` h (in, in) with its off-diagonal entries over 1 + (2 in / tokens)^2.
+
+    Estimated on few tokens, they generalise worse to other text than the diagonal does, as those of
+    a sample covariance (Ledoit and Wolf, 2004). gptq's squared output error on WikiText-2 is 0.75
+    to 0.84 of that without it in three down_proj of Qwen2.5-Coder-1.5B (8,960 inputs, 8,192
+    tokens), 0.93 to 1.00 in four of Qwen2.5-Coder-0.5B (4,864 inputs, 16,384 tokens).
+    """
+    smaller, channels = h / (1 + (2 * len(h) / tokens) ** 2), mx.arange(len(h))
+    smaller[channels, channels] = mx.diagonal(h)
+    return smaller
+
+
 @dataclass(frozen=True, kw_only=True)
 class InputStatistics:
     """Input statistics of the layers of one block.
@@ -46,8 +59,9 @@ class InputStatistics:
     Attributes:
         prefix: of the block's parameter paths, such as "model.layers.0."; empty for the layers
             outside of all blocks.
-        means: by layer path, the mean over all tokens of the layer's statistic, float32; for a
-            stack of experts one per expert, computed on access; for a learned layer `Learned`.
+        means: by layer path, the mean over all tokens of the layer's statistic, float32, `shrunk`
+            if it is a Hessian; for a stack of experts one per expert, computed on access; for a
+            learned layer `Learned`.
         rare: by path of a stack, the experts with fewer than `FEW_TOKENS` tokens, whose means are
             mostly those of the whole stack.
     """
@@ -121,6 +135,7 @@ class _Means:
 
     def __init__(self, statistics: Mapping[str, Statistic], tokens: int):
         self._statistics = statistics
+        self._tokens = tokens
         self._scale = tokens**-0.5  # statistics are quadratic in the inputs
         self._sums: dict[str, mx.array] = {}
         self._experts: dict[str, ExpertMeans] = {}
@@ -158,7 +173,14 @@ class _Means:
 
     def result(self, prefix: str) -> InputStatistics:
         """Return the means; layers that share their inputs share the array."""
-        means: dict[str, Mean] = {**self._sums, **self._experts}
+        finished: dict[int, mx.array] = {}
+        for path, total in self._sums.items():
+            if id(total) not in finished:
+                is_hessian = self._statistics[path] is hessian
+                finished[id(total)] = shrunk(total, self._tokens) if is_hessian else total
+        mx.eval(list(finished.values()))
+        of_layers = {path: finished[id(total)] for path, total in self._sums.items()}
+        means: dict[str, Mean] = {**of_layers, **self._experts}
         rare = {prefix + path: experts.rare for path, experts in self._experts.items()}
         return InputStatistics(
             prefix=prefix, means={prefix + path: mean for path, mean in means.items()}, rare=rare
@@ -214,9 +236,9 @@ class ExpertMeans:
         if self._overall is None:
             self._overall = self._sum_of_all() * (FEW_TOKENS / self._counts.sum())
         total = self._of(self._rows_of(expert)) if self._sums is None else self._sums[expert]
-        mean = total + self._overall
-        mean /= self._counts[expert] + FEW_TOKENS
-        return mx.array(mean)
+        tokens = int(self._counts[expert]) + FEW_TOKENS
+        mean = mx.array((total + self._overall) / tokens)
+        return shrunk(mean, tokens) if self._statistic is hessian else mean
 
     def _sum_of_all(self) -> np.ndarray:
         if self._sums is not None:

@@ -59,6 +59,12 @@ def input_means(model, tokens, paths, statistic: Any):
     return {path: mean for block in blocks for path, mean in block.means.items()}
 
 
+def shrunk(h, tokens):
+    """Off-diagonal entries of a Hessian (n, n) over 1 + (2 n / tokens)^2."""
+    factor = 1 / (1 + (2 * len(h) / tokens) ** 2)
+    return factor * h + (1 - factor) * np.diag(np.diagonal(h))
+
+
 def linear_paths(model):
     linear = {path for path, module in model.named_modules() if type(module) is nn.Linear}
     weights = [name.removesuffix(".weight") for name in parameters(model)]
@@ -80,7 +86,7 @@ def test_statistics_are_those_of_a_plain_run(tmp_path, architecture):
     mx.eval(model(mx.array(TOKENS)))
     for path in paths:
         (x,) = seen[path]
-        wanted = np.array(x.T @ x) / TOKENS.size
+        wanted = shrunk(np.array(x.T @ x) / TOKENS.size, TOKENS.size)
         scale = np.abs(wanted).max()
         np.testing.assert_allclose(np.array(found[path]), wanted, atol=1e-4 * scale)
         np.testing.assert_allclose(
@@ -108,7 +114,8 @@ def test_experts_have_statistics_of_the_tokens_routed_to_them(tmp_path, architec
     routed = [np.flatnonzero(np.argsort(-scores)[:, :top] == e) // top for e in range(tiny.EXPERTS)]
     overall = sum(x[own].T @ x[own] for own in routed) / (len(x) * top)
     for expert, own in enumerate(routed):
-        wanted = (x[own].T @ x[own] + FEW_TOKENS * overall) / (len(own) + FEW_TOKENS)
+        number = len(own) + FEW_TOKENS
+        wanted = shrunk((x[own].T @ x[own] + FEW_TOKENS * overall) / number, number)
         np.testing.assert_allclose(found.means[paths[0]][expert], wanted, atol=1e-4)
     assert found.rare == {paths[0]: [e for e, own in enumerate(routed) if len(own) < FEW_TOKENS]}
 
@@ -130,7 +137,10 @@ def test_means_of_experts_do_not_depend_on_how_they_are_held(statistic, batches)
     squares = [x.T @ x if statistic is hessian else (x * x).sum(axis=0) for x in rows]
     overall = sum(squares) / (60 * batches)
     for expert, square in enumerate(squares):
-        expected = (square + FEW_TOKENS * overall) / (len(rows[expert]) + FEW_TOKENS)
+        number = len(rows[expert]) + FEW_TOKENS
+        expected = (square + FEW_TOKENS * overall) / number
+        if statistic is hessian:
+            expected = shrunk(expected, number)
         np.testing.assert_allclose(means[expert], expected, atol=1e-5)
     assert means.rare == [e for e, x in enumerate(rows) if len(x) < FEW_TOKENS]
 
@@ -145,7 +155,7 @@ def test_a_tied_head_comes_after_the_blocks(tmp_path):
     assert [list(block.means) for block in blocks] == [[], [up], [head]]
     model: Any = load(source)[0]
     hidden = model.model(mx.array(TOKENS)).reshape(-1, tiny.HIDDEN)
-    wanted = np.array(hidden.T @ hidden) / TOKENS.size
+    wanted = shrunk(np.array(hidden.T @ hidden) / TOKENS.size, TOKENS.size)
     np.testing.assert_allclose(np.array(blocks[-1].means[head]), wanted, atol=1e-4 * wanted.max())
 
 
