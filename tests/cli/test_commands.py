@@ -96,8 +96,9 @@ def test_a_setting_of_another_method_is_refused(stories, capsys):
     assert "calibration: not for method 'rtn'" in capsys.readouterr().err
 
 
-def test_stages_match_the_tasks_of_a_conversion(stories, tmp_path):
+def test_stages_match_the_tasks_of_a_conversion(stories, tmp_path, monkeypatch):
     """The numbered labels are those that a conversion reports, in the same order."""
+    monkeypatch.setenv("SPLITQUANT_CACHE", str(tmp_path / "cache"))  # no text sampled before
     from contextlib import contextmanager
 
     from splitquant_mlx import Recipe, convert
