@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from figures import whole_files
+from figures import whole_files, without_ablations
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -77,8 +77,8 @@ def draw_equal_bytes() -> None:
             for family, (marker, color, line) in FAMILIES.items():
                 points = [
                     (row["weight_file_bytes"] / 1e6, row["kl_mean"])
-                    for row in rows
-                    if row["variant"].startswith(family) and "texts" not in row["variant"]
+                    for row in without_ablations(rows)
+                    if row["variant"].startswith(family)
                 ]
                 axes.plot(
                     *zip(*points, strict=True) if points else ((), ()),
