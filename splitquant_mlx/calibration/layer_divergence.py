@@ -20,10 +20,10 @@ HEAD_ROWS = 2048
 MEASURED_BITS = 4
 
 
-def some_rows(w: mx.array, axis: int = 0) -> mx.array:
-    """Return about `ROWS` evenly spaced entries along an axis."""
+def some_rows(w: mx.array, axis: int = 0, number: int = ROWS) -> mx.array:
+    """Return about `number` evenly spaced entries along an axis."""
     size = w.shape[axis]
-    return mx.take(w, mx.arange(0, size, max(1, size // ROWS)), axis=axis)
+    return mx.take(w, mx.arange(0, size, max(1, size // number)), axis=axis)
 
 
 def layer_divergences(
@@ -41,8 +41,7 @@ def layer_divergences(
         options: bits and group sizes to predict for.
     """
     rows, middle = some_rows(w), options[len(options) // 2]
-    step = max(1, len(rows) // FEW_ROWS)  # few rows are enough for the ratios between options
-    few = rows[::step]
+    few = some_rows(rows, number=FEW_ROWS)  # enough for the ratios between options
 
     def divergence(error: mx.array) -> mx.array:
         return mx.square(x @ error.T).sum()

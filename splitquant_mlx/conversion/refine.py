@@ -45,7 +45,7 @@ from splitquant_mlx.recipe import Calibration
 
 BATCH_TEXTS = 4
 HELD_OUT = 16  # one text in 16 is held out
-TEXTS_PER_SAMPLE, MOST_TEXTS = 8, 1024  # training texts per calibration text, and at most
+TEXTS_PER_SAMPLE, MOST_TRAINED = 8, 1024  # training texts per calibration text, and at most
 LEARNING_RATE = 2e-3
 WIDE = 1 << 24  # weights that are dequantized at a time
 SAVE_S = 30.0  # between two saves
@@ -68,7 +68,7 @@ class Refined:
 
 def training_texts(calibration: Calibration) -> Calibration:
     """Return the settings of the training texts: more than those of the calibration, and others."""
-    texts = min(TEXTS_PER_SAMPLE * calibration.texts_for(), MOST_TEXTS)
+    texts = min(TEXTS_PER_SAMPLE * calibration.texts_for(), MOST_TRAINED)
     return replace(calibration, num_samples=texts, seed=calibration.seed + 1)
 
 
