@@ -53,6 +53,10 @@ class MemoryTooSmallError(SplitQuantError):
     """The machine has too little memory."""
 
 
+class DeviceError(SplitQuantError):
+    """The model does not run on this device."""
+
+
 class UploadError(SplitQuantError):
     """The model cannot be uploaded: no log-in, no permission, no quota, no network."""
 

@@ -85,7 +85,8 @@ def layer_histogram(directory: Path, path: str, *, clusters: int | None = None) 
         w, bins = open_checkpoint(directory).weights.get(f"{path}.weight"), BINS
     else:
         bins = BINS // 4  # narrower bins would show the gaps between codes
-        module = dict(load_model(directory, lazy=True).named_modules()).get(path)
+        model = load_model(directory, lazy=True, to_run=False)
+        module = dict(model.named_modules()).get(path)
         w = _dense(module)
     if w is None or w.ndim < 2:
         raise RecipeError(f"{directory} has no layer {path!r} with a weight matrix")

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from splitquant_mlx.errors import CheckpointError, one_line
+from splitquant_mlx.errors import CheckpointError, DeviceError, one_line
 from splitquant_mlx.models.config import SIZES
 from splitquant_mlx.runtime.compatibility import check_names
 
@@ -69,6 +69,21 @@ def build_model(path: Path, config: dict[str, Any]) -> nn.Module:
             f"{path}: config.json does not describe a {config['model_type']!r} model: "
             f"{type(exc).__name__}: {one_line(exc)} ({sizes or 'no sizes'})"
         ) from exc
+
+
+def require_kernels(path: Path, model: nn.Module) -> None:
+    """Raise DeviceError if mlx-lm's model needs Metal and the default device is another."""
+    if mx.default_device() == mx.gpu and mx.metal.is_available():
+        return
+    try:
+        model(mx.zeros((1, 1), mx.int32))  # lazy: nothing is computed
+    except Exception as exc:  # others are raised where the model is used
+        if "[metal_kernel]" in str(exc):
+            kind = getattr(model, "model_type", type(model).__name__)
+            raise DeviceError(
+                f"{path}: mlx-lm's {kind} needs Metal: run it on the GPU of a Mac (conversions "
+                "with --method rtn or splitquant do not run it)"
+            ) from exc
 
 
 def evaluate_random_state() -> None:

@@ -17,7 +17,11 @@ import mlx.nn as nn
 
 from splitquant_mlx.errors import CheckpointError, one_line
 from splitquant_mlx.formats.manifest import MODEL_FILE
-from splitquant_mlx.models.architecture import evaluate_random_state, parameters
+from splitquant_mlx.models.architecture import (
+    evaluate_random_state,
+    parameters,
+    require_kernels,
+)
 from splitquant_mlx.models.check_settings import check_settings
 from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.config import check_config, read_config
@@ -84,11 +88,13 @@ def load_model(
     pipeline: bool = False,
     dequantize: bool = False,
     keep_dtype: bool = False,
+    to_run: bool = True,
 ) -> nn.Module:
     """Load the model of a checkpoint directory; see `load`.
 
     With `dequantize` all layers are dequantized, and on the CPU experts are converted to float32
-    one at a time. With `keep_dtype` 16-bit parameters are not converted to float32.
+    one at a time. With `keep_dtype` 16-bit parameters are not converted to float32. Without
+    `to_run` a model that needs another device is not refused.
     """
     config = read_config(directory)
     headers = read_headers(directory)
@@ -102,6 +108,8 @@ def load_model(
         model, config = checkpoint.model.eval(), checkpoint.config
         model.load_weights(list(checkpoint.weights.items()))
         del checkpoint
+    if to_run:
+        require_kernels(directory, model)
     if group is not None and not is_single_rank(group):
         layout = [config, [[name, h.dtype, h.shape] for name, h in sorted(headers.items())]]
         digest = hashlib.sha256(json.dumps(layout, sort_keys=True).encode()).hexdigest()
