@@ -1,7 +1,7 @@
 """The command `verify`."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -40,19 +40,22 @@ def verify(
     original = None if source is None else resolve(source, revision=source_revision)
     checks = check(converted, source=original, progress=Bars())
     problems = sorted({problem for result in checks for problem in result.problems})
+    unchecked = [line for result in checks for line in result.unchecked]
     if not console.write_json(json_file, [dataclasses.asdict(result) for result in checks]):
-        rows = (
-            (result.name, f"{'FAILED' if result.problems else 'ok':6}  {plain(result.detail)}")
-            for result in checks
-        )
-        lines = (f"  {plain(problem, 300)}" for problem in problems[:MAX_PROBLEMS])
+        rows = ((result.name, f"{_status(result):10}  {plain(result.detail)}") for result in checks)
+        lines = (f"  {plain(line, 300)}" for line in [*problems[:MAX_PROBLEMS], *unchecked])
         show(pairs(*rows), *lines)
     if not problems:
         if json_file != "-":
-            show(f"{plain(name)} is valid.")
+            show(f"{plain(name)} is valid{', as far as it was checked' * bool(unchecked)}.")
         return
     more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
     detail = f"{problems[0]:.300}{more}"
     if source is not None and not any(result.problems for result in checks[:-1]):
         raise CheckpointError(f"{name} is valid, but was not made from {source} ({detail})")
     raise CheckpointError(f"{name} does not match its manifest ({detail}): convert it again")
+
+
+def _status(check: Any) -> str:
+    """Return the result of a check as one word."""
+    return "FAILED" if check.problems else "incomplete" if check.unchecked else "ok"

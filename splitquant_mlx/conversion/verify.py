@@ -15,7 +15,7 @@ from splitquant_mlx.conversion.original import compare
 from splitquant_mlx.conversion.plan import LayerPlan
 from splitquant_mlx.conversion.quantizers import LEAVES
 from splitquant_mlx.conversion.save import TABLES, config_tables
-from splitquant_mlx.errors import CheckpointError
+from splitquant_mlx.errors import CheckpointError, DeviceError, SourceError
 from splitquant_mlx.formats.head_file import COPIED
 from splitquant_mlx.formats.manifest import FILE_NAME, LayerRecord, Manifest, load_manifest
 from splitquant_mlx.formats.safetensors import TensorHeader
@@ -40,11 +40,13 @@ class Check:
         name: what was checked.
         detail: what it was checked for.
         problems: one line each; empty if the check passed.
+        unchecked: what could not be checked and why, one line each.
     """
 
     name: str
     detail: str
     problems: tuple[str, ...]
+    unchecked: tuple[str, ...] = ()
 
 
 def verify(
@@ -75,9 +77,13 @@ def verify(
             f"{converted.name} has no {FILE_NAME}: verify checks what `splitquant-mlx convert` "
             "wrote"
         )
-    fetch_files(converted, manifest.files)
+    not_fetched = ""
+    try:
+        fetch_files(converted, manifest.files)
+    except SourceError as exc:
+        not_fetched = str(exc)
     checks = [
-        check_files(directory, manifest, progress),
+        check_files(directory, manifest, progress, not_fetched),
         _check("tensors", "shapes, bytes and bits/weight", lambda: _tensors(directory, manifest)),
         _check("config.json", "layers and their bits", lambda: _config(directory, manifest)),
         _check("forward pass", "finite logits", lambda: _forward(directory, progress)),
@@ -92,14 +98,26 @@ def verify(
     return checks
 
 
-def check_files(directory: Path, manifest: Manifest, progress: Progress) -> Check:
-    """Compare the SHA-256 of every file with the manifest's."""
-    problems = []
+def check_files(
+    directory: Path, manifest: Manifest, progress: Progress, not_fetched: str = ""
+) -> Check:
+    """Compare the SHA-256 of every file with the manifest's.
+
+    Args:
+        directory: the checkpoint.
+        manifest: its manifest.
+        progress: progress reporter.
+        not_fetched: why missing files were not downloaded; empty if they do not exist.
+    """
+    problems, unchecked = [], []
     with progress.task("Hashing", len(manifest.files)) as advance:
         for name, digest in manifest.files.items():
             file = directory / name
             try:
-                if Path(name).is_absolute() or ".." in Path(name).parts or not file.is_file():
+                inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+                if inside and not_fetched and not file.exists():
+                    unchecked.append(f"{name!r} was not checked: {not_fetched}")
+                elif not inside or not file.is_file():
                     problems.append(
                         f"{name!r} is in the manifest, but is not a file in this directory"
                     )
@@ -112,16 +130,23 @@ def check_files(directory: Path, manifest: Manifest, progress: Progress) -> Chec
     problems += [
         f"{name} has no hash in the manifest" for name in sorted(weights - {*manifest.files})
     ]
-    detail = f"SHA-256 of {len(manifest.files)} files"
-    return Check(name="files", detail=detail, problems=tuple(problems))
+    return Check(
+        name="files",
+        detail=f"SHA-256 of {len(manifest.files) - len(unchecked)} files",
+        problems=tuple(problems),
+        unchecked=tuple(unchecked),
+    )
 
 
 def _check(name: str, detail: str, find: Callable[[], list[str]]) -> Check:
+    problems, unchecked = [], []
     try:
         problems = find()
     except CheckpointError as exc:
         problems = [str(exc)]
-    return Check(name=name, detail=detail, problems=tuple(problems))
+    except DeviceError as exc:
+        unchecked = [str(exc)]
+    return Check(name=name, detail=detail, problems=tuple(problems), unchecked=tuple(unchecked))
 
 
 def _tensors(directory: Path, manifest: Manifest) -> list[str]:

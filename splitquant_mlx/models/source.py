@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
+from typing import Any
 
 from splitquant_mlx.errors import CheckpointError, SourceError, abbreviate
 from splitquant_mlx.models.hub import answer_within, endpoint, explain
@@ -71,13 +72,16 @@ def fetch_files(source: Source, names: Iterable[str]) -> None:
     Raises:
         SourceError: they cannot be fetched.
     """
-    if source.revision is None:
+    repo, revision = source.name, source.revision
+    missing = [name for name in names if not (source.path / name).is_file()]
+    if revision is None or not missing:
         return
     try:
-        if missing := [name for name in names if not (source.path / name).is_file()]:
-            _fetch(source.name, source.revision, missing)
+        _ask_hub(repo, revision)  # if it cannot be reached, `_fetch` returns the cache
+        _fetch(repo, revision, missing)
     except Exception as exc:
-        raise SourceError(explain(exc, source.name, revision=source.revision)) from exc
+        otherwise = f"not in the cache, and {endpoint()} cannot be reached"
+        raise SourceError(explain(exc, repo, revision=revision, otherwise=otherwise)) from exc
 
 
 def cached(repo: str, *, revision: str | None = None) -> Source | None:
@@ -137,17 +141,23 @@ def _local(model: str) -> Path | None:
     return None
 
 
-def _from_hub(repo: str, revision: str | None, timeout_s: float | None) -> Source:
+def _ask_hub(repo: str, revision: str | None, timeout_s: float | None = None) -> Any:
+    """Return the hub's description of a repo, within seconds."""
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
 
     limit_s = timeout_s or constants.HF_HUB_ETAG_TIMEOUT
+    return answer_within(
+        limit_s, lambda: HfApi().model_info(repo, revision=revision, timeout=limit_s)
+    )
+
+
+def _from_hub(repo: str, revision: str | None, timeout_s: float | None) -> Source:
+    from huggingface_hub.errors import HFValidationError, RevisionNotFoundError
+
     # `Exception`, since errors of the hub client, its HTTP library (which depends on its version)
     # and its storage client share no other base class
     try:
-        info = answer_within(
-            limit_s, lambda: HfApi().model_info(repo, revision=revision, timeout=limit_s)
-        )
+        info = _ask_hub(repo, revision, timeout_s)
     except (HFValidationError, RevisionNotFoundError) as exc:
         raise SourceError(explain(exc, repo, revision=revision)) from exc
     except Exception as exc:

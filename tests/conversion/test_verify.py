@@ -12,6 +12,8 @@ from fake_hub import FakeHub
 
 from splitquant_mlx import Recipe, convert
 from splitquant_mlx.cli import run
+from splitquant_mlx.formats.manifest import MODEL_FILE
+from splitquant_mlx.models.source import resolve
 
 PATH = "model.layers.0.mlp.up_proj"
 
@@ -127,6 +129,42 @@ def test_repos_pass_each_at_its_revision(conversions, tmp_path, monkeypatch, cap
         assert capsys.readouterr().out.count(" ok") == 5
         assert run([*options, "--source-revision", "v2"]) == 2
         assert "org/source: there is no revision 'v2'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_files_that_cannot_be_downloaded_are_not_called_missing(
+    conversions, tmp_path, monkeypatch, capsys, offline
+):
+    from huggingface_hub import constants
+
+    files = {file.name: file.read_bytes() for file in (conversions[1] / "splitquant").iterdir()}
+    with (
+        FakeHub(repos={"org/split": files}) as hub,
+        hub.instead_of_the_real_one(monkeypatch, cache=tmp_path / "hub"),
+    ):
+        resolve("org/split")  # downloads no code
+        if offline:
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        else:
+            hub.close()
+        assert run(["verify", "org/split"]) == 0
+        out = capsys.readouterr().out
+        assert f"files         incomplete  SHA-256 of {len(files) - 2} files" in out
+        reason = f"{MODEL_FILE!r} was not checked: org/split: not in the cache, and http"
+        assert reason in out and ("HF_HUB_OFFLINE is set" in out) == offline
+        assert out.endswith("org/split is valid, as far as it was checked.\n")
+
+
+def test_a_file_that_a_repo_lacks_is_missing(conversions, tmp_path, monkeypatch, capsys):
+    files = {file.name: file.read_bytes() for file in (conversions[1] / "splitquant").iterdir()}
+    del files[MODEL_FILE]
+    with (
+        FakeHub(repos={"org/split": files}) as hub,
+        hub.instead_of_the_real_one(monkeypatch, cache=tmp_path / "hub"),
+    ):
+        assert run(["verify", "org/split"]) == 2
+        out = capsys.readouterr().out
+        assert f"{MODEL_FILE!r} is in the manifest, but is not" in out and "checked" not in out
 
 
 def test_revisions_are_of_repos(conversions, verify):
