@@ -238,8 +238,7 @@ def stages(recipe: Recipe, *, gguf: bool = False) -> list[str]:
         progress.CHECKING: calibrated,
         progress.SAMPLING: calibrated and recipe.texts.text == SELF,
         progress.MEASURING: recipe.method == "auto",
-        progress.SPLITTING: recipe.method == "splitquant",
-        progress.QUANTIZING: recipe.method != "splitquant",
+        progress.QUANTIZING: True,
         progress.PREDICTING: bool(recipe.refine),
         progress.REFINING: bool(recipe.refine),
     }

@@ -32,7 +32,7 @@ from splitquant_mlx.formats.packed import dtype_name
 from splitquant_mlx.formats.shard_writer import ShardWriter
 from splitquant_mlx.models.architecture import parameters
 from splitquant_mlx.models.checkpoint import FLOATS, Checkpoint, check_unchanged
-from splitquant_mlx.progress import QUANTIZING, SPLITTING, Progress
+from splitquant_mlx.progress import QUANTIZING, Progress
 from splitquant_mlx.runtime.blas import one_thread
 from splitquant_mlx.runtime.cores import executor
 
@@ -74,8 +74,6 @@ class Converter:
         Returns:
             A record of each planned layer.
         """
-        splits = any(layer.action == "split" for layer in self.plan.layers.values())
-        label = SPLITTING if splits else QUANTIZING
         on_cpu = mx.default_device() == mx.cpu
         uses_pool = on_cpu or any(uses_cpu(x.quantizer) for x in self.plan.layers.values())
         least = self._threads + 1 if on_cpu else 1
@@ -85,7 +83,7 @@ class Converter:
             progress.note(f"Resuming: {resumed} of {len(self.plan.layers)} layers done")
         large = 0  # weights of layers in the queue; norms and biases do not count
         with (
-            progress.task(label, total) as advance,
+            progress.task(QUANTIZING, total) as advance,
             one_thread(numpy_only=True) if uses_pool else nullcontext(),
             _pool(self._threads) as submit,
         ):

@@ -116,9 +116,13 @@ def test_stages_match_the_tasks_of_a_conversion(stories, tmp_path, monkeypatch):
             yield lambda amount, note="": None
 
     text = Calibration(num_samples=4, sequence_length=16)
-    for number, recipe in enumerate(
-        (Recipe(), Recipe(method="rtn"), Recipe(method="auto", refine=True, calibration=text))
-    ):
+    recipes = (
+        Recipe(),
+        Recipe(include=("*embed_tokens",), embeddings="quantize"),  # splits no layer
+        Recipe(method="rtn"),
+        Recipe(method="auto", refine=True, calibration=text),
+    )
+    for number, recipe in enumerate(recipes):
         recorder = Recorder()
         convert(stories, tmp_path / str(number), recipe=recipe, progress=recorder)
         assert set(recorder.labels) <= set(stages(recipe))
