@@ -46,7 +46,16 @@ class VersionError(SplitQuantError):
 
 
 class RecipeError(SplitQuantError):
-    """A setting is unknown, out of range or in conflict with others."""
+    """A setting is unknown, out of range or in conflict with others.
+
+    Args:
+        reason: what is wrong.
+        field: name of the setting, which begins the message; empty for several or none.
+    """
+
+    def __init__(self, reason: str, *, field: str = ""):
+        super().__init__(f"{field}: {reason}" if field else reason)
+        self.reason, self.field = reason, field
 
 
 class MemoryTooSmallError(SplitQuantError):

@@ -189,8 +189,9 @@ class Recipe:
         kept = self.embeddings == self.lm_head == "keep"
         if kept and self.embedding_bits not in (None, embedding_bits):
             raise RecipeError(
-                "embedding_bits: embeddings and lm_head are kept unquantized: set one of them to "
-                "'quantize', or leave embedding_bits out"
+                "embeddings and lm_head are kept unquantized: set one of them to 'quantize', or "
+                "leave embedding_bits out",
+                field="embedding_bits",
             )
         if self.runs_the_model:
             self._fill(calibration=Calibration(), embedding_bits=embedding_bits)
@@ -232,7 +233,7 @@ class Recipe:
                     object.__setattr__(self, name, None)
         if auto and (self.bits or self.group_size):
             name = "bits" if self.bits else "group_size"
-            raise RecipeError(f"{name}: method 'auto' chooses it for each layer: use target_bpw")
+            raise RecipeError("method 'auto' chooses it for each layer: use target_bpw", field=name)
         allowed = {
             "clusters": split or self.clusters == 3,
             "kmeans": split or self.kmeans == "exact",
@@ -247,9 +248,9 @@ class Recipe:
         for name, is_allowed in allowed.items():
             value = getattr(self, name)
             if value is not None and not is_allowed:
-                raise RecipeError(f"{name}: not for method {self.method!r}: leave it out")
+                raise RecipeError(f"not for method {self.method!r}: leave it out", field=name)
         if len(named := self._targets) > 1:
-            raise RecipeError(f"{named[1]}: expected one target, got {named[0]} as well")
+            raise RecipeError(f"expected one target, got {named[0]} as well", field=named[1])
 
     def _check_mode(self) -> None:
         group_size, bits = MODES[self.mode]
@@ -274,7 +275,8 @@ class Recipe:
         value = getattr(self, name)
         if value not in allowed:
             choices = ", ".join(repr(choice) for choice in allowed if choice not in (None, {}))
-            raise RecipeError(f"{name}: expected {choices or 'none'} {what}, got {value!r:.80}")
+            reason = f"expected {choices or 'none'} {what}, got {value!r:.80}"
+            raise RecipeError(reason, field=name)
 
     def _fill(self, **defaults: Any) -> None:
         for name, value in defaults.items():

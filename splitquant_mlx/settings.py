@@ -38,7 +38,8 @@ def settings(cls: type[T]) -> type[T]:
         try:
             construct(self, **values)
         except ValidationError as exc:
-            raise RecipeError(explain(exc, built)) from None
+            found = problem(exc, built)
+            raise RecipeError(found.text, field=found.field) from None
 
     built.__init__ = __init__
     return built

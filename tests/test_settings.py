@@ -33,7 +33,7 @@ class Oven:
 
     def __post_init__(self):
         if self.top_heat and self.rack > 3:
-            raise RecipeError("rack: expected at most 3 with top_heat")
+            raise RecipeError("expected at most 3 with top_heat", field="rack")
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,7 @@ def test_a_bad_value_is_refused_whenever_the_class_is_built(values, message):
         with pytest.raises(RecipeError) as caught:
             Oven(**values)
         assert str(caught.value) == message
+        assert caught.value.field == next(name for name in values if message.startswith(name))
     with pytest.raises(RecipeError):
         dataclasses.replace(Oven(), **values)
 
@@ -71,6 +72,8 @@ def test_options_come_from_the_class():
     @app.command()
     @settings_options(Oven, "given", flags={"rack": ("--rack", "-r")}, panel="Baking")
     def bake(dish: str, *, given: Given) -> None:
+        if dish == "bread":
+            raise RecipeError("rack: the word begins this message, which is not about the option")
         seen.append((dish, Oven(**given)))
 
     shown = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "120", "NO_COLOR": "1"}).output
@@ -82,3 +85,5 @@ def test_options_come_from_the_class():
     assert str(refused) == "--rack: expected at most 3 with --top-heat"
     refused = CliRunner().invoke(app, ["pie", "--top-heat", "9"]).exception
     assert str(refused) == "--top-heat: expected at least 30, got 9"
+    refused = CliRunner().invoke(app, ["bread"]).exception
+    assert str(refused).startswith("rack: the word")

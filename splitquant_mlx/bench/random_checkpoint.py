@@ -40,13 +40,15 @@ class Shape:
         # rotary position embeddings rotate pairs of a head's entries
         if self.hidden_size % (2 * self.num_attention_heads):
             raise RecipeError(
-                f"hidden_size: expected a multiple of {2 * self.num_attention_heads}, twice the "
-                f"attention heads, got {self.hidden_size}"
+                f"expected a multiple of {2 * self.num_attention_heads}, twice the attention "
+                f"heads, got {self.hidden_size}",
+                field="hidden_size",
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise RecipeError(
-                f"num_key_value_heads: expected a divisor of the {self.num_attention_heads} "
-                f"attention heads, got {self.num_key_value_heads}"
+                f"expected a divisor of the {self.num_attention_heads} attention heads, got "
+                f"{self.num_key_value_heads}",
+                field="num_key_value_heads",
             )
 
     def config(self, dtype: str) -> dict:

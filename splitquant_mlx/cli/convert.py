@@ -210,7 +210,7 @@ def _recipe(
         unused |= dict.fromkeys(("bits", "group_size"), ": use target_bpw")
     for name, advice in unused.items():
         if name in settings:
-            raise RecipeError(f"{name}: not for method {method!r}{advice}")
+            raise RecipeError(f"not for method {method!r}{advice}", field=name)
     chosen = Recipe.from_dict({**base, **settings})
     if planned and chosen.method != "auto":
         raise RecipeError(f"--plan is for method 'auto', got {chosen.method!r}")

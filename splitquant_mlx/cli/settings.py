@@ -30,8 +30,8 @@ def settings_options(
 ) -> Callable[[Command], Command]:
     """Replace a parameter of a command by one option per field of a settings class.
 
-    The command receives the given values as a dict in `parameter`. In an error about a field,
-    "group_size: ...", the flag replaces the name of the field.
+    The command receives the given values as a dict in `parameter`. In an error about a field, the
+    flags replace the names of fields.
 
     Args:
         kind: settings class.
@@ -121,11 +121,10 @@ def _with_options(
 
 def _name_flags(exc: RecipeError, flags: Mapping[str, Sequence[str]]) -> RecipeError:
     """Return an error with the names of fields replaced by their flags."""
-    key, colon, reason = str(exc).partition(": ")
-    if key not in flags or not colon:
+    if exc.field not in flags:
         return exc
-    reason = re.sub(r"\b[a-z]+_[a-z_]+\b", lambda m: flags.get(m[0], (m[0],))[0], reason)
-    return RecipeError(f"{flags[key][0]}: {reason}")
+    reason = re.sub(r"\b[a-z]+_[a-z_]+\b", lambda m: flags.get(m[0], (m[0],))[0], exc.reason)
+    return RecipeError(reason, field=flags[exc.field][0])
 
 
 def _help(kind: type, field: dataclasses.Field) -> str:

@@ -81,7 +81,9 @@ def forecast(
 ) -> Forecast:
     """Choose bits for a repo id, directory or .gguf file; see `choose_bits`."""
     if recipe.method != "auto":
-        raise RecipeError(f"method: expected 'auto', which chooses bits, got {recipe.method!r}")
+        raise RecipeError(
+            f"expected 'auto', which chooses bits, got {recipe.method!r}", field="method"
+        )
     model = str(model)
     with open_model(model, revision=revision, trust_remote_code=False, progress=progress) as opened:
         return choose_bits(opened, recipe, progress)
@@ -111,7 +113,7 @@ def choose_bits(
         try:
             chosen = allocate(sizes.layers, divergence, recipe.max_kl or 0)
         except RecipeError as exc:
-            raise RecipeError(f"max_kl: {exc} nats per token") from exc
+            raise RecipeError(f"{exc} nats per token", field="max_kl") from exc
     else:
         chosen = allocate(divergence, sizes.layers, budget.total_bytes - sizes.rest_bytes)
     step = _step(chosen, sizes, divergence)

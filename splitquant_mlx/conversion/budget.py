@@ -124,15 +124,16 @@ def find_budget(recipe: Recipe, sizes: Sizes, checkpoint: Checkpoint) -> Budget:
     smallest = f"with the fewest bits it takes {size(sizes.least_bytes)}"
     if recipe.target_size is not None:
         budget = Budget(total_bytes=parse_bytes(recipe.target_size))
-        reason = f"target_size: {recipe.target_size} is too small for this model"
+        field, reason = "target_size", f"{recipe.target_size} is too small for this model"
     elif recipe.fits is not None:
         budget = _fitting(recipe, checkpoint)
-        reason = f"fits: this model is too large: {budget.explanation}"
+        field, reason = "fits", f"this model is too large: {budget.explanation}"
     else:
         return Budget(total_bytes=None)
     if (budget.total_bytes or 0) < sizes.least_bytes:
         rest = f", {size(sizes.rest_bytes)} of it not quantized" if sizes.rest_bytes else ""
-        raise RecipeError(f"{reason}: {smallest}{rest}: choose a larger size or a smaller model")
+        advice = "choose a larger size or a smaller model"
+        raise RecipeError(f"{reason}: {smallest}{rest}: {advice}", field=field)
     return budget
 
 

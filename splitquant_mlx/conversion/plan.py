@@ -269,13 +269,13 @@ def _custom_layer(recipe: Recipe, layer: LayerPlan) -> LayerPlan:
     method, path, allowed = recipe.method, layer.path, OWN_LAYERS[recipe.method]
     if layer.bits not in allowed:
         raise RecipeError(
-            f"layers.{path}.bits: expected {', '.join(map(str, allowed))} with method {method!r}, "
-            f"got {layer.bits}"
+            f"expected {', '.join(map(str, allowed))} with method {method!r}, got {layer.bits}",
+            field=f"layers.{path}.bits",
         )
     if method == "salience":
         return replace(layer, quantizer=method, mode="mixed")
     if "group_size" in recipe.layers.get(path, {}):
-        raise RecipeError(f"layers.{path}.group_size: not for method 'lut': leave it out")
+        raise RecipeError("not for method 'lut': leave it out", field=f"layers.{path}.group_size")
     return replace(
         layer,
         quantizer=method,

@@ -98,9 +98,9 @@ def fetch_questions(task: str, split: str = "test") -> list[Question]:
         SourceError: when the questions cannot be fetched.
     """
     if task not in FOLDERS:
-        raise RecipeError(f"task: expected {' or '.join(FOLDERS)}, got {task!r}")
+        raise RecipeError(f"expected {' or '.join(FOLDERS)}, got {task!r}", field="task")
     if split not in SPLITS:
-        raise RecipeError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+        raise RecipeError(f"expected one of {', '.join(SPLITS)}, got {split!r}", field="split")
     name = f"{FOLDERS[task]}/{split}-00000-of-00001.parquet"
     return load_questions(fetch_dataset_file(ARC, name))
 

@@ -109,7 +109,7 @@ def evaluate_arc(
     """
     questions, task = exam.questions, exam.task
     if len({question.id for question in questions}) < max(len(questions), 1):
-        raise RecipeError("questions: expected one or more, each with a unique id")
+        raise RecipeError("expected one or more, each with a unique id", field="questions")
     drawn = draw_shots(exam.shots, exam.num_shots, questions)
     length = context_length(model)
     prompts: dict[str, list[Pair]] = {}

@@ -118,8 +118,9 @@ class SplitQuantLM(TemplateLM):
         max_prompt = self.max_length - options["max_gen_toks"]
         if max_prompt < 1:
             raise RecipeError(
-                f"max_gen_toks: expected less than the model's context length "
-                f"({self.max_length}), got {options['max_gen_toks']}"
+                f"expected less than the model's context length ({self.max_length}), got "
+                f"{options['max_gen_toks']}",
+                field="max_gen_toks",
             )
         text = ""
         for piece in stream_generate(

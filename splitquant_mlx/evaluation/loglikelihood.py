@@ -80,7 +80,7 @@ def score(
             `batch_tokens` is less than 1.
     """
     if batch_tokens < 1:
-        raise RecipeError(f"batch_tokens: expected 1 or more, got {batch_tokens}")
+        raise RecipeError(f"expected 1 or more, got {batch_tokens}", field="batch_tokens")
     contexts: dict[Tokens, list[tuple[int, Tokens]]] = {}
     for index, (context, continuation) in enumerate(pairs):
         if not context:

@@ -106,10 +106,12 @@ def perplexity_of(nll: np.ndarray, context_length: int, stride: int) -> Perplexi
 
 def _check(tokens: int, context_length: int, stride: int) -> None:
     if context_length < 3:
-        raise RecipeError(f"context_length: expected at least 3 tokens, got {context_length}")
+        raise RecipeError(
+            f"expected at least 3 tokens, got {context_length}", field="context_length"
+        )
     if not 1 <= stride <= context_length:
         raise RecipeError(
-            f"stride: expected 1 to context_length ({context_length}) tokens, got {stride}"
+            f"expected 1 to context_length ({context_length}) tokens, got {stride}", field="stride"
         )
     if tokens < context_length:
         raise RecipeError(

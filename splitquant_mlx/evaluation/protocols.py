@@ -40,10 +40,11 @@ def draw_shots(
         RecipeError: when `num_shots` is out of range, or a question is in both lists.
     """
     if not 0 <= num_shots <= MAX_SHOTS:
-        raise RecipeError(f"num_shots: expected 0 to {MAX_SHOTS}, got {num_shots}")
+        raise RecipeError(f"expected 0 to {MAX_SHOTS}, got {num_shots}", field="num_shots")
     if num_shots > len(shots):
         raise RecipeError(
-            f"num_shots: expected at least {num_shots} examples to draw from, got {len(shots)}"
+            f"expected at least {num_shots} examples to draw from, got {len(shots)}",
+            field="num_shots",
         )
     if num_shots and (both := {shot.id for shot in shots} & {q.id for q in questions}):
         raise RecipeError(
@@ -87,7 +88,9 @@ def encode_question(
         text = (_chat if templated else _plain)(tokenizer, question, examples)
         continuations = ascii_uppercase[: len(question.choices)]
     else:
-        raise RecipeError(f"protocol: expected {' or '.join(get_args(Protocol))}, got {protocol!r}")
+        raise RecipeError(
+            f"expected {' or '.join(get_args(Protocol))}, got {protocol!r}", field="protocol"
+        )
 
     def encode(text: str) -> list[int]:
         # a chat template contains the special tokens

@@ -49,9 +49,11 @@ class Decoding:
 
     def __post_init__(self) -> None:
         if self.max_tokens == 0:
-            raise RecipeError("max_tokens: expected 1 or more, or -1, got 0")
+            raise RecipeError("expected 1 or more, or -1, got 0", field="max_tokens")
         if self.kv_bits is not None and self.max_kv_size is not None:
-            raise RecipeError("kv_bits: mlx-lm cannot quantize a KV cache limited by max_kv_size")
+            raise RecipeError(
+                "mlx-lm cannot quantize a KV cache limited by max_kv_size", field="kv_bits"
+            )
 
     def options(self, group: Any = None) -> dict[str, Any]:
         """Return the keyword arguments for mlx-lm's `generate`, except `prompt_cache`.

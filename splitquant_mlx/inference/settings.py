@@ -62,7 +62,9 @@ class ServeSettings:
     def __post_init__(self) -> None:
         key = self.api_key
         if key is not None and not (key.isprintable() and key == key.strip() != ""):
-            raise ValueError("api_key: expected printable characters without surrounding spaces")
+            raise RecipeError(
+                "expected printable characters without surrounding spaces", field="api_key"
+            )
         self.template_variables()
 
     def template_variables(self) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def json_object(name: str, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as exc:
-        raise RecipeError(f"{name}: expected JSON, got {text!r:.80}: {exc}") from exc
+        raise RecipeError(f"expected JSON, got {text!r:.80}: {exc}", field=name) from exc
     if not isinstance(value, dict):
-        raise RecipeError(f"{name}: expected a JSON object such as {{}}, got {text:.80}")
+        raise RecipeError(f"expected a JSON object such as {{}}, got {text:.80}", field=name)
     return value

@@ -92,8 +92,9 @@ def check_context(name: str, tokens: int, limit: int | None) -> None:
     """Raise RecipeError when setting `name` exceeds a model's maximum context."""
     if limit is not None and tokens > limit:
         raise RecipeError(
-            f"{name}: expected at most {limit}, the model's maximum context "
-            f"(max_position_embeddings), got {tokens}"
+            f"expected at most {limit}, the model's maximum context (max_position_embeddings), "
+            f"got {tokens}",
+            field=name,
         )
 
 

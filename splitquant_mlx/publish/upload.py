@@ -84,7 +84,7 @@ def prepare_upload(
     if base_model is not None and not REPO.fullmatch(base_model):
         raise RecipeError(f"base model: expected a repo id like org/name, got {base_model!r:.100}")
     if card not in (None, *CARDS):
-        raise RecipeError(f"card: expected {' or '.join(CARDS)}, got {card!r:.40}")
+        raise RecipeError(f"expected {' or '.join(CARDS)}, got {card!r:.40}", field="card")
     converted = check_converted(Path(path))
     manual = _card_by_hand(converted.path)
     if manual is not None and card is None:

@@ -94,7 +94,7 @@ def _check(w: mx.array, bits: int, group_size: int, granularity: str, mode: str)
     ):
         if value not in allowed:
             choices = ", ".join(map(repr, allowed))
-            raise RecipeError(f"{name}: expected one of {choices}, got {value!r:.40}")
+            raise RecipeError(f"expected one of {choices}, got {value!r:.40}", field=name)
     if w.ndim < 2 or not mx.issubdtype(w.dtype, mx.floating):
         raise RecipeError(
             f"expected a float weight of two or more axes, got {w.dtype} of shape {tuple(w.shape)}"

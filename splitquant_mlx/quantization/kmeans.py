@@ -128,7 +128,7 @@ def cluster_sklearn(values: np.ndarray, k: int = 3, n_init: int = 10) -> Cluster
 
 def _flat(values: np.ndarray, k: int) -> np.ndarray:
     if k not in range(2, 9):
-        raise RecipeError(f"clusters: expected 2 to 8, got {k!r:.40}")
+        raise RecipeError(f"expected 2 to 8, got {k!r:.40}", field="clusters")
     if values.size == 0:
         raise ValueError(f"expected a non-empty array to cluster, got shape {values.shape}")
     if values.dtype not in (np.float16, np.float32, np.uint16):

@@ -25,7 +25,7 @@ def cluster_weight(w: mx.array, clusters: int = 3, kmeans: str = "exact") -> Clu
         ValueError: `w` contains NaN or infinite values, is empty, or has another dtype.
     """
     if kmeans not in ("exact", "sklearn"):
-        raise RecipeError(f"kmeans: expected 'exact' or 'sklearn', got {kmeans!r:.40}")
+        raise RecipeError(f"expected 'exact' or 'sklearn', got {kmeans!r:.40}", field="kmeans")
     values = host_values(w)
     if kmeans == "sklearn":
         return cluster_sklearn(values, clusters, n_init=1)  # scikit-learn's default

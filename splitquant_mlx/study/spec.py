@@ -105,7 +105,8 @@ def _study(name: str, values: dict[str, Any]) -> Study:
         variant = table.get("name") if isinstance(table, dict) else None
         if not isinstance(variant, str) or not variant.strip() or not variant.isprintable():
             raise RecipeError(
-                f"variants: expected a table with a name, one printable line, got {table!r:.80}"
+                f"expected a table with a name, one printable line, got {table!r:.80}",
+                field="variants",
             )
         if slug(variant) in {ORIGINAL, *map(slug, variants)}:
             raise RecipeError(f"variant {variant!r}: the name is already in use")
@@ -120,7 +121,7 @@ def _study(name: str, values: dict[str, Any]) -> Study:
 def _variant(values: dict[str, Any], shared: dict[str, Any]) -> Recipe | str:
     if "path" in values:
         if len(values) > 1 or not isinstance(values["path"], str) or not values["path"]:
-            raise RecipeError(f"path: expected a path and no recipe settings, got {values}")
+            raise RecipeError(f"expected a path and no recipe settings, got {values}", field="path")
         return values["path"]
     settings = {**shared, **values}
     if settings.get("method") == "auto":  # chooses bits and group size itself

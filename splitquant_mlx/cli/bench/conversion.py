@@ -43,7 +43,7 @@ def make_checkpoint(
     from splitquant_mlx.cli.progress import Bars
 
     if shape not in SHAPES:
-        raise RecipeError(f"shape: expected one of {', '.join(SHAPES)}, got {shape!r}")
+        raise RecipeError(f"expected one of {', '.join(SHAPES)}, got {shape!r}", field="shape")
     sizes = {
         "num_hidden_layers": layers,
         "hidden_size": hidden_size,
