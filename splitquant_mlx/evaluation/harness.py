@@ -18,9 +18,7 @@ from splitquant_mlx.runtime.ranks import Group, gather, shard, unshard
 try:
     from lm_eval.api.model import TemplateLM
 except ImportError as exc:
-    raise RecipeError(
-        'lm-evaluation-harness is not installed: pip install "splitquant-mlx[lm-eval]"'
-    ) from exc
+    raise RecipeError("lm-evaluation-harness is not installed: pip install lm-eval") from exc
 
 DEFAULT_LENGTH = 2048  # the harness's, for models without a context length
 DEFAULT_MAX_TOKENS = 256

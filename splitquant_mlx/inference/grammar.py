@@ -34,7 +34,7 @@ class Grammars:
         try:
             from llguidance import LLMatcher
         except ImportError as exc:
-            message = "JSON and forced tools need llguidance: pip install 'splitquant-mlx[json]'"
+            message = "JSON and forced tools need llguidance: pip install llguidance"
             raise APIError(400, message, param="response_format", code="not_installed") from exc
         text = json.dumps(schema, ensure_ascii=False)
         grammar = LLMatcher.grammar_from_json_schema(text, JSON_FORMAT)

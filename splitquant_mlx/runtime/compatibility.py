@@ -68,8 +68,8 @@ def check_names(module: str) -> None:
         except (ImportError, AttributeError) as exc:
             raise VersionError(
                 f"mlx-lm {_installed('mlx-lm')} has no {module}.{name}, which splitquant-mlx "
-                f"{__version__} uses: pip install -U splitquant-mlx, or "
-                f'pip install "mlx-lm=={OLDEST["mlx-lm"]}"'
+                f"{__version__} uses: update splitquant-mlx (in its clone: git pull && "
+                f'pip install .), or pip install "mlx-lm=={OLDEST["mlx-lm"]}"'
             ) from exc
 
 

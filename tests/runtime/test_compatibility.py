@@ -73,7 +73,7 @@ def test_a_name_that_is_gone_is_named(module, name, monkeypatch, stories, capsys
     command = "generate" if module == "mlx_lm.utils" else "serve"
     err = refused(capsys, command, "--model", stories)
     assert f"has no {module}.{name}, which splitquant-mlx" in err
-    assert 'pip install -U splitquant-mlx, or pip install "mlx-lm==0.31.3"' in err
+    assert '(in its clone: git pull && pip install .), or pip install "mlx-lm==0.31.3"' in err
 
 
 def test_the_library_raises_the_same(stories, tmp_path, monkeypatch):
