@@ -40,6 +40,7 @@ class Conversion:
         seconds: time of each stage, summed over threads, and wall time in "total", s.
         peak_bytes: peak memory of the conversion.
         bits, granularity, clusters: settings of the recipe.
+        num_samples: number of calibration texts; absent without calibration.
         model_hash: content hash of the converted model.
         forecast_kl: mean KL divergence forecast for an "auto" recipe, nats per token.
     """
@@ -55,6 +56,7 @@ class Conversion:
     bits: NonNegativeInt | None = None
     granularity: Line | None = None
     clusters: NonNegativeInt | None = None
+    num_samples: NonNegativeInt | None = None
     model_hash: Line | None = None
     forecast_kl: Number | None = None
 

@@ -53,6 +53,7 @@ def convert_values(
         "bits": None if recipe.method == "auto" else recipe.bits,
         "granularity": recipe.granularity,
         "clusters": recipe.clusters if recipe.method == "splitquant" else None,
+        "num_samples": manifest.recipe.get("calibration", {}).get("num_samples"),
     }
 
 

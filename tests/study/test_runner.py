@@ -18,6 +18,7 @@ from splitquant_mlx.bench.programs import Run
 from splitquant_mlx.cli import run
 from splitquant_mlx.conversion.bits import forecast
 from splitquant_mlx.errors import SourceError
+from splitquant_mlx.formats.manifest import load_manifest
 from splitquant_mlx.progress import Silent
 from splitquant_mlx.report import load_report
 from splitquant_mlx.runtime.workspace import workspace
@@ -318,6 +319,20 @@ def test_a_model_of_a_killed_study_is_reused_if_complete(small, monkeypatch, dam
     assert run([*command, "--keep-models"]) == 0
     assert (model.stat().st_mtime_ns != made) == damage
     assert values_of(home) == expected
+
+
+def test_the_number_of_calibration_texts_is_that_of_the_model(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "run_program", run_here)
+    command, home = small
+    file = tmp_path / "small.toml"
+    settings = 'method = "imatrix"\ncalibration = { sequence_length = 8 }\n'
+    file.write_text(file.read_text() + settings)
+    assert run([*command, "--keep-models"]) == 0
+    model = home / "models" / "split"
+    number = load_manifest(model).recipe["calibration"]["num_samples"]
+    values = values_of(home)
+    assert values["split", "convert"]["num_samples"] == number == 128
+    assert values["original", "convert"].get("num_samples") is None
 
 
 def test_missing_data_sets_are_named(study, tmp_path, monkeypatch):
