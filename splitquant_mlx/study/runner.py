@@ -32,6 +32,8 @@ from splitquant_mlx.evaluation.perplexity import Perplexity, measure_perplexity
 from splitquant_mlx.evaluation.reference import open_reference
 from splitquant_mlx.evaluation.task import window_length
 from splitquant_mlx.formats.manifest import load_manifest
+from splitquant_mlx.models.architecture import widest_input
+from splitquant_mlx.models.checkpoint import open_checkpoint
 from splitquant_mlx.models.directory import as_directory
 from splitquant_mlx.models.lazy import LazyModel
 from splitquant_mlx.models.source import Source, resolve
@@ -250,7 +252,8 @@ class _Runner:
             manifest = load_manifest(path)
         except CheckpointError:
             return False
-        if manifest is None or manifest.recipe != recipe.to_dict():
+        resolved = recipe.for_model(widest_input(open_checkpoint(self.original).model))
+        if manifest is None or manifest.recipe != resolved.to_dict():
             return False
         return not check_files(path, manifest, self.progress).problems
 

@@ -333,6 +333,10 @@ def test_the_number_of_calibration_texts_is_that_of_the_model(small, tmp_path, m
     values = values_of(home)
     assert values["split", "convert"]["num_samples"] == number == 128
     assert values["original", "convert"].get("num_samples") is None
+    made = (model / "model.safetensors").stat().st_mtime_ns
+    next(home.glob("split*.kl.json")).unlink()
+    assert run([*command, "--keep-models"]) == 0
+    assert (model / "model.safetensors").stat().st_mtime_ns == made and values_of(home) == values
 
 
 def test_missing_data_sets_are_named(study, tmp_path, monkeypatch):
