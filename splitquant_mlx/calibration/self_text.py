@@ -30,7 +30,8 @@ OPENINGS = (
     "Les ", "The species", "Theorem. ", "SELECT ", "{\"", "I think", "The army", "Copyright (c)",
 )  # fmt: skip
 MARK = "\x01"
-BATCH_TEXTS = 128  # of 128 tokens: 0.5 GB of keys and values for 1B, 2.1 GB for 8B
+BATCH_TEXTS = 256  # at most
+CACHE_BYTES = 1 << 30  # keys and values of a batch: 256 texts of 128 tokens for 1B, 64 for 8B
 CORE_TEXTS = 16  # least part of a batch for a core of a CPU
 READ = 4  # positions of a resumed text that are read at a time
 BLOCK = 64  # tokens of the vocabulary per partial sum
@@ -46,7 +47,7 @@ def sample_tokens(
     progress: Progress,
     saved_state: SavedState | None = None,
 ) -> np.ndarray:
-    """Return tokens (texts, length) int32 sampled from `model`, `BATCH_TEXTS` at a time.
+    """Return tokens (texts, length) int32 sampled from `model`, in batches.
 
     Args:
         model: one of mlx-lm's.
@@ -60,15 +61,17 @@ def sample_tokens(
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt[:length]
     given = np.array([min(len(prompt), length) for prompt in prompts])
-    steps = -(-len(prompts) // BATCH_TEXTS) * (length - 1)
+    size = _batch_texts(model, length)
+    batches = -(-len(prompts) // size)
+    steps = batches * (length - 1)
     done = _restore(saved_state, tokens)
     with progress.task(SAMPLING, steps) as advance:
         if done:
             progress.note(f"Resuming: {done} of {steps} steps done")
             advance(done)
         saved_s = time.monotonic()
-        for batch in range(done // (length - 1), -(-len(prompts) // BATCH_TEXTS)):
-            texts = slice(batch * BATCH_TEXTS, (batch + 1) * BATCH_TEXTS)
+        for batch in range(done // (length - 1), batches):
+            texts = slice(batch * size, (batch + 1) * size)
             first = done - batch * (length - 1) if done > batch * (length - 1) else 0
             for position in _continue(model, tokens[texts], given[texts], first + 1, [seed, batch]):
                 advance(1)
@@ -79,6 +82,14 @@ def sample_tokens(
     if saved_state:
         saved_state.remove()
     return tokens
+
+
+def _batch_texts(model: nn.Module, length: int) -> int:
+    """Return the number of texts of `length` tokens whose cache takes `CACHE_BYTES`."""
+    cache = make_cache(model, length, half=True)
+    model(mx.zeros((1, 1), mx.int32), cache=cache)  # sets the sizes, is not evaluated
+    limit = CACHE_BYTES // sum(layer.nbytes for layer in cache)
+    return min(BATCH_TEXTS, max(CORE_TEXTS, limit))
 
 
 def _continue(
@@ -95,7 +106,7 @@ def _continue(
     call = serialized(model, model)  # a call may replace layers
 
     def read(part: slice) -> list[Any]:
-        cache = make_cache(model, tokens.shape[1])
+        cache = make_cache(model, tokens.shape[1], half=True)
         for start in range(0, first - 1, READ):  # logits are not evaluated
             call(mx.array(tokens[part, start : min(start + READ, first - 1)]), cache=cache)
             mx.eval([layer.state for layer in cache])

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from splitquant_mlx.calibration.saved_state import SavedState
-from splitquant_mlx.calibration.self_text import BATCH_TEXTS, beginnings, sample_tokens
+from splitquant_mlx.calibration.self_text import BATCH_TEXTS, CACHE_BYTES, beginnings, sample_tokens
 from splitquant_mlx.data.text import cut_windows, encode, load_text
 from splitquant_mlx.models.compact import compact
 from splitquant_mlx.models.config import read_config
@@ -40,7 +40,8 @@ def calibration_tokens(
         return windows[:: max(1, len(windows) // texts)][:texts]
     seed = calibration.seed
     prompts = beginnings(opened.tokenizer, texts, np.random.default_rng(seed))
-    parts = (opened.hash, prompts, length, seed, BATCH_TEXTS, "compact", version("mlx"))
+    batches = (BATCH_TEXTS, CACHE_BYTES)
+    parts = (opened.hash, prompts, length, seed, batches, "compact", version("mlx"))
     key = sha256(repr((*parts, mx.default_device().type.name)).encode()).hexdigest()
 
     def sample() -> np.ndarray:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 
 from splitquant_mlx.calibration.blocks import LOGITS
-from splitquant_mlx.calibration.self_text import BATCH_TEXTS
+from splitquant_mlx.calibration.self_text import BATCH_TEXTS, CACHE_BYTES
 from splitquant_mlx.conversion.refine import BATCH_TEXTS as TRAINED_TEXTS
 from splitquant_mlx.models.compact import SLICE
 from splitquant_mlx.models.footprint import PROGRAM_BYTES
@@ -45,7 +45,7 @@ def converting_bytes(sizes: Mapping[str, int], recipe: Recipe) -> float:
         text = recipe.texts
         stages[0] += _block_bytes(sizes, text)
         if text.text == SELF:
-            stages.append(_sampling_bytes(sizes, text, 4 if on_cpu else 2))
+            stages.append(_sampling_bytes(sizes, text))
         if recipe.method == "auto" or recipe.refine:  # logits of the original
             stages.append(_block_bytes(sizes, text) + 4 * LOGITS_BYTES)
         if recipe.refine:
@@ -71,12 +71,12 @@ def _block_bytes(sizes: Mapping[str, int], text: Calibration) -> float:
     return 4 * (2 * max(blocks.values(), default=0) + 2 * states)
 
 
-def _sampling_bytes(sizes: Mapping[str, int], text: Calibration, entry_bytes: int) -> float:
-    """Return the size of the 8-bit copy, and of KV cache and logits of the texts."""
+def _sampling_bytes(sizes: Mapping[str, int], text: Calibration) -> float:
+    """Return the size of the 8-bit copy, and of KV cache and logits of a batch of texts."""
     hidden, texts = _hidden(sizes), min(BATCH_TEXTS, text.texts_for())
     cached = sum(n for name, n in sizes.items() if KEYS_AND_VALUES.search(name)) / hidden
+    kv_cache = min(CACHE_BYTES, 2 * cached * texts * text.sequence_length)  # 16-bit
     logits = 8 * texts * max(sizes.values()) / hidden
-    kv_cache = entry_bytes * cached * texts * text.sequence_length
     dequantized = 4 * SLICE * cores()  # weights that are float32 at a time
     return 1.05 * sum(sizes.values()) + kv_cache + logits + dequantized
 
