@@ -7,7 +7,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from splitquant_mlx.calibration.statistics import FEW_TOKENS, hessian
+from splitquant_mlx.calibration.statistics import FEW_TOKENS
+from splitquant_mlx.calibration.sums import hessian
 from splitquant_mlx.quantization.affine import Quantized, dequantize
 from splitquant_mlx.quantization.gptq import gptq_quantize
 from splitquant_mlx.quantization.imatrix import quantize_weighted

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -17,26 +17,10 @@ from splitquant_mlx.calibration.blocks import (
     strip_prefix,
     tapped,
 )
+from splitquant_mlx.calibration.sums import Statistic, Sum, hessian, sum_of
 from splitquant_mlx.runtime.cores import run_parallel
 
 FEW_TOKENS = 64  # per expert: with fewer, its statistic is mostly that of all experts
-Statistic = Callable[[mx.array], mx.array]
-
-
-def sum_of_squares(x: mx.array) -> mx.array:
-    """Return sum x_j^2 (in,) over the rows of x (n, in): the diagonal of `hessian`."""
-    return (x * x).sum(0)
-
-
-def hessian(x: mx.array) -> mx.array:
-    """Return x^T x (in, in), half the Hessian of the layer's squared output error.
-
-    On the CPU by numpy, which computes half of a symmetric product (BLAS's syrk).
-    """
-    if mx.default_device() != mx.cpu:
-        return x.T @ x
-    rows = np.array(x, copy=False)
-    return mx.array(rows.T @ rows)
 
 
 def shrunk(mean: mx.array, statistic: Statistic, tokens: int) -> mx.array:
@@ -138,8 +122,7 @@ class _Means:
     def __init__(self, statistics: Mapping[str, Statistic], tokens: int):
         self._statistics = statistics
         self._tokens = tokens
-        self._scale = tokens**-0.5  # statistics are quadratic in the inputs
-        self._sums: dict[str, mx.array] = {}
+        self._sums: dict[str, Sum] = {}
         self._experts: dict[str, ExpertMeans] = {}
 
     def add(self, batches: Sequence[Mapping[str, Inputs]]) -> None:
@@ -150,7 +133,8 @@ class _Means:
             path: firsts.setdefault((id(inputs.argument), self._statistics[path]), path)
             for path, inputs in batches[0].items()
         }
-        run_parallel([partial(self._add, path, batches) for path in firsts.values()])
+        parts = [self._tasks(path, [batch[path] for batch in batches]) for path in firsts.values()]
+        run_parallel([task for tasks in parts for task in tasks])
         for path, first in shared.items():
             self._share(path, first)
 
@@ -160,26 +144,30 @@ class _Means:
         else:
             self._experts[path] = self._experts[first]
 
-    def _add(self, path: str, batches: Sequence[Mapping[str, Inputs]]) -> None:
+    def _tasks(self, path: str, batches: Sequence[Inputs]) -> list[Callable[[], None]]:
+        """Return functions that add the inputs of a layer in some batches."""
         statistic = self._statistics[path]
-        for inputs in (batch[path] for batch in batches):
-            rows = inputs.rows.reshape(-1, inputs.rows.shape[-1]).astype(mx.float32)
-            if inputs.routes is not None:
-                if path not in self._experts:
-                    self._experts[path] = ExpertMeans(inputs.experts, statistic)
-                self._experts[path].add(rows, np.array(inputs.routes).reshape(-1))
-                continue
-            added = statistic(rows * self._scale)
-            self._sums[path] = added if path not in self._sums else self._sums[path] + added
-            mx.eval(self._sums[path])
+        rows = [x.rows.reshape(-1, x.rows.shape[-1]).astype(mx.float32) for x in batches]
+        mx.eval(rows)  # here, as tasks run in other threads
+        if batches[0].routes is None:
+            return self._sums.setdefault(path, sum_of(statistic)).tasks(rows)
+        means = self._experts.setdefault(path, ExpertMeans(batches[0].experts, statistic))
+        routes = [np.array(x.routes).reshape(-1) for x in batches]
+
+        def add() -> None:
+            for batch in zip(rows, routes, strict=True):
+                means.add(*batch)
+
+        return [add]
 
     def result(self, prefix: str) -> InputStatistics:
         """Return the means; layers that share their inputs share the array."""
-        finished = {
-            id(total): shrunk(total, self._statistics[path], self._tokens)
-            for path, total in self._sums.items()
-        }
-        mx.eval(list(finished.values()))
+        finished: dict[int, mx.array] = {}
+        for path, total in self._sums.items():
+            if id(total) not in finished:
+                mean = shrunk(total.pop() / self._tokens, self._statistics[path], self._tokens)
+                mx.eval(mean)
+                finished[id(total)] = mean
         of_layers = {path: finished[id(total)] for path, total in self._sums.items()}
         means: dict[str, Mean] = {**of_layers, **self._experts}
         rare = {prefix + path: experts.rare for path, experts in self._experts.items()}

@@ -23,12 +23,8 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from splitquant_mlx.calibration.blocks import Pass, start_pass, strip_prefix
-from splitquant_mlx.calibration.statistics import (
-    InputStatistics,
-    Learned,
-    Statistic,
-    outer_statistics,
-)
+from splitquant_mlx.calibration.statistics import InputStatistics, Learned, outer_statistics
+from splitquant_mlx.calibration.sums import Statistic
 from splitquant_mlx.conversion.plan import LayerPlan
 from splitquant_mlx.errors import RecipeError, one_line
 

@@ -13,13 +13,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from splitquant_mlx.calibration.statistics import (
-    Learned,
-    Mean,
-    Statistic,
-    hessian,
-    sum_of_squares,
-)
+from splitquant_mlx.calibration.statistics import Learned, Mean
+from splitquant_mlx.calibration.sums import Statistic, hessian, sum_of_squares
 from splitquant_mlx.conversion.plan import LayerPlan
 from splitquant_mlx.nn.split_layers import scale_dtype
 from splitquant_mlx.quantization.affine import (

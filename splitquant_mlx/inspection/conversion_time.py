@@ -26,7 +26,7 @@ from threadpoolctl import ThreadpoolController
 
 from splitquant_mlx.calibration.blocks import start_pass
 from splitquant_mlx.calibration.self_text import BATCH_TEXTS
-from splitquant_mlx.calibration.statistics import hessian
+from splitquant_mlx.calibration.sums import hessian
 from splitquant_mlx.conversion.bits import TOKENS as SENSITIVITY_TOKENS
 from splitquant_mlx.conversion.plan import LayerPlan
 from splitquant_mlx.conversion.quantizers import QUANTIZERS, uses_cpu

@@ -2,20 +2,7 @@
 
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, make_prompt_cache
-
-
-class HalfCache(KVCache):
-    """mlx-lm's cache of keys and values, which stores float32 ones as bfloat16."""
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append keys and values, and return all of them in the same dtype."""
-        if (dtype := keys.dtype) != mx.float32:
-            return super().update_and_fetch(keys, values)
-        stored = super().update_and_fetch(keys.astype(mx.bfloat16), values.astype(mx.bfloat16))
-        return stored[0].astype(dtype), stored[1].astype(dtype)
 
 
 def make_cache(model: nn.Module, step: int, *, half: bool = False) -> list[Any]:
@@ -27,8 +14,12 @@ def make_cache(model: nn.Module, step: int, *, half: bool = False) -> list[Any]:
     Args:
         model: one of mlx-lm's.
         step: positions to make room for at a time, at most; 1 or more.
-        half: store float32 keys and values as bfloat16, where a layer has a plain cache.
+        half: store float32 keys and values as bfloat16, in layers with a plain cache.
     """
+    from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+    from splitquant_mlx.models.half_cache import HalfCache
+
     cache = make_prompt_cache(model)
     if half:
         cache = [HalfCache() if type(layer) is KVCache else layer for layer in cache]

@@ -107,21 +107,21 @@ def damped_hessian(hessian: np.ndarray) -> np.ndarray:
 def unit_upper(h: Any) -> Any:
     """Return U, unit upper triangular, of h = U D U^T; a numpy or mlx array like `h`.
 
-    Diagonal blocks are factorized by LAPACK, from the last to the first; the blocks above them are
-    matrix products, which a BLAS or a GPU computes faster.
+    Column panels are factorized from the last to the first: the diagonal block by LAPACK, the rest
+    by matrix products, which a BLAS or a GPU computes faster.
     """
     xp: Any = np if isinstance(h, np.ndarray) else mx
-    schur, factor = xp.array(h), xp.zeros_like(h)
+    factor = xp.zeros_like(h)  # U sqrt(D)
     for start in reversed(range(0, len(h), FACTOR_BLOCK)):
-        block, before = slice(start, min(start + FACTOR_BLOCK, len(h))), slice(0, start)
+        end = min(start + FACTOR_BLOCK, len(h))
+        block, before, after = slice(start, end), slice(0, start), slice(end, len(h))
+        panel = h[:end, block] - factor[:end, after] @ factor[block, after].T
         # U U^T from Cholesky's L L^T: reverse the order of the channels before and after
-        upper = np.linalg.cholesky(np.array(schur[block, block])[::-1, ::-1])[::-1, ::-1]
-        scale = np.ascontiguousarray(np.diagonal(upper))
-        factor[block, block] = xp.array(upper / scale)
-        if start:
-            above = schur[before, block] @ xp.array(np.linalg.inv(upper).T)
-            factor[before, block] = above / xp.array(scale)
-            schur[before, before] -= above @ above.T
+        lower = np.linalg.cholesky(np.array(panel[block])[::-1, ::-1])
+        upper = np.ascontiguousarray(lower[::-1, ::-1])
+        factor[block, block] = xp.array(upper)
+        factor[before, block] = panel[before] @ xp.array(np.linalg.inv(upper).T)
+    factor /= xp.array(np.array(xp.diagonal(factor)))
     return factor
 
 

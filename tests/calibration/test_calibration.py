@@ -18,13 +18,8 @@ from splitquant_mlx.calibration import blocks, self_text
 from splitquant_mlx.calibration.saved_state import SavedState
 from splitquant_mlx.calibration.self_text import beginnings, sample_tokens
 from splitquant_mlx.calibration.sensitivity import predict_divergence
-from splitquant_mlx.calibration.statistics import (
-    FEW_TOKENS,
-    ExpertMeans,
-    hessian,
-    iterate_blocks,
-    sum_of_squares,
-)
+from splitquant_mlx.calibration.statistics import FEW_TOKENS, ExpertMeans, iterate_blocks
+from splitquant_mlx.calibration.sums import hessian, sum_of, sum_of_squares
 from splitquant_mlx.calibration.tokens import calibration_tokens
 from splitquant_mlx.cli import run
 from splitquant_mlx.evaluation.divergence import divergence, log_probabilities
@@ -32,6 +27,7 @@ from splitquant_mlx.models.architecture import parameters
 from splitquant_mlx.models.compact import compact
 from splitquant_mlx.models.lazy import LazyModel
 from splitquant_mlx.models.loader import load_model
+from splitquant_mlx.models.prompt_cache import make_cache
 from splitquant_mlx.progress import Silent
 from splitquant_mlx.quantization.gptq import gptq_quantize
 from splitquant_mlx.quantization.imatrix import quantize_weighted
@@ -267,6 +263,22 @@ def test_an_interrupted_text_is_gone_on_with(stories, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_batch_follows_from_the_memory_of_the_cache(stories, monkeypatch):
+    """Keys and values in 16 bits: layers x 2 x kv width x length x 2 bytes for each text."""
+    model = load(stories)[0]
+    args, length = model.args, 64
+    width = args.num_key_value_heads * args.hidden_size // args.num_attention_heads
+    text = args.num_hidden_layers * 2 * width * length * 2
+    for cached, expected in ((40 * text, 40), (41 * text - 1, 40), (text, 16), (999 * text, 256)):
+        monkeypatch.setattr(self_text, "CACHE_BYTES", cached)
+        assert self_text._batch_texts(model, length) == expected
+    float32, half = ([make_cache(model, length, half=half)] for half in (False, True))
+    tokens = mx.array(np.random.default_rng(0).integers(1, 500, (2, 20)))
+    wanted, found = (model(tokens, cache=cache) for (cache,) in (float32, half))
+    assert found.dtype == mx.float32
+    assert 0 < mx.abs(wanted - found).max() < 0.02 * mx.abs(wanted).max()
+
+
 def test_to_go_on_takes_no_more_memory_than_to_write_it_all(stories, tmp_path, monkeypatch):
     model, tokenizer = load(stories)
     prompts = beginnings(tokenizer, 16, np.random.default_rng(1))
@@ -300,6 +312,18 @@ def test_tokens_are_drawn_as_likely_as_they_are():
     often = p * 20_000 > 5
     counts = np.bincount(drawn, minlength=150)[often]
     assert chisquare(counts, p[often] / p[often].sum() * counts.sum()).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("width", [5, 768, 769, 2000])
+def test_a_hessian_in_panels_is_the_product(width):
+    rng = np.random.default_rng(width)
+    batches = [rng.standard_normal((n, width)).astype(np.float32) for n in (30, 1, 50)]
+    total = sum_of(hessian)
+    for part in (batches[:2], batches[2:]):
+        for add in total.tasks([mx.array(x) for x in part]):
+            add()
+    rows = np.concatenate(batches).astype(np.float64)
+    np.testing.assert_allclose(np.array(total.pop()), rows.T @ rows, atol=1e-3)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mixtral"])

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from splitquant_mlx.calibration import blocks
-from splitquant_mlx.calibration.statistics import hessian, iterate_blocks
+from splitquant_mlx.calibration.statistics import iterate_blocks
+from splitquant_mlx.calibration.sums import hessian
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.runtime import cores
 
