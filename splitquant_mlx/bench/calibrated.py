@@ -29,6 +29,7 @@ from splitquant_mlx.models.architecture import widest_input
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.progress import SILENT, Advance, Progress
 from splitquant_mlx.recipe import Calibration, Recipe
+from splitquant_mlx.runtime.blas import release_freed_memory
 from splitquant_mlx.runtime.environment import made_with
 
 SIZE = 2048  # rows and columns of the timed matrix product
@@ -89,6 +90,7 @@ def bench_calibrated(
     """
     recipe = recipe or Recipe(method="gptq")
     operations = count_operations(model, recipe.texts)
+    release_freed_memory()
     stages = Stages(progress)
     before_s = product_s(SIZE, time.perf_counter)
     with TemporaryDirectory(dir=scratch, prefix=".bench-") as directory, _cache_in(Path(directory)):

@@ -136,24 +136,23 @@ def _sample(logits: mx.array, seed: list[int], part: slice) -> np.ndarray:
         key = mx.random.key(int(rng.integers(1 << 63)))
         return np.array(mx.random.categorical(logits, key=key))
     points = rng.random(part.stop)[part.start :]
-    p = np.array(logits.astype(mx.float32))
-    p -= p.max(axis=-1, keepdims=True)
-    np.exp(p, out=p)
-    whole = p.shape[1] // BLOCK * BLOCK
-    blocks = p[:, :whole].reshape(len(p), -1, BLOCK).sum(axis=-1)
-    sums = np.cumsum(np.concatenate([blocks, p[:, whole:]], axis=1), axis=1, dtype=np.float64)
-    sampled = np.empty(len(p), np.int64)
-    for row, (at, total) in enumerate(zip(points * sums[:, -1], sums, strict=True)):
-        block = min(int(np.searchsorted(total, at, side="right")), len(total) - 1)
-        if block >= blocks.shape[1]:
-            sampled[row] = whole + block - blocks.shape[1]
-            continue
-        inside = np.cumsum(p[row, block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
-        left = at - (total[block - 1] if block else 0.0)
-        sampled[row] = block * BLOCK + min(
-            int(np.searchsorted(inside, left, side="right")), BLOCK - 1
-        )
-    return sampled
+    rows = np.array(logits.astype(mx.float32), copy=False)
+    return np.array([_invert(row, point) for row, point in zip(rows, points, strict=True)])
+
+
+def _invert(logits: np.ndarray, point: float) -> int:
+    """Return the token at which the distribution function of `logits` exceeds `point`."""
+    p = np.exp(logits - logits.max())
+    whole = len(p) // BLOCK * BLOCK
+    blocks = p[:whole].reshape(-1, BLOCK).sum(axis=-1)
+    sums = np.cumsum(np.concatenate([blocks, p[whole:]]), dtype=np.float64)
+    at = point * sums[-1]
+    block = min(int(np.searchsorted(sums, at, side="right")), len(sums) - 1)
+    if block >= len(blocks):
+        return whole + block - len(blocks)
+    inside = np.cumsum(p[block * BLOCK : (block + 1) * BLOCK], dtype=np.float64)
+    left = at - (sums[block - 1] if block else 0.0)
+    return block * BLOCK + min(int(np.searchsorted(inside, left, side="right")), BLOCK - 1)
 
 
 def _restore(saved_state: SavedState | None, tokens: np.ndarray) -> int:

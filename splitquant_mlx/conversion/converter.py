@@ -33,7 +33,7 @@ from splitquant_mlx.formats.shard_writer import ShardWriter
 from splitquant_mlx.models.architecture import parameters
 from splitquant_mlx.models.checkpoint import FLOATS, Checkpoint, check_unchanged
 from splitquant_mlx.progress import QUANTIZING, Progress
-from splitquant_mlx.runtime.blas import one_thread
+from splitquant_mlx.runtime.blas import MMAP_THRESHOLD_BYTES, one_thread, release_freed_memory
 from splitquant_mlx.runtime.cores import executor
 
 FLOAT_TYPES = tuple(FLOATS.values())
@@ -144,6 +144,8 @@ class Converter:
         with timed(self.state.seconds, "read"):
             w = source_array(self.checkpoint, self.plan.dtype, name)
             del self.checkpoint.weights[name]
+            if w.nbytes >= MMAP_THRESHOLD_BYTES:
+                release_freed_memory()
             try:
                 mx.eval(w)
             except Exception as exc:  # the file was changed or became unreadable

@@ -79,11 +79,9 @@ class _Compact(nn.Module):
 
     def _product(self, x: mx.array) -> mx.array:
         rows = max(1, SLICE // self.codes.shape[1])
-        pieces = [
-            x @ self.codes[start : start + rows].astype(mx.float32).T
-            for start in range(0, len(self.codes), rows)
-        ]
-        return mx.concatenate(pieces, axis=-1) * self.scales[:, 0]
+        slices = [slice(start, start + rows) for start in range(0, len(self.codes), rows)]
+        pieces = [x @ self.codes[s].astype(mx.float32).T * self.scales[s, 0] for s in slices]
+        return mx.concatenate(pieces, axis=-1)
 
 
 def _quantize(w: mx.array) -> tuple[mx.array, mx.array]:

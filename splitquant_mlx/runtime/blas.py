@@ -56,6 +56,13 @@ def _retain_freed_memory() -> None:
         mallopt(M_ARENA_MAX, 1)
 
 
+def release_freed_memory() -> None:
+    """Return to the system what glibc's malloc retained; before large arrays are allocated."""
+    if sys.platform == "linux":
+        with suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def _preload_torch() -> None:
     """Load libtorch, if installed, before OpenBLAS.
 
