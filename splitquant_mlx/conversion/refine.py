@@ -25,7 +25,7 @@ are no faster than one: their operations wait for each other.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -39,7 +39,7 @@ from splitquant_mlx.calibration.predictions import Predictions, kl_divergence
 from splitquant_mlx.calibration.saved_state import SavedState
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.models.dense import for_scoring
-from splitquant_mlx.models.expert_products import expert_products
+from splitquant_mlx.models.trainable import TrainableLinear, TrainableSwitchLinear
 from splitquant_mlx.progress import REFINING, Advance, Progress
 from splitquant_mlx.recipe import Calibration
 
@@ -47,7 +47,6 @@ BATCH_TEXTS = 4
 HELD_OUT = 16  # one text in 16 is held out
 TEXTS_PER_SAMPLE, MOST_TRAINED = 8, 1024  # training texts per calibration text, and at most
 LEARNING_RATE = 2e-3
-WIDE = 1 << 24  # weights that are dequantized at a time
 SAVE_S = 30.0  # between two saves
 
 
@@ -214,121 +213,6 @@ def _resume(saved_state: SavedState, model: nn.Module, optimizer: Any) -> int:
     states = [name for name, _ in tree_flatten(optimizer.state)]
     optimizer.state = tree_unflatten(list(zip(states, arrays[len(names) :], strict=True)))
     return steps
-
-
-class TrainableLinear(nn.Module):
-    """Quantized linear layer with trainable scales and biases.
-
-    Attributes:
-        u, v: trained parameters (..., out, in / group_size), steps of the grid.
-    """
-
-    def __init__(self, layer: Any):
-        super().__init__()
-        self._packed, self._bias = layer.weight, layer.get("bias")
-        self._scales = layer.scales.astype(mx.float32)
-        self._biases = layer["biases"].astype(mx.float32)
-        self._middle = (2**layer.bits - 1) / 2
-        self._product, self._backward = _product(layer.group_size, layer.bits)
-        self.u = mx.zeros(self._scales.shape)
-        self.v = mx.zeros(self._scales.shape)
-
-    def trained(self) -> tuple[mx.array, mx.array]:
-        """Return scales and biases (..., out, in / group_size), float32."""
-        scales = self._scales * (1 + self.u / self._middle)
-        return scales, self._biases + self._scales * (self.v - self.u)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """Map x (..., in) to (..., out)."""
-        rows = max(1, WIDE // x.shape[-1])
-        starts = list(range(rows, len(self._packed), rows))
-        pieces = (mx.split(array, starts) for array in (self._packed, *self.trained()))
-        y = mx.concatenate([self._product(x, *own) for own in zip(*pieces, strict=True)], axis=-1)
-        return y if self._bias is None else y + self._bias
-
-
-class TrainableSwitchLinear(TrainableLinear):
-    """Quantized stack of experts with trainable scales and biases (experts, out, groups)."""
-
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """Map x (..., 1, in) to (..., 1, out) with the experts `indices` (...)."""
-        y = self._products(indices)(x, *self.trained())
-        return y if self._bias is None else y + mx.expand_dims(self._bias[indices], -2)
-
-    def _products(self, indices: mx.array) -> Any:
-        """Return a function of x, scales and biases that computes one expert at a time."""
-
-        def weight_of(scales: mx.array, biases: mx.array, expert: int) -> list[mx.array]:
-            return [self._packed[expert], scales[expert], biases[expert]]
-
-        @mx.custom_function
-        def products(x: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-            x, scales, biases = map(_constant, (x, scales, biases))
-
-            def multiply(rows: mx.array, expert: int) -> mx.array:
-                return _constant(self._product(rows, *weight_of(scales, biases, expert)))
-
-            return expert_products(x, indices, multiply)
-
-        @products.vjp
-        def gradients(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
-            x, scales, biases = map(_constant, primals)
-            width = x.shape[-1]
-            rows = mx.broadcast_to(x, (*cotangent.shape[:-1], width))
-            totals = [list(mx.zeros_like(array)) for array in (scales, biases)]
-
-            def backward(rows: mx.array, expert: int) -> mx.array:
-                inputs, cotangents = mx.split(rows, [width], axis=-1)
-                weight = weight_of(scales, biases, expert)
-                of_x, *trained = map(_constant, self._backward(inputs, *weight, cotangents))
-                for of_all, of_expert in zip(totals, trained, strict=True):
-                    of_all[expert] = of_expert
-                return of_x
-
-            both = mx.concatenate([rows, _constant(cotangent)], axis=-1)
-            of_x = expert_products(both, indices, backward)
-            shared = [axis for axis, size in enumerate(x.shape) if size != of_x.shape[axis]]
-            return of_x.sum(shared, keepdims=True), *(mx.stack(of_all) for of_all in totals)
-
-        return products
-
-
-def _constant(x: mx.array) -> mx.array:
-    """Return a copy of an array without its graph, which mlx retains inside a vjp."""
-    return mx.array(np.array(x))
-
-
-@cache
-def _product(group_size: int, bits: int) -> tuple[Any, Any]:
-    """Return the quantized product of x, packed codes, scales and biases, and its vjp.
-
-    The product is differentiable in all but the codes. The vjp dequantizes the weight again, so
-    that one piece at a time is in memory. mlx's own quantized product is slow on the CPU.
-    """
-
-    def dense(packed: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-        return mx.dequantize(packed, scales, biases, group_size, bits)
-
-    @mx.custom_function
-    def product(x: mx.array, packed: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-        return x @ dense(packed, scales, biases).T
-
-    def backward(
-        x: mx.array, packed: mx.array, scales: mx.array, biases: mx.array, cotangent: mx.array
-    ) -> tuple[mx.array, ...]:
-        rows, out = (array.reshape(-1, array.shape[-1]) for array in (x, cotangent))
-        of_weight = (out.T @ rows).reshape(*scales.shape, group_size)
-        codes = dense(packed, mx.ones_like(scales), mx.zeros_like(biases)).reshape(of_weight.shape)
-        w = (codes * scales[..., None] + biases[..., None]).reshape(len(packed), -1)
-        return cotangent @ w, (of_weight * codes).sum(-1), of_weight.sum(-1)
-
-    @product.vjp
-    def gradients(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
-        x, packed, scales, biases = primals
-        of_x, *trained = backward(x, packed, scales, biases, cotangent)
-        return of_x, mx.zeros_like(packed), *trained
-
-    return product, backward
 
 
 def _make_trainable(model: nn.Module) -> dict[str, TrainableLinear]:

@@ -16,10 +16,10 @@ from splitquant_mlx.calibration import predictions
 from splitquant_mlx.calibration.blocks import start_pass_in_memory
 from splitquant_mlx.calibration.predictions import kl_divergence, most_likely
 from splitquant_mlx.conversion import pipeline, refine
-from splitquant_mlx.conversion.refine import TrainableLinear, TrainableSwitchLinear
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.formats.patch import replace_tensors
 from splitquant_mlx.formats.shard_writer import ShardWriter
+from splitquant_mlx.models.trainable import TrainableLinear, TrainableSwitchLinear
 from splitquant_mlx.progress import Silent
 from splitquant_mlx.recipe import Calibration
 from splitquant_mlx.runtime import workspace
@@ -50,7 +50,7 @@ def test_a_wide_layer_is_dense_in_pieces_alone(monkeypatch):
         return nn.value_and_grad(layer, lambda layer: mx.square(layer(x)).sum())(layer)[1]
 
     whole = gradients(TrainableLinear(quantized))
-    monkeypatch.setattr(refine, "WIDE", 64 * 24)
+    monkeypatch.setattr("splitquant_mlx.models.trainable.WIDE", 64 * 24)
     layer, pieces = TrainableLinear(quantized), []
     product = layer._product
 
