@@ -1,6 +1,7 @@
 """Predictions of the original model, stored as its most likely tokens."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ import numpy as np
 from splitquant_mlx.calibration.blocks import start_pass
 from splitquant_mlx.calibration.saved_state import SavedState
 from splitquant_mlx.progress import PREDICTING, Progress
+from splitquant_mlx.runtime.cores import run_parallel, serialized_eval
 
 MOST_LIKELY = 128  # tokens stored per position; all others count as one event
 TEXTS = 256  # in memory at a time
@@ -65,11 +67,10 @@ def _predict_some(load: Callable[[], nn.Module], tokens: np.ndarray) -> Predicti
     for index in range(len(run.blocks)):
         run.advance(index)
         run.release(index)
-    parts = []
-    for state in run.states:
-        for piece in run.pieces(state):
-            parts.append(most_likely(run.finish(piece)))
-            mx.eval(parts[-1])
+    pieces = [piece for state in run.states for piece in run.pieces(state)]
+    mx.eval(pieces)
+    compute = serialized_eval(lambda piece: most_likely(run.finish(piece)), run.model)
+    parts = run_parallel([partial(compute, piece) for piece in pieces])
     return Predictions(*(mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True)))
 
 

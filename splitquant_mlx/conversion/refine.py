@@ -18,14 +18,12 @@ On SmolLM2-135M, auto at 3.5, 4.5 and 5.5 bits/weight, divergence after over bef
 So more texts help more than more passes; at 5.5 bits, 2e-3 gives 0.96 on WikiText-2, too. Batches
 of 16 texts give 0.87 and 0.97 there after a quarter of the steps. Worse, at 3 bits and on fewer
 texts: half the learning rate with the norms trained as well, a seventh of the tokens replaced at
-random, and codes trained with straight-through gradients. On a CPU, two threads with a stream each
-are no faster than one: their operations wait for each other.
+random, and codes trained with straight-through gradients.
 """
 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -34,9 +32,9 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from splitquant_mlx.calibration.blocks import Pass, start_pass_in_memory
-from splitquant_mlx.calibration.predictions import Predictions, kl_divergence
+from splitquant_mlx.calibration.predictions import Predictions
 from splitquant_mlx.calibration.saved_state import SavedState
+from splitquant_mlx.conversion.refine_step import Step
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.models.dense import for_scoring
 from splitquant_mlx.models.trainable import TrainableLinear, TrainableSwitchLinear
@@ -110,11 +108,9 @@ def refine(
     optimizer = optim.Adam(_schedule(len(batches)), betas=[0.9, 0.99], eps=1e-12)
     optimizer.init(model.trainable_parameters())
 
-    def start(texts: np.ndarray) -> tuple[Pass, Callable[[mx.array], Any]]:
-        """Return the pass of a batch, and its divergence as a function of the last state."""
-        run = start_pass_in_memory(model, tokens[texts], tokens[texts].size)
-        expected = [array[mx.array(texts)] for array in predictions]
-        return run, lambda state: kl_divergence(run.finish(state), *expected)
+    def start(texts: np.ndarray) -> Step:
+        expected = Predictions(*(array[mx.array(texts)] for array in predictions))
+        return Step(model, tokens[texts], expected)
 
     with progress.task(REFINING, len(batches) + 2 * len(held_out)) as advance:
         before = _mean(start, held_out, advance)
@@ -123,7 +119,7 @@ def refine(
             progress.note(f"Resuming: {first} of {len(batches)} steps done")
             advance(first)
         for number in range(first, len(batches)):
-            optimizer.update(model, _gradients(*start(batches[number])))
+            optimizer.update(model, start(batches[number]).gradients())
             mx.eval(model.trainable_parameters(), optimizer.state)
             advance(1)
             if time.monotonic() - saved_s > SAVE_S:
@@ -139,57 +135,15 @@ def refine(
     return Refined(before=before, after=after, tensors=tensors)
 
 
-def _mean(start: Callable[[np.ndarray], Any], batches: list[np.ndarray], advance: Advance) -> float:
+def _mean(
+    start: Callable[[np.ndarray], Step], batches: list[np.ndarray], advance: Advance
+) -> float:
     """Return the mean divergence over all texts of `batches`."""
     total = 0.0
     for texts in batches:
-        run, divergence = start(texts)
-        total += np.array(divergence(_states(run)[-1])) * len(texts)
+        total += start(texts).divergence() * len(texts)
         advance(1)
-    return float(total / sum(map(len, batches)))
-
-
-def _states(run: Pass) -> list[mx.array]:
-    """Return the input of each block for a batch, and the output of the last."""
-    states = [*run.states]
-    for index in range(len(run.blocks)):
-        states.append(run.run(index, 0, states[-1]))
-        mx.eval(states[-1])
-    return states
-
-
-def _gradients(run: Pass, divergence: Callable[[mx.array], Any]) -> Any:
-    """Return the gradients of the divergence for all trainable parameters, as a tree.
-
-    Gradients are computed block by block, and each block runs again for it: in a single graph mlx
-    allocates the full-size gradients of many layers before it reduces them.
-    """
-    states, collected = _states(run), {}
-    trained = dict(tree_flatten(run.model.trainable_parameters()))
-
-    def backward(
-        names: list[str], call: Callable[[mx.array], mx.array], cotangent: mx.array
-    ) -> mx.array:
-        """Pop the last state; return its gradient through `call`, and collect those of `names`."""
-
-        def forward(state: mx.array, *arrays: mx.array) -> list[mx.array]:
-            run.model.update(tree_unflatten(list(zip(names, arrays, strict=True))))
-            return [call(state)]
-
-        primals = [states.pop(), *(trained[name] for name in names)]
-        _, (of_state, *gradients) = mx.vjp(forward, primals, [cotangent])
-        mx.eval(of_state, gradients)
-        collected.update(zip(names, gradients, strict=True))
-        return of_state
-
-    prefixes = run.prefixes
-    outer = [name for name in trained if not name.startswith(tuple(prefixes))]
-    cotangent = backward(outer, divergence, mx.array(1.0))
-    for index in reversed(range(len(prefixes))):
-        names = [name for name in trained if name.startswith(prefixes[index])]
-        cotangent = backward(names, partial(run.run, index, 0), cotangent)
-    run.model.update(tree_unflatten(list(trained.items())))
-    return tree_unflatten(list(collected.items()))
+    return total / sum(map(len, batches))
 
 
 def _save(saved_state: SavedState, model: nn.Module, optimizer: Any, steps: int) -> None:

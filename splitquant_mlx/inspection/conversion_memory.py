@@ -84,11 +84,12 @@ def _sampling_bytes(sizes: Mapping[str, int], text: Calibration) -> float:
 def _refining_bytes(sizes: Mapping[str, int], recipe: Recipe, text: Calibration) -> float:
     """Return the size of codes, trained parameters, embedding and logits of a step."""
     bits, group_size = recipe.bits or 4, recipe.group_size or 64
+    codes = 1 if mx.default_device() == mx.cpu else bits / 8
     # scales and biases with their updates, gradients and moments
     trained = 4 * 8 / group_size
     largest, tokens = max(sizes.values()), TRAINED_TEXTS * text.sequence_length
     logits = 16 * tokens * largest / _hidden(sizes)
-    return (bits / 8 + trained) * sum(sizes.values()) + 4 * largest + logits
+    return (codes + trained) * sum(sizes.values()) + 4 * largest + logits
 
 
 def _hidden(sizes: Mapping[str, int]) -> int:

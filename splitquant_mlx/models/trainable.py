@@ -21,7 +21,7 @@ class TrainableLinear(nn.Module):
 
     def __init__(self, layer: Any):
         super().__init__()
-        self._packed, self._bias = layer.weight, layer.get("bias")
+        self._codes, self._bias = _codes(layer), layer.get("bias")
         self._scales = layer.scales.astype(mx.float32)
         self._biases = layer["biases"].astype(mx.float32)
         self._middle = (2**layer.bits - 1) / 2
@@ -37,8 +37,8 @@ class TrainableLinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """Map x (..., in) to (..., out)."""
         rows = max(1, WIDE // x.shape[-1])
-        starts = list(range(rows, len(self._packed), rows))
-        pieces = (mx.split(array, starts) for array in (self._packed, *self.trained()))
+        starts = list(range(rows, len(self._codes), rows))
+        pieces = (mx.split(array, starts) for array in (self._codes, *self.trained()))
         y = mx.concatenate([self._product(x, *own) for own in zip(*pieces, strict=True)], axis=-1)
         return y if self._bias is None else y + self._bias
 
@@ -55,7 +55,7 @@ class TrainableSwitchLinear(TrainableLinear):
         """Return a function of x, scales and biases that computes one expert at a time."""
 
         def weight_of(scales: mx.array, biases: mx.array, expert: int) -> list[mx.array]:
-            return [self._packed[expert], scales[expert], biases[expert]]
+            return [self._codes[expert], scales[expert], biases[expert]]
 
         @mx.custom_function
         def products(x: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
@@ -94,34 +94,51 @@ def _constant(x: mx.array) -> mx.array:
     return mx.array(np.array(x))
 
 
+def _codes(layer: Any) -> mx.array:
+    """Return a layer's codes: packed, but on the CPU, where mlx unpacks slowly, uint8."""
+    if mx.default_device() != mx.cpu:
+        return layer.weight
+    ones = mx.ones_like(layer.scales)
+    sizes = {"group_size": layer.group_size, "bits": layer.bits}
+    codes = mx.dequantize(layer.weight, ones, mx.zeros_like(ones), **sizes).astype(mx.uint8)
+    mx.eval(codes)
+    return codes
+
+
 @cache
 def _product(group_size: int, bits: int) -> tuple[Any, Any]:
-    """Return the quantized product of x, packed codes, scales and biases, and its vjp.
+    """Return the quantized product of x, `_codes`, scales and biases, and its vjp.
 
     The product is differentiable in all but the codes. The vjp dequantizes the weight again, so
     that one piece at a time is in memory. mlx's own quantized product is slow on the CPU.
     """
 
-    def dense(packed: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-        return mx.dequantize(packed, scales, biases, group_size, bits)
+    def integers(codes: mx.array, scales: mx.array) -> mx.array:
+        if codes.dtype != mx.uint8:
+            ones = mx.ones_like(scales)
+            codes = mx.dequantize(codes, ones, mx.zeros_like(ones), group_size, bits)
+        return codes.astype(mx.float32).reshape(*scales.shape, group_size)
+
+    def grid(q: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+        return (q * scales[..., None] + biases[..., None]).flatten(-2)
 
     @mx.custom_function
-    def product(x: mx.array, packed: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-        return x @ dense(packed, scales, biases).T
+    def product(x: mx.array, codes: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+        return x @ grid(integers(codes, scales), scales, biases).T
 
     def backward(
-        x: mx.array, packed: mx.array, scales: mx.array, biases: mx.array, cotangent: mx.array
+        x: mx.array, codes: mx.array, scales: mx.array, biases: mx.array, cotangent: mx.array
     ) -> tuple[mx.array, ...]:
         rows, out = (array.reshape(-1, array.shape[-1]) for array in (x, cotangent))
         of_weight = (out.T @ rows).reshape(*scales.shape, group_size)
-        codes = dense(packed, mx.ones_like(scales), mx.zeros_like(biases)).reshape(of_weight.shape)
-        w = (codes * scales[..., None] + biases[..., None]).reshape(len(packed), -1)
-        return cotangent @ w, (of_weight * codes).sum(-1), of_weight.sum(-1)
+        q = integers(codes, scales)
+        of_x = cotangent @ grid(q, scales, biases)
+        return of_x, (of_weight * q).sum(-1), of_weight.sum(-1)
 
     @product.vjp
     def gradients(primals: Any, cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
-        x, packed, scales, biases = primals
-        of_x, *trained = backward(x, packed, scales, biases, cotangent)
-        return of_x, mx.zeros_like(packed), *trained
+        x, codes, scales, biases = primals
+        of_x, *trained = backward(x, codes, scales, biases, cotangent)
+        return of_x, mx.zeros_like(codes), *trained
 
     return product, backward

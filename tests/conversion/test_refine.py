@@ -13,9 +13,9 @@ from scipy.special import rel_entr, softmax
 
 from splitquant_mlx import Recipe, convert, load
 from splitquant_mlx.calibration import predictions
-from splitquant_mlx.calibration.blocks import start_pass_in_memory
 from splitquant_mlx.calibration.predictions import kl_divergence, most_likely
 from splitquant_mlx.conversion import pipeline, refine
+from splitquant_mlx.conversion.refine_step import Step
 from splitquant_mlx.errors import RecipeError
 from splitquant_mlx.formats.patch import replace_tensors
 from splitquant_mlx.formats.shard_writer import ShardWriter
@@ -154,9 +154,8 @@ def test_gradients_block_by_block_are_those_of_the_whole_model(request, tmp_path
         return kl_divergence(model(mx.array(tokens)), *wanted)
 
     whole = dict(tree_flatten(nn.value_and_grad(model, divergence)(model)[1]))
-    run = start_pass_in_memory(model, tokens)
-    blocks = refine._gradients(run, lambda state: kl_divergence(run.finish(state), *wanted))
-    found = dict(tree_flatten(blocks))
+    mx.eval(model.parameters(), wanted)
+    found = dict(tree_flatten(Step(model, tokens, wanted).gradients()))
     assert found.keys() == whole.keys()
     for path, gradient in whole.items():
         np.testing.assert_allclose(found[path], gradient, rtol=1e-3, atol=1e-6 * len(found))
