@@ -88,7 +88,7 @@ def _batch_texts(model: nn.Module, length: int) -> int:
     """Return the number of texts of `length` tokens whose cache takes `CACHE_BYTES`."""
     cache = make_cache(model, length, half=True)
     model(mx.zeros((1, 1), mx.int32), cache=cache)  # sets the sizes, is not evaluated
-    limit = CACHE_BYTES // sum(layer.nbytes for layer in cache)
+    limit = CACHE_BYTES // max(1, sum(layer.nbytes for layer in cache))
     return min(BATCH_TEXTS, max(CORE_TEXTS, limit))
 
 
