@@ -1,4 +1,6 @@
-"""Parts quantized in numpy against the same parts quantized by mlx."""
+"""Parts quantized in numpy against the plain formulas, and against parts quantized by mlx."""
+
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -6,9 +8,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitquant_mlx import dequantize
-from splitquant_mlx.quantization.affine import code_parts
+from splitquant_mlx.quantization.affine import EPS, code_parts, pack
 from splitquant_mlx.quantization.split import cluster_weight, parts_of
 from splitquant_mlx.quantization.split_cpu import BLOCK, code_split
+
+
+def plain(part, bits):
+    """Return codes, scales and biases of one part, groups along the last axis, by the formulas."""
+    low, high = part.min(-1, keepdims=True), part.max(-1, keepdims=True)
+    top, low_edge = np.float32(2**bits - 1), -low > high
+    scale = np.maximum((high - low) / top, np.float32(EPS)) * np.where(low_edge, 1, -1)
+    scale, edge = scale.astype(np.float32), np.where(low_edge, low, high)
+    zero = -np.rint(edge / scale)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = np.where(zero == 0, scale, edge / -zero)
+    bias = np.where((zero == 0) | (zero == top), np.float32(0), edge)
+    scale = np.where(zero == top, -scale, scale)
+    inverse = 1 / scale
+    return np.clip(np.rint(part * inverse - bias * inverse), 0, top), scale, bias
+
+
+def check_equal(w, bounds, clusters, bits, group_size, ours):
+    """Codes, scales and biases equal those of the plain formulas, bit for bit."""
+    parts = parts_of(w.astype(mx.float32), SimpleNamespace(upper_bounds=bounds), clusters)
+    parts = np.stack([np.array(part).reshape(len(w), -1, group_size) for part in parts], 1)
+    codes, *rest = plain(parts, bits)
+    packed = pack(mx.array(codes.reshape(len(w), -1)), bits)
+    assert mx.array_equal(ours.weight, packed)
+    for array, expected in zip(ours[1:], rest, strict=True):
+        assert np.array(array).tobytes() == expected.tobytes()
 
 
 def check(w, clusters, bits, group_size):
@@ -18,6 +46,7 @@ def check(w, clusters, bits, group_size):
     settings = {"bits": bits, "group_size": group_size}
     ours = code_split(w, clustering.upper_bounds, clusters, **settings)
     theirs = code_parts(parts, **settings, granularity="group")
+    check_equal(w, clustering.upper_bounds, clusters, bits, group_size, ours)
     assert mx.array_equal(ours.scales, theirs.scales)
     assert mx.array_equal(ours.biases, theirs.biases)
     w_split = mx.concatenate(parts, axis=-1)
