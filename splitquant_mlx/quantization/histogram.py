@@ -194,22 +194,30 @@ def expand(
         keys: (m,) high halves, from `runs_of_bins`.
         bins: the m runs.
         edges: (n + 1,) boundaries of the stretches, from 0 to m.
-        alive: (n,) bool.
+        alive: (cuts, n) bool, with at least one stretch per cut.
 
     Returns:
         The new runs, and the boundaries of the same stretches in them.
     """
+    any_alive = np.any(alive, axis=0)
     stretch_of_key = np.full(KEYS, -1)
     width = np.diff(edges)
-    stretch_of_key[keys] = np.repeat(np.where(alive, np.arange(width.size), -1), width)
+    stretch_of_key[keys] = np.repeat(np.where(any_alive, np.arange(width.size), -1), width)
     is_alive = stretch_of_key >= 0
+    # comparisons leave few entries to look up, each of which takes ten times as long
+    spans = [edges[:-1][row][0] for row in alive], [edges[1:][row][-1] - 1 for row in alive]
+    limits = list(zip(bins.low[spans[0]], bins.high[spans[1]], strict=True))
     selected = []
     for start in range(0, values.size, CHUNK):
-        chunk = _positive_zero(values[start : start + CHUNK])
+        chunk = values[start : start + CHUNK]
+        near = np.zeros(chunk.size, bool)
+        for low, high in limits:
+            near |= (chunk >= np.float32(low)) & (chunk <= np.float32(high))
+        chunk = _positive_zero(chunk[near])
         selected.append(chunk[is_alive[chunk.view(np.uint32) >> 16]])
     fine, fine_count = np.unique(np.concatenate(selected), return_counts=True)
 
-    rest = np.flatnonzero(~alive)
+    rest = np.flatnonzero(~any_alive)
     stretch = np.concatenate((rest, stretch_of_key[fine.view(np.uint32) >> 16]))
     order = np.argsort(stretch, kind="stable")
     each = np.arange(fine.size)

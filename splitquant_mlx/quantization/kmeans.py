@@ -77,7 +77,7 @@ def cluster(values: np.ndarray, k: int = 3) -> Clustering:
     if flat.dtype == np.float32 and flat.size >= SMALL:
         keys, bins = histogram.runs_of_bins(flat)
         edges, alive = _narrow(bins, edges * bins.size, alive, few=0)
-        runs, edges = histogram.expand(flat, keys, bins, edges, np.any(alive, axis=0))
+        runs, edges = histogram.expand(flat, keys, bins, edges, alive)
     else:
         runs = _runs_of_distinct(flat)
         edges = edges * runs.size
