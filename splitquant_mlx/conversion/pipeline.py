@@ -47,7 +47,7 @@ from splitquant_mlx.formats.manifest import LayerRecord, Manifest
 from splitquant_mlx.formats.model_card import read_source_card
 from splitquant_mlx.formats.patch import replace_tensors
 from splitquant_mlx.formats.shard_writer import MAX_SHARD_BYTES, ShardWriter
-from splitquant_mlx.models.architecture import widest_input
+from splitquant_mlx.models.architecture import parameters, widest_input
 from splitquant_mlx.models.checkpoint import Checkpoint, check_unchanged, open_checkpoint, stamp
 from splitquant_mlx.models.directory import as_directory
 from splitquant_mlx.models.lazy import LazyModel
@@ -192,9 +192,10 @@ class Job:
     def write(self, recipe: Recipe, plan: Plan, tokens: np.ndarray | None) -> Written:
         """Convert and write all weights that an interrupted conversion has not written."""
         checkpoint = self.checkpoint
-        sources = {name: source_array(checkpoint, plan.dtype, name) for name in checkpoint.weights}
+        names = parameters(checkpoint.model)
+        sources = {name: source_array(checkpoint, plan.dtype, name) for name in names}
         tensors, stored_bytes = plan.tensors(sources), plan.stored_bytes(sources)
-        parameters = sum(array.size for array in sources.values())
+        entries = sum(array.size for array in sources.values())
         del sources
         key = {  # everything that the written bytes depend on
             "recipe": {key: v for key, v in recipe.to_dict().items() if key != "refine"},
@@ -207,7 +208,7 @@ class Job:
         }
         with (
             open_journal(self.staging / JOURNAL, key) as journal,
-            ShardWriter(self.output, list(tensors), self.max_shard_bytes) as writer,
+            ShardWriter(self.output, list(tensors), self.max_shard_bytes, tensors) as writer,
         ):
             state = ConversionState(journal, writer)
             for stage, seconds in self.seconds.items():
@@ -219,7 +220,7 @@ class Job:
             records = converter.run(self.progress, calibration)
         check_unchanged(checkpoint)
         write_config(checkpoint.config, records, self.output)
-        return Written(records, writer.total_bytes, parameters, writer.hashes, state)
+        return Written(records, writer.total_bytes, entries, writer.hashes, state)
 
     def _calibration(
         self, recipe: Recipe, plan: Plan, tokens: np.ndarray | None, state: ConversionState

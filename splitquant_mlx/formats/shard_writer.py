@@ -2,7 +2,9 @@
 
 The format is an 8-byte little-endian header length, a JSON header, then the tensors' bytes. The
 header lists every offset, so it is written last, into space reserved at the start of the file and
-padded with spaces, as the format allows (huggingface/safetensors, "Format").
+padded with spaces, as the format allows (huggingface/safetensors, "Format"). A shard is hashed while
+it is written, after the header that it is expected to have; only if its header differs, it is read
+again.
 """
 
 import hashlib
@@ -12,7 +14,7 @@ import os
 import re
 import struct
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,18 +51,29 @@ SAFETENSORS_NAMES = {
 }
 
 
+METADATA: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+
+
+def _entry(dtype: mx.Dtype, shape: Sequence[int], offset: int) -> dict[str, Any]:
+    """Return the entry of a tensor in a header; its data starts at `offset`."""
+    return {
+        "dtype": SAFETENSORS_NAMES[dtype],
+        "shape": list(shape),
+        "data_offsets": [offset, offset + dtype.size * math.prod(shape)],
+    }
+
+
 def _ordered_header(header: dict[str, Any]) -> dict[str, Any]:
     """Return the header of an unfinished shard in file order; a journal sorts its keys."""
-    metadata = {"__metadata__": {"format": "mlx"}}
     try:
         entries = {
             name: {key: header[name][key] for key in ("dtype", "shape", "data_offsets")}
-            for name in header.keys() - metadata.keys()
+            for name in header.keys() - METADATA.keys()
         }
         order = sorted(entries, key=lambda name: (entries[name]["data_offsets"], name))
     except (KeyError, TypeError):  # not written by this program: no tensor is named ""
-        return {**metadata, "": None}
-    return metadata | {name: entries[name] for name in order}
+        return {**METADATA, "": None}
+    return METADATA | {name: entries[name] for name in order}
 
 
 def _update(digest: Any, file: BinaryIO, nbytes: int) -> None:
@@ -98,7 +111,7 @@ class UnfinishedShard:
     Attributes:
         header: safetensors header of the tensors so far.
         nbytes: size of their data, bytes.
-        sha256: SHA-256 of their data.
+        sha256: SHA-256 of the expected header of the whole shard and their data.
     """
 
     header: dict[str, Any]
@@ -115,6 +128,8 @@ class ShardWriter:
         directory: an existing directory; the files are complete once `close` returns.
         names: all tensor names that may be added; they determine the space for headers.
         max_shard_bytes: maximum size of a shard with more than one tensor.
+        expected: dtype and shape of each tensor in the order in which they will be added; without
+            it, shards are hashed after they are written, and cannot be resumed when unfinished.
 
     Attributes:
         missing: names of the tensors not yet written.
@@ -124,7 +139,13 @@ class ShardWriter:
         hashes: file name -> SHA-256, after `close`.
     """
 
-    def __init__(self, directory: Path, names: list[str], max_shard_bytes: int = MAX_SHARD_BYTES):
+    def __init__(
+        self,
+        directory: Path,
+        names: list[str],
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        expected: Mapping[str, tuple[mx.Dtype, tuple[int, ...]]] | None = None,
+    ):
         self.directory = directory
         self.max_shard_bytes = max_shard_bytes
         self.total_bytes = 0
@@ -144,7 +165,8 @@ class ShardWriter:
         self._flushed = 0
         self._header: dict[str, Any] = {}
         self._offset = 0
-        self._hashed = 0  # bytes of data in `_digest`
+        self._expected = expected
+        self._expected_header = b""
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> "ShardWriter":
@@ -196,17 +218,17 @@ class ShardWriter:
         names = header.keys() - {"__metadata__"}
         if path.is_symlink() or not path.is_file() or not names <= self.missing:
             return
-        digest, start = hashlib.sha256(), 8 + self._room
+        self._start_digest()
+        start = len(self._expected_header)
         file = path.open("r+b")
         file.seek(start)
-        _update(digest, file, shard.nbytes)
-        if digest.hexdigest() != shard.sha256:
+        _update(self._digest, file, shard.nbytes)
+        if self._digest.hexdigest() != shard.sha256:
             file.close()
             return
         file.truncate(start + shard.nbytes)
         self._file, self._header = file, header
-        self._offset = self._hashed = shard.nbytes
-        self._flushed, self._digest = start + shard.nbytes, digest
+        self._offset, self._flushed = shard.nbytes, start + shard.nbytes
         self._reuse(path, names, shard.nbytes)
 
     def _reuse(self, path: Path, names: Collection[str], nbytes: int) -> None:
@@ -230,10 +252,6 @@ class ShardWriter:
         self._await_flush()
         self._file.flush()
         sync_descriptor(self._file.fileno())
-        with self._shards[-1].open("rb") as written:
-            written.seek(8 + self._room + self._hashed)
-            _update(self._digest, written, self._offset - self._hashed)
-        self._hashed = self._offset
         return UnfinishedShard(
             header=dict(self._header), nbytes=self._offset, sha256=self._digest.hexdigest()
         )
@@ -255,30 +273,28 @@ class ShardWriter:
             return
         if name not in self.missing:
             raise ValueError(f"tensor {name!r} is not in `names`, or was added before")
-        self.missing.discard(name)
         if self._file is None or (
             self._offset and self._offset + tensor.nbytes > self.max_shard_bytes
         ):
             self._finish_shard()
             self._start_shard()
+        self.missing.discard(name)
         file = self._file
         assert file is not None
         content = tensor_bytes(tensor)
         self._writes.append((self._writer.submit(self._append, file, content), tensor.nbytes))
         self._await_writes(QUEUED_BYTES)
         end = self._offset + tensor.nbytes
-        self._header[name] = {
-            "dtype": SAFETENSORS_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [self._offset, end],
-        }
+        self._header[name] = _entry(tensor.dtype, tensor.shape, self._offset)
         self._offset = end
         self.total_bytes += tensor.nbytes
         self._weight_map[name] = len(self._shards) - 1
 
     def _append(self, file: BinaryIO, content: memoryview) -> None:
-        """Write, and sync to disk in another thread after every FLUSH_BYTES."""
+        """Write and hash, and sync to disk in another thread after every FLUSH_BYTES."""
         file.write(content)
+        if self._expected:
+            self._digest.update(content)
         written = file.tell()
         if written - self._flushed >= FLUSH_BYTES and (not self._flush or self._flush.done()):
             self._await_flush()
@@ -315,29 +331,49 @@ class ShardWriter:
 
     def _start_shard(self) -> None:
         path = self._path(len(self._shards) + 1)
+        self._start_digest()
         self._shards.append(path)
         self._file = path.open("wb")
         self._file.seek(8 + self._room)
-        self._header = {"__metadata__": {"format": "mlx"}}
-        self._offset = self._flushed = self._hashed = 0
-        self._digest = hashlib.sha256()
+        self._header = dict(METADATA)
+        self._offset = self._flushed = 0
+
+    def _start_digest(self) -> None:
+        """Start the hash of a shard with the header that it is expected to have."""
+        header, offset = dict(METADATA), 0
+        for name, (dtype, shape) in (self._expected or {}).items():
+            if name in self.missing:
+                end = offset + dtype.size * math.prod(shape)
+                if offset and end > self.max_shard_bytes:
+                    break
+                header[name] = _entry(dtype, shape, offset)
+                offset = end
+        self._expected_header = self._encoded(header)
+        self._digest = hashlib.sha256(self._expected_header)
+
+    def _encoded(self, header: dict[str, Any]) -> bytes:
+        """Return a header with its length, as it is stored."""
+        text = json.dumps(header, separators=(",", ":")).encode()
+        return struct.pack("<Q", self._room) + text.ljust(self._room)
 
     def _finish_shard(self) -> None:
         if self._file is None:
             return
-        header = json.dumps(self._header, separators=(",", ":")).encode()
+        header = self._encoded(self._header)
+        is_hashed = bool(self._expected) and header == self._expected_header
+        digest = None
         with self._file as file:
             self._await_writes()
             self._await_flush()
             file.seek(0)
-            file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
+            file.write(header)
             file.flush()
-            # the header is hashed first but written last, so the file is read again, during fsync
-            digest = self._flusher.submit(sha256, self._shards[-1]) if self.on_finished else None
+            if self.on_finished and not is_hashed:  # during fsync
+                digest = self._flusher.submit(sha256, self._shards[-1])
             sync_descriptor(file.fileno())
         self._file = None
-        if self.on_finished and digest:
-            self._digests.append(digest.result())
+        if self.on_finished:
+            self._digests.append(digest.result() if digest else self._digest.hexdigest())
             self.on_finished(len(self._shards), self._digests[-1])
 
     def _path(self, number: int) -> Path:

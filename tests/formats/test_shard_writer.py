@@ -6,8 +6,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from splitquant_mlx.formats import shard_writer
 from splitquant_mlx.formats.safetensors import read_header
 from splitquant_mlx.formats.shard_writer import SAFETENSORS_NAMES, ShardWriter
+from splitquant_mlx.runtime.disk import sha256
 
 
 def tensors():
@@ -63,3 +65,31 @@ def test_a_name_must_be_declared_and_is_written_once(tmp_path):
         for name in ("a", "b"):
             with pytest.raises(ValueError, match=name):
                 writer.add(name, mx.zeros(1))
+
+
+@pytest.mark.parametrize("limit", [10**9, 64])
+@pytest.mark.parametrize("change", [None, "dtype", "order", "missing"])
+def test_the_recorded_hash_is_that_of_the_file(tmp_path, limit, change, monkeypatch):
+    """Shards are hashed while they are written; again only if they are not as expected."""
+    arrays = {"a": mx.zeros((4, 8)), "b": mx.ones((4, 8), mx.float16), "c": mx.arange(40)}
+    expected = {name: (tensor.dtype, tensor.shape) for name, tensor in arrays.items()}
+    if change == "dtype":
+        expected["b"] = mx.bfloat16, (4, 8)
+    elif change == "order":
+        expected = dict(reversed(expected.items()))
+    elif change == "missing":
+        expected = {"d": (mx.float32, (1,)), **expected}
+    read_again = []
+
+    def hashed(file):
+        read_again.append(file)
+        return sha256(file)
+
+    monkeypatch.setattr(shard_writer, "sha256", hashed)
+    with ShardWriter(tmp_path, list(expected), limit, expected) as writer:
+        writer.on_finished = lambda number, digest: None
+        for name, tensor in arrays.items():
+            writer.add(name, tensor)
+        writer.close()
+    assert writer.hashes == {file.name: sha256(file) for file in tmp_path.glob("*.safetensors")}
+    assert bool(read_again) == bool(change)
