@@ -1,5 +1,6 @@
 """Run the command line; the only place that prints errors and exits."""
 
+import gc
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ def main() -> None:
     """Run the command in sys.argv. Errors are one line on stderr and exit code 2."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where nohup ignores it
         signal.signal(signal.SIGINT, _leave)
+    gc.set_threshold(50_000)  # imports and tokenizers create many objects that stay
     from splitquant_mlx.cli import run
 
     code = run(sys.argv[1:])

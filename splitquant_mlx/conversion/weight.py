@@ -98,7 +98,9 @@ def _require_in_range(w: mx.array, quantized: Stored, bits: int, noise: float) -
     fits = math.isfinite(noise)
     if isinstance(quantized, Quantized) and quantized.biases is not None:
         largest = mx.finfo(quantized.scales.dtype).max
-        scale, bias = (mx.abs(x).max().item() for x in (quantized.scales, quantized.biases))
+        # mlx reduces 16-bit floats slowly on a CPU
+        full = (x.astype(mx.float32) for x in (quantized.scales, quantized.biases))
+        scale, bias = (mx.abs(x).max().item() for x in full)
         fits = fits and scale * (2**bits - 1) <= largest and bias <= largest  # type: ignore[operator]
     if not fits:
         raise UnusableWeightError(f"values up to {mx.abs(w).max().item()}, too large to quantize")

@@ -2,9 +2,8 @@
 
 The format is an 8-byte little-endian header length, a JSON header, then the tensors' bytes. The
 header lists every offset, so it is written last, into space reserved at the start of the file and
-padded with spaces, as the format allows (huggingface/safetensors, "Format"). A shard is hashed while
-it is written, after the header that it is expected to have; only if its header differs, it is read
-again.
+padded with spaces, as the format allows (huggingface/safetensors, "Format"). Shards are hashed
+while they are written, after the expected header, and read again only if their header differs.
 """
 
 import hashlib

@@ -24,6 +24,7 @@ from splitquant_mlx.models.architecture import (
 )
 from splitquant_mlx.models.check_settings import check_settings
 from splitquant_mlx.models.checkpoint import open_checkpoint
+from splitquant_mlx.models.companions import COMPANIONS
 from splitquant_mlx.models.config import check_config, read_config
 from splitquant_mlx.models.config_forms import normalize
 from splitquant_mlx.models.directory import as_directory
@@ -33,10 +34,12 @@ from splitquant_mlx.models.quantized import quantization_table, runs_packed
 from splitquant_mlx.models.sharding import divide
 from splitquant_mlx.models.shards import read_headers
 from splitquant_mlx.models.source import Source, resolve
+from splitquant_mlx.runtime.disk import sha256
 from splitquant_mlx.runtime.ranks import Group, check_alike, is_single_rank
 
 # files that transformers builds tokenizers from
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
+_USABLE: set[frozenset[tuple[str, str]]] = set()  # names and hashes of files that were loaded
 
 
 def load(
@@ -191,10 +194,17 @@ def load_tokenizer(directory: Path, settings: dict[str, Any]) -> Any:
 
 
 def tokenizer_problem(directory: Path) -> str:
-    """Return why a checkpoint has no usable tokenizer; empty if it has one."""
+    """Return why a checkpoint has no usable tokenizer; empty if it has one.
+
+    A converted model has copies of the original's files, which are not loaded a second time.
+    """
     try:
-        load_tokenizer(directory, {})
-    except CheckpointError as exc:
+        files = {file for pattern in COMPANIONS for file in directory.glob(pattern)}
+        digests = frozenset((file.name, sha256(file)) for file in files if file.is_file())
+        if digests not in _USABLE:
+            load_tokenizer(directory, {})
+            _USABLE.add(digests)
+    except (CheckpointError, OSError) as exc:
         return str(exc)
     return ""
 

@@ -25,7 +25,7 @@ KEYS = 1 << 16
 ASCENDING = np.concatenate((np.arange(KEYS - 1, KEYS // 2 - 1, -1), np.arange(KEYS // 2)))
 """Sign-and-magnitude bit patterns by ascending value."""
 
-CHUNK = 1 << 17  # entries; limits temporaries, and keeps sums of squared low bits below 2^53
+CHUNK = 1 << 18  # entries; limits temporaries, and keeps sums of squared low bits below 2^53
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,8 @@ def _count(keys: np.ndarray) -> np.ndarray:
 
     size = min(keys.size, CHUNK)
     ones, rows = np.ones(size, np.int32), np.zeros(size, np.int32)
-    column = csc_array((ones, rows, [0, size]), shape=(KEYS, 1))
+    ends = np.array([0, size], np.int32)  # as 64-bit integers, they would widen `rows`
+    column = csc_array((ones, rows, ends), shape=(KEYS, 1))
     one, counts = np.ones(1, np.int32), np.zeros(KEYS, np.int64)
     for start in range(0, keys.size, size):
         chunk = keys[start : start + size]
