@@ -21,6 +21,7 @@ def main() -> None:
             except (OSError, ValueError):
                 continue
         os._exit(code)
+    gc.freeze()  # the collections at exit would visit all objects
     sys.exit(code)
 
 
