@@ -17,6 +17,7 @@ from splitquant_mlx.models.lazy import LazyModel
 from splitquant_mlx.models.loader import load_model
 from splitquant_mlx.progress import Progress
 from splitquant_mlx.recipe import SELF, Calibration
+from splitquant_mlx.runtime.blas import release_freed_memory
 from splitquant_mlx.runtime.cache import cache_directory, cached_on_disk
 
 
@@ -50,9 +51,11 @@ def calibration_tokens(
         settings = {"length": length, "seed": seed, "progress": progress}
         return sample_tokens(model, prompts, **settings, saved_state=saved_state)
 
-    return cached_on_disk(
+    tokens = cached_on_disk(
         f"calibration/{key}.bin",
         sample,
         pack=lambda tokens: tokens.astype("<i4").tobytes(),
         unpack=lambda content: np.frombuffer(content, "<i4").reshape(texts, length),
     )
+    release_freed_memory()  # of the copy
+    return tokens

@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from splitquant_mlx.models.expert_products import expert_products, product
+from splitquant_mlx.runtime.blas import release_freed_memory
 
 BITS = 8
 GROUP_SIZE = 64
@@ -46,6 +47,7 @@ def compact(model: nn.Module) -> nn.Module:
     if on_cpu:
         to_float32(model, experts=True)
     mx.eval(model.parameters())
+    release_freed_memory()
     return model
 
 
@@ -79,8 +81,12 @@ class _Compact(nn.Module):
 
     def _product(self, x: mx.array) -> mx.array:
         rows = max(1, SLICE // self.codes.shape[1])
-        slices = [slice(start, start + rows) for start in range(0, len(self.codes), rows)]
-        pieces = [x @ self.codes[s].astype(mx.float32).T * self.scales[s, 0] for s in slices]
+        pieces: list[mx.array] = []
+        for start in range(0, len(self.codes), rows):
+            codes, scales = (array[start : start + rows] for array in (self.codes, self.scales))
+            if pieces:  # converted after the previous product, so that few are in memory
+                codes = mx.depends([codes], [pieces[-1]])[0]
+            pieces.append(x @ codes.astype(mx.float32).T * scales[:, 0])
         return mx.concatenate(pieces, axis=-1)
 
 
