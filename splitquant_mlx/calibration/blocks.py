@@ -6,7 +6,7 @@ record these arguments and compute nothing. The blocks then run one after the ot
 that only one block's weights are in memory at a time.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,8 +44,7 @@ class Pass:
     @property
     def prefixes(self) -> list[str]:
         """Return the prefix of each block's parameter paths, such as "model.layers.0."."""
-        names = {id(module): path for path, module in self.model.named_modules()}
-        return [f"{names[id(block)]}." for block in self.blocks]
+        return _prefixes(self.model, self.blocks)
 
     def run(self, index: int, batch: int, state: mx.array) -> mx.array:
         """Return the output of block `index` for the `state` of a batch, unevaluated."""
@@ -112,6 +111,24 @@ class Pass:
         """Divide the output of the last block by texts, with at most `LOGITS` logits per piece."""
         texts = max(1, LOGITS // self.finish(state[:1]).size)
         return [state[start : start + texts] for start in range(0, len(state), texts)]
+
+
+def in_block_order(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return parameter names in the order in which a calibration reaches them: outer ones last.
+
+    Raises:
+        RecipeError: when the model is not built of blocks that can be called one by one.
+    """
+    prefixes, remaining, ordered = _prefixes(model, _blocks(model)), list(names), []
+    for prefix in prefixes:
+        ordered += [name for name in remaining if name.startswith(prefix)]
+        remaining = [name for name in remaining if not name.startswith(prefix)]
+    return ordered + remaining
+
+
+def _prefixes(model: nn.Module, blocks: list[Any]) -> list[str]:
+    names = {id(module): path for path, module in model.named_modules()}
+    return [f"{names[id(block)]}." for block in blocks]
 
 
 def strip_prefix(prefix: str, by_path: Mapping[str, Value]) -> dict[str, Value]:

@@ -61,8 +61,8 @@ def sample_tokens(
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt[:length]
     given = np.array([min(len(prompt), length) for prompt in prompts])
-    size = _batch_texts(model, length)
-    batches = -(-len(prompts) // size)
+    batches = -(-len(prompts) // _batch_limit(model, length))
+    size = -(-len(prompts) // batches)
     steps = batches * (length - 1)
     done = _restore(saved_state, tokens)
     with progress.task(SAMPLING, steps) as advance:
@@ -84,12 +84,16 @@ def sample_tokens(
     return tokens
 
 
-def _batch_texts(model: nn.Module, length: int) -> int:
-    """Return the number of texts of `length` tokens whose cache takes `CACHE_BYTES`."""
+def _batch_limit(model: nn.Module, length: int) -> int:
+    """Return `texts_per_batch` for texts of `length` tokens."""
     cache = make_cache(model, length, half=True)
-    model(mx.zeros((1, 1), mx.int32), cache=cache)  # sets the sizes, is not evaluated
-    limit = CACHE_BYTES // max(1, sum(layer.nbytes for layer in cache))
-    return min(BATCH_TEXTS, max(CORE_TEXTS, limit))
+    model(mx.zeros((1, length), mx.int32), cache=cache)  # sets the sizes, is not evaluated
+    return texts_per_batch(sum(layer.nbytes for layer in cache))
+
+
+def texts_per_batch(cache_bytes: int) -> int:
+    """Return the maximum number of texts in a batch, given the size of the cache of one, bytes."""
+    return min(BATCH_TEXTS, max(CORE_TEXTS, CACHE_BYTES // max(1, cache_bytes)))
 
 
 def _continue(

@@ -147,16 +147,15 @@ class _Means:
     def _tasks(self, path: str, batches: Sequence[Inputs]) -> list[Callable[[], None]]:
         """Return functions that add the inputs of a layer in some batches."""
         statistic = self._statistics[path]
-        rows = [x.rows.reshape(-1, x.rows.shape[-1]).astype(mx.float32) for x in batches]
-        mx.eval(rows)  # here, as tasks run in other threads
         if batches[0].routes is None:
+            rows = [_rows(inputs) for inputs in batches]
+            mx.eval(rows)  # here, as tasks run in other threads
             return self._sums.setdefault(path, sum_of(statistic)).tasks(rows)
         means = self._experts.setdefault(path, ExpertMeans(batches[0].experts, statistic))
-        routes = [np.array(x.routes).reshape(-1) for x in batches]
 
         def add() -> None:
-            for batch in zip(rows, routes, strict=True):
-                means.add(*batch)
+            for inputs in batches:
+                means.add(_rows(inputs), np.array(inputs.routes).reshape(-1))
 
         return [add]
 
@@ -174,6 +173,11 @@ class _Means:
         return InputStatistics(
             prefix=prefix, means={prefix + path: mean for path, mean in means.items()}, rare=rare
         )
+
+
+def _rows(inputs: Inputs) -> mx.array:
+    """Return inputs as (n, in) float32."""
+    return inputs.rows.reshape(-1, inputs.rows.shape[-1]).astype(mx.float32)
 
 
 class ExpertMeans:

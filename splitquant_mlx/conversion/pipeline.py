@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from splitquant_mlx.calibration.blocks import in_block_order
 from splitquant_mlx.calibration.predictions import predict
 from splitquant_mlx.calibration.saved_state import SavedState
 from splitquant_mlx.calibration.statistics import InputStatistics, iterate_blocks
@@ -192,7 +193,9 @@ class Job:
     def write(self, recipe: Recipe, plan: Plan, tokens: np.ndarray | None) -> Written:
         """Convert and write all weights that an interrupted conversion has not written."""
         checkpoint = self.checkpoint
-        names = parameters(checkpoint.model)
+        names = list(parameters(checkpoint.model))
+        if tokens is not None:
+            names = in_block_order(checkpoint.model, names)
         sources = {name: source_array(checkpoint, plan.dtype, name) for name in names}
         tensors, stored_bytes = plan.tensors(sources), plan.stored_bytes(sources)
         entries = sum(array.size for array in sources.values())

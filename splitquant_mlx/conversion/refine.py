@@ -175,11 +175,11 @@ def _make_trainable(model: nn.Module) -> dict[str, TrainableLinear]:
 
     model.set_dtype(mx.float32)
     kinds = {nn.QuantizedLinear: TrainableLinear, QuantizedSwitchLinear: TrainableSwitchLinear}
-    layers = {
-        path: kinds[type(module)](module)
-        for path, module in model.named_modules()
-        if type(module) in kinds and module.mode == "affine"
-    }
+    layers = {}
+    for path, module in model.named_modules():
+        if type(module) in kinds and module.mode == "affine":
+            layers[path] = kinds[type(module)](module)
+            module.pop("weight")  # free its memory
     model.update_modules(tree_unflatten(list(layers.items())))
     for_scoring(model).freeze()
     for layer in layers.values():

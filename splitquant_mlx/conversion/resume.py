@@ -31,7 +31,7 @@ class SavedShard:
 
     Attributes:
         number: number of the shard, from 1.
-        sha256: hash of its file; of the tensor data if it is unfinished.
+        sha256: hash of its file; see `UnfinishedShard` if it is unfinished.
         layers: records of the layers completed by this shard.
         seconds: time of each stage so far, and wall time in "total", s.
         header: tensors written so far if it is unfinished, else empty.

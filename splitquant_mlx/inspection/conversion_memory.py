@@ -13,10 +13,11 @@ from collections.abc import Mapping
 import mlx.core as mx
 
 from splitquant_mlx.calibration.blocks import LOGITS
-from splitquant_mlx.calibration.self_text import BATCH_TEXTS, CACHE_BYTES
+from splitquant_mlx.calibration.self_text import texts_per_batch
 from splitquant_mlx.conversion.refine import BATCH_TEXTS as TRAINED_TEXTS
 from splitquant_mlx.models.compact import SLICE
 from splitquant_mlx.models.footprint import PROGRAM_BYTES
+from splitquant_mlx.models.trainable import WIDE
 from splitquant_mlx.quantization.gptq import block_entries
 from splitquant_mlx.recipe import OWN_LAYERS, SELF, Calibration, Recipe
 from splitquant_mlx.runtime.cores import cores
@@ -47,7 +48,7 @@ def converting_bytes(sizes: Mapping[str, int], recipe: Recipe) -> float:
         if text.text == SELF:
             stages.append(_sampling_bytes(sizes, text))
         if recipe.method == "auto" or recipe.refine:  # logits of the original
-            stages.append(_block_bytes(sizes, text) + 4 * LOGITS_BYTES)
+            stages.append(_block_bytes(sizes, text) + 3 * LOGITS_BYTES * max(cores(), 2))
         if recipe.refine:
             stages.append(_refining_bytes(sizes, recipe, text))
     return PROGRAM_BYTES + max(stages)
@@ -73,12 +74,13 @@ def _block_bytes(sizes: Mapping[str, int], text: Calibration) -> float:
 
 def _sampling_bytes(sizes: Mapping[str, int], text: Calibration) -> float:
     """Return the size of the 8-bit copy, and of KV cache and logits of a batch of texts."""
-    hidden, texts = _hidden(sizes), min(BATCH_TEXTS, text.texts_for())
-    cached = sum(n for name, n in sizes.items() if KEYS_AND_VALUES.search(name)) / hidden
-    kv_cache = min(CACHE_BYTES, 2 * cached * texts * text.sequence_length)  # 16-bit
+    hidden = _hidden(sizes)
+    cached = sum(n for name, n in sizes.items() if KEYS_AND_VALUES.search(name)) // hidden
+    kv_cache = 2 * cached * text.sequence_length  # of a text, 16-bit
+    texts = min(texts_per_batch(kv_cache), text.texts_for())
     logits = 8 * texts * max(sizes.values()) / hidden
     dequantized = 4 * SLICE * cores()  # weights that are float32 at a time
-    return 1.05 * sum(sizes.values()) + kv_cache + logits + dequantized
+    return 1.05 * sum(sizes.values()) + texts * kv_cache + logits + dequantized
 
 
 def _refining_bytes(sizes: Mapping[str, int], recipe: Recipe, text: Calibration) -> float:
@@ -89,7 +91,8 @@ def _refining_bytes(sizes: Mapping[str, int], recipe: Recipe, text: Calibration)
     trained = 4 * 8 / group_size
     largest, tokens = max(sizes.values()), TRAINED_TEXTS * text.sequence_length
     logits = 16 * tokens * largest / _hidden(sizes)
-    return (codes + trained) * sum(sizes.values()) + 4 * largest + logits
+    weights = 16 * min(WIDE, largest) * cores()
+    return (codes + trained) * sum(sizes.values()) + 4 * largest + logits + weights
 
 
 def _hidden(sizes: Mapping[str, int]) -> int:

@@ -6,8 +6,8 @@ take as long. Measured factors account for gradients, keys and values. The resul
 a factor of about three.
 
 On a CPU the parts run in one thread and are timed in CPU time, which other programs hardly affect;
-the result is divided by the number of cores in use, except for refinement and learned methods,
-which are not computed in parallel.
+the result is divided by the number of cores in use, except for learned methods, which are not
+computed in parallel.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ DRAW_S = 14e-9  # time per vocabulary entry to draw a token on a CPU
 # blocks without KV cache, and the forward passes per token of sensitivities, of a learning pass
 # (small model only) and of refinement (4 to 13). With them the estimates for every method were 1.0
 # to 2.7 times the measured times on two models of 0.3 and 0.5 million parameters.
-SAMPLING, SENSITIVITY, LEARNING, REFINING = 1.5, 16.0, 2.0, 10.0
+SAMPLING, SENSITIVITY, LEARNING, REFINING = 1.5, 10.0, 2.0, 7.0
 Clock = Callable[[], float]
 
 
@@ -56,7 +56,8 @@ class RunTimes:
 
     Attributes:
         token: all blocks, per token of a text.
-        step: all blocks, per next token when sampling `BATCH_TEXTS` texts in a batch.
+        step: all blocks, per next token when sampling `BATCH_TEXTS` texts in a batch; larger models
+            sample fewer texts at a time.
         head: the head, per token.
         draw: drawing a token.
         product: one multiply-add of a matrix product.
@@ -126,9 +127,10 @@ def _running_seconds(times: RunTimes, layers: Sequence[LayerPlan], recipe: Recip
         parallel_s += tokens * times.product / 2 * sum(width**2 for _, width in inputs)
     if recipe.method == "auto":
         parallel_s += SENSITIVITY * SENSITIVITY_TOKENS * (times.token + times.head)
-    serial_s = REFINING * refining * (times.token + times.head)
+    parallel_s += REFINING * refining * (times.token + times.head)
+    serial_s = 0.0
     if recipe.method in LEARNED:
-        serial_s += LEARNING * (recipe.sweeps or 0) * tokens * times.token
+        serial_s = LEARNING * (recipe.sweeps or 0) * tokens * times.token
     return parallel_s / cores() + serial_s
 
 

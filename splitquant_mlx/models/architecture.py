@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,10 @@ def build_model(path: Path, config: dict[str, Any]) -> nn.Module:
 
 def require_kernels(path: Path, model: nn.Module) -> None:
     """Raise DeviceError if mlx-lm's model needs Metal and the default device is another."""
-    if mx.default_device() == mx.gpu and mx.metal.is_available():
+    if (mx.default_device() == mx.gpu and mx.metal.is_available()) or not _has_kernels(model):
         return
     try:
-        model(mx.zeros((1, 1), mx.int32))  # lazy: nothing is computed
+        model(mx.zeros((1, 1), mx.int32))  # is not evaluated
     except Exception as exc:  # others are raised where the model is used
         if "[metal_kernel]" in str(exc):
             kind = getattr(model, "model_type", type(model).__name__)
@@ -84,6 +85,14 @@ def require_kernels(path: Path, model: nn.Module) -> None:
                 f"{path}: mlx-lm's {kind} needs Metal: run it on the GPU of a Mac (conversions "
                 "with --method rtn or splitquant do not run it)"
             ) from exc
+
+
+def _has_kernels(model: nn.Module) -> bool:
+    """Return whether the code of a model, or of one of its layers, uses kernels for Metal."""
+    modules = {type(module).__module__ for module in model.modules()}
+    files = (getattr(sys.modules.get(name), "__file__", None) for name in modules)
+    sources = (Path(file).read_text(encoding="utf-8") for file in files if file)
+    return any("metal_kernel" in source or "..kernels" in source for source in sources)
 
 
 def evaluate_random_state() -> None:

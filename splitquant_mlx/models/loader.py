@@ -39,7 +39,7 @@ from splitquant_mlx.runtime.ranks import Group, check_alike, is_single_rank
 
 # files that transformers builds tokenizers from
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
-_USABLE: set[frozenset[tuple[str, str]]] = set()  # names and hashes of files that were loaded
+_USABLE: set[tuple[Any, str]] = set()  # names and hashes of files that were loaded
 
 
 def load(
@@ -201,9 +201,11 @@ def tokenizer_problem(directory: Path) -> str:
     try:
         files = {file for pattern in COMPANIONS for file in directory.glob(pattern)}
         digests = frozenset((file.name, sha256(file)) for file in files if file.is_file())
-        if digests not in _USABLE:
+        config = read_config(directory)  # of which loading uses two settings
+        key = (digests, repr([config.get(key) for key in ("model_type", "eos_token_id")]))
+        if key not in _USABLE:
             load_tokenizer(directory, {})
-            _USABLE.add(digests)
+            _USABLE.add(key)
     except (CheckpointError, OSError) as exc:
         return str(exc)
     return ""

@@ -118,7 +118,7 @@ def unit_upper(h: Any) -> Any:
         panel = h[:end, block] - factor[:end, after] @ factor[block, after].T
         # U U^T from Cholesky's L L^T: reverse the order of the channels before and after
         lower = np.linalg.cholesky(np.array(panel[block])[::-1, ::-1])
-        upper = np.ascontiguousarray(lower[::-1, ::-1])
+        upper = lower[::-1, ::-1].copy()
         factor[block, block] = xp.array(upper)
         factor[before, block] = panel[before] @ xp.array(np.linalg.inv(upper).T)
     factor /= xp.array(np.array(xp.diagonal(factor)))

@@ -252,8 +252,10 @@ class _Runner:
             manifest = load_manifest(path)
         except CheckpointError:
             return False
+        if manifest is None:
+            return False
         resolved = recipe.for_model(widest_input(open_checkpoint(self.original).model))
-        if manifest is None or manifest.recipe != resolved.to_dict():
+        if manifest.recipe != resolved.to_dict():
             return False
         return not check_files(path, manifest, self.progress).problems
 

@@ -265,13 +265,13 @@ def test_an_interrupted_text_is_gone_on_with(stories, tmp_path, monkeypatch):
 
 def test_the_batch_follows_from_the_memory_of_the_cache(stories, monkeypatch):
     """Keys and values in 16 bits: layers x 2 x kv width x length x 2 bytes for each text."""
-    model = load(stories)[0]
-    args, length = model.args, 64
+    model, length = load(stories)[0], 512  # twice what mlx-lm makes room for at a time
+    args = model.args
     width = args.num_key_value_heads * args.hidden_size // args.num_attention_heads
     text = args.num_hidden_layers * 2 * width * length * 2
     for cached, expected in ((40 * text, 40), (41 * text - 1, 40), (text, 16), (999 * text, 256)):
         monkeypatch.setattr(self_text, "CACHE_BYTES", cached)
-        assert self_text._batch_texts(model, length) == expected
+        assert self_text._batch_limit(model, length) == expected
     float32, half = ([make_cache(model, length, half=half)] for half in (False, True))
     tokens = mx.array(np.random.default_rng(0).integers(1, 500, (2, 20)))
     wanted, found = (model(tokens, cache=cache) for (cache,) in (float32, half))

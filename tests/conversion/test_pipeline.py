@@ -1,5 +1,7 @@
 """Conversions end to end on tiny trained checkpoints."""
 
+import dataclasses
+import hashlib
 import json
 
 import mlx.core as mx
@@ -24,6 +26,7 @@ from splitquant_mlx.conversion import converter, quantizers, resume
 from splitquant_mlx.evaluation.divergence import divergence, log_probabilities
 from splitquant_mlx.models.dense import dense_weight, dequantize_model
 from splitquant_mlx.models.loader import load_model
+from splitquant_mlx.recipe import Calibration
 
 TEXT = held_out_text(1500)
 
@@ -251,3 +254,21 @@ def test_unfinished_shard_is_resumed(stories, split_stories, tmp_path, monkeypat
     assert len(seen) - first < 36 - 10, "half of the layers were finished"
     written = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert written == (split_stories / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("method", ["rtn", "splitquant", "imatrix", "gptq"])
+def test_files_are_hashed_while_they_are_written(stories, tmp_path, monkeypatch, method):
+    def read_again(file):
+        pytest.fail(f"{file} is read again")
+
+    monkeypatch.setattr("splitquant_mlx.formats.shard_writer.sha256", read_again)
+    calibration = {"num_samples": 2, "sequence_length": 16} if method in ("imatrix", "gptq") else {}
+    recipe = Recipe(method=method, dtype="float16", group_size=32)
+    if calibration:
+        recipe = dataclasses.replace(recipe, calibration=Calibration(**calibration))
+    convert(stories, tmp_path / "target", recipe=recipe, max_shard_bytes=200_000)
+    hashes = load_manifest(tmp_path / "target").files
+    shards = sorted((tmp_path / "target").glob("*.safetensors"))
+    assert len(shards) > 1
+    for file in shards:
+        assert hashes[file.name] == hashlib.sha256(file.read_bytes()).hexdigest()

@@ -142,7 +142,11 @@ def test_one_expert_at_a_time_is_dense():
 
 
 @pytest.mark.parametrize("name", ["stories", "mixture"])
-def test_gradients_block_by_block_are_those_of_the_whole_model(request, tmp_path, name):
+@pytest.mark.parametrize("cores", [1, 2])
+def test_gradients_block_by_block_are_those_of_the_whole_model(
+    request, tmp_path, monkeypatch, cores, name
+):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
     recipe = Recipe(method="rtn", **SIZES)
     convert(request.getfixturevalue(name), tmp_path / "target", recipe=recipe)
     model, _ = load(tmp_path / "target")

@@ -61,13 +61,15 @@ def test_more_work_has_a_longer_estimate(stories, monkeypatch, less, more):
 
 
 @pytest.mark.parametrize(
-    ("less", "more"),
+    ("less", "more", "share"),
     [
-        ({"method": "omniquant", "sweeps": 1}, {"method": "omniquant", "sweeps": 2}),
-        ({"method": "gptq"}, {"method": "gptq", "refine": True}),
+        ({"method": "omniquant", "sweeps": 1}, {"method": "omniquant", "sweeps": 2}, 1),
+        ({"method": "gptq"}, {"method": "gptq", "refine": True}, 1 / 4),
     ],
 )
-def test_learning_and_refinement_are_not_faster_on_more_cores(stories, monkeypatch, less, more):
+def test_refinement_is_faster_on_more_cores_and_learning_is_not(
+    stories, monkeypatch, less, more, share
+):
     monkeypatch.setattr(conversion_time, "_timed", lambda *_: 1e-3)
     text = Calibration(num_samples=64, sequence_length=64, text="text.txt")
     added = []
@@ -78,7 +80,7 @@ def test_learning_and_refinement_are_not_faster_on_more_cores(stories, monkeypat
             for settings in (less, more)
         )
         added.append(second - first)
-    assert added[1] == pytest.approx(added[0])
+    assert added[1] == pytest.approx(share * added[0])
 
 
 def test_long_runs_are_timed_once(monkeypatch):

@@ -84,4 +84,10 @@ def test_other_architectures(tmp_path):
     config = {"model_type": "muse_spark", "text_config": MUSE_SPARK}
     with pytest.raises(DeviceError, match="mlx-lm's muse_spark needs Metal"):
         require_kernels(tmp_path, build_model(tmp_path, config))
-    require_kernels(tmp_path, build_model(tmp_path, tiny.make_config()))
+
+
+def test_a_model_without_kernels_is_not_called(tmp_path, monkeypatch):
+    """DBRX evaluates its routers when it is called, and so reads its weights."""
+    model = build_model(tmp_path, tiny.make_config())
+    monkeypatch.setattr(type(model), "__call__", lambda *call: pytest.fail("called"))
+    require_kernels(tmp_path, model)
