@@ -95,20 +95,22 @@ def _constant(x: mx.array) -> mx.array:
 
 
 def _codes(layer: Any) -> mx.array:
-    """Return a layer's codes: packed, but on the CPU, where mlx unpacks slowly, uint8."""
+    """Return a layer's codes: packed, or on the CPU, where mlx unpacks slowly, uint8 (out, in).
+
+    The codes of experts stay packed, as most of them are not used in a step.
+    """
     packed = layer.weight
-    if mx.default_device() != mx.cpu:
+    if mx.default_device() != mx.cpu or packed.ndim > 2:
         return packed
-    shape = (*packed.shape[:-1], layer.scales.shape[-1] * layer.group_size)
-    flat, pieces = packed.reshape(-1, packed.shape[-1]), []
-    rows = max(1, WIDE // shape[-1])
-    for start in range(0, len(flat), rows):
-        piece = flat[start : start + rows]
-        ones = mx.ones((len(piece), layer.scales.shape[-1]), mx.bfloat16)
+    groups, pieces = layer.scales.shape[1], []
+    rows = max(1, WIDE // (groups * layer.group_size))
+    for start in range(0, len(packed), rows):
+        piece = packed[start : start + rows]
+        ones = mx.ones((len(piece), groups), mx.bfloat16)
         q = mx.dequantize(piece, ones, mx.zeros_like(ones), layer.group_size, layer.bits)
         pieces.append(q.astype(mx.uint8))  # integers up to 255 are exact in bfloat16
         mx.eval(pieces)
-    return mx.concatenate(pieces).reshape(shape)
+    return mx.concatenate(pieces)
 
 
 @cache
