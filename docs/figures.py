@@ -21,7 +21,7 @@ r"""Write the tables of the README and of the pages here from JSON that the prog
         --data text=<text> --output-dir docs/results/whole-smollm2
     splitquant-mlx run recipes/whole-files.toml --model qwen2.5-coder-0.5b-offgrid \
         --data text=<text> --output-dir docs/results/whole-qwen2.5-coder-0.5b
-    splitquant-mlx run <rtn 4-bit and "auto 4.5, 64 texts" of whole-files.toml> \
+    splitquant-mlx run <rtn 4-bit, auto 4.5, and the same with 64 texts, of whole-files.toml> \
         --model qwen2.5-coder-1.5b-offgrid \
         --data text=<text> --output-dir docs/results/whole-qwen2.5-coder-1.5b
     python docs/rivals.py smollm2-135m-offgrid <text> docs/results/rivals/smollm2.json

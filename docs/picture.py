@@ -78,7 +78,7 @@ def draw_equal_bytes() -> None:
                 points = [
                     (row["weight_file_bytes"] / 1e6, row["kl_mean"])
                     for row in without_ablations(rows)
-                    if row["variant"].startswith(family)
+                    if row["variant"].startswith(family) and not row["variant"].endswith("refined")
                 ]
                 axes.plot(
                     *zip(*points, strict=True) if points else ((), ()),
