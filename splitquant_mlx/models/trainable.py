@@ -127,12 +127,17 @@ def _product(group_size: int, bits: int) -> tuple[Any, Any]:
             codes = mx.dequantize(codes, ones, mx.zeros_like(ones), group_size, bits)
         return codes.astype(mx.float32).reshape(*scales.shape, group_size)
 
+    def dense(codes: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+        if codes.dtype != mx.uint8:
+            return mx.dequantize(codes, scales, biases, group_size, bits)
+        return grid(integers(codes, scales), scales, biases)
+
     def grid(q: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
         return (q * scales[..., None] + biases[..., None]).flatten(-2)
 
     @mx.custom_function
     def product(x: mx.array, codes: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-        return x @ grid(integers(codes, scales), scales, biases).T
+        return x @ dense(codes, scales, biases).T
 
     def backward(
         x: mx.array, codes: mx.array, scales: mx.array, biases: mx.array, cotangent: mx.array
