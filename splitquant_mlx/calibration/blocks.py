@@ -119,11 +119,13 @@ def in_block_order(model: nn.Module, names: Iterable[str]) -> list[str]:
     Raises:
         RecipeError: when the model is not built of blocks that can be called one by one.
     """
-    prefixes, remaining, ordered = _prefixes(model, _blocks(model)), list(names), []
-    for prefix in prefixes:
-        ordered += [name for name in remaining if name.startswith(prefix)]
-        remaining = [name for name in remaining if not name.startswith(prefix)]
-    return ordered + remaining
+    prefixes = _prefixes(model, _blocks(model))
+
+    def block(name: str) -> int:
+        found = (index for index, prefix in enumerate(prefixes) if name.startswith(prefix))
+        return next(found, len(prefixes))
+
+    return sorted(names, key=block)
 
 
 def _prefixes(model: nn.Module, blocks: list[Any]) -> list[str]:

@@ -37,7 +37,7 @@ class Step:
     def divergence(self) -> float:
         """Return the mean KL divergence from the predictions, nats per token."""
         run, last = self._run, self._states()[-1]
-        values = self._parallel(lambda part: self._divergence(part, last[part]), run.model)
+        values = self._outputs(self._divergence, run.model, last)
         pairs = zip(self._shares, values, strict=True)
         return sum(share * float(np.array(value)) for share, value in pairs)
 
@@ -48,12 +48,12 @@ class Step:
         allocates the full-size gradients of many layers before it reduces them.
         """
         run, states, collected = self._run, self._states(), {}
-        trained = dict(tree_flatten(run.model.trainable_parameters()))
+        trained, prefixes = dict(tree_flatten(run.model.trainable_parameters())), run.prefixes
         calls: list[tuple[Call, nn.Module, list[str]]] = []
-        for index, prefix in enumerate(run.prefixes):
+        for index, prefix in enumerate(prefixes):
             names = [name for name in trained if name.startswith(prefix)]
             calls.append((partial(run.run, index), run.blocks[index], names))
-        outer = [name for name in trained if not name.startswith(tuple(run.prefixes))]
+        outer = [name for name in trained if not name.startswith(tuple(prefixes))]
         calls.append((self._divergence, run.model, outer))
         cotangents = [mx.array(share) for share in self._shares]
         for call, module, names in reversed(calls):
@@ -93,11 +93,11 @@ class Step:
         """Return the inputs of each block by part, and the outputs of the last."""
         run, states = self._run, [self._run.states]
         for index, block in enumerate(run.blocks):
-            states.append(self._parallel(partial(self._output, index, states[-1]), block))
+            states.append(self._outputs(partial(run.run, index), block, states[-1]))
         return states
 
-    def _output(self, index: int, states: list[mx.array], part: int) -> mx.array:
-        return self._run.run(index, part, states[part])
+    def _outputs(self, call: Call, module: nn.Module, states: list[mx.array]) -> list[mx.array]:
+        return self._parallel(lambda part: call(part, states[part]), module)
 
     def _divergence(self, part: int, state: mx.array) -> Any:
         return kl_divergence(self._run.finish(state), *self._expected[part])
