@@ -19,12 +19,20 @@ FEW_ROWS = 64  # of these rows, which are quantized at every option
 EXPERTS = 16  # sampled from a stack
 HEAD_ROWS = 2048
 MEASURED_BITS = 4
+QUANTILE = 0.999  # of the norms of gradients: larger ones are clipped
 
 
 def some_rows(w: mx.array, axis: int = 0, number: int = ROWS) -> mx.array:
     """Return about `number` evenly spaced entries along an axis."""
     size = w.shape[axis]
     return mx.take(w, mx.arange(0, size, max(1, size // number)), axis=axis)
+
+
+def clip_outliers(g: mx.array) -> mx.array:
+    """Scale the largest rows of gradients (n, rows) down to the `QUANTILE` of their norms."""
+    norms = mx.linalg.norm(g, axis=-1, keepdims=True)
+    limit = mx.sort(norms.flatten())[int(QUANTILE * (len(g) - 1))]
+    return g * mx.where(norms > limit, limit / norms, 1)
 
 
 def layer_divergences(
@@ -41,7 +49,7 @@ def layer_divergences(
         g: gradients (n, rows) at `some_rows` of the output.
         options: bits and group sizes to predict for.
     """
-    rows, middle = some_rows(w), options[len(options) // 2]
+    rows, middle = some_rows(w), middle_of(options)
     few = some_rows(rows, number=FEW_ROWS)  # enough for the ratios between options
 
     def divergence(error: mx.array) -> mx.array:
@@ -49,8 +57,7 @@ def layer_divergences(
 
     by_option = divergences(few, mx.square(x).mean(0), options, divergence)
     at_middle = w.shape[0] / len(rows) / 2 * measure(rows, x, g, middle).lower
-    scale = at_middle / (by_option[middle] or 1.0)
-    return {option: scale * value for option, value in by_option.items()}
+    return _scaled(by_option, middle, at_middle)
 
 
 def stack_divergences(
@@ -85,15 +92,37 @@ def stack_divergences(
 
 
 def embedding_divergences(
-    rows: mx.array, options: Sequence[Option], gradients: list[mx.array]
+    rows: mx.array, g: mx.array, options: Sequence[Option], error: mx.array | None
 ) -> dict[Option, float]:
-    """Return the divergence caused by looked-up rows, with fitted scales; `rows` (n, width)."""
-    square = mx.square(mx.concatenate([as_rows(gradient) for gradient in gradients])).mean(0)
+    """Return the divergence caused by looked-up rows.
+
+    Args:
+        rows: of the embedding, (n, width).
+        g: gradients where rows are looked up, (m, width).
+        options: bits and group sizes to predict for.
+        error: of the rows at the middle option, if gptq quantizes them for a tied head, which sets
+            their directions. Without it, scales are fitted.
+    """
+    g = clip_outliers(g)
 
     def divergence(error: mx.array) -> mx.array:
-        return (mx.square(error).mean(0) * square).sum() / 2
+        return mx.square(g @ error.T).mean() / 2
 
-    return divergences(rows, mx.ones(rows.shape[1]), options, divergence)
+    by_option = divergences(rows, mx.ones(rows.shape[1]), options, divergence)
+    if error is None:
+        return by_option
+    return _scaled(by_option, middle_of(options), float(divergence(error).item()))  # type: ignore[arg-type]
+
+
+def middle_of(options: Sequence[Option]) -> Option:
+    """Return the option at which gptq is measured."""
+    return options[len(options) // 2]
+
+
+def _scaled(by_option: dict[Option, float], option: Option, value: float) -> dict[Option, float]:
+    """Scale all values so that the one of `option` is `value`."""
+    scale = value / (by_option[option] or 1.0)
+    return {key: scale * of_key for key, of_key in by_option.items()}
 
 
 class Measured(NamedTuple):
@@ -145,16 +174,6 @@ def measure(rows: mx.array, x: mx.array, g: mx.array, option: Option) -> Measure
     return Measured(fitted, output(error), error)
 
 
-def error_increase(rows: mx.array, error: mx.array, option: Option) -> float:
-    """Return the squared error over that of scales fitted with equal importance."""
-
-    def squares(error: mx.array) -> mx.array:
-        return mx.square(error).sum()
-
-    equal = divergences(rows, mx.ones(rows.shape[1]), [option], squares)[option]
-    return float(squares(error).item()) / equal if equal else 1.0  # type: ignore[arg-type]
-
-
 def divergences(
     w: mx.array,
     importance: mx.array,
@@ -184,10 +203,9 @@ def divergences(
     return predicted
 
 
-def used_rows(w: mx.array, tokens: np.ndarray) -> mx.array:
-    """Return the rows of at most HEAD_ROWS of `tokens`, evenly sampled."""
-    tokens = tokens.ravel()
-    return w[mx.array(tokens[:: -(-tokens.size // HEAD_ROWS)])]
+def sample_positions(count: int) -> slice:
+    """Return at most HEAD_ROWS of `count` positions, evenly spaced."""
+    return slice(None, None, -(-count // HEAD_ROWS))
 
 
 def as_rows(x: mx.array) -> mx.array:
