@@ -96,7 +96,7 @@ def stack_divergences(
 
 
 def embedding_divergences(
-    rows: mx.array, g: mx.array, options: Sequence[Option], error: mx.array | None
+    rows: mx.array, g: mx.array, options: Sequence[Option], error: mx.array | None = None
 ) -> dict[Option, float]:
     """Return the divergence caused by looked-up rows.
 

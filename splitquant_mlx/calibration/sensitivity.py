@@ -103,14 +103,12 @@ def predict_divergence(
     prefixes = run.prefixes
     outer = [path for path in options if not path.startswith(tuple(prefixes))]
     steps = 2 * len(prefixes) + 1
-    looked_up = mx.concatenate([*map(as_rows, run.states)])[sample_positions(tokens.size)]
-    mx.eval(looked_up)
+    mx.eval(looked_up := _joined(run.states)[sample_positions(tokens.size)])
     with progress.task(MEASURING, steps) as advance:
         if (state := _load_state(saved_state)) is None:
             _forward(run, saved_state, advance)
             state = _head_sensitivity(run, outer, options, seed, tokens)
-            if state.embedding_error is not None:
-                saved_state.save("embedding-error", [state.embedding_error])
+            saved_state.save("embedding-error", state.embedding_error)
             _save_state(saved_state, state)
             advance(1)
         else:
@@ -121,9 +119,8 @@ def predict_divergence(
         for index in reversed(range(state.blocks)):
             run.states = saved_state.load(f"states-{index}") or []
             prefix = prefixes[index]
-            block_options = strip_prefix(prefix, options)
             of_block, gradients = _block_sensitivities(
-                run, index, block_options, gradients, advance
+                run, index, strip_prefix(prefix, options), gradients, advance
             )
             run.release(index)
             predicted.update({prefix + path: values for path, values in of_block.items()})
@@ -131,13 +128,9 @@ def predict_divergence(
         for path in outer:
             module = dict(run.model.named_modules())[path]
             if isinstance(module, nn.Embedding):
-                rows = _rows(module, tokens)
-                scale = (looked_up * rows).sum() / mx.square(rows).sum()  # of models like Gemma
-                g = mx.concatenate([*map(as_rows, gradients)])
-                error = state.embedding_error if predicted[path] else None
-                lookup = embedding_divergences(rows, scale * g, options[path], error)
-                for option, value in lookup.items():
-                    predicted[path][option] = predicted[path].get(option, 0.0) + value
+                error = state.embedding_error if predicted[path] else []
+                lookup = _lookup(_rows(module, tokens), looked_up, gradients, options[path], error)
+                predicted[path] = {o: kl + predicted[path].get(o, 0.0) for o, kl in lookup.items()}
     saved_state.remove()
     if missing := next((path for path in options if not predicted[path]), None):
         raise unreached(missing)
@@ -173,13 +166,13 @@ class _State(NamedTuple):
 
     Attributes:
         predicted: divergences so far.
-        embedding_error: gptq's error of the rows of a head, at the tokens of `sample_positions`.
+        embedding_error: gptq's error of a head's rows at `sample_positions`; none if too few.
         gradients: at the input of the last block visited, per batch.
         blocks: number of blocks not visited yet.
     """
 
     predicted: dict[str, dict[Option, float]]
-    embedding_error: mx.array | None
+    embedding_error: list[mx.array]
     gradients: list[mx.array]
     blocks: int
 
@@ -196,7 +189,7 @@ def _load_state(saved_state: SavedState) -> _State | None:
         values = saved_state.load_json()
         predicted, blocks = from_json(values["predicted"]), int(values["blocks"])
         if gradients := saved_state.load(f"gradients-{blocks}"):
-            (error,) = saved_state.load("embedding-error") or [None]
+            error = saved_state.load("embedding-error") or []
             return _State(predicted, error, gradients, blocks)
     return None
 
@@ -228,8 +221,7 @@ def _block_sensitivities(
     modules = dict(block.named_modules())
 
     def of_layer(path: str) -> dict[Option, float]:
-        x, g = (mx.concatenate([*map(as_rows, of.pop(path))]) for of in (inputs, output_gradients))
-        g = clip_outliers(g)
+        x, g = _joined(inputs.pop(path)), clip_outliers(_joined(output_gradients.pop(path)))
         w = modules[path]["weight"]  # a stack is converted to float32 expert by expert
         if path in routes:
             experts = np.concatenate(routes[path])
@@ -288,7 +280,7 @@ def _head_sensitivity(
 ) -> _State:
     """Sample tokens; return the head's divergences and the gradients at the head's input."""
     gradients, inputs, variances = [], [], []
-    embedding_error = None
+    embedding_error: list[mx.array] = []
     modules = dict(run.model.named_modules())
     linear = [path for path in outer if isinstance(modules[path], nn.Linear)]
     heads = (linear or outer)[:1]  # an embedding is the head where there is no other
@@ -322,7 +314,7 @@ def _head_sensitivity(
         x, weight = mx.concatenate(inputs), sum(variances) / len(variances) / 2
         rows = _rows(modules[path], tokens)  # as often as a text uses them
         measured = measure(rows, x, mx.ones((len(x), 1)), middle_of(options[path]))
-        embedding_error = measured.error
+        embedding_error = [] if measured.error is None else [measured.error]
         weight *= measured.lower / (measured.fitted or 1.0)
         predicted[path] = divergences(
             rows,
@@ -331,6 +323,23 @@ def _head_sensitivity(
             lambda error, x=x, weight=weight: weight * mx.square(x @ error.T).mean(),
         )
     return _State(predicted, embedding_error, gradients, len(run.blocks))
+
+
+def _lookup(
+    rows: mx.array,
+    looked_up: mx.array,
+    gradients: list[mx.array],
+    options: Sequence[Option],
+    error: list[mx.array],
+) -> dict[Option, float]:
+    """Return the divergence of an embedding's `rows` as they are looked up, scaled as by Gemma."""
+    scale = (looked_up * rows).sum() / mx.square(rows).sum()
+    return embedding_divergences(rows, scale * _joined(gradients), options, *error)
+
+
+def _joined(batches: list[mx.array]) -> mx.array:
+    """Return arrays (..., width) of all batches as float32 rows (n, width)."""
+    return mx.concatenate([*map(as_rows, batches)])
 
 
 def _sample(p: mx.array, key: mx.array) -> mx.array:
