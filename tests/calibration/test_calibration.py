@@ -439,6 +439,27 @@ def test_rows_that_a_model_scales_count_by_what_it_makes_of_them(tmp_path):
     assert doubled == {option: pytest.approx(kl, rel=1e-3) for option, kl in plain.items()}
 
 
+def test_one_token_does_not_decide_what_an_embedding_costs(stories, tmp_path):
+    """Its row is so short that the norm after it enlarges gradients a thousandfold."""
+    path, short = "model.embed_tokens", 5
+    tokens = 6 + np.arange(2048, dtype=np.int32).reshape(32, 64) % 500
+
+    def changed():
+        model: Any = load(stories, lazy=True)[0]
+        scale = mx.where(mx.arange(512) == short, 1e-5, 1.0)[:, None]
+        model.model.embed_tokens.weight = scale * model.model.embed_tokens.weight
+        return model
+
+    def predict(name):
+        settings = {"seed": 0, "progress": Silent(), "saved_state": SavedState(tmp_path / name)}
+        options = {path: [(3, 32), (4, 32)]}
+        return predict_divergence(changed, tokens, options, **settings)[path]
+
+    without = predict("without")
+    tokens[3, 7] = short
+    assert predict("with") == {o: pytest.approx(kl, rel=0.05) for o, kl in without.items()}
+
+
 def test_a_few_extreme_gradients_are_clipped():
     g = mx.random.normal((2000, 8), key=mx.random.key(0))
     g[7] *= 1e4
