@@ -168,14 +168,14 @@ def write_random_checkpoint(
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"})
     (directory / "tokenizer_config.json").write_text(settings + "\n", encoding="utf-8")
-    tensors = shape.tensors()
     mx_dtype = getattr(mx, dtype)
+    tensors = {name: (mx_dtype, size) for name, size in shape.tensors().items()}
     rng = np.random.default_rng(0)
     with (
         progress.task("Writing random weights", len(tensors)) as advance,
-        ShardWriter(directory, list(tensors), max_shard_bytes) as writer,
+        ShardWriter(directory, tensors, max_shard_bytes) as writer,
     ):
-        for name, size in tensors.items():
+        for name, (_, size) in tensors.items():
             if len(size) == 1:
                 w = mx.ones(size, mx_dtype)
             else:

@@ -211,7 +211,7 @@ class Job:
         }
         with (
             open_journal(self.staging / JOURNAL, key) as journal,
-            ShardWriter(self.output, list(tensors), self.max_shard_bytes, tensors) as writer,
+            ShardWriter(self.output, tensors, self.max_shard_bytes) as writer,
         ):
             state = ConversionState(journal, writer)
             for stage, seconds in self.seconds.items():

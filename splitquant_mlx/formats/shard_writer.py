@@ -125,35 +125,32 @@ class ShardWriter:
 
     Args:
         directory: an existing directory; the files are complete once `close` returns.
-        names: all tensor names that may be added; they determine the space for headers.
+        expected: dtype and shape of each tensor that may be added, in the order in which they will
+            probably be added: a shard that differs is hashed after it is written.
         max_shard_bytes: maximum size of a shard with more than one tensor.
-        expected: dtype and shape of each tensor in the order in which they will be added; without
-            it, shards are hashed after they are written, and cannot be resumed when unfinished.
 
     Attributes:
         missing: names of the tensors not yet written.
         total_bytes: size of the tensors written.
-        on_finished: called with the number and SHA-256 of each shard after it is synced to disk;
-            shards are hashed only if it is set.
+        on_finished: called with the number and SHA-256 of each shard after it is synced to disk.
         hashes: file name -> SHA-256, after `close`.
     """
 
     def __init__(
         self,
         directory: Path,
-        names: list[str],
+        expected: Mapping[str, tuple[mx.Dtype, tuple[int, ...]]],
         max_shard_bytes: int = MAX_SHARD_BYTES,
-        expected: Mapping[str, tuple[mx.Dtype, tuple[int, ...]]] | None = None,
     ):
         self.directory = directory
         self.max_shard_bytes = max_shard_bytes
         self.total_bytes = 0
         self.on_finished: Callable[[int, str], None] | None = None
         self.hashes: dict[str, str] = {}
-        self.missing = set(names)
+        self.missing = set(expected)
         self._resumed: set[str] = set()
         self._digests: list[str] = []
-        self._room = header_room(names)
+        self._room = header_room(expected)
         self._shards: list[Path] = []
         self._weight_map: dict[str, int] = {}
         self._file: BinaryIO | None = None
@@ -265,13 +262,13 @@ class ShardWriter:
         """Queue `tensor` for writing; blocks while QUEUED_BYTES or more are queued.
 
         Raises:
-            ValueError: when `name` is not in `names`, or was added before.
+            ValueError: when `name` is not expected, or was added before.
             OSError: when a tensor added before cannot be written.
         """
         if name in self._resumed:
             return
         if name not in self.missing:
-            raise ValueError(f"tensor {name!r} is not in `names`, or was added before")
+            raise ValueError(f"tensor {name!r} is not expected, or was added before")
         if self._file is None or (
             self._offset and self._offset + tensor.nbytes > self.max_shard_bytes
         ):
@@ -292,8 +289,7 @@ class ShardWriter:
     def _append(self, file: BinaryIO, content: memoryview) -> None:
         """Write and hash, and sync to disk in another thread after every FLUSH_BYTES."""
         file.write(content)
-        if self._expected:
-            self._digest.update(content)
+        self._digest.update(content)
         written = file.tell()
         if written - self._flushed >= FLUSH_BYTES and (not self._flush or self._flush.done()):
             self._await_flush()
@@ -340,7 +336,7 @@ class ShardWriter:
     def _start_digest(self) -> None:
         """Start the hash of a shard with the header that it is expected to have."""
         header, offset = dict(METADATA), 0
-        for name, (dtype, shape) in (self._expected or {}).items():
+        for name, (dtype, shape) in self._expected.items():
             if name in self.missing:
                 end = offset + dtype.size * math.prod(shape)
                 if offset and end > self.max_shard_bytes:
@@ -359,7 +355,7 @@ class ShardWriter:
         if self._file is None:
             return
         header = self._encoded(self._header)
-        is_hashed = bool(self._expected) and header == self._expected_header
+        is_hashed = header == self._expected_header
         digest = None
         with self._file as file:
             self._await_writes()

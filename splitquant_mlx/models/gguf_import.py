@@ -218,7 +218,9 @@ def _write_tensors(
     total = sum(_info(gguf, target).nbytes for target in targets)
     stored_as = np.float16 if dtype == mx.float16 else np.float32
     with (
-        ShardWriter(directory, [target.name for target in targets]) as writer,
+        ShardWriter(
+            directory, {target.name: (dtype, target.shape) for target in targets}
+        ) as writer,
         progress.task(UNPACKING, total) as advance,
     ):
         for target in targets:

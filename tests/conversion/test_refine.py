@@ -314,7 +314,8 @@ def test_a_kill_while_refining_costs_the_refinement_only(stories, tmp_path, monk
 
 def test_tensors_are_replaced_in_their_own_type(tmp_path):
     tensors = {"a": mx.zeros((2, 3), mx.bfloat16), "b": mx.arange(5), "c": mx.zeros((4,))}
-    with ShardWriter(tmp_path, list(tensors), max_shard_bytes=1) as writer:
+    expected = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    with ShardWriter(tmp_path, expected, max_shard_bytes=1) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
         writer.close()

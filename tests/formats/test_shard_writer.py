@@ -24,10 +24,14 @@ def tensors():
     return arrays
 
 
+def described(arrays):
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in arrays.items()}
+
+
 @pytest.mark.parametrize("limit", [10**9, 64, 1])
 def test_mlx_reads_back_what_was_written(tmp_path, limit):
     arrays = tensors()
-    with ShardWriter(tmp_path, list(arrays), limit) as writer:
+    with ShardWriter(tmp_path, described(arrays), limit) as writer:
         for name, tensor in arrays.items():
             writer.add(name, tensor)
         weight_map = writer.close()
@@ -50,9 +54,10 @@ def test_mlx_reads_back_what_was_written(tmp_path, limit):
 
 def test_the_safetensors_library_reads_it_too(tmp_path):
     safetensors = pytest.importorskip("safetensors.numpy")
-    with ShardWriter(tmp_path, ["a", "b"]) as writer:
-        writer.add("a", mx.arange(12).reshape(3, 4))
-        writer.add("b", mx.array([0.5, -2.0], mx.float16))
+    arrays = {"a": mx.arange(12).reshape(3, 4), "b": mx.array([0.5, -2.0], mx.float16)}
+    with ShardWriter(tmp_path, described(arrays)) as writer:
+        for name, tensor in arrays.items():
+            writer.add(name, tensor)
         writer.close()
     loaded = safetensors.load_file(tmp_path / "model.safetensors")
     assert np.array_equal(loaded["a"], np.arange(12, dtype=np.int32).reshape(3, 4))
@@ -60,7 +65,7 @@ def test_the_safetensors_library_reads_it_too(tmp_path):
 
 
 def test_a_name_must_be_declared_and_is_written_once(tmp_path):
-    with ShardWriter(tmp_path, ["a"]) as writer:
+    with ShardWriter(tmp_path, described({"a": mx.zeros(1)})) as writer:
         writer.add("a", mx.zeros(1))
         for name in ("a", "b"):
             with pytest.raises(ValueError, match=name):
@@ -72,7 +77,7 @@ def test_a_name_must_be_declared_and_is_written_once(tmp_path):
 def test_the_recorded_hash_is_that_of_the_file(tmp_path, limit, change, monkeypatch):
     """Shards are hashed while they are written; again only if they are not as expected."""
     arrays = {"a": mx.zeros((4, 8)), "b": mx.ones((4, 8), mx.float16), "c": mx.arange(40)}
-    expected = {name: (tensor.dtype, tensor.shape) for name, tensor in arrays.items()}
+    expected = described(arrays)
     if change == "dtype":
         expected["b"] = mx.bfloat16, (4, 8)
     elif change == "order":
@@ -86,7 +91,7 @@ def test_the_recorded_hash_is_that_of_the_file(tmp_path, limit, change, monkeypa
         return sha256(file)
 
     monkeypatch.setattr(shard_writer, "sha256", hashed)
-    with ShardWriter(tmp_path, list(expected), limit, expected) as writer:
+    with ShardWriter(tmp_path, expected, limit) as writer:
         writer.on_finished = lambda number, digest: None
         for name, tensor in arrays.items():
             writer.add(name, tensor)
@@ -97,12 +102,12 @@ def test_the_recorded_hash_is_that_of_the_file(tmp_path, limit, change, monkeypa
 
 def test_an_unfinished_shard_is_continued_with_its_hash(tmp_path):
     arrays = {name: mx.random.normal((5, 7)) for name in "abc"}
-    expected = {name: (tensor.dtype, tensor.shape) for name, tensor in arrays.items()}
-    with ShardWriter(tmp_path, list(arrays), expected=expected) as writer:
+    expected = described(arrays)
+    with ShardWriter(tmp_path, expected) as writer:
         writer.add("a", arrays["a"])
         unfinished = writer.save_point()
         writer.add("b", -arrays["b"])  # not recorded, therefore written again
-    with ShardWriter(tmp_path, list(arrays), expected=expected) as writer:
+    with ShardWriter(tmp_path, expected) as writer:
         assert writer.resume([], unfinished) == 1 and writer.missing == {"b", "c"}
         writer.on_finished = lambda number, digest: None
         for name, tensor in arrays.items():
