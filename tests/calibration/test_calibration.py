@@ -384,33 +384,41 @@ def test_predicted_divergence_is_the_measured_one(stories, tmp_path):
     assert all(0.5 < ratio < 2 for ratio in ratios.values()), ratios
 
 
-def test_an_embedding_counts_by_the_rows_that_are_looked_up(tmp_path):
+def loss_of_an_embedding(directory, tokens, change):
+    """Return the sensitivities of an untied embedding after `change` of the model's module."""
+
+    def changed():
+        model: Any = load_model(directory)
+        change(model.model)
+        return model
+
     path = "model.embed_tokens"
+    return predict_divergence(
+        changed,
+        tokens,
+        {path: [(3, 32), (4, 32)], "lm_head": [(3, 32)]},
+        seed=0,
+        progress=Silent(),
+        saved_state=SavedState(directory / "state"),
+    )[path]
+
+
+def test_an_embedding_counts_by_the_rows_that_are_looked_up(tmp_path):
     directory = tiny.write_checkpoint(tmp_path / "model", "mistral")
     tokens = np.arange(128, dtype=np.int32).reshape(4, 32) % 32
 
-    def predict(scale):
-        def changed():
-            model: Any = load_model(directory)
-            table = model.model.embed_tokens
-            table.weight = mx.concatenate([table.weight[:32], scale * table.weight[32:]])
-            return model
+    def with_unused(scale):
+        def change(module):
+            weight = module.embed_tokens.weight
+            module.embed_tokens.weight = mx.concatenate([weight[:32], scale * weight[32:]])
 
-        return predict_divergence(
-            changed,
-            tokens,
-            {path: [(3, 32), (4, 32)], "lm_head": [(3, 32)]},
-            seed=0,
-            progress=Silent(),
-            saved_state=SavedState(tmp_path / str(scale)),
-        )
+        return loss_of_an_embedding(directory, tokens, change)
 
-    assert predict(1) == predict(100)
+    assert with_unused(1) == with_unused(100)
 
 
 def test_rows_that_a_model_scales_count_by_what_it_makes_of_them(tmp_path):
     """As Gemma does: half of a table, whose rows are doubled, is the same model."""
-    path = "model.embed_tokens"
     directory = tiny.write_checkpoint(tmp_path / "model", "mistral")
     tokens = np.arange(128, dtype=np.int32).reshape(4, 32) % 32
 
@@ -418,24 +426,13 @@ def test_rows_that_a_model_scales_count_by_what_it_makes_of_them(tmp_path):
         def __call__(self, x):
             return 2 * super().__call__(x)
 
-    def predict(module, scale):
-        def changed():
-            model: Any = load_model(directory)
-            weight = model.model.embed_tokens.weight
-            model.model.embed_tokens = module(*weight.shape)
-            model.model.embed_tokens.weight = scale * weight
-            return model
+    def halve(module):
+        weight = module.embed_tokens.weight
+        module.embed_tokens = Doubled(*weight.shape)
+        module.embed_tokens.weight = weight / 2
 
-        return predict_divergence(
-            changed,
-            tokens,
-            {path: [(3, 32), (4, 32)], "lm_head": [(3, 32)]},
-            seed=0,
-            progress=Silent(),
-            saved_state=SavedState(tmp_path / module.__name__),
-        )[path]
-
-    plain, doubled = predict(nn.Embedding, 1.0), predict(Doubled, 0.5)
+    plain = loss_of_an_embedding(directory, tokens, lambda module: None)
+    doubled = loss_of_an_embedding(directory, tokens, halve)
     assert doubled == {option: pytest.approx(kl, rel=1e-3) for option, kl in plain.items()}
 
 
