@@ -357,6 +357,5 @@ def _sample(p: mx.array, key: mx.array) -> mx.array:
 
 def _rows(module: nn.Module, tokens: np.ndarray) -> mx.array:
     """Return a weight's rows of the tokens at `sample_positions`, float32."""
-    return module["weight"][mx.array(tokens.ravel()[sample_positions(tokens.size)])].astype(
-        mx.float32
-    )
+    sampled = tokens.ravel()[sample_positions(tokens.size)]
+    return module["weight"][mx.array(sampled)].astype(mx.float32)

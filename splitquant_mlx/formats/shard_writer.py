@@ -132,7 +132,8 @@ class ShardWriter:
     Attributes:
         missing: names of the tensors not yet written.
         total_bytes: size of the tensors written.
-        on_finished: called with the number and SHA-256 of each shard after it is synced to disk.
+        on_finished: called with the number and SHA-256 of each shard after it is synced to disk;
+            shards are hashed only if it is set before the first tensor is added.
         hashes: file name -> SHA-256, after `close`.
     """
 
@@ -289,7 +290,8 @@ class ShardWriter:
     def _append(self, file: BinaryIO, content: memoryview) -> None:
         """Write and hash, and sync to disk in another thread after every FLUSH_BYTES."""
         file.write(content)
-        self._digest.update(content)
+        if self.on_finished:
+            self._digest.update(content)
         written = file.tell()
         if written - self._flushed >= FLUSH_BYTES and (not self._flush or self._flush.done()):
             self._await_flush()
